@@ -1,0 +1,39 @@
+"""Whose move it is: every error that a user can cause, and nothing else.
+
+`launch.py` prints the problems of a `UserError` and exits with code 2; any other exception is our fault and keeps its
+traceback. A promise between our own functions is an `assert`.
+"""
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One or more things that the user can put right; each problem names the key, the value, the rule and a way out."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        assert self.problems, "an error without a problem"
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)  # crosses process borders with its list intact
+
+
+class ConfigError(UserError):
+    """A key, a type or a section of the composed config is wrong."""
+
+
+class PlanError(UserError):
+    """Each section is right by itself, but together they cannot run."""
+
+
+class FolderError(UserError):
+    """The run folder belongs to another run, or cannot be written."""
+
+
+class DataError(UserError):
+    """The text, the tokenizer or the token shards cannot feed this run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is incomplete, corrupted, foreign or does not fit the model."""
