@@ -1,0 +1,98 @@
+"""Long-lived gloo workers: torch is imported once per worker, not once per test.
+
+`ranks(4, function, *args)` calls `function(*args)` on four processes inside a fresh gloo world of 4 and returns what each
+returned, by rank. `function` must be importable at module level. A failing rank raises `RankError` with its traceback.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 120.0
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds the traceback of the first that did."""
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world, store, function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            )
+            for key, value in {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}.items():
+                os.environ[key] = str(value)
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class Ranks:
+    """A pool that grows to the largest world asked for and lives as long as the test session."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _grow(self, world: int) -> None:
+        while len(self._workers) < world:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def __call__(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The results of `function(*args)` on `world` ranks, by rank."""
+        self._grow(world)
+        with tempfile.TemporaryDirectory() as folder:
+            store = Path(folder) / "store"
+            pipes = [pipe for _, pipe in self._workers[:world]]
+            for rank, pipe in enumerate(pipes):
+                pipe.send((rank, world, str(store), function, args))
+            results: dict[int, Any] = {}
+            while len(results) < world:
+                ready = wait([pipes[r] for r in range(world) if r not in results], timeout=TIMEOUT_SECONDS)
+                if not ready:
+                    self.close()
+                    raise RankError(f"ranks {sorted(set(range(world)) - set(results))} hang in {function.__name__}")
+                for pipe in ready:
+                    rank = pipes.index(pipe)  # type: ignore[arg-type]
+                    try:
+                        fine, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        self.close()
+                        raise RankError(f"rank {rank} died in {function.__name__}") from None
+                    if not fine:
+                        # The others may wait for this rank for ever: end the pool, a new one starts with the next call.
+                        error = results[rank]
+                        self.close()
+                        raise RankError(f"rank {rank} of {world} in {function.__name__}:\n{error}")
+            return [results[rank] for rank in range(world)]
+
+    def close(self) -> None:
+        """End all workers; the next call starts new ones."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
