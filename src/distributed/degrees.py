@@ -1,0 +1,47 @@
+"""How many ranks along each axis, and how often they meet. Only arithmetic: no rank and no process group exists yet."""
+
+from math import prod
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from src.config.base import Config
+
+
+class Degrees(Config):
+    """The layout of a run. The world is the product of the degrees; nothing is inferred from the machine."""
+
+    replicate: PositiveInt  # copies of the whole sharded model
+    shard: PositiveInt  # FSDP: ranks over which parameters, gradients and optimizer state are cut
+    context: PositiveInt  # ranks over which one sequence is cut
+    tensor: PositiveInt  # ranks over which every matrix is cut
+    expert: PositiveInt  # ranks over which routed experts are spread; taken out of shard, context and tensor
+    pipeline: PositiveInt  # stages
+    reshard: Literal["default", "always", "never"]
+    sync_each_micro_batch: bool  # reduce gradients after each micro-batch: less memory, more communication
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Degrees from the outermost axis to the innermost, whose ranks are neighbours in the machine."""
+        return {
+            "pipeline": self.pipeline,
+            "replicate": self.replicate,
+            "shard": self.shard,
+            "context": self.context,
+            "tensor": self.tensor,
+        }
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run. Experts live on ranks that the other axes already count."""
+        return prod(self.axes.values())
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different samples."""
+        return self.replicate * self.shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which one parameter is cut: those of a cut sequence share the work too."""
+        return self.shard * self.context

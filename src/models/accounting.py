@@ -1,0 +1,77 @@
+"""Parameters, flops per token and bytes kept for the backward, from shapes alone.
+
+Nothing here imports torch: the 405B is counted in milliseconds, and a test compares each name and shape with the module
+that `build` makes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter. `unit` is the FSDP unit that owns it; `tensor_dim` the dimension that tensor parallelism cuts."""
+
+    name: str
+    shape: tuple[int, ...]
+    unit: str
+    tensor_dim: int | None = None  # None: whole on each tensor rank (norms)
+    embedding: bool = False  # looked up, not multiplied: no flops
+    multiplications: int = 1  # uses as a matrix in one forward; 0 for a lookup alone
+    active: float = 1.0  # share of it that one token meets (routed experts: k / n_experts)
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    def local_elements(self, tensor: int, fsdp: int) -> int:
+        """Elements on the fullest rank: tensor parallelism cuts first, FSDP then cuts dimension 0, rounding up."""
+        shape = list(self.shape)
+        if self.tensor_dim is not None:
+            shape[self.tensor_dim] = ceil(shape[self.tensor_dim] / tensor)
+        shape[0] = ceil(shape[0] / fsdp)
+        return prod(shape)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one rank computes at a time."""
+
+    tokens: int  # of one micro-batch, after the context cut
+    tensor: int  # degree of tensor parallelism, with sequence parallelism between the blocks
+    element_bytes: int  # of the compute dtype
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of one block on one rank: all that its backward needs, and the block's input alone (full recompute)."""
+
+    whole: int
+    input: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the whole model. Flops are those of training (forward + backward = 3 forwards), recompute not counted."""
+
+    parameters: int
+    active: int  # parameters that one token meets; equal to `parameters` in a dense model
+    embedding: int
+    flops_per_token: int  # full attention: 6 (N - N_embedding) + 6 S * sum of heads * (d_qk + d_v)
+    flops_per_token_causal: int  # the masked half of the attention is not counted
+
+
+def count(weights: Iterable[Weight], attention_width: int, seq_len: int) -> Counts:
+    """A shared matrix stands once in `weights`: counted once as a parameter, and as often as it multiplies in flops."""
+    weights = tuple(weights)
+    matmul = sum(round(weight.elements * weight.active) * weight.multiplications for weight in weights)
+    attention = 6 * seq_len * attention_width
+    return Counts(
+        parameters=sum(weight.elements for weight in weights),
+        active=sum(round(weight.elements * weight.active) for weight in weights),
+        embedding=sum(weight.elements for weight in weights if weight.embedding),
+        flops_per_token=6 * matmul + attention,
+        flops_per_token_causal=6 * matmul + attention // 2,
+    )

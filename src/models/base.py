@@ -1,0 +1,69 @@
+"""What every model family offers to the rooms above, before a single tensor exists."""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from pydantic import PositiveInt
+
+from src.config.base import Config
+from src.models.accounting import Counts, Saved, Slice, Weight, count
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Layout(Protocol):
+    """The degrees that cut a model itself; `src.distributed.degrees.Degrees` is one."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def expert(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
+
+
+class ModelConfig(Config):
+    """Shape of a network. Everything but `build` is arithmetic: no torch, no allocation, microseconds for any size."""
+
+    family: ClassVar[str]
+
+    dim: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    vocab_size: PositiveInt
+    max_seq_len: PositiveInt
+
+    @abstractmethod
+    def build(self) -> "nn.Module":
+        """The single-device module; call it under `torch.device("meta")` to allocate nothing."""
+
+    @abstractmethod
+    def weights(self) -> tuple[Weight, ...]:
+        """Every parameter of the built module, by its name there."""
+
+    @abstractmethod
+    def attention_width(self) -> int:
+        """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
+
+    @abstractmethod
+    def saved_by_block(self, cut: Slice) -> Saved:
+        """What one block keeps for its backward on one rank."""
+
+    @abstractmethod
+    def problems(self, layout: Layout) -> list[str]:
+        """Why this family cannot run in this layout: key, value, rule, nearest legal value."""
+
+    def counts(self, seq_len: int) -> Counts:
+        """Parameters and flops per token of the whole model, before any cut."""
+        return count(self.weights(), self.attention_width(), seq_len)
+
+
+def divisors(value: int, asked: int) -> str:
+    """In words, what divides `value`: all of them when they are few, the four nearest to `asked` otherwise."""
+    all_of_them = [candidate for candidate in range(1, value + 1) if value % candidate == 0]
+    nearest = all_of_them if len(all_of_them) <= 8 else sorted(all_of_them, key=lambda one: abs(one - asked))[:4]
+    words = [str(one) for one in sorted(nearest)]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + (" do" if len(words) > 1 else " does")

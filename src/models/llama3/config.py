@@ -1,0 +1,169 @@
+"""The shape of a Llama 3: conf/model/llama3_*.yaml hold the numbers."""
+
+from math import ceil
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+
+from src.config.base import Config
+from src.models.accounting import Saved, Slice, Weight
+from src.models.base import Layout, ModelConfig, divisors
+
+if TYPE_CHECKING:
+    from src.models.llama3.model import Llama3
+
+
+class RopeScaling(Config):
+    """Llama 3.1's stretch of slow rotary frequencies; wavelengths are compared with original/high and original/low."""
+
+    factor: float = Field(ge=1)
+    low: PositiveFloat
+    high: PositiveFloat
+    original: PositiveInt  # tokens: the length that the frequencies were made for
+
+    @field_validator("high")
+    @classmethod
+    def _above_low(cls, high: float, info: ValidationInfo) -> float:
+        low = info.data.get("low")
+        if low is not None and high <= low:
+            raise ValueError(f"{high} must be larger than low={low}")
+        return high
+
+
+class Llama3Config(ModelConfig):
+    """Every number of a Llama 3; `build` makes the module."""
+
+    family: ClassVar[str] = "llama3"
+
+    n_kv_heads: PositiveInt
+    head_dim: PositiveInt | None
+    ffn_dim_multiplier: PositiveFloat | None
+    multiple_of: PositiveInt
+    rope_theta: PositiveFloat
+    rope_scaling: RopeScaling | None
+    norm_eps: PositiveFloat
+    tied_embeddings: bool
+    depth_init: bool
+    attention: Literal["sdpa", "flex"]
+    mask: Literal["causal", "block_causal"]
+    fixed_block: PositiveInt | None
+
+    @field_validator("n_kv_heads")
+    @classmethod
+    def _heads_share(cls, n_kv_heads: int, info: ValidationInfo) -> int:
+        n_heads = info.data.get("n_heads")
+        if n_heads is not None and n_heads % n_kv_heads:
+            raise ValueError(f"{n_kv_heads} does not divide n_heads={n_heads} ({divisors(n_heads, n_kv_heads)})")
+        return n_kv_heads
+
+    @field_validator("head_dim")
+    @classmethod
+    def _even_head(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
+        dim, n_heads = info.data.get("dim"), info.data.get("n_heads")
+        if head_dim is not None:
+            if head_dim % 2:
+                raise ValueError(f"{head_dim} is odd; the rotary embedding turns pairs: {head_dim + 1} would do")
+        elif dim is not None and n_heads is not None and dim % (2 * n_heads):
+            raise ValueError(f"null means dim // n_heads, but dim={dim} is not an even multiple of n_heads={n_heads}")
+        return head_dim
+
+    @field_validator("mask")
+    @classmethod
+    def _mask_of_backend(cls, mask: str, info: ValidationInfo) -> str:
+        if info.data.get("attention") == "sdpa" and mask != "causal":
+            raise ValueError(f"{mask} is beyond attention=sdpa, which is causal only; attention=flex does it")
+        return mask
+
+    @field_validator("fixed_block")
+    @classmethod
+    def _block_of_backend(cls, fixed_block: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("attention") == "sdpa" and fixed_block is not None:
+            raise ValueError(f"{fixed_block} is beyond attention=sdpa, which has no blocks; attention=flex does it")
+        return fixed_block
+
+    @property
+    def head_width(self) -> int:
+        """Elements of one head."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_dim(self) -> int:
+        """Two thirds of 4 dim, times the multiplier, rounded up to `multiple_of`; doubles, each step truncated."""
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return self.multiple_of * ceil(width / self.multiple_of)
+
+    def build(self) -> "Llama3":
+        from src.models.llama3.model import Llama3
+
+        return Llama3(self)
+
+    def weights(self) -> tuple[Weight, ...]:
+        embedding = Weight(
+            "tok_embeddings.weight",
+            (self.vocab_size, self.dim),
+            unit="embedding",
+            tensor_dim=0,
+            embedding=True,
+            multiplications=1 if self.tied_embeddings else 0,  # tied: the same matrix is also the head
+        )
+        blocks = tuple(weight for layer in range(self.n_layers) for weight in self._block(layer))
+        last = "embedding" if self.tied_embeddings else "head"  # one unit owns a shared matrix and all that uses it
+        head = [Weight("norm.weight", (self.dim,), unit=last)]
+        if not self.tied_embeddings:
+            head.append(Weight("output.weight", (self.vocab_size, self.dim), unit=last, tensor_dim=0))
+        return (embedding, *blocks, *head)
+
+    def _block(self, layer: int) -> tuple[Weight, ...]:
+        unit = f"layers.{layer}"
+        queries, keys = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
+        columns = {
+            "attention.wq": (queries, self.dim),
+            "attention.wk": (keys, self.dim),
+            "attention.wv": (keys, self.dim),
+            "feed_forward.w1": (self.ffn_dim, self.dim),
+            "feed_forward.w3": (self.ffn_dim, self.dim),
+        }
+        rows = {"attention.wo": (self.dim, queries), "feed_forward.w2": (self.dim, self.ffn_dim)}
+        return (
+            *(Weight(f"{unit}.{name}.weight", shape, unit, tensor_dim=0) for name, shape in columns.items()),
+            *(Weight(f"{unit}.{name}.weight", shape, unit, tensor_dim=1) for name, shape in rows.items()),
+            *(Weight(f"{unit}.{name}.weight", (self.dim,), unit) for name in ("attention_norm", "ffn_norm")),
+        )
+
+    def attention_width(self) -> int:
+        return self.n_layers * self.n_heads * 2 * self.head_width
+
+    def saved_by_block(self, cut: Slice) -> Saved:
+        """Between blocks the sequence is cut by `tensor`; the inputs of column-wise linears are whole."""
+        queries, keys = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
+        streams = 2 * self.dim / cut.tensor  # inputs of the two norms
+        gathered = 2 * self.dim  # outputs of the two norms: inputs of wq wk wv and of w1 w3
+        attention = (2 * queries + 2 * keys) / cut.tensor  # rotated q and k, v, and the result, which is wo's input
+        # w1 x, w3 x and their product (w2's input); eager autograd also keeps silu(w1 x), which a compiler recomputes.
+        feed_forward = (3 if cut.compiled else 4) * self.ffn_dim / cut.tensor
+        logsumexp_bytes = 4 * self.n_heads / cut.tensor
+        elements = streams + gathered + attention + feed_forward
+        return Saved(
+            whole=int(cut.tokens * (elements * cut.element_bytes + logsumexp_bytes)),
+            input=int(cut.tokens * self.dim / cut.tensor * cut.element_bytes),
+        )
+
+    def problems(self, layout: Layout) -> list[str]:
+        found: list[str] = []
+        for key, value in {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "vocab_size": self.vocab_size,
+            "ffn_dim": self.ffn_dim,
+        }.items():
+            if value % layout.tensor:
+                legal = divisors(value, layout.tensor)
+                found.append(f"parallel.tensor={layout.tensor} does not divide model.{key}={value} ({legal})")
+        if self.tied_embeddings and layout.pipeline > 1:
+            found.append(
+                f"parallel.pipeline={layout.pipeline} would part model.tied_embeddings=true over two stages; "
+                "pass parallel.pipeline=1"
+            )
+        return found
