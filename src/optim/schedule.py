@@ -1,0 +1,63 @@
+"""The learning rate's factor at each step: linear warm-up, a stable stretch, a decay."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from src.config.base import Config
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Schedule(Config):
+    """Every familiar schedule is one of these: `decay_ratio` null is cosine or linear decay, 0 is constant."""
+
+    shape: Literal["linear", "sqrt", "cosine"]
+    warmup_steps: NonNegativeInt
+    decay_ratio: Fraction | None
+    min_factor: Fraction
+    total_steps: PositiveInt | None
+
+    def multiplier(self, step: int, steps: int) -> float:
+        """Factor on the peak learning rate of the step with this number, counted from 0, in a task of `steps` steps."""
+        warmup, decay, total = self._lengths(steps)
+        # One virtual step follows the last, so that the last real one is still above the minimum.
+        stable = total + 1 - warmup - decay
+        if step < warmup:
+            return (step + 1) / warmup
+        if step < warmup + stable or decay == 0:
+            return 1.0
+        progress = min((step + 1 - warmup - stable) / decay, 1.0)
+        return self.min_factor + (1.0 - self.min_factor) * self._fall(progress)
+
+    def warnings(self, steps: int) -> list[str]:
+        """What was cut to fit in the total, in the user's keys."""
+        total = self.total_steps or steps
+        warmup, decay, _ = self._lengths(steps)
+        found = []
+        if warmup < self.warmup_steps:
+            found.append(f"schedule.warmup_steps={self.warmup_steps} is cut to the {total} steps there are")
+        if self.decay_ratio is not None and decay < round(total * self.decay_ratio):
+            found.append(
+                f"schedule.decay_ratio={self.decay_ratio} asks for {round(total * self.decay_ratio)} of {total} steps; "
+                f"the warm-up of {warmup} leaves {decay}"
+            )
+        return found
+
+    def _lengths(self, steps: int) -> tuple[int, int, int]:
+        """Steps of warm-up, of decay, and in total."""
+        total = self.total_steps or steps
+        warmup = min(self.warmup_steps, total)
+        decay = total - warmup
+        if self.decay_ratio is not None:
+            decay = min(decay, round(total * self.decay_ratio))
+        return warmup, decay, total
+
+    def _fall(self, progress: float) -> float:
+        """From 1 to 0 as the decay goes from 0 to 1."""
+        if self.shape == "linear":
+            return 1.0 - progress
+        if self.shape == "sqrt":
+            return 1.0 - math.sqrt(progress)
+        return (1.0 + math.cos(math.pi * progress)) / 2.0

@@ -1,0 +1,222 @@
+"""AdamW against torch's own, its groups, its skipped steps and its state."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import nn
+
+from src.optim.adamw import AdamW
+from src.optim.schedule import Schedule
+from src.optim.state import optimizer_state, set_learning_rate
+from tests.ranks import Ranks
+
+CONF = Path(__file__).parents[2] / "conf"
+CPU = torch.device("cpu")
+
+
+def section(**changes: object) -> AdamW:
+    fields = yaml.safe_load((CONF / "optim" / "adamw.yaml").read_text())
+    del fields["_target_"]
+    return AdamW.model_validate(fields | changes)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("tok_embeddings", nn.Embedding(11, 8))
+    model.add_module("norm", nn.LayerNorm(8))
+    model.add_module("hidden", nn.Linear(8, 6, bias=False))
+    model.add_module("frozen", nn.Linear(2, 2).requires_grad_(False))
+    return model
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def trained(steps: int = 5, **changes: object) -> dict[str, torch.Tensor]:
+    model = network()
+    optimizer = section(**changes).build(model.named_parameters(), CPU)
+    for step in range(steps):
+        set_learning_rate(optimizer, 1e-2 / (step + 1))
+        gradients(model, step)
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def reference(steps: int = 5) -> dict[str, torch.Tensor]:
+    """torch's unfused loop over every trainable parameter."""
+    model = network()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        gradients(model, step)
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_equals_torch(fused: bool) -> None:
+    ours, theirs = trained(fused=fused), reference()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_bfloat16_moments_stay_near() -> None:
+    start, ours, theirs = trained(steps=0), trained(fused=False, moments="bfloat16"), reference()
+    for name in ("tok_embeddings.weight", "hidden.weight", "norm.weight"):
+        moved = (theirs[name] - start[name]).norm()
+        distance = (ours[name] - theirs[name]).norm()
+        assert 0 < distance < 0.01 * moved, name
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fused": True}, {"fused": False}, {"fused": False, "moments": "bfloat16"}], ids=str
+)
+def test_found_inf_leaves_everything(changes: dict[str, Any]) -> None:
+    model = network()
+    optimizer = section(**changes).build(model.named_parameters(), CPU)
+    gradients(model, 0)
+    optimizer.step()
+    state = optimizer_state(optimizer, model.named_parameters())
+    before = {name: [p.detach().clone(), *(t.clone() for t in state.get(name, {}).values())]
+              for name, p in model.named_parameters()}  # fmt: skip
+    gradients(model, 1)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad[..., 0] = float("nan")
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        after = [parameter.detach(), *state.get(name, {}).values()]
+        assert all(torch.equal(old, new) for old, new in zip(before[name], after, strict=True)), name
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    gradients(model, 1)
+    optimizer.step()
+    assert not torch.equal(before["hidden.weight"][0], model.get_parameter("hidden.weight"))
+    assert {float(one["step"]) for one in state.values()} == {2.0}
+
+
+def test_groups_without_decay() -> None:
+    model = network()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = section(decay_norms_and_embeddings=False).build(model.named_parameters(), CPU)
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert groups == {0.1: {"hidden.weight"}, 0.0: {"tok_embeddings.weight", "norm.weight", "norm.bias"}}
+    everything = section().build(model.named_parameters(), CPU)
+    assert [(group["weight_decay"], len(group["params"])) for group in everything.param_groups] == [(0.1, 4)]
+
+
+@pytest.mark.parametrize("changes", [{"fused": True}, {"fused": False, "moments": "bfloat16"}], ids=str)
+def test_state_loads_in_place_before_the_first_step(changes: dict[str, Any]) -> None:
+    """3 + 2 steps through exported state equal 5, bitwise."""
+    first = network()
+    optimizer = section(**changes).build(first.named_parameters(), CPU)
+    for step in range(3):
+        gradients(first, step)
+        optimizer.step()
+    second = network()
+    second.load_state_dict(first.state_dict())
+    resumed = section(**changes).build(second.named_parameters(), CPU)
+    saved = optimizer_state(optimizer, first.named_parameters())
+    fresh = optimizer_state(resumed, second.named_parameters())
+    assert saved.keys() == fresh.keys() == {"tok_embeddings.weight", "hidden.weight", "norm.weight", "norm.bias"}
+    assert all(not tensor.any() for one in fresh.values() for tensor in one.values())
+    for name, one in fresh.items():
+        for key, tensor in one.items():
+            tensor.copy_(saved[name][key])
+    for model, each in ((first, optimizer), (second, resumed)):
+        for step in range(3, 5):
+            gradients(model, step)
+            each.step()
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_moments_are_as_wide_as_asked() -> None:
+    model = network()
+    optimizer = section(fused=False, moments="bfloat16").build(model.named_parameters(), CPU)
+    state = optimizer_state(optimizer, model.named_parameters())
+    assert {t.dtype for one in state.values() for key, t in one.items() if key != "step"} == {torch.bfloat16}
+    assert {one["step"].dtype for one in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"moments": "bfloat16"}, "set fused=false"),
+        ({"moments": "bfloat16", "fused": False, "beta2": 0.999}, "beta2=0.999 never decays"),
+        ({"beta2": 1.0}, "less than 1"),
+        ({"max_norm": 0.0}, "greater than 0"),
+        ({"lr": "fast"}, "valid number"),
+        ({"momentum": 0.9}, "Extra inputs"),
+    ],
+    ids=str,
+)
+def test_refuses(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        section(**changes)
+
+
+def _sharded(changes: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, bool]:
+    """Three steps of a network that FSDP2 shards unevenly, one of them skipped; full weights and first moments."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    optimizer = section(**changes).build(model.named_parameters(), CPU)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                whole = torch.randn(parameter.shape, generator=generator)
+                whole[0] = float("nan") if step == 1 else whole[0]
+                parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        optimizer.found_inf = torch.tensor(float(step == 1))  # type: ignore[attr-defined]
+        optimizer.step()
+    state = optimizer_state(optimizer, model.named_parameters())
+    sharded = all(isinstance(one[key], DTensor) for one in state.values() for key in ("exp_avg", "exp_avg_sq"))
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters() if name in state}  # type: ignore[attr-defined]
+    moments = {name: one["exp_avg"].full_tensor() for name, one in state.items()}  # type: ignore[attr-defined]
+    return weights, moments, int(state["hidden.weight"]["step"]), sharded
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"fused": True}, {"fused": False, "moments": "bfloat16", "decay_norms_and_embeddings": False}],
+    ids=str,
+)
+def test_shards_equal_the_whole(ranks: Ranks, changes: dict[str, Any]) -> None:
+    model = network()
+    optimizer = section(**changes).build(model.named_parameters(), CPU)
+    for step in (0, 2):
+        gradients(model, step)
+        optimizer.step()
+    state = optimizer_state(optimizer, model.named_parameters())
+    for weights, moments, steps, sharded in ranks(4, _sharded, changes):
+        assert sharded and steps == 2
+        for name in state:
+            torch.testing.assert_close(weights[name], dict(model.named_parameters())[name].detach(), msg=name)
+            torch.testing.assert_close(moments[name], state[name]["exp_avg"], msg=name)
+
+
+@pytest.mark.parametrize("group", ["optim", "schedule"])
+def test_every_file_of_the_group_builds(group: str) -> None:
+    kind = {"optim": AdamW, "schedule": Schedule}[group]
+    files = {file.stem: yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml")}
+    assert len(files) == {"optim": 2, "schedule": 4}[group]
+    for fields in files.values():
+        parents = [name for name in fields.pop("defaults", []) if name != "_self_"]
+        whole = {key: value for name in parents for key, value in files[name].items()} | fields
+        del whole["_target_"]
+        kind.model_validate(whole)
