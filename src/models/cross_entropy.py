@@ -1,0 +1,102 @@
+"""The last projection and its cross entropy, a chunk of rows at a time: whole logits never exist.
+
+Logits of 8192 tokens over 128256 words are 2 GiB in bf16 and 4 GiB in fp32, several times over with their gradient. Here
+each chunk's logits become loss and gradient at once in the forward pass, so nothing is kept and nothing computed twice.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # the label of a position that does not count
+CHUNK_ROWS = 4096  # 1 GiB of bf16 logits at a vocabulary of 128256
+
+
+class Vocabulary(Protocol):
+    """How a row of logits is spread: `offset` is the first word held here; the others complete a partial row."""
+
+    offset: int
+
+    def logsumexp(self, x: Tensor) -> Tensor: ...
+    def sum(self, x: Tensor) -> Tensor: ...
+
+
+class WholeVocabulary:
+    """Every word is here."""
+
+    offset = 0
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+
+def statistics(logits: Tensor, labels: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Of each row (rows, words): log sum exp of the words held here, and the label's logit or 0 if held elsewhere; fp32."""
+    word = labels - offset
+    held = (word >= 0) & (word < logits.shape[-1])
+    target = logits.gather(-1, (word * held).unsqueeze(-1)).squeeze(-1).float()
+    return torch.logsumexp(logits.float(), dim=-1), target * held
+
+
+def gradient(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) -> Tensor:
+    """d(summed cross entropy) / d(logits): softmax minus one-hot, 0 in ignored rows; (rows, words) in the logits' dtype."""
+    words = torch.arange(logits.shape[-1], device=logits.device)
+    hit = words == (labels - offset).unsqueeze(-1)
+    probability = (logits.float() - normalizer.unsqueeze(-1)).exp()
+    return ((probability - hit.float()) * (labels != IGNORED).unsqueeze(-1)).to(logits.dtype)
+
+
+class Output(nn.Linear):
+    """(batch, length, dim) -> logits (batch, length, vocabulary); with labels, the summed cross entropy, fp32 scalar."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size, bias=False)
+        self.vocabulary: Vocabulary = WholeVocabulary()
+        self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
+        self.gradient: Callable[..., Tensor] = gradient
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(hidden)
+        return self.cross_entropy(hidden, self.weight, labels)
+
+    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """The sum over all rows whose label is not -100; `weight` holds the words from `vocabulary.offset` on."""
+        loss = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), self)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """hidden (rows, dim), weight (words, dim), labels (rows) -> scalar; both gradients are ready after the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, output: Output) -> Tensor:
+        vocabulary, needs_grad = output.vocabulary, any(ctx.needs_input_grad)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logits = F.linear(hidden[rows], weight)
+            normalizer, target = output.statistics(logits, labels[rows], vocabulary.offset)
+            normalizer, target = vocabulary.logsumexp(normalizer), vocabulary.sum(target)
+            loss += ((normalizer - target) * (labels[rows] != IGNORED)).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                grad_logits = output.gradient(logits, labels[rows], normalizer, vocabulary.offset)
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                grad_weight.addmm_(grad_logits.T, hidden[rows])
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None

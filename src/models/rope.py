@@ -1,0 +1,41 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), interleaved convention, tables in fp32."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(width: int, theta: float) -> Tensor:
+    """theta^(-2i/width) for i in [0, width/2), fp32: radians per token of each rotated pair."""
+    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+
+def scale_llama3(frequencies: Tensor, *, factor: float, low: float, high: float, original: int) -> Tensor:
+    """Llama 3.1's stretch of the context: long wavelengths are slowed by `factor`, short ones kept, the rest blended.
+
+    A wavelength is short below original/high tokens and long above original/low (Llama 3 report, section 3.4.2).
+    """
+    wavelength = 2 * math.pi / frequencies
+    blend = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / factor + blend * frequencies
+
+
+def rotary_table(frequencies: Tensor, length: int) -> Tensor:
+    """(length, width/2, 2) fp32: cosine and sine of position * frequency."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=frequencies.device), frequencies)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair (x[2i], x[2i+1]) by its angle.
+
+    x: (batch, length, heads, width); table: (>= length, width/2, 2), or (batch, length, width/2, 2) when rows were
+    gathered by position. Computed in fp32 and cast back, under torch.compile too: bf16 angles lose whole tokens of
+    position beyond 256.
+    """
+    table = table[: x.shape[1]].unsqueeze(0) if table.dim() == 3 else table
+    cosine, sine = table.unsqueeze(2).unbind(-1)  # (1 or batch, length, 1, width/2)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
