@@ -1,0 +1,18 @@
+"""Small sums over the world that every rank takes part in."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Collective: true everywhere when `flag` is true anywhere. Waits for the device."""
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def world_sum(values: Tensor) -> Tensor:
+    """Collective: the element-wise sum over all ranks, in place, without waiting for the device."""
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values

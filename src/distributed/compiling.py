@@ -1,0 +1,28 @@
+"""torch.compile, one block at a time: all blocks share one graph, so warm-up does not grow with depth."""
+
+from typing import Literal
+
+from torch import nn
+
+from src.config.base import Config
+
+
+class Compile(Config):
+    """`blocks`: each transformer block as one graph. `loss`: the two kernels of the chunked cross entropy."""
+
+    blocks: bool
+    loss: bool
+    mode: Literal["default", "max-autotune-no-cudagraphs"]
+
+    def apply(self, model: nn.Module) -> None:
+        """Before FSDP, whose hooks stay outside the graphs; names of parameters do not change."""
+        import torch
+
+        if self.blocks:
+            assert isinstance(model.layers, nn.ModuleDict)
+            for block in model.layers.values():
+                # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.
+                block.forward = torch.compile(block.forward, mode=self.mode, fullgraph=True)
+        if self.loss and (output := getattr(model, "output", None)) is not None:
+            output.statistics = torch.compile(output.statistics, fullgraph=True)
+            output.gradient = torch.compile(output.gradient, fullgraph=True)

@@ -1,0 +1,119 @@
+"""Tensor parallelism with sequence parallelism (arXiv 1909.08053, 2205.05198): a model's roles become parallel styles.
+
+Between blocks the sequence is cut; inside attention and feed forward the features are. A model only says which word fits
+which module, and the words mean:
+
+    embedding    rows of the table (words) are cut; the result leaves cut by sequence
+    sequence     a norm: weight on every rank, activations cut by sequence
+    gather       before it the sequence is put together, for all column-wise modules inside at once
+    columns      output features are cut; the result stays on this rank
+    rows         input features are cut; partial results are summed and scattered by sequence
+    vocabulary   the head: words are cut, and so is the cross entropy; logits never meet on one rank
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+
+class _Gather(ParallelStyle):
+    """Put the sequence of the first argument together; its gradient is scattered again, summed once for all users."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(partial(self._gather, device_mesh))
+        return module
+
+    @staticmethod
+    def _gather(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]  # a DTensor after a norm with the role `sequence`
+        x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+        return x.redistribute(placements=[Replicate()]), *inputs[1:]
+
+
+class _ShardedVocabulary:
+    """Words [offset, offset + held) are here, the others on the other ranks of `mesh`."""
+
+    def __init__(self, mesh: DeviceMesh, held: int) -> None:
+        self.mesh = mesh
+        self.offset = mesh.get_local_rank() * held
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        peak = all_reduce(x, "max", self.mesh)
+        return peak + self.sum((x - peak).exp()).log()
+
+    def sum(self, x: Tensor) -> Tensor:
+        return all_reduce(x, "sum", self.mesh)
+
+
+class _Vocabulary(ParallelStyle):
+    """Cut the head's words. With labels each rank computes its part of every row; without, logits come out whole."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.weight.detach(), device_mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(weight))
+        module.vocabulary = _ShardedVocabulary(device_mesh, weight.to_local().shape[0])
+        whole = type(module).cross_entropy
+        module.cross_entropy = partial(self._cross_entropy, partial(whole, module))
+        module.register_forward_pre_hook(partial(_Gather._gather, device_mesh))
+        module.register_forward_hook(self._whole_logits)
+        return module
+
+    @staticmethod
+    def _cross_entropy(whole: Any, hidden: DTensor, weight: DTensor, labels: Tensor) -> Tensor:
+        # Each rank's part of the words gives a part of the hidden gradient: a sum over ranks, scattered by the hook above.
+        loss = whole(hidden.to_local(grad_placements=[Partial()]), weight.to_local(), labels)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    @staticmethod
+    def _whole_logits(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
+        return result.full_tensor() if isinstance(result, DTensor) else result
+
+
+def _style(role: str) -> ParallelStyle:
+    match role:
+        case "embedding":
+            return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+        case "sequence":
+            return SequenceParallel()
+        case "gather":
+            return _Gather()
+        case "columns":
+            return ColwiseParallel()
+        case "rows":
+            return RowwiseParallel(output_layouts=Shard(1))
+        case "vocabulary":
+            return _Vocabulary()
+    raise AssertionError(f"no such role: {role}")
+
+
+def _modules(model: nn.Module, pattern: str) -> Iterator[str]:
+    """Names that match, where * stands for one layer number."""
+    depth = pattern.count(".")
+    return (name for name, _ in model.named_modules() if name.count(".") == depth and fnmatchcase(name, pattern))
+
+
+def split_tensor(model: nn.Module, roles: dict[str, str], mesh: DeviceMesh | None) -> None:
+    """Cut every module that has a role over `mesh`; every parameter becomes a DTensor there."""
+    if mesh is None:
+        return
+    plan = {name: _style(role) for pattern, role in roles.items() for name in _modules(model, pattern)}
+    parallelize_module(model, mesh, plan)
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not whole, f"no role cuts {whole}"
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+

@@ -1,0 +1,40 @@
+"""From the meta device to numbers: the same numbers on every mesh, without communication.
+
+Each parameter is drawn whole from a generator seeded by (seed, name) and cut locally, so a run starts from the same weights
+on one rank or a thousand. A seed checkpoint is not needed.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from src.models.init import Initializer
+
+
+def seed_of(seed: int, name: str) -> int:
+    """63 bits that depend on both; stable over processes and versions."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, initializers: "dict[str, Initializer]", seed: int) -> None:
+    """Fill every parameter of a model that is on its device already. The largest whole parameter exists for a moment."""
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        generator = torch.Generator(parameter.device).manual_seed(seed_of(seed, name))
+        initializers[name].fill(whole, generator)
+        if isinstance(parameter, DTensor):
+            mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(mine.to_local())
+        else:
+            parameter.copy_(whole)
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device real, unfilled storage, and its buffers their values."""
+    model.to_empty(device=device)
+    model.reset_buffers()

@@ -1,0 +1,51 @@
+"""Everything that a run must remember, free of meshes: another layout can go on from it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from src.optim.state import optimizer_state
+
+
+@dataclass
+class TrainState:
+    """`step` optimizer steps are done, over `tokens` valid labels, and samples [0, `position`) are used up."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    seed: int
+    step: int = 0
+    tokens: int = 0
+    position: int = 0
+    digest: str = field(default="")  # of the ids of samples [0, position)
+
+    def tree(self, learning_rate: float) -> dict[str, Any]:
+        """What a checkpoint holds; the tensors are the live ones."""
+        return {
+            "model": _parameters_and_buffers(self.model),
+            "optimizer": optimizer_state(self.optimizer, self.model.named_parameters()),
+            "step": self.step,
+            "tokens": self.tokens,
+            "position": self.position,
+            "digest": self.digest,
+            # Weights and sample order are functions of the seed; nothing else in a run is random, but torch's own
+            # generator is kept for whoever adds dropout.
+            "rng": {"seed": self.seed, "torch": torch.get_rng_state()},
+            "schedule": {"step": self.step, "learning_rate": learning_rate},
+        }
+
+    def adopt(self, tree: dict[str, Any]) -> None:
+        """Take over the small values of a loaded tree; its tensors were filled in place."""
+        self.step, self.tokens, self.position = tree["step"], tree["tokens"], tree["position"]
+        self.digest = tree["digest"]
+        torch.set_rng_state(tree["rng"]["torch"])
+
+
+def _parameters_and_buffers(model: nn.Module) -> dict[str, Any]:
+    """Tied weights once, by their first name."""
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}

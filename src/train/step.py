@@ -1,0 +1,131 @@
+"""One optimizer step, from micro-batches to updated weights, without a wait for the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from src.data.batches import Batch
+from src.distributed.collectives import world_sum
+from src.distributed.gradients import Gradients
+from src.distributed.mesh import Mesh
+from src.distributed.shard import synchronise_gradients
+from src.models.cross_entropy import IGNORED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did, once the host knows."""
+
+    step: int
+    loss: float  # nats per valid token of the whole step
+    grad_norm: float  # before clipping
+    tokens: int  # valid labels of the step
+    skipped: bool  # loss or norm not finite: nothing was updated
+    dead: bool  # too many skipped in a row: nothing will be updated any more
+    stop: bool  # some rank saw a signal
+
+
+class Stepper:
+    """Computes steps and decides on the device whether each may update.
+
+    A non-finite loss or norm anywhere leaves weights and moments untouched everywhere: the sum over the world that makes
+    the norm carries it to every rank. After more than `skips` such steps in a row no later step updates either, so the
+    host may learn of it a step late and nothing is lost.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, mesh: Mesh, device: torch.device, max_norm: float | None, skips: int
+    ) -> None:
+        self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
+        self.max_norm, self.skips = max_norm, skips
+        self.gradients = Gradients([p for p in model.parameters() if p.requires_grad], mesh.world)
+        self.in_a_row = torch.zeros((), device=device)
+        self.dead = torch.zeros((), device=device)
+
+    def __call__(self, batches: Sequence[Batch], stop: bool) -> Tensor:
+        """Collective. [loss, norm, tokens, skipped, dead, stop] on the device: see `Outcome`."""
+        tokens = self._valid_tokens(batches)
+        loss = self._accumulate(batches, 1.0 / tokens.clamp(min=1))
+        facts = torch.stack((self.gradients.squares(), loss / self.mesh.loss_copies, loss.new_tensor(float(stop))))
+        squares, loss, votes = world_sum(facts).unbind()
+        norm = squares.sqrt()
+        skipped = self._decide(torch.isfinite(loss) & torch.isfinite(norm))
+        if self.max_norm is not None:
+            self.gradients.clip(norm, self.max_norm)
+        self.optimizer.found_inf = torch.maximum(skipped, self.dead)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack((loss, norm, tokens.float(), skipped, self.dead, votes)).double()
+
+    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
+        """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""
+        mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        count = torch.tensor(float(mine), dtype=torch.float64).to(self.device, non_blocking=True)
+        return world_sum(count) / self.mesh.loss_copies
+
+    def _accumulate(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
+        """Gradients of this rank's summed cross entropy times `scale`; returns that loss."""
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            synchronise_gradients(self.model, last or self.mesh.degrees.sync_each_micro_batch, last=last)
+            loss = forward_loss(self.model, batch, self.device) * scale.float()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _decide(self, finite: Tensor) -> Tensor:
+        """1.0 when this step must not update; also remembers how many such steps came in a row."""
+        skipped = (~finite).float()
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        self.dead = torch.maximum(self.dead, (self.in_a_row > self.skips).float())
+        return skipped
+
+
+def forward_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The summed cross entropy of one micro-batch; training and validation both come this way."""
+    tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
+    positions, documents = (
+        None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.documents)
+    )
+    mask = model.attention_mask(documents, *tokens.shape)
+    loss = model(tokens, labels=labels, positions=positions, mask=mask)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class Readback:
+    """Outcomes one step late: the copy of step n is read while step n + 1 runs, so the device never waits for the host."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+
+    def push(self, step: int, outcome: Tensor) -> list[Outcome]:
+        """Hand in a step's outcome; get those that can be read without a bubble (on the CPU: this one)."""
+        if not outcome.is_cuda:
+            return [_read(step, outcome)]
+        copy = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+        copy.copy_(outcome, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        ready, self._waiting = self._waiting, [(step, copy, event)]
+        return [self._wait(*entry) for entry in ready]
+
+    def flush(self) -> list[Outcome]:
+        """All outstanding outcomes; waits for the device."""
+        ready, self._waiting = self._waiting, []
+        return [self._wait(*entry) for entry in ready]
+
+    @staticmethod
+    def _wait(step: int, outcome: Tensor, event: "torch.cuda.Event | None") -> Outcome:
+        if event is not None:
+            event.synchronize()
+        return _read(step, outcome)
+
+
+def _read(step: int, outcome: Tensor) -> Outcome:
+    loss, norm, tokens, skipped, dead, votes = outcome.tolist()
+    return Outcome(step, loss, norm, int(tokens), skipped > 0, dead > 0, votes > 0)

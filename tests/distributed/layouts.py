@@ -1,0 +1,78 @@
+"""Layouts by their preset's name, and small models under them; runs on the gloo workers."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.distributed.compiling import Compile
+from src.distributed.degrees import Degrees
+from src.distributed.mesh import Mesh
+from src.distributed.parallelize import parallelize
+from src.distributed.precision import Precision
+from src.distributed.recompute import Recompute
+from src.distributed.weights import initialise, materialise
+from src.models.llama3.config import Llama3Config
+
+FP32 = Precision(storage="float32", compute="float32", reduce="float32")
+PLAIN = Compile(blocks=False, loss=False, mode="default")
+
+
+def degrees(name: str, **changes: Any) -> Degrees:
+    """`tp2_fsdp2`, `hsdp2x2`, ... as its file in conf/parallel says."""
+    values: dict[str, Any] = dict.fromkeys(("replicate", "shard", "context", "tensor", "expert", "pipeline"), 1)
+    axis = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline"}
+    for part in [] if name == "single" else name.split("_"):
+        if match := re.fullmatch(r"hsdp(\d)x(\d)", part):
+            values |= {"replicate": int(match[1]), "shard": int(match[2])}
+        elif match := re.fullmatch(r"([a-z]+)(\d+)", part):
+            values[axis[match[1]]] = int(match[2])
+    return Degrees(**values | {"reshard": "default", "sync_each_micro_batch": False} | changes)
+
+
+def parallel_model(
+    config: Llama3Config,
+    layout: Degrees,
+    precision: Precision = FP32,
+    recompute: str = "none",
+    compile: Compile = PLAIN,
+    seed: int = 0,
+) -> tuple[nn.Module, Mesh]:
+    """The model with its name-seeded weights on this rank."""
+    mesh = Mesh(layout, "cpu")
+    with torch.device("meta"):
+        model = config.build()
+    model.to(getattr(torch, precision.storage))
+    parallelize(model, mesh, precision, Recompute(mode=recompute), compile)
+    materialise(model, torch.device("cpu"))
+    initialise(model, model.initializers(), seed)
+    return model, mesh
+
+
+@dataclass
+class Rows:
+    """A batch made by a test; stands for src.data.batches.Batch."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+
+
+def rows(count: int, length: int, words: int, seed: int = 0) -> Rows:
+    """Random tokens; each row ignores another number of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(words, (count, length), generator=generator)
+    labels = torch.randint(words, (count, length), generator=generator)
+    for row in range(count):
+        labels[row, : 3 * row] = -100
+    return Rows(tokens, labels)
+
+
+def share(batch: Rows, mesh: Mesh, micro_batches: int) -> list[Rows]:
+    """This data rank's micro-batches of a global batch, in the order of the contract."""
+    size = len(batch.tokens) // (mesh.data_ranks * micro_batches)
+    starts = [(index * mesh.data_ranks + mesh.data_rank) * size for index in range(micro_batches)]
+    return [Rows(batch.tokens[start : start + size], batch.labels[start : start + size]) for start in starts]

@@ -1,0 +1,106 @@
+"""Every layout computes what one device computes: weights, loss, gradients, updates."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from src.train.step import Stepper
+from tests.distributed.layouts import degrees, parallel_model, rows, share
+from tests.models.shapes import tiny_llama
+from tests.ranks import Ranks
+
+LAYOUTS = ["ddp2", "fsdp2", "tp2", "hsdp2x2", "tp2_fsdp2", "ddp4", "fsdp4", "tp4"]
+STEPS = 3
+
+
+def trained(layout: str, options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses, norms, first gradients and last weights of a few steps."""
+    torch.manual_seed(0)
+    config = tiny_llama(**changes)
+    model, mesh = parallel_model(config, degrees(layout, **options.get("degrees", {})), recompute=options.get("recompute", "none"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    stepper = Stepper(model, optimizer, mesh, torch.device("cpu"), max_norm=options.get("max_norm", 1.0), skips=0)
+    start = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    losses, norms = [], []
+    for step in range(STEPS):
+        batch = rows(8, 16, config.vocab_size, seed=step)
+        outcome = stepper(share(batch, mesh, micro_batches=options.get("micro_batches", 2)), stop=False)
+        losses.append(outcome[0].item())
+        norms.append(outcome[1].item())
+    end = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "start": start, "end": end, "names": set(model.state_dict())}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@pytest.fixture(scope="module")
+def single(ranks: Ranks) -> dict[str, Any]:
+    return ranks(1, trained, "single", {}, {})[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_trains_like_one_device(ranks: Ranks, single: dict[str, Any], layout: str) -> None:
+    world = degrees(layout).world
+    for result in ranks(world, trained, layout, {"micro_batches": 1 if world == 4 else 2}, {}):
+        assert result["names"] == single["names"]
+        for name, weight in single["start"].items():
+            assert torch.equal(result["start"][name], weight), name
+        assert result["losses"][0] == pytest.approx(single["losses"][0], rel=1e-6)
+        # fp32 sums in another order; AdamW divides by the root of a moment, which magnifies what is near zero.
+        assert result["losses"] == pytest.approx(single["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
+        for name, weight in single["end"].items():
+            torch.testing.assert_close(result["end"][name], weight, rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "changes"),
+    [
+        pytest.param("fsdp2", {"recompute": "full"}, {}, id="recompute"),
+        pytest.param("tp2", {"recompute": "full"}, {}, id="recompute-tp"),
+        pytest.param("fsdp2", {"degrees": {"reshard": "always", "sync_each_micro_batch": True}}, {}, id="reshard-always"),
+        pytest.param("hsdp2x2", {"degrees": {"reshard": "never"}}, {}, id="reshard-never"),
+        pytest.param("tp2_fsdp2", {}, {"tied_embeddings": True}, id="tied"),
+        pytest.param("fsdp2", {"max_norm": None}, {}, id="no-clipping"),
+    ],
+)
+def test_options_change_no_number(ranks: Ranks, layout: str, options: dict[str, Any], changes: dict[str, Any]) -> None:
+    expected = ranks(1, trained, "single", {"max_norm": options.get("max_norm", 1.0)}, changes)[0]
+    result = ranks(degrees(layout).world, trained, layout, options, changes)[0]
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
+    """Four steps; rank 0's second and third have an infinite gradient. Outcomes, and whether weights kept still then."""
+    config = tiny_llama()
+    model, mesh = parallel_model(config, degrees(layout))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    stepper = Stepper(model, optimizer, mesh, torch.device("cpu"), max_norm=1.0, skips=skips)
+    outcomes, kept = [], True
+    for step in range(4):
+        before = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        gradients = stepper.gradients.squares
+
+        def squares(bad: bool = step in (1, 2) and torch.distributed.get_rank() == 0) -> torch.Tensor:
+            return gradients() * (float("inf") if bad else 1.0)
+
+        stepper.gradients.squares = squares  # type: ignore[method-assign]
+        outcomes.append(stepper(share(rows(4, 16, config.vocab_size), mesh, 1), stop=step == 3).tolist())
+        stepper.gradients.squares = gradients  # type: ignore[method-assign]
+        same = all(torch.equal(before[name], whole(parameter)) for name, parameter in model.named_parameters())
+        kept = kept and same == (outcomes[-1][3] + outcomes[-1][4] > 0)
+    return outcomes, kept
+
+
+@pytest.mark.parametrize("skips", [0, 2])
+def test_non_finite_step_updates_nothing_anywhere(ranks: Ranks, skips: int) -> None:
+    for outcomes, kept in ranks(4, poisoned, "tp2_fsdp2", skips):
+        assert kept
+        assert [outcome[3] for outcome in outcomes] == [0, 1, 1, 0]
+        assert [outcome[4] for outcome in outcomes] == ([0, 1, 1, 1] if skips == 0 else [0, 0, 0, 0])
+        assert [outcome[5] > 0 for outcome in outcomes] == [False, False, False, True]
