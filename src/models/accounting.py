@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
+# Rows of logits that exist at a time: src/models/cross_entropy.py works through the head in such chunks.
+HEAD_CHUNK_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -46,10 +49,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes of one block on one rank: all that its backward needs, and the block's input alone (full recompute)."""
+    """Bytes of one block on one rank."""
 
-    whole: int
-    input: int
+    whole: int  # all that its backward needs
+    input: int  # its input alone: what full recompute keeps
+    working: int  # made by its backward while that runs
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,11 @@ class ModelConfig(Config):
     def attention_width(self) -> int:
         """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
 
+    @property
+    @abstractmethod
+    def within_documents(self) -> bool:
+        """Whether attention stops at the borders of documents."""
+
     @abstractmethod
     def saved_by_block(self, cut: Slice) -> Saved:
         """What one block keeps for its backward on one rank."""

@@ -135,6 +135,10 @@ class Llama3Config(ModelConfig):
     def attention_width(self) -> int:
         return self.n_layers * self.n_heads * 2 * self.head_width
 
+    @property
+    def within_documents(self) -> bool:
+        return self.mask == "block_causal"
+
     def saved_by_block(self, cut: Slice) -> Saved:
         """Between blocks the sequence is cut by `tensor`; the inputs of column-wise linears are whole."""
         queries, keys = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
@@ -145,9 +149,12 @@ class Llama3Config(ModelConfig):
         feed_forward = (3 if cut.compiled else 4) * self.ffn_dim / cut.tensor
         logsumexp_bytes = 4 * self.n_heads / cut.tensor
         elements = streams + gathered + attention + feed_forward
+        # At its widest: gradients of w1 x, w3 x and their product, of the stream, and of the gathered norm output.
+        working = 3 * self.ffn_dim / cut.tensor + self.dim / cut.tensor + self.dim
         return Saved(
             whole=int(cut.tokens * (elements * cut.element_bytes + logsumexp_bytes)),
             input=int(cut.tokens * self.dim / cut.tensor * cut.element_bytes),
+            working=int(cut.tokens * working * cut.element_bytes),
         )
 
     def problems(self, layout: Layout) -> list[str]:

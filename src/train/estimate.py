@@ -1,0 +1,167 @@
+"""Bytes on the fullest GPU, from shapes: what a run needs before anybody queues for it.
+
+Every coefficient that is a judgement and not arithmetic is a named constant here or a commented term of a model's
+`saved_by_block`. benchmarks/ holds measured peaks to compare with.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from src.distributed.degrees import Degrees
+from src.distributed.precision import BYTES, Precision
+from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
+from src.models.base import ModelConfig
+
+GIB = 2**30
+
+# The block at work and the one that FSDP fetches ahead.
+BLOCKS_GATHERED = 2
+# First and second moment.
+MOMENTS = 2
+# CUDA context 0.5 GiB, NCCL buffers, cuBLAS and cuDNN workspaces: taken from the GPU, outside of torch's allocator.
+RUNTIME_BYTES = int(1.5 * GIB)
+# Of torch's allocator: freed pieces that fit no later request.
+FRAGMENTATION = 0.02
+
+
+@dataclass(frozen=True)
+class Load:
+    """All that memory depends on."""
+
+    model: ModelConfig
+    degrees: Degrees
+    precision: Precision
+    moments: Literal["float32", "bfloat16"]
+    recompute: Literal["none", "full"]
+    compiled_blocks: bool
+    compiled_loss: bool
+    seq_len: int
+    micro_batch: int
+    micro_batches: int
+
+    def changed(self, **changes: object) -> "Load":
+        return replace(self, **changes)  # type: ignore[arg-type]  # names and types are those of the fields above
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. The parts are not all there at once: `peak` is the largest of three moments of a step."""
+
+    parameters: int  # this rank's share, in the storage dtype
+    gradients: int  # this rank's share, or the whole accumulated gradient between synchronisations
+    optimizer: int
+    gathered: int  # weights gathered for use, in the compute dtype
+    reducing: int  # the gradient of the largest unit while ranks add it up
+    activations: int  # kept for the backward, all blocks
+    working: int  # of one block's backward, beyond what was kept; with full recompute also what it runs again
+    loss: int  # a chunk of logits, its gradient, and both gradients of the head
+    at_loss: int
+    at_backward: int
+    at_update: int
+    runtime: int
+    fragmentation: int
+
+    @property
+    def peak(self) -> int:
+        """What a GPU must have."""
+        return self.allocated + self.fragmentation + self.runtime
+
+    @property
+    def allocated(self) -> int:
+        """Live tensors at the worst moment: compare with torch.cuda.max_memory_allocated."""
+        return max(self.at_loss, self.at_backward, self.at_update)
+
+
+def estimate(load: Load) -> Memory:
+    """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
+    weights = _Weights(load)
+    parameters = weights.local * BYTES[load.precision.storage]
+    optimizer = weights.local * MOMENTS * BYTES[load.moments]
+    gradients, accumulated = _gradients(load, weights)
+    gathered, reducing = _traffic(load, weights)
+    activations, working = _activations(load)
+    loss = _loss(load, weights)
+    resident = parameters + optimizer
+    at_loss = resident + accumulated + gathered + activations + loss
+    at_backward = resident + accumulated + gathered + reducing + activations + working
+    at_update = resident + gradients
+    return Memory(
+        parameters=parameters,
+        gradients=max(gradients, accumulated),
+        optimizer=optimizer,
+        gathered=gathered,
+        reducing=reducing,
+        activations=activations,
+        working=working,
+        loss=loss,
+        at_loss=at_loss,
+        at_backward=at_backward,
+        at_update=at_update,
+        runtime=RUNTIME_BYTES,
+        fragmentation=int(FRAGMENTATION * max(at_loss, at_backward, at_update)),
+    )
+
+
+class _Weights:
+    """Elements on one rank: its share, and each FSDP unit when gathered."""
+
+    def __init__(self, load: Load) -> None:
+        degrees = load.degrees
+        self.local = 0
+        self.units: dict[str, int] = {}
+        for weight in load.model.weights():
+            self.local += weight.local_elements(degrees.tensor, degrees.fsdp)
+            whole = weight.local_elements(degrees.tensor, 1)
+            self.units[weight.unit] = self.units.get(weight.unit, 0) + whole
+        blocks = [elements for unit, elements in self.units.items() if unit.startswith("layers.")]
+        self.largest_block = max(blocks)
+        self.whole = sum(self.units.values())
+        self.head = self.units.get("head", self.units["embedding"])  # tied: the embedding's unit
+
+
+def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:
+    """Bytes at the update, and bytes already there when the last micro-batch runs."""
+    at_update = weights.local * BYTES[load.precision.storage]  # FSDP hands them over in the parameters' dtype
+    if load.micro_batches == 1:
+        return at_update, 0
+    if load.degrees.sync_each_micro_batch:
+        return at_update, at_update
+    # Not reduced in between: each rank adds up the gradient of all that its tensor rank owns, in the reduce dtype.
+    return at_update, weights.whole * BYTES[load.precision.reduce]
+
+
+def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
+    """Bytes of gathered weights, and of the gradients under way; FSDP over one rank still makes these copies."""
+    compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
+    # The head is not resharded before its backward: it is needed again at once.
+    held = weights.head + BLOCKS_GATHERED * weights.largest_block
+    gathered = weights.whole if load.degrees.reshard == "never" else min(weights.whole, held)
+    largest = max(weights.head, weights.largest_block)
+    return gathered * compute, largest * (compute + reduce)  # as autograd made it, and the copy that is sent
+
+
+def _slice(load: Load) -> Slice:
+    return Slice(
+        tokens=load.micro_batch * load.seq_len // load.degrees.context,
+        tensor=load.degrees.tensor,
+        element_bytes=BYTES[load.precision.compute],
+        compiled=load.compiled_blocks,
+    )
+
+
+def _activations(load: Load) -> tuple[int, int]:
+    saved: Saved = load.model.saved_by_block(_slice(load))
+    if load.recompute == "full":
+        return load.model.n_layers * saved.input, saved.whole + saved.working
+    return load.model.n_layers * saved.whole, saved.working
+
+
+def _loss(load: Load, weights: _Weights) -> int:
+    cut = _slice(load)
+    words = load.model.vocab_size / cut.tensor
+    # Logits and their gradient, both in the compute dtype; eager arithmetic makes an fp32 copy of each on its way.
+    logit_bytes = 2 * cut.element_bytes + (0 if load.compiled_loss else 8)
+    chunk = min(cut.tokens, HEAD_CHUNK_ROWS) * words * logit_bytes
+    # The final norm's input, its output, and the gradient of that; the head's own gradient is made in the forward.
+    hidden = cut.tokens * load.model.dim * (2 + 1 / cut.tensor) * cut.element_bytes
+    return int(chunk + hidden + weights.head * cut.element_bytes)

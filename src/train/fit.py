@@ -1,0 +1,72 @@
+"""Does it fit, and if not, which knob frees how much: each answer is the estimate of a changed load."""
+
+from collections.abc import Iterator
+
+from src.train.estimate import GIB, Load, Memory, estimate
+
+PARTS = {
+    "activations": "activations",
+    "optimizer": "optimizer state",
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "gathered": "gathered weights",
+    "loss": "loss",
+    "working": "one block's backward",
+    "reducing": "gradients under way",
+}
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def problem(load: Load, limit_bytes: int) -> str | None:
+    """One line when `load` needs more than `limit_bytes` on a GPU: the largest parts and what would free memory."""
+    memory = estimate(load)
+    if memory.peak <= limit_bytes:
+        return None
+    sizes = sorted(((getattr(memory, part), words) for part, words in PARTS.items()), reverse=True)
+    largest = ", ".join(f"{words} {gib(size)}" for size, words in sizes[:3])
+    return f"does not fit: {gib(memory.peak)} a GPU, there are {gib(limit_bytes)}. Largest: {largest}. " + _advice(
+        load, memory, limit_bytes
+    )
+
+
+def _advice(load: Load, memory: Memory, limit_bytes: int) -> str:
+    """The most freeing knobs first."""
+    freed = [(memory.peak - estimate(other).peak, words) for words, other in knobs(load)]
+    worthwhile = sorted((pair for pair in freed if pair[0] > 0.01 * memory.peak), reverse=True)
+    if not worthwhile:
+        return "No single knob frees 1 %; take a larger layout"
+    needed = memory.peak - limit_bytes
+    told = (f"{words} frees {gib(size)}" + (" and fits" if size >= needed else "") for size, words in worthwhile)
+    return "; ".join(told)
+
+
+def knobs(load: Load) -> Iterator[tuple[str, Load]]:
+    """Single changes that can free memory, in the words of the command line."""
+    degrees = load.degrees
+    if load.recompute == "none":
+        yield "recompute=full", load.changed(recompute="full")
+    if not load.compiled_blocks:
+        yield "compile=blocks", load.changed(compiled_blocks=True, compiled_loss=True)
+    if load.micro_batch % 2 == 0:
+        halved = load.changed(micro_batch=load.micro_batch // 2, micro_batches=2 * load.micro_batches)
+        yield f"task.micro_batch={load.micro_batch // 2}", halved
+    shard = 2 * degrees.shard
+    wider = degrees.model_copy(update={"shard": shard})
+    yield f"parallel.shard={shard}", load.changed(degrees=wider, micro_batches=max(1, load.micro_batches // 2))
+    tensor = degrees.model_copy(update={"tensor": 2 * degrees.tensor})
+    if not load.model.problems(tensor):
+        yield f"parallel.tensor={2 * degrees.tensor}", load.changed(degrees=tensor)
+    if degrees.reshard == "never":
+        again = degrees.model_copy(update={"reshard": "default"})
+        yield "parallel.reshard=default", load.changed(degrees=again)
+    if load.micro_batches > 1 and not degrees.sync_each_micro_batch:
+        synchronised = degrees.model_copy(update={"sync_each_micro_batch": True})
+        yield "parallel.sync_each_micro_batch=true", load.changed(degrees=synchronised)
+    if load.moments == "float32":
+        yield "optim=adamw_bf16", load.changed(moments="bfloat16")
+    if load.precision.compute == "float32":
+        half = load.precision.model_copy(update={"compute": "bfloat16"})
+        yield "precision=bf16", load.changed(precision=half)

@@ -1,0 +1,283 @@
+"""Every derived number of a run, and every reason why it cannot work, before anything starts.
+
+Pure arithmetic on frozen objects: no process group, no model, no GPU, no clock. What this machine has comes in as an
+argument.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, Protocol
+
+from src.distributed.degrees import Degrees
+from src.errors import PlanError
+from src.models.base import divisors
+from src.train.devices import Devices
+from src.train.estimate import GIB, Load, Memory, estimate
+from src.train.fit import problem as fit_problem
+from src.train.run import Nodes, Run, Validates
+
+
+class Corpus(Protocol):
+    """What the plan asks of prepared data."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int | None: ...
+
+    def windows(self, split: str, seq_len: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Answers; config.yaml keeps the question."""
+
+    world: int
+    nodes: int
+    ranks_per_node: int
+    axes: dict[str, int]  # degrees above 1, outermost first
+    data_ranks: int
+    micro_batch: int  # sequences
+    micro_batches: int  # forwards of one rank per optimizer step
+    sequences_per_step: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    epochs: float | None  # of the training split; None before the data are prepared
+    parameters: int
+    active_parameters: int
+    parameters_per_gpu: int
+    flops_per_token: int  # attention counted in full
+    flops_per_token_causal: int
+    schedule_end: int  # the step at which the decay ends
+    last_lr: float  # of the last step
+    memory: Memory  # bytes on the fullest GPU, estimated
+    memory_limit: int | None  # bytes
+    fits: bool | None  # None: no limit is known
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `memory` with its sums."""
+        memory = asdict(self.memory) | {"allocated": self.memory.allocated, "peak": self.memory.peak}
+        return asdict(self) | {"memory": memory, "warnings": list(self.warnings)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None, problems: Iterable[str] = ()) -> Plan:
+    """Raises PlanError with every problem at once, those of other rooms (`problems`) first.
+
+    `devices`: `Devices.here()` when the ranks are to run on this machine; None on CPU, and for a cluster elsewhere.
+    """
+    load = load_of(run)
+    limit = _memory_limit(run, devices)
+    found = [
+        *problems,
+        *_layout_problems(run, devices),
+        *_length_problems(run),
+        *_batch_problems(run),
+        *_section_problems(run),
+        *(_corpus_problems(run, corpus) if corpus is not None else ()),
+    ]
+    if limit is not None and (unfit := fit_problem(load, limit)) is not None:
+        found.append(unfit)
+    if found:
+        raise PlanError(found)
+    return _answers(run, load, limit, corpus)
+
+
+def load_of(run: Run) -> Load:
+    """What the memory estimate depends on; legal or not."""
+    sequences_per_pass = run.task.micro_batch * run.parallel.data_ranks
+    return Load(
+        model=run.model,
+        degrees=run.parallel,
+        precision=run.precision,
+        moments=run.optim.moments,
+        recompute=run.recompute.mode,
+        compiled_blocks=run.compile.blocks,
+        compiled_loss=run.compile.loss,
+        seq_len=run.task.seq_len,
+        micro_batch=run.task.micro_batch,
+        micro_batches=max(1, ceil(run.task.global_batch / sequences_per_pass)),
+    )
+
+
+def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> Plan:
+    task, degrees = run.task, run.parallel
+    counts = run.model.counts(task.seq_len)
+    memory = estimate(load)
+    tokens_per_step = task.global_batch * task.seq_len
+    per_node = _ranks_per_node(run)
+    local = sum(weight.local_elements(degrees.tensor, degrees.fsdp) for weight in run.model.weights())
+    epochs = None if corpus is None else _epochs(run, corpus)
+    return Plan(
+        world=degrees.world,
+        nodes=degrees.world // per_node,
+        ranks_per_node=per_node,
+        axes={axis: degree for axis, degree in degrees.axes.items() if degree > 1},
+        data_ranks=degrees.data_ranks,
+        micro_batch=task.micro_batch,
+        micro_batches=load.micro_batches,
+        sequences_per_step=task.global_batch,
+        tokens_per_step=tokens_per_step,
+        steps=task.steps,
+        tokens=task.steps * tokens_per_step,
+        epochs=epochs,
+        parameters=counts.parameters,
+        active_parameters=counts.active,
+        parameters_per_gpu=local,
+        flops_per_token=counts.flops_per_token,
+        flops_per_token_causal=counts.flops_per_token_causal,
+        schedule_end=run.schedule.total_steps or task.steps,
+        last_lr=run.optim.lr * run.schedule.multiplier(task.steps - 1, task.steps),
+        memory=memory,
+        memory_limit=limit,
+        fits=None if limit is None else True,
+        warnings=tuple(_warnings(run, epochs)),
+    )
+
+
+def _ranks_per_node(run: Run) -> int:
+    """All of them on one machine, unless the cluster has several."""
+    world = run.parallel.world
+    return min(world, run.cluster.gpus_per_node) if isinstance(run.cluster, Nodes) else world
+
+
+def _memory_limit(run: Run, devices: Devices | None) -> int | None:
+    if run.cluster.gpu_memory_gib is not None:
+        return int(run.cluster.gpu_memory_gib * GIB)
+    return None if devices is None else devices.memory_bytes
+
+
+# Rooms that are not built yet refuse by name; the commit that builds one deletes its line.
+UNBUILT = ("context", "expert", "pipeline")
+
+
+def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
+    degrees: Degrees = run.parallel
+    found = [
+        f"parallel.{axis}={getattr(degrees, axis)} is not built yet; pass parallel.{axis}=1"
+        for axis in UNBUILT
+        if getattr(degrees, axis) > 1
+    ]
+    found += run.model.problems(degrees)
+    rows, name = min((weight.shape[0], weight.name) for weight in run.model.weights())
+    if degrees.fsdp > rows:
+        found.append(
+            f"parallel.shard={degrees.shard} leaves ranks without a row of {name}, which has {rows}; "
+            f"at most {rows // degrees.context} shards, more ranks as parallel.replicate"
+        )
+    shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)
+    if devices is not None and degrees.world > devices.count:
+        found.append(
+            f"parallel asks for {degrees.world} ranks ({shape}) and this machine has {devices.count} GPUs; "
+            f"choose a layout of at most {devices.count}"
+        )
+    if isinstance(run.cluster, Nodes) and degrees.world > (size := run.cluster.gpus_per_node) and degrees.world % size:
+        lower = degrees.world // size * size
+        found.append(
+            f"parallel asks for {degrees.world} ranks ({shape}), which do not fill nodes of "
+            f"cluster.gpus_per_node={size} ({lower} or {lower + size} do)"
+        )
+    return found
+
+
+def _length_problems(run: Run) -> list[str]:
+    seq_len, degrees, found = run.task.seq_len, run.parallel, []
+    if seq_len > run.model.max_seq_len:
+        found.append(
+            f"task.seq_len={seq_len} is beyond model.max_seq_len={run.model.max_seq_len}; "
+            f"at most {run.model.max_seq_len} tokens"
+        )
+    # Sequence parallelism cuts a sequence into equal parts; a balanced context cut takes two pieces per rank.
+    parts = degrees.tensor * (2 * degrees.context if degrees.context > 1 else 1)
+    if seq_len % parts:
+        keys = f"parallel.tensor={degrees.tensor}"
+        if degrees.context > 1:
+            keys += f" * 2 * parallel.context={degrees.context}"
+        found.append(f"task.seq_len={seq_len} is no multiple of {keys} ({_multiples(seq_len, parts)})")
+    return found
+
+
+def _batch_problems(run: Run) -> list[str]:
+    """global_batch = micro_batch * data ranks * micro-batches."""
+    task, data_ranks = run.task, run.parallel.data_ranks
+    sequences_per_pass = task.micro_batch * data_ranks
+    if task.global_batch % sequences_per_pass == 0:
+        return []
+    line = (
+        f"task.global_batch={task.global_batch} is no multiple of task.micro_batch={task.micro_batch} * {data_ranks} "
+        f"data ranks ({_multiples(task.global_batch, sequences_per_pass)}"
+    )
+    if task.global_batch % data_ranks == 0:
+        each = task.global_batch // data_ranks
+        line += f"; or task.micro_batch: {divisors(each, task.micro_batch)}"
+    return [line + ")"]
+
+
+def _multiples(value: int, of: int) -> str:
+    lower = value // of * of
+    return f"{lower} or {lower + of} would do" if lower else f"{of} would do"
+
+
+def _section_problems(run: Run) -> list[str]:
+    """Options that contradict each other over the border of two sections."""
+    found = []
+    storage = run.precision.storage
+    if run.optim.fused and run.optim.moments != storage:
+        found.append(
+            f"optim.fused=true keeps moments in precision.storage={storage}, not in optim.moments={run.optim.moments}; "
+            "pass optim.fused=false"
+        )
+    if run.model.within_documents and not run.data.document_masks:
+        found.append("model.mask=block_causal needs to know the documents; pass data.document_masks=true")
+    if run.data.document_masks and not run.model.within_documents:
+        found.append(
+            "data.document_masks=true does nothing to this model's attention; pass model.attention=flex "
+            "model.mask=block_causal, or data.document_masks=false"
+        )
+    if isinstance(run.task, Validates) and run.task.validate_every > 0 and run.data.validation_fraction == 0:
+        found.append(
+            f"task.validate_every={run.task.validate_every} has nothing to read: data.validation_fraction=0; "
+            "pass task.validate_every=0 or a fraction such as 0.01"
+        )
+    return found
+
+
+def _epochs(run: Run, corpus: Corpus) -> float:
+    return run.task.steps * run.task.global_batch / corpus.windows("train", run.task.seq_len)
+
+
+def _corpus_problems(run: Run, corpus: Corpus) -> list[str]:
+    found = []
+    task = run.task
+    if corpus.vocab_size > run.model.vocab_size:
+        found.append(
+            f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {corpus.vocab_size}; "
+            f"at least {corpus.vocab_size}"
+        )
+    if corpus.eos_id is None and run.data.document_masks:
+        found.append("data.document_masks=true needs a tokenizer that marks the end of a document; this one has no eos")
+    if (windows := corpus.windows("train", task.seq_len)) == 0:
+        return [*found, f"task.seq_len={task.seq_len} is longer than all training data; take a shorter one"]
+    most = run.data.max_epochs
+    if most is not None and (epochs := _epochs(run, corpus)) > most:
+        steps = int(most * windows / task.global_batch)
+        found.append(
+            f"task.steps={task.steps} reads the training data {epochs:.2f} times, data.max_epochs={most:g}; "
+            f"at most {steps} steps"
+        )
+    return found
+
+
+def _warnings(run: Run, epochs: float | None) -> list[str]:
+    found = list(run.schedule.warnings(run.task.steps))
+    if epochs is not None and epochs > 1:
+        found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")
+    if run.parallel.tensor > _ranks_per_node(run):
+        found.append(f"parallel.tensor={run.parallel.tensor} crosses nodes of {_ranks_per_node(run)} GPUs: slow")
+    return found

@@ -1,0 +1,99 @@
+"""One run's frozen sections, with their types: what every room above the config receives instead of a dict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
+
+from src.checkpoint.config import Checkpoint
+from src.config.base import Config
+from src.data.config import Data
+from src.distributed.compiling import Compile
+from src.distributed.degrees import Degrees
+from src.distributed.precision import Precision
+from src.distributed.recompute import Recompute
+from src.errors import ConfigError
+from src.models.base import ModelConfig
+from src.optim.adamw import AdamW
+from src.optim.schedule import Schedule
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the ranks do; the classes live in src/tasks."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+
+    def run(self, run: "Run", folder: Path) -> None:
+        """A rank's whole life; returns when done or stopped, raises when the run failed."""
+
+
+@runtime_checkable
+class Validates(Protocol):
+    """A task that looks at held-out data."""
+
+    @property
+    def validate_every(self) -> int: ...
+
+
+@runtime_checkable
+class Cluster(Protocol):
+    """Where the ranks live; the classes live in src/cluster."""
+
+    @property
+    def gpu_memory_gib(self) -> float | None: ...
+
+
+@runtime_checkable
+class Nodes(Protocol):
+    """A cluster of several machines says how large one is."""
+
+    @property
+    def gpus_per_node(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The whole question that a command line asks; nothing below launch.py sees more of it."""
+
+    task: Task
+    model: ModelConfig
+    parallel: Degrees
+    precision: Precision
+    recompute: Recompute
+    compile: Compile
+    data: Data
+    tokenizer: Config
+    optim: AdamW
+    schedule: Schedule
+    checkpoint: Checkpoint
+    tracker: Config
+    cluster: Cluster
+    name: str
+    seed: int
+    root: Path
+    folder: Path | None
+    dry_run: bool
+
+    @classmethod
+    def from_sections(cls, sections: Mapping[str, Any]) -> Self:
+        """From what `src.config.build.build` returns; a `_target_` of another group's kind is told by its section."""
+        kinds = get_type_hints(cls)
+        problems = [
+            f"{name}: _target_ is a {type(sections[name]).__name__}, which is no {kinds[name].__name__}"
+            for name in kinds
+            if name not in TOP and not isinstance(sections[name], kinds[name])
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return cls(**{field.name: sections[field.name] for field in fields(cls)})
+
+
+TOP = ("name", "seed", "root", "folder", "dry_run")  # plain values, checked where they are read

@@ -1,0 +1,63 @@
+"""A plan for the eyes."""
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from src.train.fit import PARTS, gib
+from src.train.plan import Plan
+
+
+def render(plan: Plan) -> Group:
+    """Two tables and the warnings; print it with a rich console, or `plan.to_json()` for machines."""
+    warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
+    return Group(_table("plan", _facts(plan)), _table("memory of the fullest GPU, estimated", _memory(plan)), *warnings)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    mesh = " x ".join(f"{axis} {degree}" for axis, degree in plan.axes.items()) or "one rank"
+    batch = f"{plan.micro_batches} x {plan.micro_batch} x {plan.data_ranks}"
+    rows = [
+        ("ranks", f"{plan.world} on {plan.nodes} node{'s' if plan.nodes > 1 else ''}"),
+        ("mesh", mesh),
+        ("sequences per step", f"{plan.sequences_per_step:,}"),
+        ("  = micro-batches x micro-batch x data ranks", batch),
+        ("tokens per step", f"{plan.tokens_per_step:,}"),
+        ("steps", f"{plan.steps:,}"),
+        ("tokens in total", f"{plan.tokens:,}"),
+        ("parameters", f"{plan.parameters:,}"),
+        ("parameters per GPU", f"{plan.parameters_per_gpu:,}"),
+        ("flops per token, full attention", f"{plan.flops_per_token:,}"),
+        ("flops per token, causal attention", f"{plan.flops_per_token_causal:,}"),
+        ("learning rate decays until step", f"{plan.schedule_end:,}"),
+        ("last learning rate", f"{plan.last_lr:.3g}"),
+    ]
+    if plan.active_parameters != plan.parameters:
+        rows.append(("active parameters", f"{plan.active_parameters:,}"))
+    if plan.epochs is not None:
+        rows.append(("epochs", f"{plan.epochs:.2f}"))
+    return rows
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    memory = plan.memory
+    rows = [(words, gib(getattr(memory, part))) for part, words in PARTS.items()]
+    rows += [
+        ("live at the loss", gib(memory.at_loss)),
+        ("live in the backward", gib(memory.at_backward)),
+        ("live at the update", gib(memory.at_update)),
+        ("fragmentation", gib(memory.fragmentation)),
+        ("CUDA context, NCCL and workspaces", gib(memory.runtime)),
+        ("peak", gib(memory.peak)),
+    ]
+    limit = "unknown" if plan.memory_limit is None else gib(plan.memory_limit)
+    return [*rows, ("memory of a GPU", limit)]
