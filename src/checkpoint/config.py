@@ -1,0 +1,57 @@
+"""The config section `checkpoint`: when to save, what to keep, what to start from."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from src.checkpoint.folder import complete, read_initial
+from src.config.base import Config, PathField
+from src.errors import CheckpointError
+
+
+class Checkpoint(Config):
+    every: PositiveInt | None
+    keep: Annotated[int, Field(ge=2)] | None
+    keep_every: PositiveInt | None
+    asynchronous: bool
+    verify: Literal["full", "size"]
+    initial: PathField | None
+    trusted: bool
+
+    @model_validator(mode="after")
+    def _kept_steps_are_saved_steps(self) -> "Checkpoint":
+        if self.keep_every is None:
+            return self
+        if self.every is None:
+            raise ValueError(f"keep_every={self.keep_every} keeps nothing while every=null; set both to null")
+        if self.keep_every % self.every:
+            nearest = max(1, round(self.keep_every / self.every)) * self.every
+            raise ValueError(f"keep_every={self.keep_every} is not a multiple of every={self.every} ({nearest} is)")
+        return self
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether to save after `step`; `last` means that nothing follows: the end of the run or a stop."""
+        return self.every is not None and (last or step % self.every == 0)
+
+    def origin(self, checkpoints: Path) -> Path | None:
+        """What a run with this folder of checkpoints starts from: its own newest, else `initial`, else None.
+
+        Raises CheckpointError when `initial` is needed but is not there, or lies outside the run without `trusted`.
+        """
+        own = complete(checkpoints)
+        if own:
+            return own[-1]
+        if self.initial is None:
+            return None
+        found = read_initial(self.initial)
+        self.check_trust(found, checkpoints)
+        return found
+
+    def check_trust(self, path: Path, checkpoints: Path) -> None:
+        """Raises CheckpointError for a checkpoint that is not of the run that owns `checkpoints`, unless trusted."""
+        if not self.trusted and not path.resolve().is_relative_to(checkpoints.parent.resolve()):
+            raise CheckpointError(
+                f"checkpoint.initial={path}: outside this run's folder {checkpoints.parent}. A checkpoint's "
+                "metadata is pickle, which can run any code: if you know who wrote it, set checkpoint.trusted=true"
+            )

@@ -1,0 +1,172 @@
+"""Checkpoints as files: names, the marker that makes a folder count, and what may be removed. No torch here.
+
+A run's checkpoints lie in `<run>/checkpoints/step_00000010/`. Such a folder counts once COMPLETE.json is in it.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from src.errors import CheckpointError
+
+MARKER = "COMPLETE.json"
+ASIDE = ".replaced"  # an older complete checkpoint of the same step, kept until the new one is complete
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class File:
+    bytes: int
+    crc32: str  # 8 hex digits
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The content of COMPLETE.json."""
+
+    step: int
+    torch: str  # version that wrote it
+    facts: dict[str, Any]
+    files: dict[str, File]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files.values())
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    match = STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def is_complete(path: Path) -> bool:
+    return (path / MARKER).is_file()
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints in `checkpoints`, oldest first; empty when there is no such folder."""
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.iterdir() if step_of(path) is not None and is_complete(path)]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def read_initial(path: Path) -> Path:
+    """A step folder as it is, or the newest complete one of a run folder or of its folder of checkpoints."""
+    if step_of(path) is not None and is_complete(path):
+        return path
+    found = complete(path / "checkpoints") or complete(path)
+    if found:
+        return found[-1]
+    if not path.exists():
+        raise CheckpointError(f"checkpoint.initial={path}: does not exist")
+    if step_of(path) is not None:
+        others = complete(path.parent)
+        way_out = f"the newest complete one beside it is {others[-1]}" if others else "no complete one lies beside it"
+        raise CheckpointError(f"checkpoint.initial={path}: has no {MARKER}, its save did not finish; {way_out}")
+    raise CheckpointError(
+        f"checkpoint.initial={path}: neither a folder step_XXXXXXXX nor a run folder with a complete checkpoint"
+    )
+
+
+def clean(checkpoints: Path) -> None:
+    """Make the folder, take back what a broken replacement set aside, remove half-written checkpoints."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for aside in checkpoints.glob(f"step_*{ASIDE}"):
+        path = aside.with_suffix("")
+        if is_complete(path) or not is_complete(aside):
+            shutil.rmtree(aside)
+            continue
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+    for path in checkpoints.iterdir():
+        if step_of(path) is not None and path.is_dir() and not is_complete(path):
+            shutil.rmtree(path)
+
+
+def expendable(
+    found: list[Path], keep: int | None, keep_every: int | None, *, protected: Iterable[Path] = ()
+) -> list[Path]:
+    """Those of the complete checkpoints `found` (oldest first) that no rule keeps."""
+    if keep is None:
+        return []
+    for_ever = set(protected)
+    for_ever.update(path for path in found if keep_every is not None and (step_of(path) or 0) % keep_every == 0)
+    return [path for path in found[:-keep] if path not in for_ever]
+
+
+def remove(path: Path) -> None:
+    """Remove a complete checkpoint; the marker goes first, so that a half-removed one does not count.
+
+    What a network file system holds back for a while (.nfs files) goes with the next `clean`.
+    """
+    (path / MARKER).unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def measure(path: Path) -> File:
+    """Size and checksum of a file as it can be read back now."""
+    size, checksum = 0, 0
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            size += count
+            checksum = zlib.crc32(block[:count], checksum)
+    return File(bytes=size, crc32=f"{checksum:08x}")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """The file has all of `text`, on the disk, or it is not there."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    for folder in (path.parent, path.parent.parent):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_marker(path: Path, marker: Marker) -> None:
+    """From here on the checkpoint in the folder `path` counts."""
+    write_durably(path / MARKER, json.dumps(asdict(marker), indent=1) + "\n")
+
+
+def read_marker(path: Path) -> Marker:
+    """Raises CheckpointError when the folder `path` is no complete checkpoint."""
+    if not is_complete(path):
+        raise CheckpointError(f"{path}: no complete checkpoint ({MARKER} is missing)")
+    try:
+        content = json.loads((path / MARKER).read_text())
+        files = {name: File(**file) for name, file in content.pop("files").items()}
+        return Marker(files=files, **content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MARKER}: corrupted ({error})") from error
+
+
+def fault(path: Path, expected: File, verify: str) -> str | None:
+    """What is wrong with a file of a checkpoint; `verify` is "size" or "full"."""
+    if not path.is_file():
+        return f"{path}: missing"
+    size = path.stat().st_size
+    if size != expected.bytes:
+        return f"{path}: truncated or overwritten, {size:,} bytes where {expected.bytes:,} were written"
+    if verify == "full" and (found := measure(path).crc32) != expected.crc32:
+        return f"{path}: corrupted, crc32 {found} where {expected.crc32} was written"
+    return None

@@ -1,0 +1,148 @@
+"""A nested state as two flat maps: tensors, which DCP writes, and small values, which are kept as JSON.
+
+Names join the keys of all levels by dots: {"model": {"norm.weight": t}} has "model.norm.weight". The keys of a dict
+belong to the structure; everything that is neither dict nor tensor is a value.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Flat:
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def flatten(state: dict[str, Any]) -> Flat:
+    flat = Flat({}, {})
+    _visit(state, "", flat)
+    return flat
+
+
+def _visit(node: Any, name: str, flat: Flat) -> None:
+    if isinstance(node, dict):
+        for key, child in node.items():
+            assert isinstance(key, str), f"{name}: the key {key!r} is not a string"
+            _visit(child, f"{name}.{key}" if name else key, flat)
+        return
+    assert name not in flat.tensors, f"{name}: two entries have this name"
+    assert name not in flat.values, f"{name}: two entries have this name"
+    if isinstance(node, Tensor):
+        flat.tensors[name] = node.detach()
+    else:
+        flat.values[name] = node
+
+
+def fill(state: dict[str, Any], values: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """The same tree with the same tensors, and `values` in the place of its values."""
+    tree: dict[str, Any] = {}
+    for key, child in state.items():
+        path = f"{name}.{key}" if name else key
+        if isinstance(child, dict):
+            tree[key] = fill(child, values, path)
+        else:
+            tree[key] = child if isinstance(child, Tensor) else values[path]
+    return tree
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Exact for None, bool, int, str, finite and non-finite float, and lists of them; a tuple comes back as a list."""
+    return json.dumps(values, indent=1, sort_keys=True)
+
+
+def merge(texts: list[str]) -> str:
+    """The union of the ranks' values; a value that differs between ranks would not survive another layout."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    merged: dict[str, Any] = {}
+    for text in texts:
+        for name, value in json.loads(text).items():
+            known = merged.setdefault(name, value)
+            same = to_json({name: known}) == to_json({name: value})  # text, for which nan equals nan
+            assert same, f"{name}: {known!r} on one rank, {value!r} on another"
+    return to_json(merged)
+
+
+class Snapshot(DefaultSavePlanner):
+    """The tensors of this rank as they are now, for DCP to write later.
+
+    The plan is made from the live tensors; only their local shards are copied, so that no DTensor ever has to claim to
+    live on a device that is not its mesh's.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], *, coordinator: bool, copy: bool) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._local_plan = create_default_local_save_plan(tensors, coordinator)
+        shards = {name: _local(tensor) for name, tensor in tensors.items()}
+        self._shards = _copy_to_host(shards) if copy else shards
+        self.copied = copy
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        del state_dict, storage_meta  # the tensors and the plan are there already
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = self._local_plan
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._shards[index.fqn]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copy_to_host(shards: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that later updates in place cannot reach; pinned, for the full speed of a GPU's bus."""
+    copies: dict[str, Tensor] = {}
+    devices: set[torch.device] = set()
+    for name, shard in shards.items():
+        copies[name] = torch.empty(shard.shape, dtype=shard.dtype, device="cpu", pin_memory=shard.is_cuda)
+        copies[name].copy_(shard, non_blocking=shard.is_cuda)
+        if shard.is_cuda:
+            devices.add(shard.device)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def difference(flat: Flat, saved: Metadata, values: dict[str, Any]) -> tuple[set[str], set[str], list[str]]:
+    """(missing in the checkpoint, unexpected in it, tensors of another shape or dtype) for what this rank has.
+
+    Sections (first words of names) that `flat` does not have at all were not asked for.
+    """
+    entries = {n: e for n, e in saved.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+    there = {**dict.fromkeys(entries, "tensor"), **dict.fromkeys(values, "value")}
+    here = {**dict.fromkeys(flat.tensors, "tensor"), **dict.fromkeys(flat.values, "value")}
+    sections = {_section(name) for name in here}
+    missing = {name for name, kind in here.items() if there.get(name) != kind}
+    unexpected = {name for name, kind in there.items() if here.get(name) != kind and _section(name) in sections}
+    misfits = []
+    for name, tensor in flat.tensors.items():
+        if name in missing:
+            continue
+        expected = _describe(tensor.shape, tensor.dtype)
+        found = _describe(entries[name].size, entries[name].properties.dtype)
+        if expected != found:
+            misfits.append(f"{name}: expected {expected}, found {found}")
+    return missing, unexpected, misfits
+
+
+def _section(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _describe(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

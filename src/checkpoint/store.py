@@ -1,0 +1,254 @@
+"""Saves and loads of one run: all ranks write their shards, rank 0 declares the folder complete."""
+
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from src.checkpoint import folder as files
+from src.checkpoint.config import Checkpoint
+from src.checkpoint.folder import File, Marker
+from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
+from src.checkpoint.team import Team
+from src.errors import CheckpointError
+
+VALUES = "values.json"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one finished save cost."""
+
+    step: int
+    path: Path
+    stall_seconds: float  # training waited in save(): for the save before, and for the copy to the host
+    write_seconds: float  # until COMPLETE.json was in place
+    bytes: int  # of all ranks
+
+
+@dataclass
+class _Job:
+    """A save on its way to the disk."""
+
+    step: int
+    snapshot: Snapshot
+    values: str
+    facts: dict[str, Any]
+    began: float  # time.perf_counter() at the call of save()
+    stall_seconds: float | None = None  # None: training waits until the end
+
+
+class Store:
+    """The checkpoints of one run. Every method is collective: all ranks call it or none does.
+
+    Failures of a save in the background are raised by the next call; the checkpoints before it stay as they are.
+    """
+
+    def __init__(self, folder: Path, options: Checkpoint) -> None:
+        self.folder = folder
+        self.options = options
+        self.last: Saved | None = None  # the last save that was finished
+        self._team = Team()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._loaded: Path | None = None
+        self._sound: set[Path] = set()  # written or wholly verified by this process
+        self._team.first(lambda: files.clean(folder))
+
+    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any], *, wait: bool = False) -> None:
+        """Write `state` as the checkpoint of `step`; when it returns, the state may change.
+
+        Plain tensors and values must be equal on all ranks that have them. With `wait`, or without
+        `checkpoint.asynchronous`, the checkpoint is complete on return. `facts` go into COMPLETE.json.
+        """
+        began = time.perf_counter()
+        self.finish()
+        background = self.options.asynchronous and not wait
+        flat = flatten(state)
+        snapshot = Snapshot(flat.tensors, coordinator=self._team.rank == 0, copy=background)
+        job = _Job(step, snapshot, to_json(flat.values), json.loads(json.dumps(facts)), began)
+        if not background:
+            self._write(job)
+            return
+        job.stall_seconds = time.perf_counter() - began
+        # A daemon: when training crashes, the process must not wait for ranks that will never answer.
+        self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until nothing is in flight; raises what went wrong with the last save."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint of this run."""
+        self.finish()
+        found = self._team.first(lambda: files.complete(self.folder))
+        return found[-1] if found else None
+
+    def origin(self) -> Path | None:
+        """What this run starts from: `newest()`, else `checkpoint.initial`, else None."""
+        self.finish()
+        return self._team.first(lambda: self.options.origin(self.folder))
+
+    def load(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Fill the tensors of `state` in place, on whatever mesh they are, and return its tree with the saved values.
+
+        Nothing is touched before the files are verified and every name, shape and dtype fits. Top-level entries that
+        `state` leaves out are not read: {"model": ...} loads the weights alone.
+        """
+        self.finish()
+        self._team.first(lambda: self.options.check_trust(path, self.folder))
+        marker = self._team.first(lambda: files.read_marker(path))
+        self._verify(path, marker)
+        flat = flatten(state)
+        values: dict[str, Any] = self._team.first(lambda: json.loads((path / VALUES).read_text()))
+        self._check_fit(path, flat, values)
+        self._team.each(lambda: self._read_tensors(path, flat))
+        self._loaded = path
+        if self.options.verify == "full":
+            self._sound.add(path)
+        return fill(state, values)
+
+    # Saving: on the thread, or on the caller's when it waits.
+
+    def _write_in_background(self, job: _Job) -> None:
+        try:
+            self._write(job)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the training thread raises it)
+            self._failure = error
+
+    def _write(self, job: _Job) -> None:
+        path = files.step_folder(self.folder, job.step)
+        values = merge(self._team.each(lambda: job.values))
+        if not self._team.first(lambda: self._open(path)):
+            return
+        self._team.each(lambda: self._write_tensors(path, job.snapshot))
+        written = self._team.each(lambda: self._seal(path, values))
+        sealed = {name: file for one in written for name, file in one.items()}
+        marker = Marker(job.step, str(torch.__version__), job.facts, sealed)
+        self._team.first(lambda: self._close(path, marker))
+        self._sound.add(path)
+        seconds = time.perf_counter() - job.began
+        stall_seconds = seconds if job.stall_seconds is None else job.stall_seconds
+        self.last = Saved(job.step, path, stall_seconds, seconds, marker.bytes)
+
+    def _open(self, path: Path) -> bool:
+        """Rank 0: an empty folder to write to; False when this step is there already, known to be sound."""
+        files.clean(self.folder)
+        if files.is_complete(path):
+            if path in self._sound:
+                return False
+            path.rename(path.with_name(path.name + files.ASIDE))
+        path.mkdir()
+        return True
+
+    def _write_tensors(self, path: Path, snapshot: Snapshot) -> None:
+        # Reading ahead is for tensors on a GPU; from the thread it would open a context on GPU 0.
+        ahead_bytes = 0 if snapshot.copied else 10_000_000
+        writer = FileSystemWriter(path, sync_files=True, per_thread_copy_ahead=ahead_bytes)
+        try:
+            save({}, storage_writer=writer, planner=snapshot, process_group=self._team.group)
+        except CheckpointException as error:
+            raise _explained(error, f"{path}: cannot be written") from None
+
+    def _seal(self, path: Path, values: str) -> dict[str, File]:
+        """Size and checksum of every file that this rank has written."""
+        names = [file.name for file in path.glob(f"__{self._team.rank}_*")]
+        if self._team.rank == 0:
+            files.write_durably(path / VALUES, values)
+            names += [".metadata", VALUES]
+        return {name: files.measure(path / name) for name in sorted(names)}
+
+    def _close(self, path: Path, marker: Marker) -> None:
+        """Rank 0: declare the folder complete, then remove what is not kept."""
+        files.write_marker(path, marker)
+        protected = [] if self._loaded is None else [self._loaded]
+        old = files.expendable(
+            files.complete(self.folder), self.options.keep, self.options.keep_every, protected=[path, *protected]
+        )
+        for one in old:
+            try:
+                files.remove(one)
+            except OSError as error:  # no reason to stop training: the new checkpoint is there
+                log.warning("%s: an old checkpoint cannot be removed: %s", one, error)
+
+    # Loading
+
+    def _verify(self, path: Path, marker: Marker) -> None:
+        by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
+        share = by_size[self._team.rank :: self._team.world]
+        faults = self._team.each(
+            lambda: [files.fault(path / name, marker.files[name], self.options.verify) for name in share]
+        )
+        problems = [problem for one in faults for problem in one if problem is not None]
+        if problems:
+            raise CheckpointError([*problems, self._team.first(lambda: self._way_out(path))])
+
+    def _way_out(self, path: Path) -> str:
+        older = [one for one in files.complete(path.parent) if one.name < path.name]
+        if not older:
+            return f"there is no older complete checkpoint in {path.parent}"
+        offer = f"the next older complete checkpoint is {older[-1]}"
+        if path.parent.resolve() != self.folder.resolve():
+            return f"{offer}: set checkpoint.initial={older[-1]}"
+        return f"{offer}: to resume from it, `mv {path} {path}.bad` and run the same command again"
+
+    def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any]) -> None:
+        def look() -> tuple[set[str], set[str], list[str]]:
+            return difference(flat, FileSystemReader(path).read_metadata(), values)
+
+        looks = self._team.each(look)
+        missing = set[str]().union(*(one[0] for one in looks))
+        # Ranks of a pipeline have different names: unexpected is what no rank has a place for.
+        unexpected = set.intersection(*(one[1] for one in looks))
+        problems = [f"{path}: {_count(missing)} missing in it: {_some(missing)}"] if missing else []
+        if unexpected:
+            problems.append(f"{path}: {_count(unexpected)} in it that this run has no place for: {_some(unexpected)}")
+        misfits = dict.fromkeys(f"{path}: {misfit}" for one in looks for misfit in one[2])
+        if problems or misfits:
+            raise CheckpointError([*problems, *misfits])
+
+    def _read_tensors(self, path: Path, flat: Flat) -> None:
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            load(
+                dict(flat.tensors),
+                storage_reader=FileSystemReader(path),
+                planner=planner,
+                process_group=self._team.group,
+            )
+        except CheckpointException as error:
+            raise _explained(error, f"{path}: cannot be read") from None
+
+
+def _explained(error: CheckpointException, what: str) -> Exception:
+    """The disk's failures in plain words (torch's writer turns a full disk into a RuntimeError), others as they are."""
+    failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+    if all(isinstance(failure, (OSError, RuntimeError)) for failure in failures.values()):
+        return CheckpointError([f"{what} by rank {rank}: {failure}" for rank, failure in failures.items()])
+    return RuntimeError(f"{what}: {error}")
+
+
+def _count(names: set[str]) -> str:
+    return f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
+
+
+def _some(names: set[str], most: int = 8) -> str:
+    shown = sorted(names)[:most]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
