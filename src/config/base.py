@@ -17,5 +17,5 @@ class Config(BaseModel):
 
 
 # YAML has no paths and no tuples; these two are the only coercions.
-PathField = Annotated[Path, Strict(False)]
-Names = Annotated[tuple[str, ...], Strict(False)]
+PathField = Annotated[Path, Strict(strict=False)]
+Names = Annotated[tuple[str, ...], Strict(strict=False)]

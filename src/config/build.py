@@ -1,0 +1,144 @@
+"""The one place that turns a resolved tree into frozen objects, and tells every mistake in it at once."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from src.config import wording
+from src.config.base import Config, PathField
+from src.config.groups import EXPERIMENT, SECTIONS, options
+from src.config.tree import Tree
+from src.errors import ConfigError
+
+_BROKEN = object()  # stands for an object whose problems are already listed
+
+
+class Top(Config):
+    """The keys that stand beside the sections."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    root: PathField
+    folder: PathField | None
+    dry_run: bool
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name or not all(letter.isalnum() or letter in "._-" for letter in name) or name.startswith("."):
+            raise ValueError(f"{name!r} must name a folder: letters, digits and . _ - only, and no dot in front")
+        return name
+
+
+def build(tree: Tree, *, within: str = "src.", sections: Sequence[str] = SECTIONS) -> dict[str, object]:
+    """Top keys and sections, every `_target_` made into its object; one ConfigError with all problems otherwise.
+
+    A target must be a Config class of a module whose name starts with `within`.
+    """
+    builder = _Builder(within)
+    top = {key: value for key, value in tree.items() if key not in sections and key != EXPERIMENT}
+    strangers = {key: top.pop(key) for key in list(top) if key not in Top.model_fields}
+    builder.problems += [_stranger(key, value, tree) for key, value in strangers.items()]
+    if EXPERIMENT in tree and tree[EXPERIMENT] is not None:
+        builder.problems.append(f"{EXPERIMENT}: no such section; begin the file with '# @package _global_'")
+    built = dict(builder.construct(Top, top, "") or {})
+    for name in sections:
+        built[name] = builder.section(name, tree.get(name))
+    if builder.problems:
+        raise ConfigError(builder.problems)
+    return built
+
+
+class _Builder:
+    """Collects problems while it descends; what it returns counts only if there are none."""
+
+    def __init__(self, within: str) -> None:
+        self.within = within
+        self.problems: list[str] = []
+
+    def section(self, name: str, value: object) -> object:
+        if isinstance(value, Mapping) and "_target_" in value:
+            return self.descend(value, name)
+        offer = f"choose one with {name}=... ({', '.join(options(name)) or 'none there'})"
+        if value is None:
+            self.problems.append(f"{name}: missing; {offer}")
+        elif isinstance(value, Mapping):
+            self.problems.append(f"{name}: no _target_ in this group; {offer}")
+        else:
+            self.problems.append(f"{name}: {wording.shown(value)} stands where a group is expected; {offer}")
+        return _BROKEN
+
+    def descend(self, value: Any, path: str) -> Any:
+        """Depth first: the parts are built before the whole."""
+        if isinstance(value, Mapping):
+            parts = {key: self.descend(each, f"{path}.{key}") for key, each in value.items() if key != "_target_"}
+            if "_target_" not in value:
+                return parts
+            cls = self.target(value["_target_"], path)
+            made = self.construct(cls, parts, path) if cls is not None else None
+            return _BROKEN if made is None else made
+        if isinstance(value, list):
+            return [self.descend(each, f"{path}.{index}") for index, each in enumerate(value)]
+        return value
+
+    def construct(self, cls: type[Config], values: Mapping[str, Any], path: str) -> Config | None:
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            found = wording.problems(error, cls, values, path)
+        except ConfigError as error:  # a class's own check, already in our words
+            found = dict(zip(error.problems, error.problems, strict=True))
+        broken = tuple(_broken(values, path))
+        self.problems += [text for key, text in found.items() if key not in broken and not _inside(key, broken)]
+        return None
+
+    def target(self, name: object, path: str) -> type[Config] | None:
+        cls = self._import(name) if isinstance(name, str) else f"{wording.shown(name)} is not text"
+        if isinstance(cls, str):
+            self.problems.append(f"{path}._target_: {cls}")
+            return None
+        return cls
+
+    def _import(self, name: str) -> type[Config] | str:
+        """The class, or what is wrong with its name."""
+        if not name.startswith(self.within):
+            return f"{name} is refused; only classes under {self.within} may be named"
+        module_name, _, class_name = name.rpartition(".")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # the module is there and needs something that is not installed
+            return f"there is no module {error.name}"
+        found = getattr(module, class_name, None)
+        if isinstance(found, type) and issubclass(found, Config):
+            return found
+        configs = [key for key, each in vars(module).items() if isinstance(each, type) and issubclass(each, Config)]
+        return f"{name} is no Config class; {wording.unknown(class_name, configs, 'class')}"
+
+
+def _stranger(key: str, value: object, tree: Tree) -> str:
+    """A top-level key that nobody knows: a misspelt section, or a key without its section."""
+    names = [*Top.model_fields, *SECTIONS]
+    if wording.nearest(key, names) is None:
+        inner = list(value) if isinstance(value, Mapping) else [key]
+        groups = {section: tree[section] for section in SECTIONS if isinstance(tree.get(section), Mapping)}
+        homes = [f"{section}.{leaf}" for leaf in inner for section, keys in groups.items() if leaf in keys]
+        if homes:
+            return f"{key}: no such section; did you mean {homes[0]}?"
+    return f"{key}: {wording.unknown(key, names, 'section')}"
+
+
+def _broken(value: Any, path: str) -> list[str]:
+    """Paths of the objects inside that could not be built."""
+    if value is _BROKEN:
+        return [path]
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    return [each for key, inner in pairs for each in _broken(inner, f"{path}.{key}" if path else str(key))]
+
+
+def _inside(key: str, broken: Sequence[str]) -> bool:
+    return any(key.startswith(f"{each}.") for each in broken)

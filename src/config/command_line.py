@@ -1,0 +1,87 @@
+"""Between the terminal and Hydra: arguments made checkable, and Hydra's errors in our words.
+
+Hydra stops at the first unknown key and names no near one. So plain assignments are passed on as `++key=value` (set or
+add), and `build`, which knows every legal name, tells all mistakes of files and command line together.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from hydra.conf import HydraConf
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.groups import GROUPS
+from src.config.wording import nearest, unknown
+from src.errors import ConfigError
+
+_ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
+_SWEEP_FLAGS = ("-m", "--multirun")
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def arguments(argv: Sequence[str]) -> list[str]:
+    """What Hydra gets to see. ConfigError if a key of Hydra itself is misspelt, which Hydra would accept in silence."""
+    problems = [said for each in argv if (said := _refused(*each.lstrip("+~").split("=", 1)))]
+    if problems:
+        raise ConfigError(problems)
+    flags = [each for each in argv if each in _SWEEP_FLAGS]  # Hydra wants them before the assignments
+    return flags + [_settable(each) for each in argv if each not in _SWEEP_FLAGS]
+
+
+def _settable(argument: str) -> str:
+    match = _ASSIGNMENT.match(argument)
+    if match is None or match["key"] in GROUPS or match["key"].startswith("hydra."):
+        return argument
+    return f"++{argument}"
+
+
+def _refused(key: str, value: str = "") -> str | None:
+    if key in GROUPS and value.lstrip().startswith("{"):
+        return f"{key}={value}: a group takes the name of an option; set single keys as {key}.<key>=..."
+    return _hydra_key(key)
+
+
+def _hydra_key(key: str) -> str | None:
+    section, *parts = key.split(".")
+    if section != "hydra":
+        return None
+    node: Any = HydraConf
+    for part in parts:
+        if not is_dataclass(node):
+            return None  # a plugin's own keys
+        names = [field.name for field in fields(node)]
+        if part not in names:
+            return f"{key}: {unknown(part, names, 'key')}"
+        node = get_type_hints(node)[part]
+    return None
+
+
+def problem(error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        near = nearest(name, error.options)
+        meant = f"did you mean {near}? there are" if near else "there are"
+        return f"{group}={name}: no such option; {meant}: {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{_typed(error.override)}: no legal argument; write key=value, with quotes around unusual text"
+    lines = [line for each in _causes(error) for line in str(each).splitlines() if line.strip()]
+    if several := re.match(r"Ambiguous value for argument '(.*)'", lines[0]):
+        return f"{_typed(several[1])}: several values; write -m to sweep over them, or [ ] around them for one list"
+    if key := re.search(r"full_key: (\S+)", "\n".join(lines)):
+        return f"{key[1]}: {lines[0]}"
+    return lines[0]
+
+
+def _typed(argument: str) -> str:
+    """An argument without the ++ that we put in front."""
+    return argument.removeprefix("++")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    yield error
+    if error.__cause__ is not None:
+        yield from _causes(error.__cause__)

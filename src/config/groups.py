@@ -1,0 +1,30 @@
+"""What may stand at the top of a config, and the options that conf/ offers for each group."""
+
+from pathlib import Path
+
+CONF = Path(__file__).parents[2] / "conf"
+
+# Sections that must be there; each is a group of conf/ and names its class with `_target_`.
+SECTIONS = (
+    "task",
+    "model",
+    "parallel",
+    "precision",
+    "recompute",
+    "compile",
+    "data",
+    "tokenizer",
+    "optim",
+    "schedule",
+    "checkpoint",
+    "tracker",
+    "cluster",
+)
+# A group whose files change the other sections and leave none of their own.
+EXPERIMENT = "experiment"
+GROUPS = (*SECTIONS, EXPERIMENT)
+
+
+def options(group: str, conf: Path = CONF) -> list[str]:
+    """Names that `group=` accepts."""
+    return sorted(file.stem for file in (conf / group).glob("*.yaml"))

@@ -1,0 +1,130 @@
+"""What a mistake says: plain words instead of pydantic's, and the nearest legal name."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a group of keys",
+    "model_type": "a group of keys",
+    "model_attributes_type": "a group of keys",
+    "none_required": "null",
+}
+_BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+    "multiple_of": ("a multiple of", "multiple_of"),
+}
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant; upper and lower case count as equal."""
+    by_lower = {each.lower(): each for each in names}
+    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
+
+
+def unknown(name: str, names: Iterable[str], noun: str) -> str:
+    """Like "no such key; did you mean n_layers?", or the whole list when nothing is near."""
+    known = list(names)
+    near = nearest(name, known)
+    return f"no such {noun}; " + (f"did you mean {near}?" if near else f"there are: {', '.join(known)}")
+
+
+def shown(value: object) -> str:
+    """A value as its author wrote it in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
+def problems(error: ValidationError, cls: type[BaseModel], values: Mapping[str, Any], path: str) -> dict[str, str]:
+    """One problem per key, by the key's full path."""
+    found: dict[str, list[str]] = {}
+    for detail in error.errors():
+        location = _location(detail["loc"], values, detail["type"])
+        key = ".".join([*filter(None, [path]), *map(str, location)])
+        said = found.setdefault(key, [])
+        words = _words(detail, cls, location, key)
+        if words not in said:
+            said.append(words)
+    return {key: f"{key}: {_joined(said)}" for key, said in found.items()}
+
+
+def _joined(said: Sequence[str]) -> str:
+    """Two branches of a union complain about one value: name the value once."""
+    first, *others = said
+    prefix = first.split(" is not ")[0] + " is not "
+    return " or ".join([first, *(other.removeprefix(prefix) for other in others)])
+
+
+def _location(loc: tuple[int | str, ...], values: Any, kind: str) -> list[int | str]:
+    """A location of pydantic without the names of union branches, which no user has written."""
+    location: list[int | str] = []
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if _holds(values, part):
+            values = values[part]
+        elif not (last and kind == "missing"):
+            continue
+        location.append(part)
+    return location
+
+
+def _holds(values: Any, part: int | str) -> bool:
+    if isinstance(values, list | tuple):
+        return isinstance(part, int) and part < len(values)
+    return isinstance(values, Mapping) and part in values
+
+
+def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | str], key: str) -> str:
+    kind, value, context = detail["type"], shown(detail["input"]), detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner = _owner(cls, location[:-1])
+        return unknown(str(location[-1]), owner.model_fields, "key")
+    if kind == "missing":
+        return f"missing; pass {key}=..."
+    if kind in _TYPES:
+        return f"{value} is not {_TYPES[kind]}"
+    if kind in _BOUNDS:
+        word, name = _BOUNDS[kind]
+        return f"{value} is not {word} {context[name]}"
+    if kind == "literal_error":
+        return f"{value} is not {context['expected']}"
+    if kind == "is_instance_of":
+        return f"{value} is not a {context['class']}"
+    if kind in ("value_error", "assertion_error"):
+        return str(context["error"])
+    return f"{value}: {detail['msg']}"
+
+
+def _owner(cls: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    """The class whose key is at `location`, seen through `| None`, tuples and annotations."""
+    for part in location:
+        if isinstance(part, str) and part in cls.model_fields:
+            cls = next(_models(cls.model_fields[part].annotation), cls)
+    return cls
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)

@@ -1,0 +1,166 @@
+"""Every option of every group composes, names a class and fills it; every experiment is well formed."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+from pydantic import BaseModel
+
+from src.config.build import Top, build
+from src.config.groups import CONF, EXPERIMENT, GROUPS, SECTIONS, options
+from src.config.tree import Tree, resolve
+
+CHOICES = [f"{group}={option}" for group in SECTIONS for option in options(group)]
+EXPERIMENTS = options(EXPERIMENT)
+KEYWORDS = {"override", "optional"}
+
+
+def composed(*overrides: str) -> Tree:
+    """The tree that launch.py would get; what a user must pass is "x"."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        for key in OmegaConf.missing_keys(cfg):
+            OmegaConf.update(cfg, key, "x")
+        return resolve(cfg)
+
+
+def made(choice: str) -> BaseModel:
+    """The object of one option, built without the other sections."""
+    group = choice.partition("=")[0]
+    tree = {key: value for key, value in composed(choice).items() if key == group or key in Top.model_fields}
+    section = build(tree, sections=(group,))[group]
+    assert isinstance(section, BaseModel)
+    return section
+
+
+@cache
+def default() -> Tree:
+    return composed()
+
+
+def parsed(file: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load(file.read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def defaults(file: Path) -> list[Any]:
+    return list(parsed(file).get("defaults", []))
+
+
+def test_the_groups_are_those_of_the_code() -> None:
+    listed = [next(iter(entry)) for entry in defaults(CONF / "config.yaml") if isinstance(entry, dict)]
+    assert [each for each in listed if not each.startswith("override")] == list(GROUPS)
+    assert sorted(folder.name for folder in CONF.iterdir() if folder.is_dir()) == sorted(GROUPS)
+    assert set(parsed(CONF / "config.yaml")) - {"defaults", "hydra"} == set(Top.model_fields)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_option_builds_and_no_key_hides_in_the_code(choice: str) -> None:
+    """A key with a default in Python could not be set without `+`: so no field has one, and conf/ lists all."""
+    hidden = {
+        key for cls in classes(made(choice)) for key, field in cls.model_fields.items() if not field.is_required()
+    }
+    assert hidden == set()
+
+
+def classes(value: object) -> set[type[BaseModel]]:
+    if isinstance(value, BaseModel):
+        return {type(value)}.union(*(classes(getattr(value, key)) for key in type(value).model_fields))
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return set().union(*map(classes, value)) if isinstance(value, list | tuple) else set()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds(experiment: str) -> None:
+    tree = composed(f"experiment={experiment}")
+    build(tree)
+    assert tree != default()
+    assert EXPERIMENT not in tree
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_begins_with_its_package_and_its_command(experiment: str) -> None:
+    first, second = (CONF / EXPERIMENT / f"{experiment}.yaml").read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    assert second.startswith("# python launch.py ")
+    assert f"experiment={experiment}" in second
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_with_a_sweep_says_so(experiment: str) -> None:
+    hydra = parsed(CONF / EXPERIMENT / f"{experiment}.yaml").get("hydra", {})
+    assert ("params" in hydra.get("sweeper", {})) == (hydra.get("mode") == "MULTIRUN")
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("**/*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_defaults_lists_have_only_words_that_hydra_knows(file: Path) -> None:
+    """Hydra drops an entry whose `override` or `optional` is misspelt, in silence."""
+    for entry in defaults(file):
+        if entry == "_self_":
+            continue
+        key, option = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
+        *words, group = key.split() or [""]
+        assert set(words) <= KEYWORDS, entry
+        folder = CONF / group.removeprefix("/") if words or file.parent == CONF else file.parent / group
+        if option is not None and not group.startswith("hydra/"):
+            assert (folder / f"{option.partition('@')[0]}.yaml").is_file(), entry
+
+
+@pytest.mark.parametrize("option", options("parallel"))
+def test_a_layout_is_what_its_name_says(option: str) -> None:
+    degrees = {key: value for key, value in composed(f"parallel={option}")["parallel"].items() if type(value) is int}
+    named = {
+        "single": {},
+        **{f"ddp{n}": {"replicate": n} for n in (2, 4, 8)},
+        **{f"fsdp{n}": {"shard": n} for n in (2, 4, 8, 16)},
+    }
+    if option in named:
+        said = named[option]
+    elif hsdp := re.fullmatch(r"hsdp(\d+)x(\d+)", option):
+        said = {"replicate": int(hsdp[1]), "shard": int(hsdp[2])}
+    else:
+        words = {"tp": "tensor", "fsdp": "shard", "ddp": "replicate", "cp": "context", "pp": "pipeline", "ep": "expert"}
+        parts = [re.fullmatch(r"([a-z]+)(\d+)", part) for part in option.split("_")]
+        said = {words[part[1]]: int(part[2]) for part in parts if part is not None}
+        assert len(said) == len(parts)
+    assert {key: value for key, value in degrees.items() if value != 1} == said
+
+
+LLAMA3 = {  # dim, layers, heads, kv heads, vocabulary, multiple_of, multiplier, feed-forward width
+    "llama3_debug": (256, 6, 16, 16, 2048, 256, None, 768),
+    "llama3_1b": (2048, 16, 32, 8, 128256, 256, 1.5, 8192),
+    "llama3_8b": (4096, 32, 32, 8, 128256, 1024, 1.3, 14336),
+    "llama3_70b": (8192, 80, 64, 8, 128256, 4096, 1.3, 28672),
+    "llama3_405b": (16384, 126, 128, 8, 128256, 4096, 1.2, 53248),
+}
+STRETCH = {"llama3_1b": (32.0, 131072), "llama3_405b": (8.0, 131072)}
+
+
+@pytest.mark.parametrize("option", LLAMA3)
+def test_llama3_presets_have_the_published_numbers(option: str) -> None:
+    model = composed(f"model={option}")["model"]
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier")
+    *numbers, width = LLAMA3[option]
+    assert [model[key] for key in keys] == numbers
+    before = int(2 * 4 * model["dim"] / 3)
+    scaled = int(model["ffn_dim_multiplier"] * before) if model["ffn_dim_multiplier"] else before
+    assert -(-scaled // model["multiple_of"]) * model["multiple_of"] == width
+    factor, length = STRETCH.get(option, (None, 8192))
+    assert model["max_seq_len"] == length
+    assert model["rope_theta"] == 500000.0
+    assert model["norm_eps"] == 1e-5
+    assert model["tied_embeddings"] == (option == "llama3_1b")
+    assert (model["rope_scaling"] or {}).get("factor") == factor
+    if factor is not None:
+        assert model["rope_scaling"] == {"factor": factor, "low": 1.0, "high": 4.0, "original": 8192}

@@ -1,0 +1,151 @@
+"""The floors and fences of docs/architecture.md, and the sizes of files and functions, read from the syntax trees."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).parents[1]
+FILES = sorted([*HOME.glob("src/**/*.py"), *HOME.glob("hydra_plugins/**/*.py"), HOME / "launch.py"])
+TESTS = sorted(HOME.glob("tests/**/*.py"))
+LONGEST_FUNCTION = 60
+LONGEST_FILE = 400
+NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
+
+# Library -> the places that may name it.
+FENCES = {
+    "hydra": ("src.config", "hydra_plugins", "launch"),
+    "omegaconf": ("src.config", "hydra_plugins", "launch"),
+    "submitit": ("src.cluster",),
+    "wandb": ("src.metrics",),
+    "tensorboard": ("src.metrics",),
+    "torch.utils.tensorboard": ("src.metrics",),
+    "torch.distributed": ("src.distributed", "src.checkpoint", "src.metrics", "src.train", "src.tasks"),
+    "os.environ": ("src.distributed.process", "src.cluster", "launch"),
+    "os.getenv": (),
+}
+
+
+def name(file: Path) -> str:
+    """src/config/tree.py -> src.config.tree"""
+    return ".".join(file.relative_to(HOME).with_suffix("").parts).removesuffix(".__init__")
+
+
+def within(module: str, places: tuple[str, ...] | str) -> bool:
+    return any(
+        module == place or module.startswith(f"{place}.")
+        for place in ((places,) if isinstance(places, str) else places)
+    )
+
+
+@cache
+def floors() -> dict[str, int]:
+    """Room -> floor, out of the table that people read."""
+    table = (HOME / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", table, re.MULTILINE)
+    rooms = {room: int(floor) for floor, cell in rows for room in re.findall(r"`([\w./]+)`", cell)}
+    return {room.removesuffix("/").removesuffix(".py").replace("/", "."): floor for room, floor in rooms.items()}
+
+
+def room(module: str) -> str | None:
+    return next((each for each in floors() if within(module, each)), None)
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def named(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything that a file imports or reaches through an imported module."""
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            if text.startswith(("torch.", "os.")):
+                yield node.lineno, text
+
+
+def upward(module: str, imported: str) -> bool:
+    """Whether an import goes up, sideways or past `src.config.base`."""
+    here, there = room(module), room(imported)
+    if there is None or here == there:
+        return False
+    assert here is not None
+    if floors()[there] < floors()[here]:
+        return (here, there) == ("src.distributed", "src.models")
+    return not within(imported, "src.config.base")
+
+
+def test_every_file_has_its_floor() -> None:
+    assert {room(name(file)) for file in FILES if name(file) != "src"} <= set(floors())
+    assert all(floors()[each] in range(8) for each in floors())
+    assert floors()["src.errors"] == 0
+    assert floors()["launch"] == 7
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_imports_go_downward(file: Path) -> None:
+    wrong = [f"{file.name}:{line} {each}" for line, each in named(file) if upward(name(file), each)]
+    relative = [f"{file.name}:{line} {each}" for line, each in named(file) if each.startswith(".")]
+    assert (wrong, relative) == ([], [])
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_fences(file: Path) -> None:
+    wrong = [
+        f"{file.name}:{line} {each}"
+        for line, each in named(file)
+        for library, places in FENCES.items()
+        if within(each, library) and not within(name(file), places)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("file", [*FILES, *TESTS], ids=name)
+def test_sizes_and_names(file: Path) -> None:
+    assert not NO_NOUNS & set(name(file).split("."))
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    functions = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {each.name: (each.end_lineno or each.lineno) - each.lineno + 1 for each in functions}
+    assert {each: lines for each, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def test_the_rules_catch_what_they_forbid(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("import os, wandb\nfrom torch import distributed\nos.environ['A']\nfrom . import x\n")
+    found = {each for _, each in named(file)}
+    assert {"wandb", "torch.distributed", "os.environ", "."} <= found
+    assert upward("src.data.batches", "src.train.plan")
+    assert upward("src.data.batches", "src.optim.adamw")
+    assert upward("src.optim.adamw", "src.config.build")
+    assert upward("src.distributed.mesh", "src.models.base")
+    assert not upward("src.optim.adamw", "src.config.base")
+    assert not upward("src.train.plan", "src.models.base")
+
+
+def test_config_classes_come_without_torch() -> None:
+    """A mistake is told before seconds of importing: no class that conf/ names brings torch along."""
+    found = {
+        target for file in HOME.glob("conf/**/*.yaml") for target in re.findall(r"_target_: (\S+)", file.read_text())
+    }
+    modules = sorted({target.rpartition(".")[0] for target in found})
+    assert "src.models.llama3.config" in modules
+    script = (
+        "import importlib, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    assert 'torch' not in sys.modules, module\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *modules], cwd=HOME, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
