@@ -13,6 +13,7 @@ from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
 from src.models.base import ModelConfig
 
 GIB = 2**30
+MIB = 2**20
 
 # The block at work and the one that FSDP fetches ahead.
 BLOCKS_GATHERED = 2

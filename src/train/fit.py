@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from src.train.estimate import GIB, Load, Memory, estimate
+from src.train.estimate import GIB, MIB, Load, Memory, estimate
 
 PARTS = {
     "activations": "activations",
@@ -16,8 +16,8 @@ PARTS = {
 }
 
 
-def gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+def told(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
 def problem(load: Load, limit_bytes: int) -> str | None:
@@ -26,8 +26,8 @@ def problem(load: Load, limit_bytes: int) -> str | None:
     if memory.peak <= limit_bytes:
         return None
     sizes = sorted(((getattr(memory, part), words) for part, words in PARTS.items()), reverse=True)
-    largest = ", ".join(f"{words} {gib(size)}" for size, words in sizes[:3])
-    return f"does not fit: {gib(memory.peak)} a GPU, there are {gib(limit_bytes)}. Largest: {largest}. " + _advice(
+    largest = ", ".join(f"{words} {told(size)}" for size, words in sizes[:3])
+    return f"does not fit: {told(memory.peak)} a GPU, there are {told(limit_bytes)}. Largest: {largest}. " + _advice(
         load, memory, limit_bytes
     )
 
@@ -39,8 +39,8 @@ def _advice(load: Load, memory: Memory, limit_bytes: int) -> str:
     if not worthwhile:
         return "No single knob frees 1 %; take a larger layout"
     needed = memory.peak - limit_bytes
-    told = (f"{words} frees {gib(size)}" + (" and fits" if size >= needed else "") for size, words in worthwhile)
-    return "; ".join(told)
+    lines = (f"{words} frees {told(size)}" + (" and fits" if size >= needed else "") for size, words in worthwhile)
+    return "; ".join(lines)
 
 
 def knobs(load: Load) -> Iterator[tuple[str, Load]]:

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 from src.distributed.degrees import Degrees
 from src.errors import PlanError
 from src.models.base import divisors
-from src.train.devices import Devices
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
-from src.train.run import Nodes, Run, Validates
+from src.train.run import Devices, Nodes, Run, Validates
 
 
 class Corpus(Protocol):
@@ -70,7 +69,7 @@ class Plan:
 def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None, problems: Iterable[str] = ()) -> Plan:
     """Raises PlanError with every problem at once, those of other rooms (`problems`) first.
 
-    `devices`: `Devices.here()` when the ranks are to run on this machine; None on CPU, and for a cluster elsewhere.
+    `devices`: of the machine that shall run it, `run.cluster.devices()`; None: count and memory are not judged.
     """
     load = load_of(run)
     limit = _memory_limit(run, devices)
@@ -150,7 +149,7 @@ def _ranks_per_node(run: Run) -> int:
 def _memory_limit(run: Run, devices: Devices | None) -> int | None:
     if run.cluster.gpu_memory_gib is not None:
         return int(run.cluster.gpu_memory_gib * GIB)
-    return None if devices is None else devices.memory_bytes
+    return None if devices is None or devices.memory_gib is None else int(devices.memory_gib * GIB)
 
 
 # Rooms that are not built yet refuse by name; the commit that builds one deletes its line.
@@ -172,10 +171,10 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
             f"at most {rows // degrees.context} shards, more ranks as parallel.replicate"
         )
     shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)
-    if devices is not None and degrees.world > devices.count:
+    if devices is not None and devices.count is not None and degrees.world > devices.count:
         found.append(
-            f"parallel asks for {degrees.world} ranks ({shape}) and this machine has {devices.count} GPUs; "
-            f"choose a layout of at most {devices.count}"
+            f"parallel asks for {degrees.world} ranks ({shape}) and there are {devices.count} GPUs; "
+            f"choose a layout of at most {devices.count} ranks"
         )
     if isinstance(run.cluster, Nodes) and degrees.world > (size := run.cluster.gpus_per_node) and degrees.world % size:
         lower = degrees.world // size * size

@@ -31,8 +31,8 @@ class Task(Protocol):
     @property
     def micro_batch(self) -> int: ...
 
-    def run(self, run: "Run", folder: Path) -> None:
-        """A rank's whole life; returns when done or stopped, raises when the run failed."""
+    def run(self, run: "Run", folder: Path) -> bool | None:
+        """A rank's whole life: false when it stopped early, after saving, because a signal asked; raises on failure."""
 
 
 @runtime_checkable
@@ -43,12 +43,24 @@ class Validates(Protocol):
     def validate_every(self) -> int: ...
 
 
+class Devices(Protocol):
+    """What the ranks of one machine may use; None where nobody knows or there is no limit, such as ranks on a CPU."""
+
+    @property
+    def count(self) -> int | None: ...
+    @property
+    def memory_gib(self) -> float | None: ...
+
+
 @runtime_checkable
 class Cluster(Protocol):
     """Where the ranks live; the classes live in src/cluster."""
 
     @property
     def gpu_memory_gib(self) -> float | None: ...
+
+    def devices(self) -> Devices:
+        """Asks the machine; only launch.py calls it."""
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from src.train.fit import PARTS, gib
+from src.train.fit import PARTS, told
 from src.train.plan import Plan
 
 
@@ -50,14 +50,14 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     memory = plan.memory
-    rows = [(words, gib(getattr(memory, part))) for part, words in PARTS.items()]
+    rows = [(words, told(getattr(memory, part))) for part, words in PARTS.items()]
     rows += [
-        ("live at the loss", gib(memory.at_loss)),
-        ("live in the backward", gib(memory.at_backward)),
-        ("live at the update", gib(memory.at_update)),
-        ("fragmentation", gib(memory.fragmentation)),
-        ("CUDA context, NCCL and workspaces", gib(memory.runtime)),
-        ("peak", gib(memory.peak)),
+        ("live at the loss", told(memory.at_loss)),
+        ("live in the backward", told(memory.at_backward)),
+        ("live at the update", told(memory.at_update)),
+        ("fragmentation", told(memory.fragmentation)),
+        ("CUDA context, NCCL and workspaces", told(memory.runtime)),
+        ("peak", told(memory.peak)),
     ]
-    limit = "unknown" if plan.memory_limit is None else gib(plan.memory_limit)
+    limit = "unknown" if plan.memory_limit is None else told(plan.memory_limit)
     return [*rows, ("memory of a GPU", limit)]

@@ -1,0 +1,118 @@
+"""Runs composed of conf's own presets, with a task and a cluster made of nothing but numbers."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from src.config.base import Config
+from src.config.build import build
+from src.train.run import Run
+
+TOP = {"name": "test", "seed": 0, "root": "runs", "folder": None, "dry_run": True}
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A task."""
+
+    steps: int = 1000
+    seq_len: int = 256
+    global_batch: int = 8
+    micro_batch: int = 4
+    validate_every: int = 0
+
+    def run(self, run: Run, folder: Path) -> None:
+        raise AssertionError("a plan starts nothing")
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Of one machine."""
+
+    count: int | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Here:
+    """A cluster of one machine."""
+
+    gpu_memory_gib: float | None = None
+
+    def devices(self) -> Gpus:
+        return Gpus()
+
+
+@dataclass(frozen=True)
+class There:
+    """A cluster of several machines."""
+
+    gpus_per_node: int = 8
+    gpu_memory_gib: float | None = None
+
+    def devices(self) -> Gpus:
+        return Gpus()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prepared corpus."""
+
+    vocab_size: int = 256
+    eos_id: int | None = 0
+    samples: int = 100_000
+
+    def windows(self, split: str, seq_len: int) -> int:
+        assert split == "train"
+        return self.samples
+
+
+@cache
+def section(group: str, option: str) -> Any:
+    """conf/<group>/<option>.yaml as its object."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = OmegaConf.to_container(compose(f"{group}/{option}"), resolve=True)
+    return build(TOP | tree, sections=(group,))[group]
+
+
+def changed(config: Config, **changes: Any) -> Any:
+    """The same config with other values, checked as the first was."""
+    return type(config)(**(dict(config) | changes))
+
+
+CHOICE = {
+    "model": "llama3_debug",
+    "parallel": "single",
+    "precision": "fp32",
+    "recompute": "none",
+    "compile": "off",
+    "data": "synthetic",
+    "tokenizer": "bytes",
+    "optim": "adamw",
+    "schedule": "wsd",
+    "checkpoint": "every_500",
+    "tracker": "jsonl",
+}
+
+
+def make_run(task: dict[str, int] | None = None, cluster: Any = None, **choices: Any) -> Run:
+    """`choices`: the name of a preset, or an object, by section."""
+    sections = {
+        group: section(group, option) if isinstance(option, str) else option
+        for group, option in (CHOICE | choices).items()
+    }
+    return Run(
+        task=replace(Numbers(), **(task or {})),
+        cluster=cluster or Here(),
+        name="test",
+        seed=0,
+        root=Path("runs"),
+        folder=None,
+        dry_run=True,
+        **sections,
+    )
