@@ -1,0 +1,124 @@
+"""The payload of a run: a path. `python -m src.cluster.job <folder> ...` is one rank of it.
+
+Nothing but the folder is read: config.yaml as it was resolved and the code as it was frozen when the run was started.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from src.cluster.console import keep_log, only_log
+from src.cluster.folder import end, log_folder
+from src.cluster.snapshot import verify
+from src.config import tree as trees
+from src.distributed.process import Facts
+from src.errors import UserError
+
+USER_ERROR = 2  # the exit code of everything that the user can put right, here and in launch.py
+
+
+class Task(Protocol):
+    """What a config's task section builds."""
+
+    def run(self, run: object, folder: Path) -> bool | None:
+        """A rank's whole life; false when it stopped early, after saving, because a signal asked for it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Picklable and small: start, resume and requeue are the same call."""
+
+    folder: Path
+    code: str | None  # hash8 of the snapshot that must run; None where an outer launcher chose the code
+
+    @property
+    def source(self) -> Path | None:
+        """Where the frozen code is: what PYTHONPATH must lead to."""
+        return None if self.code is None else self.folder / "code" / self.code
+
+    def __call__(self) -> None:
+        if self.source is not None:
+            verify(self.source)
+        perform(trees.read(self.folder / "config.yaml"), self.folder)
+
+
+def perform(tree: trees.Tree, folder: Path) -> None:
+    """One rank's life; rank 0 records in attempts.jsonl how it ended."""
+    from src.config.build import build
+    from src.train.run import Run
+
+    run = Run.from_sections(build(tree))
+    finished = cast(Task, run.task).run(run, folder) is not False
+    if Facts.read().rank == 0:
+        end(folder, "finished" if finished else "stopped")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """A rank that src/cluster/local.py started."""
+    parser = argparse.ArgumentParser(prog="python -m src.cluster.job", description="One rank of a run folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--code", required=True, help="hash of the snapshot below <folder>/code")
+    parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, for the log")
+    parser.add_argument("--launcher", type=int, required=True, help="pid; this rank ends with it")
+    given = parser.parse_args(arguments)
+    _end_with(given.launcher)
+    # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    rank = Facts.read().rank
+    keep_log(log_folder(given.folder, given.attempt) / f"rank_{rank}.log", terminal=rank == 0)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        record(Job(given.folder, given.code).__call__)()
+    except UserError as error:
+        only_log()
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception:  # noqa: BLE001 (the last word of a rank: any error goes to its log and to the launcher)
+        only_log()
+        traceback.print_exc()
+        return 1
+    only_log()
+    return 0
+
+
+def _end_with(launcher: int) -> None:
+    """A launcher ended by kill -9 must not leave ranks on the GPUs, nor a second writer in the folder."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    else:
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    if os.getppid() != launcher:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit(code: int) -> None:
+    """Leave a failed rank without waiting for its threads and process groups: they may wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (0, USER_ERROR):
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _exit(main())

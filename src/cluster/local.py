@@ -1,0 +1,141 @@
+"""Ranks on this machine, through torch's elastic process launcher.
+
+Of torch.distributed.elastic only the process layer is used: the agent above it ends ranks 30 s after a signal, and a
+save may take longer. The rendezvous store lives in the launcher, as the agent's does.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from src.cluster.folder import RunFolder, attempts, end, log_folder
+from src.cluster.job import Job
+from src.config.base import Config
+from src.errors import PlanError
+
+if TYPE_CHECKING:
+    from src.cluster.crew import Crew, Failure
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What ranks may use here. `count` is None on the CPU: any number of ranks shares it."""
+
+    kind: Literal["cpu", "cuda"]
+    count: int | None
+    memory_gib: float | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended and the exit code that says so: 0 also for a run that saved and stopped on a signal."""
+
+    status: Literal["finished", "stopped", "failed", "killed"]
+    exit_code: int
+
+
+class Local(Config):
+    """cluster=local."""
+
+    gpus: Annotated[int, Field(ge=0)] | None  # None: all that are visible; 0: the CPU
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None  # None: what the GPU says
+    threads: Annotated[int, Field(ge=1)] | None  # torch threads per rank; None: cores // ranks
+    grace_seconds: Annotated[float, Field(gt=0)]  # between a signal and the end of ranks that still save
+
+    def devices(self) -> Devices:
+        """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""
+        found = _visible_gpus() if self.gpus is None else self.gpus
+        if found == 0:
+            return Devices("cpu", None, None, "CPU")
+        name, memory_gib = _first_gpu()
+        return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name)
+
+    def submit(self, folder: RunFolder, world: int) -> Outcome:
+        """Start `world` ranks of the folder, show rank 0, and return when all have ended.
+
+        Ctrl-C, SIGTERM, SIGHUP and SIGUSR2 reach every rank once; a second Ctrl-C, or `grace_seconds`, ends them.
+        """
+        from src.cluster.crew import Crew
+
+        devices = self.devices()
+        if devices.kind == "cuda" and (here := _visible_gpus()) < max(world, self.gpus or 0):
+            wanted = f"{world} ranks need a GPU each" if here < world else f"cluster.gpus={self.gpus}"
+            raise PlanError(
+                f"{wanted}, but {here} are visible here; choose a layout of at most {here} ranks, or cluster.gpus=0"
+            )
+        job = Job(folder.path, folder.code)
+        crew = Crew(job, folder.begin(world), self._environment(job, world, devices), self.grace_seconds)
+        return _conclude(crew, crew.run(), folder.path)
+
+    def _environment(self, job: Job, world: int, devices: Devices) -> dict[str, str]:
+        """What every rank inherits on top of this process's environment."""
+        assert job.source is not None, "local ranks run the frozen code"
+        paths = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = self.threads or os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // world)
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+        if devices.kind == "cpu":
+            return environment | {"CUDA_VISIBLE_DEVICES": ""}
+        # Sequence lengths and recompute make block sizes vary; without this the allocator fragments.
+        return environment | {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+
+
+def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
+    """Record the end and say it: the failing rank's error first."""
+    if crew.killed:
+        end(folder, "killed", crew.killed)
+        _say(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
+        return Outcome("killed", 130 if crew.killed == "Ctrl-C twice" else 137)
+    if failure is not None and crew.signal is not None and failure.exit_code == 128 + crew.sent:
+        end(folder, "stopped", f"{crew.signal} before training began")
+        _say(f"stopped by {crew.signal} before there was anything to save; the same command starts again")
+        return Outcome("stopped", 0)
+    if failure is not None:
+        end(folder, "failed", f"rank {failure.rank}: {failure.error}")
+        _say(f"rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
+        return Outcome("failed", failure.exit_code)
+    newest = attempts(folder)[-1]
+    if newest.ended == "finished":
+        return Outcome("finished", 0)
+    if newest.ended == "stopped":
+        _say(f"stopped{f' by {crew.signal}' if crew.signal else ''} after saving; the same command continues: {folder}")
+        return Outcome("stopped", 0)
+    end(folder, "failed", "rank 0 left in the middle of its task")
+    _say(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
+    return Outcome("failed", 1)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _visible_gpus() -> int:
+    """Counted without making a CUDA context, which would take some 500 MB of the first GPU from its rank."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _first_gpu() -> tuple[str, float | None]:
+    """Name and GiB of the first GPU here, asked of the driver's tool since torch would make a context to answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "GPU", None
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits", "-i", first]
+    told = subprocess.run([tool, *query], capture_output=True, text=True, timeout=60)
+    name, _, mebibytes = told.stdout.strip().rpartition(",")
+    if told.returncode != 0 or not mebibytes.strip().isdecimal():
+        return "GPU", None
+    return name.strip(), int(mebibytes) / 1024

@@ -1,0 +1,50 @@
+"""A signal asks a rank to save and stop: remembered here, agreed on and acted upon by the loop."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+# INT: a person. TERM: preemption, a shutdown. USR2: a scheduler, some minutes before the time limit (NCCL may take
+# USR1).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+
+
+class Stop:
+    """Remembers the first signal in `.seen`; a SIGINT after that raises KeyboardInterrupt at once.
+
+    A handler runs on one rank only and between any two bytecodes, so it must not save and must not join a collective:
+    ranks first agree (`any_rank(stop.seen is not None)`), then all of them save. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.seen: str | None = None
+        self._previous: dict[int, Handler] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None: set by C code, which Python cannot put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.seen is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.seen is None:
+            self.seen = signal.Signals(number).name
+
+    def hand_over(self) -> None:
+        """Call the handler that `.seen` would have met without us (a scheduler's own requeue), after the save."""
+        assert self.seen is not None, "hand_over() follows a signal"
+        number = signal.Signals[self.seen]
+        handler = self._previous.get(number)
+        if callable(handler):
+            handler(number, None)

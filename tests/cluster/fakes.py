@@ -1,0 +1,126 @@
+"""A small repository whose only task is told by its config what to do, so that launching is tested without training."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from src.config.tree import identity
+
+HERE = Path(__file__).resolve().parents[2]
+
+BUILD = """
+import importlib
+def build(tree):
+    module, _, name = tree["task"]["_target_"].rpartition(".")
+    return {"task": getattr(importlib.import_module(module), name)(tree["task"])}
+"""
+RUN = """
+from types import SimpleNamespace
+class Run:
+    @classmethod
+    def from_sections(cls, sections):
+        return SimpleNamespace(**sections)
+"""
+TASK = """
+import os, sys, time
+import src
+from src.distributed.process import Facts, Ranks
+from src.errors import CheckpointError
+from src.train.stop import Stop
+
+VERSION = "frozen"
+
+class Fake:
+    def __init__(self, options):
+        self.options = options
+
+    def run(self, run, folder):
+        world = self.options["world"]
+        if self.options["do"] == "sum":
+            import torch, torch.distributed as dist
+            ranks = Ranks.join("cpu", world, timeout_seconds=60)
+            value = torch.tensor([float(ranks.rank + 1)])
+            dist.all_reduce(value)
+            print(f"rank {ranks.rank} of {ranks.world}: sum {value.item():g}")
+            print(f"code {VERSION} threads {os.environ['OMP_NUM_THREADS']} cwd {os.getcwd()}")
+            print("a warning", file=sys.stderr)
+            os.write(2, b"words of a library in C\\n")
+            ranks.leave()
+            ranks.leave()
+            return True
+        rank = Facts.read().rank
+        if self.options["do"] == "crash":
+            if rank == 1:
+                raise ValueError("the weights of rank 1 are bad")
+            time.sleep(600)
+        if self.options["do"] == "refuse":
+            raise CheckpointError(["step_00000010/a.distcp: crc32 differs", "checkpoint.initial: try step_00000005"])
+        with Stop() as stop:
+            (folder / f"alive_{rank}").write_text(str(os.getpid()))
+            print(f"rank {rank} waits", flush=True)
+            while stop.seen is None or self.options["do"] == "stubborn":
+                time.sleep(0.02)
+            (folder / f"seen_{rank}").write_text(stop.seen)
+        return False
+"""
+LAUNCH = """
+import json, sys
+from pathlib import Path
+from src.cluster.folder import RunFolder
+from src.cluster.local import Local
+from src.config.tree import identity
+tree, root, repository, grace = json.loads(sys.argv[1])
+cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace))
+with RunFolder.open(tree, {"world": tree["task"]["world"]}, root=Path(root), name=tree["name"],
+                    identity=identity(tree), repository=Path(repository)) as folder:
+    outcome = cluster.submit(folder, tree["task"]["world"])
+print("outcome", outcome.status)
+sys.exit(outcome.exit_code)
+"""
+
+
+def repository(into: Path) -> Path:
+    """A copy of the rooms under test, with stand-ins for those above and beside them."""
+    for name in ("__init__.py", "errors.py", "config/tree.py", "distributed/process.py", "train/stop.py"):
+        (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / "src" / name, into / "src" / name)
+    shutil.copytree(HERE / "src/cluster", into / "src/cluster", ignore=shutil.ignore_patterns("__pycache__"))
+    written = {"config/build.py": BUILD, "train/run.py": RUN, "tasks/fake.py": TASK}
+    for name, text in written.items():
+        (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (into / "src" / name).write_text(text)
+    for folder in ("config", "distributed", "train", "tasks"):
+        (into / "src" / folder / "__init__.py").write_text("")
+    (into / "conf").mkdir()
+    (into / "conf/config.yaml").write_text("seed: 0\n")
+    return into
+
+
+def tree(do: str, world: int) -> dict[str, Any]:
+    return {"name": do, "seed": 0, "task": {"_target_": "src.tasks.fake.Fake", "do": do, "world": world}}
+
+
+def place(root: Path, do: str, world: int) -> Path:
+    return root / f"{do}-{identity(tree(do, world))}"
+
+
+def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 60) -> "subprocess.Popen[str]":
+    """A launcher in a process and session of its own; its working directory is `root`, where no `src` is."""
+    import json
+
+    root.mkdir(exist_ok=True)
+    given = json.dumps([tree(do, world), str(root), str(code), grace_seconds])
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", LAUNCH, given],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

@@ -1,0 +1,135 @@
+"""Launchers and ranks in real processes."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from src.cluster.folder import attempts
+from tests.cluster.fakes import launch, place, repository
+
+PATIENCE_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return repository(tmp_path_factory.mktemp("repository"))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(folder: Path, launcher: "subprocess.Popen[str]", world: int) -> list[int]:
+    """The pids of the ranks, once all of them are inside their task."""
+    marks = [folder / f"alive_{rank}" for rank in range(world)]
+    until(lambda: launcher.poll() is not None or all(mark.exists() and mark.read_text() for mark in marks))
+    assert launcher.poll() is None, launcher.communicate()
+    return [int(mark.read_text()) for mark in marks]
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; a zombie that its new parent has not reaped yet counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_two_ranks_add_up_and_log(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "sum", 2)
+    out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 0, err
+    here = f"code frozen threads 1 cwd {tmp_path}"
+    assert out.splitlines() == ["rank 0 of 2: sum 3", here, "outcome finished"]
+    assert err.strip() == "a warning"
+    folder = place(tmp_path, "sum", 2)
+    for rank in range(2):
+        log = (folder / f"logs/attempt_1/rank_{rank}.log").read_text().splitlines()
+        assert sorted(log) == sorted([f"rank {rank} of 2: sum 3", here, "a warning", "words of a library in C"]), (
+            f"rank {rank}"
+        )
+    (attempt,) = attempts(folder)
+    assert (attempt.number, attempt.world, attempt.ended) == (1, 2, "finished")
+
+
+def test_a_crash_shows_the_failing_rank_first(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "crash", 2)
+    out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert out == "outcome failed\n"
+    lines = err.strip().splitlines()
+    assert lines[0] == "rank 1 failed first: ValueError: the weights of rank 1 are bad"
+    log = place(tmp_path, "crash", 2) / "logs/attempt_1/rank_1.log"
+    assert lines[-1] == f"log: {log}"
+    assert "ValueError: the weights of rank 1 are bad" in log.read_text()
+    (attempt,) = attempts(place(tmp_path, "crash", 2))
+    assert (attempt.ended, "rank 1: ValueError" in attempt.detail) == ("failed", True)
+
+
+def test_a_users_fault_on_a_rank_is_told_without_a_traceback(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "refuse", 1)
+    _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 2
+    assert "Traceback" not in err
+    assert "crc32 differs" in err.splitlines()[0]
+    assert "checkpoint.initial: try step_00000005" in err.splitlines()
+
+
+def test_a_signal_reaches_every_rank_and_the_run_resumes(code: Path, tmp_path: Path) -> None:
+    folder = place(tmp_path, "wait", 2)
+    launcher = launch(tmp_path, code, "wait", 2)
+    alive(folder, launcher, 2)
+
+    second = launch(tmp_path, code, "wait", 2)  # while the first lives
+    _, refusal = second.communicate(timeout=PATIENCE_SECONDS)
+    assert second.returncode != 0
+    assert f"process {launcher.pid} on {os.uname().nodename}" in refusal
+
+    launcher.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert (launcher.returncode, out.splitlines()[-1]) == (0, "outcome stopped"), err
+    assert [(folder / f"seen_{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
+    assert err.strip().splitlines()[-1].startswith("stopped by SIGTERM after saving; the same command continues")
+
+    for rank in range(2):
+        (folder / f"alive_{rank}").unlink()
+    again = launch(tmp_path, code, "wait", 2)
+    pids = alive(folder, again, 2)
+    again.kill()  # kill -9: no handler runs
+    again.communicate(timeout=PATIENCE_SECONDS)
+    until(lambda: all(gone(pid) for pid in pids))
+    assert [(a.number, a.ended) for a in attempts(folder)] == [(1, "stopped"), (2, None)]
+
+
+def test_a_second_ctrl_c_ends_at_once(code: Path, tmp_path: Path) -> None:
+    folder = place(tmp_path, "stubborn", 2)
+    launcher = launch(tmp_path, code, "stubborn", 2)
+    pids = alive(folder, launcher, 2)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.stderr is not None
+    while "SIGINT: the ranks save and stop" not in (line := launcher.stderr.readline()):
+        assert line, "the launcher ended without saying that it heard"
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 130
+    assert all(gone(pid) for pid in pids)
+    assert attempts(folder)[-1].ended == "killed"
+
+
+def test_ranks_that_outlast_the_grace_are_ended(code: Path, tmp_path: Path) -> None:
+    folder = place(tmp_path, "stubborn", 1)
+    launcher = launch(tmp_path, code, "stubborn", 1, grace_seconds=0.2)
+    (pid,) = alive(folder, launcher, 1)
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 137
+    assert "not saved 0.2 s after SIGTERM" in err
+    assert gone(pid)
