@@ -97,7 +97,7 @@ def initialise_state(state: dict[str, Any], parameter: Tensor, moments: torch.dt
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """This rank's part of a DTensor, sharing memory; any other tensor is its own part."""
+    """Our own part of a DTensor, sharing memory; any other tensor is its own part."""
     assert tensor is not None
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)  # DTensor itself belongs to higher floors
     return tensor if to_local is None else to_local()

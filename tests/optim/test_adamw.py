@@ -52,7 +52,7 @@ def trained(steps: int = 5, **changes: object) -> dict[str, torch.Tensor]:
 
 
 def reference(steps: int = 5) -> dict[str, torch.Tensor]:
-    """torch's unfused loop over every trainable parameter."""
+    """Torch's unfused loop over every trainable parameter."""
     model = network()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
@@ -204,7 +204,7 @@ def test_shards_equal_the_whole(ranks: Ranks, changes: dict[str, Any]) -> None:
         optimizer.step()
     state = optimizer_state(optimizer, model.named_parameters())
     for weights, moments, steps, sharded in ranks(4, _sharded, changes):
-        assert sharded and steps == 2
+        assert (sharded, steps) == (True, 2)
         for name in state:
             torch.testing.assert_close(weights[name], dict(model.named_parameters())[name].detach(), msg=name)
             torch.testing.assert_close(moments[name], state[name]["exp_avg"], msg=name)

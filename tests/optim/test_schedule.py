@@ -49,8 +49,8 @@ def test_warmup_longer_than_the_run_is_cut_and_said() -> None:
     assert factors(long, 4) == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert long.multiplier(100, 4) == 1.0
     (warmup, decay) = long.warnings(4)
-    assert "schedule.warmup_steps=200" in warmup and "4 steps" in warmup
-    assert "schedule.decay_ratio=0.8" in decay and "leaves 0" in decay
+    assert warmup == "schedule.warmup_steps=200 is cut to the 4 steps there are"
+    assert decay == "schedule.decay_ratio=0.8 asks for 3 of 4 steps; the warm-up of 4 leaves 0"
 
 
 def test_decay_that_meets_the_warmup_is_cut_and_said() -> None:

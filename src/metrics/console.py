@@ -1,0 +1,83 @@
+"""What a person watching the run sees: a live line in a terminal, plain lines in a file."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TextColumn
+
+# metric, text; in this order, where the record has it
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("loss", "loss {:.4f}"),
+    ("grad_norm", "grad norm {:.3f}"),
+    ("lr", "lr {:.2e}"),
+    ("tokens_per_second", "{:,.0f} tok/s"),
+    ("mfu_full_percent", "MFU {:.1f}%"),
+    ("mfu_causal_percent", "({:.1f}% causal)"),
+    ("data_seconds", "data {:.3f} s"),
+    ("peak_reserved_gib", "{:.1f} GiB"),
+    ("peak_rss_gib", "{:.1f} GiB"),
+)
+
+
+def format_record(values: Mapping[str, float]) -> str:
+    """The values that a person watches; tok/s are those of one device."""
+    return "  ".join(text.format(values[name]) for name, text in COLUMNS if name in values)
+
+
+def format_validation(step: int, loss: float) -> str:
+    return f"step {step}  validation loss {loss:.4f}"
+
+
+def format_startup(seconds: Mapping[str, float]) -> str:
+    stages = "  ".join(f"{stage.replace('_', ' ')} {spent:.1f} s" for stage, spent in seconds.items())
+    return f"startup {sum(seconds.values()):.1f} s:  {stages}"
+
+
+def format_left(steps: int, step_seconds: float) -> str:
+    return f"ETA {timedelta(seconds=round(steps * step_seconds))}"
+
+
+class Console:
+    """Draws only when told something, so that it costs nothing between two records."""
+
+    def __init__(self, steps: int, terminal: Terminal | None = None) -> None:
+        self._steps = steps
+        self._terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        if self._terminal.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed}/{task.total}  {task.description}"),
+                console=self._terminal,
+                auto_refresh=False,
+            )
+            self._task = self._progress.add_task("starting", total=steps)
+            self._progress.start()
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        text = format_record(values)
+        if "step_seconds" in values:
+            text = f"{text}  {format_left(self._steps - step, values['step_seconds'])}"
+        if self._progress is None:
+            self._terminal.print(f"step {step}/{self._steps}  {text}", markup=False)
+        else:
+            self._progress.update(self._task, completed=step, description=text, refresh=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        self._terminal.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,85 @@
+"""The loss curve of a run folder as a picture."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from src.errors import FolderError
+from src.metrics.history import Series, read
+from src.metrics.tracker import METRICS_FILE
+
+CURVE_FILE = "loss.png"
+TRAIN, TRAIN_POINTS, VALIDATION = "#1f4e79", "#9dbcd9", "#d9622b"
+
+
+def plot(folder: Path) -> Path:
+    """Draw training and validation loss against tokens, without a display. FolderError where there is none."""
+    from matplotlib.figure import Figure
+
+    history = read(folder)
+    loss = history.series.get("loss")
+    if loss is None:
+        raise FolderError(f"{folder / METRICS_FILE} holds no loss yet; train for at least one logged step")
+    validation = history.series.get("validation_loss", Series())
+    tokens = history.series.get("tokens")
+    figure = Figure(figsize=(9.0, 5.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw(axes, loss, validation, tokens)
+    axes.set_title(folder.resolve().name, loc="left", fontsize=13, fontweight="bold")
+    if history.attempts > 1:
+        axes.set_title(f"{history.attempts} attempts", loc="right", fontsize=10, color="#666666")
+    path = folder / CURVE_FILE
+    figure.savefig(path)
+    return path
+
+
+def _draw(axes: Any, loss: Series, validation: Series, tokens: Series | None) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    horizontal = _at_tokens(loss, tokens)
+    if len(loss.values) >= 50:
+        axes.plot(horizontal, loss.values, color=TRAIN_POINTS, linewidth=0.8, alpha=0.8)
+        axes.plot(horizontal, smoothed(loss.values), color=TRAIN, linewidth=1.8, label=_label("train, smoothed", loss))
+    else:
+        axes.plot(horizontal, loss.values, color=TRAIN, linewidth=1.8, label=_label("train", loss))
+    if validation.values:
+        axes.plot(
+            _at_tokens(validation, tokens),
+            validation.values,
+            color=VALIDATION,
+            linewidth=1.2,
+            marker="o",
+            markersize=4.5,
+            label=_label("validation", validation),
+        )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("tokens" if tokens else "step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=10.5)
+
+
+def _at_tokens(series: Series, tokens: Series | None) -> list[float]:
+    """The tokens seen at each step of a series; without tokens the steps themselves."""
+    if tokens is None:
+        return [float(step) for step in series.steps]
+    import numpy
+
+    # Step 0 has seen no token; a validation may lie between two logged steps.
+    return [float(seen) for seen in numpy.interp(series.steps, [0, *tokens.steps], [0, *tokens.values])]
+
+
+def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential mean without the bias of its start; values that are not finite are passed over."""
+    mean, weight, means = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            mean = keep * mean + (1.0 - keep) * value
+            weight = keep * weight + (1.0 - keep)
+        means.append(mean / weight if weight > 0 else math.nan)
+    return means
+
+
+def _label(name: str, series: Series) -> str:
+    return f"{name}, last {series.values[-1]:.3f}"

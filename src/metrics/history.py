@@ -1,0 +1,50 @@
+"""What metrics.jsonl tells of a run that may have been killed and resumed many times."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from src.metrics.lines import Lines
+from src.metrics.tracker import METRICS_FILE
+
+RESERVED = {"step", "attempt", "time", "event"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the run as it stands now, by rising step."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class History:
+    attempts: int
+    points_replaced: int  # recorded by an attempt that died, then computed again from the checkpoint before them
+    series: dict[str, Series]
+
+
+def read(folder: Path) -> History:
+    """An attempt that resumes at a step replaces all that earlier attempts recorded from that step on."""
+    attempts, replaced = 0, 0
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    begun: dict[str, int] = {}  # the attempt that last wrote each metric
+    for record in Lines(folder / METRICS_FILE).read():
+        attempts = max(attempts, record["attempt"])
+        if "event" in record:
+            continue
+        for name in record.keys() - RESERVED:
+            series = points[name]
+            if begun.get(name, record["attempt"]) < record["attempt"]:
+                for step in [step for step in series if step >= record["step"]]:
+                    del series[step]
+                    replaced += 1
+            begun[name] = record["attempt"]
+            series[record["step"]] = float(record[name])
+    return History(attempts, replaced, {name: _ordered(series) for name, series in sorted(points.items())})
+
+
+def _ordered(points: dict[int, float]) -> Series:
+    steps = sorted(points)
+    return Series(steps, [points[step] for step in steps])

@@ -1,0 +1,60 @@
+"""Append-only files of one JSON object a line, which survive a kill in the middle of a line."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+TAIL_BYTES = 65536
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Lines:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """One write of one line, in the kernel's hands on return: a kill of this process cannot lose it. OSError."""
+        text = json.dumps({key: _legal(value) for key, value in record.items()}, allow_nan=False, default=float)
+        line = text.encode() + b"\n"
+        with open(self.path, "ab+", buffering=0) as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a line torn by a kill: close it, so that this one stands alone
+                    line = b"\n" + line
+            file.write(line)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Every whole record from the first to the last; torn lines are left out."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                yield from _records(file)
+
+    def last(self) -> dict[str, Any] | None:
+        """The last whole record, without reading a long file from its start."""
+        if not self.path.exists():
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(max(0, self.path.stat().st_size - TAIL_BYTES))
+            found = list(_records(file))
+        return found[-1] if found else None
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value
+                   for key, value in record.items()}  # fmt: skip
+
+
+def _legal(value: Any) -> Any:
+    """JSON has no NaN: it is kept as text, which `read` turns back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,40 @@
+"""Peak memory of this rank since the last report."""
+
+import logging
+import resource
+import sys
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """CUDA: peaks since the last call; else the resident peak since the process began."""
+    if device.type != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    values = report(torch.cuda.memory_stats(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.reset_accumulated_memory_stats(device)
+    return values
+
+
+def report(statistics: dict[str, int]) -> dict[str, float]:
+    """The caching allocator's statistics in our names; a warning where it ran against the wall."""
+    retries, failures = statistics["num_alloc_retries"], statistics["num_ooms"]
+    if retries or failures:
+        logger.warning(
+            "the GPU's memory ran full: %d allocations retried, %d failed; training slows down. "
+            "A smaller task.micro_batch, more recompute or more shards help",
+            retries,
+            failures,
+        )
+    return {
+        "peak_allocated_gib": statistics["allocated_bytes.all.peak"] / GIB,
+        "peak_reserved_gib": statistics["reserved_bytes.all.peak"] / GIB,
+        "allocation_retries": float(retries),
+        "out_of_memory": float(failures),
+    }
