@@ -1,0 +1,226 @@
+"""Micro-batches of one data rank, from a global position alone: no loader state, nothing to replay."""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.data.config import Data
+from src.data.corpus import Corpus, part_windows
+from src.data.order import GOLDEN, Permutation, key_of, mix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100
+DIGEST_CHUNK = 1 << 16  # fits the cache of a core: 10 million samples take about a second
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens and labels: int64 (micro_batch, seq_len); the others as docs/architecture.md says."""
+
+    tokens: "Tensor"
+    labels: "Tensor"
+    positions: "Tensor | None"
+    documents: "Tensor | None"
+    samples: tuple[int, ...]
+
+    def pinned(self) -> "Batch":
+        """In page-locked memory, from which copies to a GPU do not wait."""
+        moved = {
+            name: tensor.pin_memory()
+            for name in ("tokens", "labels", "positions", "documents")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+
+class Batches:
+    """One data rank's view: row i of micro-batch m is sample position + (m * ranks + rank) * micro_batch + i."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: Data,
+        *,
+        seq_len: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        micro_batch: int,
+        micro_batches: int,
+    ) -> None:
+        assert 0 <= rank < ranks, "a data rank outside its group"
+        self._corpus = corpus
+        self._data = data
+        self._seq_len = seq_len
+        self._rank = rank
+        self._ranks = ranks
+        self._micro_batch = micro_batch
+        self._micro_batches = micro_batches
+        self._name = f"{corpus.fingerprint}/{seed}/{seq_len}"
+        self._train = _permutations(corpus, "train", seq_len, seed)
+        self._held_out = _permutations(corpus, "validation", seq_len, 0)  # the same rows for every seed: runs compare
+        self._summed = (0, 0)
+
+    @property
+    def global_batch(self) -> int:
+        return self._micro_batches * self._ranks * self._micro_batch
+
+    def step(self, position: int) -> list[Batch]:
+        """The micro-batches of the step that starts at global sample `position`."""
+        rows = np.arange(self._micro_batch)
+        firsts = [position + (m * self._ranks + self._rank) * self._micro_batch for m in range(self._micro_batches)]
+        return [self._batch("train", first + rows) for first in firsts]
+
+    def prefetch(self, position: int, steps: int) -> Iterator[list[Batch]]:
+        """The next `steps` results of `step`, made in a thread and pinned when CUDA is there.
+
+        An error of the thread is raised here; closing the iterator ends the thread.
+        """
+        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(STEPS_AHEAD)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._fill, args=(ready, stop, position, steps), name="prefetch", daemon=True)
+        thread.start()
+        try:
+            for _ in range(steps):
+                made = ready.get()
+                if isinstance(made, BaseException):
+                    raise made
+                yield made
+        finally:
+            stop.set()
+            thread.join()
+
+    def digest(self, position: int) -> str:
+        """Hash of corpus, seed, seq_len and the ids of all samples [0, position); the same for every layout.
+
+        Continues from the last call where it can, so that asking at every checkpoint costs only the new samples.
+        """
+        start, total = self._summed if self._summed[0] <= position else (0, 0)
+        for first in range(start, position, DIGEST_CHUNK):
+            total += self.sum_of(np.arange(first, min(first + DIGEST_CHUNK, position)))
+        total %= 1 << 64
+        self._summed = (position, total)
+        return hashlib.blake2b(f"{self._name}/{position}/{total}".encode(), digest_size=8).hexdigest()
+
+    def sum_of(self, samples: NDArray[np.int64]) -> int:
+        """What `digest` adds up, modulo 2^64: a sum over ranks and steps in any order equals the sum over a range."""
+        sources, windows = self._locate(self._train, samples)
+        source_hash = (sources.astype(np.uint64) + np.uint64(1)) * GOLDEN
+        hashes = mix(mix(samples.astype(np.uint64) * GOLDEN + source_hash) ^ windows.astype(np.uint64))
+        return int(hashes.sum(dtype=np.uint64))
+
+    def realised(self, position: int) -> dict[str, dict[str, float]]:
+        """By source: tokens given so far, their share, the share asked for, and how often the source was read."""
+        counts = self._corpus.interleave.counts(position)
+        weights = sum(part.weight for part in self._corpus.parts)
+        return {
+            part.name: {
+                "tokens": count * self._seq_len,
+                "share": count / max(position, 1),
+                "target": part.weight / weights,
+                "epochs": count / max(part_windows(part, "train", self._seq_len), 1),
+            }
+            for part, count in zip(self._corpus.parts, counts, strict=True)
+        }
+
+    def validation(self, samples: int | None) -> Iterator[Batch]:
+        """The rank's share of the first `samples` held-out rows (None or more than there are: all), in a fixed order.
+
+        Every rank gets equally many batches of micro_batch rows; what fills the last ones has no valid label.
+        """
+        available = self._corpus.windows("validation", self._seq_len)
+        asked = available if samples is None else min(samples, available)
+        together = self._ranks * self._micro_batch
+        for first in range(self._rank * self._micro_batch, -(-asked // together) * together, together):
+            rows = np.arange(first, min(first + self._micro_batch, asked))
+            yield self._batch("validation", rows)
+
+    def _fill(
+        self, ready: "queue.Queue[list[Batch] | BaseException]", stop: threading.Event, at: int, steps: int
+    ) -> None:
+        try:
+            import torch
+
+            pin = torch.cuda.is_available()
+            for number in range(steps):
+                made = self.step(at + number * self.global_batch)
+                _put(ready, [batch.pinned() for batch in made] if pin else made, stop)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001  the training thread must hear of it instead of waiting
+            _put(ready, error, stop)
+
+    def _locate(
+        self, permutations: list[Permutation | None], samples: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source and window of each sample."""
+        sources, local = self._corpus.interleave(samples)
+        windows = np.empty_like(local)
+        for number, permutation in enumerate(permutations):
+            chosen = sources == number
+            if chosen.any():
+                assert permutation is not None, "the plan refuses a source without one window"
+                windows[chosen] = permutation(local[chosen])
+        return sources, windows
+
+    def _batch(self, split: str, samples: NDArray[np.int64]) -> Batch:
+        sources, windows = self._locate(self._train if split == "train" else self._held_out, samples)
+        filler = 0 if self._corpus.eos_id is None else self._corpus.eos_id
+        tokens = np.full((self._micro_batch, self._seq_len), filler, np.int64)
+        labels = np.full_like(tokens, IGNORED)
+        for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
+            read = self._corpus.read_window(split, source, window, self._seq_len)
+            tokens[row, : len(read) - 1] = read[:-1]
+            labels[row, : len(read) - 1] = read[1:]
+        return self._pack(tokens, labels, tuple(samples.tolist()))
+
+    def _pack(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], samples: tuple[int, ...]) -> Batch:
+        import torch
+
+        ends = tokens == (-1 if self._corpus.eos_id is None else self._corpus.eos_id)
+        if self._data.mask_document_starts:
+            labels[ends] = IGNORED
+        positions, documents = _within_documents(ends) if self._data.document_masks else (None, None)
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            labels=torch.from_numpy(labels),
+            positions=None if positions is None else torch.from_numpy(positions),
+            documents=None if documents is None else torch.from_numpy(documents),
+            samples=samples,
+        )
+
+
+def _within_documents(ends: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Positions that restart after each end of document, and documents: the number of ends strictly before."""
+    starts = np.zeros_like(ends)
+    starts[:, 1:] = ends[:, :-1]
+    places = np.broadcast_to(np.arange(ends.shape[1]), ends.shape)
+    positions = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+    return positions, np.cumsum(starts, axis=1, dtype=np.int32)
+
+
+def _permutations(corpus: Corpus, split: str, seq_len: int, seed: int) -> list[Permutation | None]:
+    sizes = [part_windows(part, split, seq_len) for part in corpus.parts]
+    keys = [key_of(seed, split, part.name) for part in corpus.parts]
+    return [Permutation(size, key) if size else None for size, key in zip(sizes, keys, strict=True)]
+
+
+def _put(
+    ready: "queue.Queue[list[Batch] | BaseException]", made: list[Batch] | BaseException, stop: threading.Event
+) -> None:
+    """Waits for room, but not for a reader that is gone."""
+    while not stop.is_set():
+        try:
+            ready.put(made, timeout=0.1)
+        except queue.Full:
+            continue
+        return

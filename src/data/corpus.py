@@ -1,0 +1,170 @@
+"""A tokenised corpus: its sources with their weights, and what a run may ask of it."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.data.config import Data
+from src.data.fingerprint import fingerprint
+from src.data.order import Interleave
+from src.data.shards import SPLITS, TokenShards
+from src.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, open_kept
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    weight: float
+    shards: TokenShards
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What the console tells: the whole corpus, and what this call had to do for it."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty_documents: int
+    seconds: float
+    cached: bool
+
+
+class Corpus:
+    def __init__(self, parts: list[Part], tokenizer: Tokenizer, preparation: Preparation) -> None:
+        self.parts = parts
+        self.tokenizer = tokenizer
+        self.preparation = preparation
+        self.interleave = Interleave([part.weight for part in parts])
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.eos_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of tokens, weights and tokenizer: where the corpus lies does not matter."""
+        facts = [[part.name, part.weight, part.shards.fingerprint] for part in self.parts]
+        return fingerprint(facts, self.tokenizer.fingerprint)
+
+    def tokens(self, split: str) -> int:
+        return sum(part.shards.tokens(split) for part in self.parts)
+
+    def documents(self, split: str) -> int:
+        return sum(part.shards.documents(split) for part in self.parts)
+
+    def source_tokens(self) -> dict[str, int]:
+        """Training tokens of each source."""
+        return {part.name: part.shards.tokens("train") for part in self.parts}
+
+    def windows(self, split: str, seq_len: int) -> int:
+        """Samples before any source would repeat: one epoch of a single source, the shortest epoch of a mixture."""
+        return self.interleave.longest([part_windows(part, split, seq_len) for part in self.parts])
+
+    def read_window(self, split: str, part: int, number: int, seq_len: int) -> NDArray[np.int64]:
+        """seq_len + 1 tokens; neighbouring windows share one. Only the last validation window may be shorter."""
+        return self.parts[part].shards.read(split, number * seq_len, seq_len + 1)
+
+    def verify(self) -> None:
+        """Reads every shard; DataError names the corrupted ones."""
+        for part in self.parts:
+            part.shards.verify()
+
+    def recipe(self) -> dict[str, Any]:
+        """JSON with which `reopen` finds exactly these tokens: for ranks, which must not read the sources anew."""
+        tokenizer = self.tokenizer.folder.name if isinstance(self.tokenizer, JsonTokenizer) else None
+        parts = [[part.name, part.weight, part.shards.folder.name] for part in self.parts]
+        return {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
+
+
+def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:
+    """The corpus of `recipe`, sizes checked; DataError when a shard is missing or truncated."""
+    name = recipe["tokenizer"]
+    tokenizer = ByteTokenizer() if name is None else open_kept(cache / "tokenizers" / name)
+    parts = [Part(name, weight, TokenShards(cache / "tokens" / folder)) for name, weight, folder in recipe["parts"]]
+    return Corpus(parts, tokenizer, survey(parts, 0.0, cached=True))
+
+
+def survey(parts: list[Part], seconds: float, *, cached: bool) -> Preparation:
+    shards = [part.shards for part in parts]
+    return Preparation(
+        documents=sum(one.documents(split) for one in shards for split in SPLITS),
+        tokens=sum(one.tokens(split) for one in shards for split in SPLITS),
+        text_bytes=sum(one.text_bytes(split) for one in shards for split in SPLITS),
+        empty_documents=sum(one.empty(split) for one in shards for split in SPLITS),
+        seconds=seconds,
+        cached=cached,
+    )
+
+
+def part_windows(part: Part, split: str, seq_len: int) -> int:
+    """Training drops the last tokens that fill no window (fewer than seq_len); validation keeps them, padded."""
+    predicted = max(part.shards.tokens(split) - 1, 0)
+    return predicted // seq_len if split == "train" else -(-predicted // seq_len)
+
+
+def check(
+    corpus: Corpus,
+    data: Data,
+    *,
+    model_vocab_size: int,
+    seq_len: int,
+    global_batch: int,
+    steps: int,
+    validation_samples: int = 0,
+) -> list[str]:
+    """Every reason why this corpus cannot feed this run; empty when it can. No rank needs to have started."""
+    problems = []
+    if corpus.vocab_size > model_vocab_size:
+        problems.append(
+            f"model.vocab_size={model_vocab_size} is less than the tokenizer's {corpus.vocab_size}: "
+            f"ids beyond it have no embedding; use model.vocab_size={corpus.vocab_size} or more"
+        )
+    if corpus.eos_id is None and (data.document_masks or data.mask_document_starts):
+        problems.append("data.document_masks and data.mask_document_starts need a tokenizer with an end of document")
+    problems += _scarcity(corpus, data, seq_len, global_batch, steps)
+    held = corpus.windows("validation", seq_len)
+    if validation_samples > 0 and held == 0:
+        problems.append(
+            f"data.validation_fraction={data.validation_fraction} holds out {corpus.documents('validation')} documents "
+            f"of {corpus.preparation.documents}, not one window: raise it, give more documents "
+            "(data.separator cuts a text file into documents) or do not validate"
+        )
+    return problems
+
+
+def _scarcity(corpus: Corpus, data: Data, seq_len: int, global_batch: int, steps: int) -> list[str]:
+    problems = []
+    counts = corpus.interleave.counts(steps * global_batch)
+    for part, needed in zip(corpus.parts, counts, strict=True):
+        windows, tokens = part_windows(part, "train", seq_len), part.shards.tokens("train")
+        if windows == 0:
+            problems.append(
+                f"{part.name}: {tokens} training tokens fill no sample of task.seq_len={seq_len}: "
+                f"use task.seq_len={max(tokens - 1, 1)} or less, or more text"
+            )
+        elif len(corpus.parts) == 1 and windows < global_batch:
+            problems.append(
+                f"{part.name}: {windows} samples of task.seq_len={seq_len} do not fill one task.global_batch="
+                f"{global_batch}: use task.global_batch={windows} or less, a shorter task.seq_len, or more text"
+            )
+        elif data.max_epochs is not None and Fraction(needed, windows) > Fraction(data.max_epochs):
+            share = Fraction(data.max_epochs) * windows * steps / needed
+            problems.append(
+                f"{part.name}: task.steps={steps} reads it {needed / windows:.2f} times, data.max_epochs="
+                f"{data.max_epochs:g} allows {int(share)} steps ({tokens} training tokens)"
+            )
+    return problems

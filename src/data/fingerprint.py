@@ -1,0 +1,74 @@
+"""Content hashes: what names a cache folder, so that the same text and tokenizer are never tokenised twice."""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# A file changed this recently may change again within one tick of the clock behind its mtime: its hash is not kept.
+SETTLED_SECONDS = 2.0
+
+
+def fingerprint(*facts: object) -> str:
+    """16 hex digits of the canonical JSON of `facts`."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whole or not at all: written beside `path`, flushed to disk, renamed in."""
+    temporary = temporary_beside(path)
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def temporary_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def hash_files(paths: Iterable[Path], cache: Path) -> list[str]:
+    """One hash of the content of each file, in order.
+
+    Hashes are remembered in `<cache>/file_hashes.json` by path, size and mtime: a terabyte is read through once.
+    """
+    paths = [path.resolve() for path in paths]
+    memory = cache / "file_hashes.json"
+    known = _read_memory(memory)
+    stamps = {path: _stamp(path) for path in paths}
+    missing = [path for path in stamps if known.get(str(path), ["", ""])[0] != stamps[path]]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        fresh = dict(zip(missing, pool.map(_hash_file, missing), strict=True))
+    settled = {
+        str(path): [stamps[path], digest]
+        for path, digest in fresh.items()
+        if time.time() - path.stat().st_mtime > SETTLED_SECONDS
+    }
+    if settled:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known | settled)
+    return [fresh.get(path) or known[str(path)][1] for path in paths]
+
+
+def _stamp(path: Path) -> str:
+    facts = path.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+def _read_memory(memory: Path) -> dict[str, list[str]]:
+    try:
+        known: dict[str, list[str]] = json.loads(memory.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}  # it only saves time: without it every file is hashed again
+    return known
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,58 @@
+"""Datasets of the Hugging Face hub, or folders in its layout, streamed: only text that is tokenised is downloaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import PositiveInt
+
+from src.data.files import Span, text_of
+from src.data.fingerprint import fingerprint, hash_files
+from src.data.sources import Piece, Source
+from src.errors import DataError
+
+
+class HubSource(Source):
+    """`path` is a name on the hub or a local folder; documents are taken evenly from the shards of the split."""
+
+    path: str
+    name: str | None
+    split: str
+    revision: str | None
+    field: str
+    max_documents: PositiveInt | None
+
+    def fingerprint(self, cache: Path) -> str:
+        folder = Path(self.path)
+        local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        names = [path.relative_to(folder).as_posix() for path in local]
+        where = list(zip(names, hash_files(local, cache), strict=True)) if local else [self.path, self.revision]
+        return fingerprint("hub", where, self.name, self.split, self.field, self.max_documents)
+
+    def pieces(self) -> list[Piece]:
+        shards = self._open().num_shards
+        if self.max_documents is None:
+            return [Piece((Span(self._where(shard), shard, -1),)) for shard in range(shards)]
+        # Opening a remote shard costs seconds: take at least 10,000 documents of each one that is opened.
+        opened = min(shards, -(-self.max_documents // 10_000))
+        share, more = divmod(self.max_documents, opened)
+        return [Piece((Span(self._where(shard), shard, share + (shard < more)),)) for shard in range(opened)]
+
+    def texts(self, piece: Piece) -> Iterator[str]:
+        for span in piece.spans:
+            rows = self._open()
+            part = rows.shard(rows.num_shards, span.start)
+            for number, row in enumerate(part if span.stop < 0 else part.take(span.stop)):
+                yield text_of(row, self.field, f"{span.name}, row {number}")
+
+    def _where(self, shard: int) -> str:
+        return f"{self.path} ({self.split}), shard {shard}"
+
+    def _open(self) -> Any:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=True)
+        except Exception as error:  # the library raises many kinds; each means that this name cannot be opened here
+            what = f"data.path={self.path} data.name={self.name} data.split={self.split}"
+            raise DataError(f"{what}: cannot be opened: {type(error).__name__}: {error}") from error

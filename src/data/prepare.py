@@ -1,0 +1,160 @@
+"""Text to token shards: once for each content and tokenizer, by as many processes as there are cores, resumable."""
+
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+from src.data.config import Data
+from src.data.corpus import Corpus, Part, survey
+from src.data.fingerprint import fingerprint
+from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, TokenShards, finished, write_index, write_record
+from src.data.sources import Piece, Source, held_out
+from src.data.tokenizer import Tokenizer, TokenizerConfig
+from src.errors import DataError
+
+DOCUMENTS_PER_BATCH = 256
+
+
+def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bool, verify: bool = True) -> Corpus:
+    """The tokenised corpus, made first where `cache` lacks it. DataError when text, tokenizer or shards are no good.
+
+    Safe to call from several processes and hosts at once: they share the pieces of work. `verify` reads every shard's
+    checksum, which a rank may leave to the process that started it.
+    """
+    began = time.perf_counter()
+    cache = cache.resolve()
+    opened = tokenizer.open(cache, data)
+    cached = True
+    parts = []
+    for name, (weight, source) in data.parts().items():
+        folder = cache / "tokens" / _key(source, opened, data.validation_fraction, cache)
+        if not (folder / "index.json").is_file():
+            cached = False
+            _tokenise(name, source, opened, folder, data, progress=progress)
+        parts.append(Part(name, weight, TokenShards(folder)))
+    corpus = Corpus(parts, opened, survey(parts, time.perf_counter() - began, cached=cached))
+    empty = [f"{part.name}: no document with text in it" for part in parts if not _documents(part)]
+    if empty:
+        raise DataError(empty)
+    if verify:
+        corpus.verify()
+    return corpus
+
+
+def _key(source: Source, tokenizer: Tokenizer, validation_fraction: float, cache: Path) -> str:
+    return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, validation_fraction)
+
+
+def _documents(part: Part) -> int:
+    return sum(part.shards.documents(split) for split in SPLITS)
+
+
+def _tokenise(name: str, source: Source, tokenizer: Tokenizer, folder: Path, data: Data, *, progress: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = source.pieces()
+    waiting = [number for number in range(len(pieces)) if not finished(folder, number)]
+    # Another preparer may be at work on the same folder: a random start lets both do different pieces.
+    start = random.SystemRandom().randrange(len(waiting)) if waiting else 0
+    waiting = waiting[start:] + waiting[:start]
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    jobs = [
+        _Job(source, pieces[number], number, tokenizer, folder, dtype, data.validation_fraction) for number in waiting
+    ]
+    with _bar(f"tokenising {name}", len(pieces), len(pieces) - len(jobs), shown=progress) as advance:
+        for _ in _done(jobs, data.processes or os.cpu_count() or 1):
+            advance()
+    write_index(folder, len(pieces), dtype)
+
+
+class _Job:
+    """One piece -> one shard of each split, and the record that says so."""
+
+    def __init__(
+        self, source: Source, piece: Piece, number: int, tokenizer: Tokenizer, folder: Path, dtype: str, fraction: float
+    ) -> None:
+        self.source = source
+        self.piece = piece
+        self.number = number
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.dtype = dtype
+        self.fraction = fraction
+
+    def __call__(self) -> None:
+        if finished(self.folder, self.number):  # meanwhile, by another preparer
+            return
+        writers = {split: ShardWriter(self.folder, f"{self.number:05d}.{split}.bin", self.dtype) for split in SPLITS}
+        try:
+            for texts in _batched(self.source.texts(self.piece)):
+                for text, ids in zip(texts, self.tokenizer.documents(texts), strict=True):
+                    split = "validation" if held_out(text, self.fraction) else "train"
+                    writers[split].add(ids, len(text.encode(errors="replace")))
+        except BaseException:
+            for writer in writers.values():
+                writer.discard()
+            raise
+        shards: dict[str, Shard] = {split: writer.close() for split, writer in writers.items()}
+        write_record(self.folder, self.number, shards)
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """At most 256 documents or about 1 MiB at a time: the memory of a worker, whatever the size of a piece."""
+    waiting: list[str] = []
+    size = 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if len(waiting) == DOCUMENTS_PER_BATCH or size > 1 << 20:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
+
+
+def _done(jobs: list[_Job], processes: int) -> Iterator[None]:
+    """One item for each finished job; the first failure stops the rest."""
+    if min(len(jobs), processes) <= 1:
+        for job in jobs:
+            job()
+            yield
+        return
+    # Spawned, not forked: the caller may hold threads and CUDA.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(len(jobs), processes), mp_context=context, initializer=_die_with_parent)
+    try:
+        futures: list[Future[None]] = [pool.submit(job) for job in jobs]
+        for future in as_completed(futures):
+            future.result()
+            yield
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """A worker waits for work for ever; when its parent was killed there will be none."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _bar(title: str, total: int, completed: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=completed)
+        yield lambda: bar.advance(task)

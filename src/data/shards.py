@@ -1,0 +1,198 @@
+"""Token shards: one file of little-endian ids for each piece and split, and the index that vouches for all of them.
+
+A folder counts once index.json is renamed in; before that, each finished piece has a record of its own, so that a
+killed preparation goes on where it stopped and several preparers may work on one folder.
+"""
+
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from src.data.fingerprint import fingerprint, temporary_beside, write_json
+from src.data.tokenizer_files import read_facts
+from src.errors import DataError
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+STALE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    file_bytes: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    empty: int  # documents without text: counted, not written
+    crc32: int
+
+
+class ShardWriter:
+    """Appends documents; `close` renames the file in, so a shard under its final name is whole."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self._path = folder / name
+        self._temporary = temporary_beside(self._path)
+        self._file = self._temporary.open("wb")
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._tokens = self._documents = self._text_bytes = self._empty = self._crc32 = 0
+
+    def add(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
+        if text_bytes == 0:
+            self._empty += 1
+            return
+        content = ids.astype(self._dtype).tobytes()
+        self._file.write(content)
+        self._crc32 = zlib.crc32(content, self._crc32)
+        self._tokens += len(ids)
+        self._documents += 1
+        self._text_bytes += text_bytes
+
+    def close(self) -> Shard:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+        return Shard(
+            file=self._path.name,
+            file_bytes=self._tokens * self._dtype.itemsize,
+            tokens=self._tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            empty=self._empty,
+            crc32=self._crc32,
+        )
+
+    def discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_record(folder: Path, number: int, shards: dict[str, Shard]) -> None:
+    write_json(folder / f"{number:05d}.json", {split: asdict(shard) for split, shard in shards.items()})
+
+
+def finished(folder: Path, number: int) -> bool:
+    """Whether a piece needs no more work: its record is there and its files have the size the record says."""
+    try:
+        shards = _shards(read_facts(folder / f"{number:05d}.json"))
+    except (DataError, TypeError, AttributeError):
+        return False
+    return all(_size(folder / shard.file) == shard.file_bytes for shard in shards.values())
+
+
+def write_index(folder: Path, pieces: int, dtype: str) -> None:
+    """Last of all: gathers the records, vouched for by a checksum of its own."""
+    records = [read_facts(folder / f"{number:05d}.json") for number in range(pieces)]
+    body = {"format": FORMAT, "dtype": dtype, "pieces": records}
+    write_json(folder / "index.json", body | {"checksum": fingerprint(body)})
+    for path in folder.glob(".*.tmp"):  # left by killed preparers; one that is still at work has fresh ones
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+class TokenShards:
+    """The two token streams of one source, memory-mapped; sizes are checked on opening, checksums by `verify`."""
+
+    def __init__(self, folder: Path) -> None:
+        index = read_facts(folder / "index.json")
+        body = {key: index[key] for key in index if key != "checksum"} if isinstance(index, dict) else {}
+        if not body or index.get("checksum") != fingerprint(body) or body["format"] != FORMAT:
+            raise DataError(f"{folder / 'index.json'}: corrupted (its checksum is wrong); {_remedy(folder)}")
+        self.folder = folder
+        self._dtype = np.dtype(str(body["dtype"])).newbyteorder("<")
+        records = [_shards(record) for record in body["pieces"]]
+        self._shards = {split: [record[split] for record in records] for split in SPLITS}
+        self._ends = {split: np.cumsum([0, *(shard.tokens for shard in self._shards[split])]) for split in SPLITS}
+        self._maps: dict[str, NDArray[np.uint32]] = {}
+        self._check_sizes()
+
+    def tokens(self, split: str) -> int:
+        return int(self._ends[split][-1])
+
+    def documents(self, split: str) -> int:
+        return sum(shard.documents for shard in self._shards[split])
+
+    def text_bytes(self, split: str) -> int:
+        return sum(shard.text_bytes for shard in self._shards[split])
+
+    def empty(self, split: str) -> int:
+        return sum(shard.empty for shard in self._shards[split])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokens themselves, wherever the folder lies."""
+        return fingerprint([[(shard.tokens, shard.crc32) for shard in self._shards[split]] for split in SPLITS])
+
+    def read(self, split: str, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens [start, start + count) of the stream, cut short at its end."""
+        stop = min(start + count, self.tokens(split))
+        number = int(np.searchsorted(self._ends[split], start, side="right")) - 1
+        parts = []
+        while start < stop:
+            first, last = self._ends[split][number], self._ends[split][number + 1]
+            if last > start:  # a shard may be empty, and an empty file cannot be mapped
+                parts.append(self._map(self._shards[split][number])[start - first : min(stop, last) - first])
+            start = int(last)
+            number += 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def verify(self) -> None:
+        """Reads every byte (about 2 GB/s a core); DataError names each shard whose checksum is wrong."""
+        shards = [shard for split in SPLITS for shard in self._shards[split]]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            sums = list(pool.map(lambda shard: _crc32(self.folder / shard.file), shards))
+        wrong = [shard.file for shard, checksum in zip(shards, sums, strict=True) if checksum != shard.crc32]
+        if wrong:
+            raise DataError(
+                f"{self.folder / file}: corrupted (crc32 differs); {_remedy(self.folder)}" for file in wrong
+            )
+
+    def _check_sizes(self) -> None:
+        problems = []
+        for shard in (shard for split in SPLITS for shard in self._shards[split]):
+            size = _size(self.folder / shard.file)
+            if size != shard.file_bytes:
+                found = "missing" if size is None else f"truncated or grown ({size} bytes, not {shard.file_bytes})"
+                problems.append(f"{self.folder / shard.file}: {found}; {_remedy(self.folder)}")
+        if problems:
+            raise DataError(problems)
+
+    def _map(self, shard: Shard) -> NDArray[np.uint32]:
+        if shard.file not in self._maps:
+            self._maps[shard.file] = np.memmap(self.folder / shard.file, self._dtype, mode="r")
+        return self._maps[shard.file]
+
+
+def _shards(record: dict[str, dict[str, object]]) -> dict[str, Shard]:
+    return {split: Shard(**record[split]) for split in SPLITS if split in record}  # type: ignore[arg-type]
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    for block in _blocks(path):
+        checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            yield block
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} and the next run makes it again"

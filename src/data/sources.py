@@ -1,0 +1,171 @@
+"""Where text comes from: this Python's library, files, a synthetic language (the hub has its own file).
+
+A source cuts itself into pieces, the unit of parallel work, and reads one piece as a stream of documents. Both are pure
+functions of the content, so that every process on every machine agrees about them.
+"""
+
+import hashlib
+import itertools
+import random
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
+from typing_extensions import override
+
+from src.config.base import Config, Names
+from src.data import files
+from src.data.fingerprint import fingerprint, hash_files
+from src.errors import DataError
+
+OneOrMore = Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker turns into one shard of each split."""
+
+    spans: tuple[files.Span, ...]
+
+
+class Source(Config, ABC):
+    """Text, cut into pieces; constructing one reads nothing."""
+
+    @abstractmethod
+    def fingerprint(self, cache: Path) -> str:
+        """Changes whenever the text, its order or its cut into documents changes."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """In corpus order. DataError when there is nothing to read."""
+
+    @abstractmethod
+    def texts(self, piece: Piece) -> Iterator[str]:
+        """The documents of a piece, in order. DataError names the file and the line."""
+
+
+class StdlibSource(Source):
+    """The .py files of the Python that runs us: about 12 MB of real text on every machine, nothing redistributed.
+
+    Tests are left out: many distributions do not ship them, and four of their files are invalid UTF-8 on purpose.
+    """
+
+    def fingerprint(self, cache: Path) -> str:
+        return fingerprint("stdlib", hash_files(self._paths, cache))
+
+    def pieces(self) -> list[Piece]:
+        return group([span for path in self._paths for span in files.spans(path, files.LARGEST_PIECE_BYTES)])
+
+    def texts(self, piece: Piece) -> Iterator[str]:
+        for span in piece.spans:
+            yield from files.read(span, field="", separator=None)
+
+    @cached_property
+    def _paths(self) -> list[Path]:
+        root = Path(sysconfig.get_path("stdlib"))
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        found = (path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts))
+        paths = sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        if not paths:
+            raise DataError(f"data=stdlib: no .py file under {root}; use data=text with files of your own")
+        return paths
+
+
+class TextSource(Source):
+    """Files or globs; the suffix decides: .jsonl, .ndjson and .parquet hold a document per row, others are text."""
+
+    files: OneOrMore
+    field: str
+    separator: str | None
+
+    def fingerprint(self, cache: Path) -> str:
+        content = zip([path.suffix for path in self._paths], hash_files(self._paths, cache), strict=True)
+        return fingerprint("text", list(content), self.field, self.separator)
+
+    def pieces(self) -> list[Piece]:
+        total = sum(path.stat().st_size for path in self._paths)
+        largest = piece_bytes(total)
+        return group([span for path in self._paths for span in files.spans(path, largest)])
+
+    def texts(self, piece: Piece) -> Iterator[str]:
+        for span in piece.spans:
+            yield from files.read(span, field=self.field, separator=self.separator)
+
+    @cached_property
+    def _paths(self) -> list[Path]:
+        """In the order given, each pattern sorted, no file twice."""
+        found: dict[Path, None] = {}
+        problems = []
+        for pattern in self.files:
+            matches = [path for path in map(Path, sorted(glob(pattern, recursive=True))) if path.is_file()]
+            if not matches:
+                hint = f"; it is a folder: write {pattern.rstrip('/')}/**/*.txt" if Path(pattern).is_dir() else ""
+                problems.append(f"data.files={pattern}: matches no file (looked from {Path.cwd()}){hint}")
+            problems += [problem for path in matches if (problem := files.problem(path))]
+            found |= dict.fromkeys(matches)
+        if not self.files:
+            problems.append("data.files=[]: name at least one file or glob")
+        if problems:
+            raise DataError(problems)
+        return list(found)
+
+
+class SyntheticSource(Source):
+    """A language of made-up words in which each word allows few successors: learnable, endless, the same everywhere."""
+
+    documents: PositiveInt
+    words: PositiveInt
+    seed: NonNegativeInt
+
+    @override
+    def fingerprint(self, cache: Path) -> str:
+        return fingerprint("synthetic", self.documents, self.words, self.seed)
+
+    def pieces(self) -> list[Piece]:
+        starts = range(0, self.documents, 4096)
+        spans = [files.Span("synthetic", first, min(first + 4096, self.documents)) for first in starts]
+        return [Piece((span,)) for span in spans]
+
+    def texts(self, piece: Piece) -> Iterator[str]:
+        for span in piece.spans:
+            yield from (self._text(number) for number in range(span.start, span.stop))
+
+    def _text(self, number: int) -> str:
+        chance = random.Random(f"{self.seed}/{number}")
+        vocabulary = ["".join(pair) for pair in itertools.product(("ba", "ko", "mi", "ru", "te", "zo"), repeat=3)]
+        word = chance.randrange(len(vocabulary))
+        words = []
+        for _ in range(chance.randint(1, 2 * self.words - 1)):
+            words.append(vocabulary[word])
+            word = (7 * word + chance.choice((1, 1, 1, 1, 5, 5, 11))) % len(vocabulary)
+        return " ".join(words) + "."
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Which side of the validation split a document is on: its content alone decides, so copies stay together."""
+    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def piece_bytes(total: int) -> int:
+    """64 pieces keep every core of a node busy; 2 to 256 MiB keep a restart cheap and the shards few."""
+    return min(max(total // 64, 2 << 20), files.LARGEST_PIECE_BYTES)
+
+
+def group(spans: list[files.Span]) -> list[Piece]:
+    """Neighbours share a piece until it is full."""
+    full = piece_bytes(sum(span.bytes for span in spans))
+    pieces: list[Piece] = []
+    waiting: list[files.Span] = []
+    for span in spans:
+        waiting.append(span)
+        if sum(other.bytes for other in waiting) >= full:
+            pieces.append(Piece(tuple(waiting)))
+            waiting = []
+    return pieces + ([Piece(tuple(waiting))] if waiting else [])

@@ -1,0 +1,229 @@
+"""Text to token ids and back: bytes, a tokenizer file, or a BPE trained on the corpus.
+
+The backend's own template for beginning and end of text is never used: we add both marks ourselves, so none is doubled.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+from typing_extensions import override
+
+from src.config.base import Config, PathField
+from src.data.config import Data
+from src.data.fingerprint import fingerprint, temporary_beside, write_json
+from src.data.sources import held_out
+from src.data.tokenizer_files import Marks, read_backend, read_facts
+from src.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+Ids = NDArray[np.uint32]
+
+
+class Tokenizer(ABC):
+    """An opened tokenizer; small to pickle."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    add_bos: bool
+    add_eos: bool
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The text alone: no marks, and the names of special tokens inside a text are plain text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Special tokens are left out."""
+
+    def documents(self, texts: Sequence[str]) -> list[Ids]:
+        """[bos] + text + [eos]; one token for both stands once, at the end: it separates just as well."""
+        bos = [] if self.bos_id in (None, self.eos_id) else [self.bos_id]
+        eos = [] if self.eos_id is None else [self.eos_id]
+        head, tail = np.array(bos, np.uint32), np.array(eos, np.uint32)
+        return [np.concatenate([head, ids, tail]) for ids in self.encode(texts)]
+
+    def prompt(self, text: str, *, add_bos: bool | None = None, add_eos: bool | None = None) -> list[int]:
+        """A text to continue; None: as tokenizer_config.json says, else begun and not ended."""
+        (ids,) = self.encode([text])
+        bos = [self.bos_id] if self.bos_id is not None and (self.add_bos if add_bos is None else add_bos) else []
+        eos = [self.eos_id] if self.eos_id is not None and (self.add_eos if add_eos is None else add_eos) else []
+        return [*bos, *ids.tolist(), *eos]
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0-255 are bytes of UTF-8, 256 begins and 257 ends a document."""
+
+    vocab_size, bos_id, eos_id = 258, 256, 257
+    add_bos, add_eos = True, False
+    fingerprint = "bytes"
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.uint32) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(number for number in ids if number < 256).decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class JsonTokenizer(Tokenizer):
+    """A folder of the cache with tokenizer.json and marks.json."""
+
+    folder: Path
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    add_bos: bool
+    add_eos: bool
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        encodings = _load(self.folder / "tokenizer.json").encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return _load(self.folder / "tokenizer.json").decode([int(number) for number in ids])
+
+
+@lru_cache(maxsize=4)  # a vocabulary of 128,256 takes 0.5 s to parse: once per process, not once per piece
+def _load(path: Path) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.encode_special_tokens = True  # a document that spells "<|end_of_text|>" must not end itself
+    return backend
+
+
+class TokenizerConfig(Config, ABC):
+    """What the section `tokenizer` may name."""
+
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Ids that may occur: known without any corpus, for the plan."""
+
+    @abstractmethod
+    def open(self, cache: Path, data: Data) -> Tokenizer:
+        """DataError when it cannot be read."""
+
+
+class Bytes(TokenizerConfig):
+    def vocabulary(self) -> int:
+        return ByteTokenizer.vocab_size
+
+    @override
+    def open(self, cache: Path, data: Data) -> Tokenizer:
+        return ByteTokenizer()
+
+
+class File(TokenizerConfig):
+    path: PathField
+    bos: str | None
+    eos: str | None
+
+    def vocabulary(self) -> int:
+        return vocabulary_of(self._read()[0])
+
+    @override
+    def open(self, cache: Path, data: Data) -> Tokenizer:
+        return keep(*self._read(), cache / "tokenizers")
+
+    def _read(self) -> tuple["tokenizers.Tokenizer", Marks]:
+        return read_backend(self.path, self.bos, self.eos)
+
+
+class Bpe(TokenizerConfig):
+    """Byte-level, so that every text can be written; held-out documents do not take part in training it."""
+
+    vocab_size: Annotated[int, Field(ge=258)]
+    sample_bytes: PositiveInt
+
+    def vocabulary(self) -> int:
+        return self.vocab_size
+
+    def open(self, cache: Path, data: Data) -> Tokenizer:
+        sources = {name: [weight, source.fingerprint(cache)] for name, (weight, source) in data.parts().items()}
+        key = fingerprint("bpe 1", self.vocab_size, self.sample_bytes, sources, data.validation_fraction)
+        pointer = cache / "tokenizers" / f"trained-{key}.json"
+        if not pointer.is_file():
+            trained = keep(self._train(data), Marks(BEGIN, END, add_bos=True, add_eos=False), cache / "tokenizers")
+            write_json(pointer, trained.folder.name)
+        return open_kept(cache / "tokenizers" / str(read_facts(pointer)))
+
+    def _train(self, data: Data) -> "tokenizers.Tokenizer":
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[BEGIN, END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(self._sample(data), trainer)
+        return backend
+
+    def _sample(self, data: Data) -> Iterator[str]:
+        """Training documents, an equal number of bytes from each piece of a source, sources by their weights."""
+        total = sum(weight for weight, _ in data.parts().values())
+        found = 0
+        for weight, source in data.parts().values():
+            pieces = source.pieces()
+            for piece in pieces:
+                budget = self.sample_bytes * weight / total / len(pieces)
+                for text in source.texts(piece):
+                    if budget <= 0:
+                        break
+                    if not held_out(text, data.validation_fraction):
+                        budget -= len(text.encode(errors="replace"))
+                        found += 1
+                        yield text
+        if not found:
+            raise DataError("tokenizer=bpe: no training document to learn from; lower data.validation_fraction")
+
+
+def vocabulary_of(backend: "tokenizers.Tokenizer") -> int:
+    """One more than the largest id: a vocabulary may have holes."""
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values())
+
+
+def keep(backend: "tokenizers.Tokenizer", marks: Marks, cache: Path) -> JsonTokenizer:
+    """Writes both files to a folder named by their content: tokens stay readable when the original is gone."""
+    text = backend.to_str()
+    facts = {
+        "bos_id": None if marks.bos is None else backend.token_to_id(marks.bos),
+        "eos_id": None if marks.eos is None else backend.token_to_id(marks.eos),
+        "add_bos": marks.add_bos,
+        "add_eos": marks.add_eos,
+        "vocab_size": vocabulary_of(backend),
+    }
+    folder = cache / fingerprint(text, facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "marks.json").is_file():
+        temporary = temporary_beside(folder / "tokenizer.json")
+        temporary.write_text(text)
+        temporary.replace(folder / "tokenizer.json")
+        write_json(folder / "marks.json", facts)
+    return open_kept(folder)
+
+
+def open_kept(folder: Path) -> JsonTokenizer:
+    """A folder that `keep` wrote; DataError when a file was changed since."""
+    facts = read_facts(folder / "marks.json")
+    path = folder / "tokenizer.json"
+    if not isinstance(facts, dict) or not path.is_file() or folder.name != fingerprint(path.read_text(), facts):
+        raise DataError(f"{folder}: its content is not what was written; delete the folder to make it again")
+    return JsonTokenizer(folder=folder, fingerprint=folder.name, **facts)
