@@ -114,8 +114,7 @@ class Store:
         """
         self.finish()
         self._team.first(lambda: self.options.check_trust(path, self.folder))
-        marker = self._team.first(lambda: files.read_marker(path))
-        self._verify(path, marker)
+        self._verify(path)
         flat = flatten(state)
         values: dict[str, Any] = self._team.first(lambda: json.loads((path / VALUES).read_text()))
         self._check_fit(path, flat, values)
@@ -190,15 +189,20 @@ class Store:
 
     # Loading
 
-    def _verify(self, path: Path, marker: Marker) -> None:
-        by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
-        share = by_size[self._team.rank :: self._team.world]
-        faults = self._team.each(
-            lambda: [files.fault(path / name, marker.files[name], self.options.verify) for name in share]
-        )
-        problems = [problem for one in faults for problem in one if problem is not None]
+    def _verify(self, path: Path) -> None:
+        """Each rank checks its share of the files; whatever is wrong, an older checkpoint is offered."""
+        try:
+            marker = self._team.first(lambda: files.read_marker(path))
+            by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
+            self._team.each(lambda: self._check_files(path, marker, by_size[self._team.rank :: self._team.world]))
+        except CheckpointError as error:
+            raise CheckpointError([*error.problems, self._team.first(lambda: self._way_out(path))]) from None
+
+    def _check_files(self, path: Path, marker: Marker, names: list[str]) -> None:
+        faults = [files.fault(path / name, marker.files[name], self.options.verify) for name in names]
+        problems = [fault for fault in faults if fault is not None]
         if problems:
-            raise CheckpointError([*problems, self._team.first(lambda: self._way_out(path))])
+            raise CheckpointError(problems)
 
     def _way_out(self, path: Path) -> str:
         older = [one for one in files.complete(path.parent) if one.name < path.name]
