@@ -37,3 +37,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, corrupted, foreign or does not fit the model."""
+
+
+class DivergedError(UserError):
+    """Loss or gradients stopped being finite; the weights are still those of the last good step."""

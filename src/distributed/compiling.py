@@ -26,3 +26,12 @@ class Compile(Config):
         if self.loss and (output := getattr(model, "output", None)) is not None:
             output.statistics = torch.compile(output.statistics, fullgraph=True)
             output.gradient = torch.compile(output.gradient, fullgraph=True)
+
+
+def compile_seconds() -> float:
+    """What this process has spent in torch.compile so far, forward and backward graphs."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    spent = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
+    outermost = ("_compile.compile_inner", "compile_fx.<locals>.bw_compiler")
+    return sum(spent.get(name, 0.0) for name in outermost)

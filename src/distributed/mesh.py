@@ -44,3 +44,7 @@ class Mesh:
     def loss_copies(self) -> int:
         """How many ranks of the world hold the same loss."""
         return self.world // self.data_ranks
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """This rank's process group of every axis."""
+        return [self.whole.get_group(axis) for axis in self.degrees.axes]

@@ -3,6 +3,9 @@
 Gradients are summed, never averaged: the loss is already divided by the global number of tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -47,3 +50,17 @@ def synchronise_gradients(model: nn.Module, wanted: bool, *, last: bool) -> None
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(wanted)
     model.set_is_last_backward(last)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Forward passes without a trace: no gradients, and gathered weights let go of, since no backward pass will."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

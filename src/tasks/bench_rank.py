@@ -1,0 +1,110 @@
+"""What each rank of task=bench does: warm up, time each step, look at the memory, optionally profile two steps."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.data.batches import Batch
+from src.distributed.process import Ranks
+from src.metrics.console import Console
+from src.metrics.memory import memory
+from src.metrics.throughput import Throughput, peak_flops
+from src.optim.state import set_learning_rate
+from src.tasks.bench import Bench
+from src.train.plan import Plan, plan
+from src.train.run import Run
+from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
+from src.train.step import Readback
+
+BENCH_FILE = "bench.json"
+PROFILED_STEPS = 2
+
+
+def bench(task: Bench, run: Run, folder: Path) -> bool:
+    """Collective. Always True: a benchmark that was stopped is started again."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = Ranks.join(device, run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces")
+    training = assemble(run, ranks, skips=0)
+    planned = plan(run)
+    set_learning_rate(training.state.optimizer, run.optim.lr)
+    batches = [_random(task, run.model.vocab_size, training, index) for index in range(planned.micro_batches)]
+    _steps(training, batches, task.warmup_steps)
+    memory(ranks.device)  # warm-up's peaks do not count
+    figures = _measure(task, run, planned, training, batches)
+    if task.profile:
+        _profile(training, batches, folder)
+    if ranks.rank == 0:
+        (folder / BENCH_FILE).write_text(json.dumps(figures, indent=2) + "\n")
+        _tell(figures)
+    ranks.leave()
+    return True
+
+
+def _random(task: Bench, words: int, training: Training, index: int) -> Batch:
+    """Tokens that no rank shares with another, already on the device: the loader is not what is measured."""
+    generator = torch.Generator().manual_seed(index * training.mesh.data_ranks + training.mesh.data_rank)
+    window = torch.randint(words, (task.micro_batch, task.seq_len + 1), generator=generator).to(training.ranks.device)
+    documents = torch.zeros_like(window[:, 1:], dtype=torch.int32)
+    return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None, documents, ())
+
+
+def _steps(training: Training, batches: list[Batch], count: int) -> list[float]:
+    """Run `count` steps, one host-device wait late as in training; returns their losses."""
+    readback, outcomes = Readback(), []
+    for step in range(count):
+        outcomes += readback.push(step, training.stepper(batches, stop=False))
+    return [outcome.loss for outcome in [*outcomes, *readback.flush()]]
+
+
+def _measure(task: Bench, run: Run, planned: Plan, training: Training, batches: list[Batch]) -> dict[str, Any]:
+    """tokens/s per device of each step and over all of them."""
+    device = training.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    throughput = Throughput(
+        devices=planned.world,
+        flops_per_token=planned.flops_per_token,
+        flops_per_token_causal=planned.flops_per_token_causal,
+        peak=peak_flops(name, run.precision.compute) if device.type == "cuda" else None,
+    )
+    reports, losses = [], []
+    for _ in range(task.steps):
+        losses += _steps(training, batches, 1)
+        throughput.step(planned.tokens_per_step, data_seconds=0.0)
+        reports.append(throughput.report())
+    middle = {key: statistics.median(report[key] for report in reports) for key in reports[0]}
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "world": planned.world,
+        "layout": planned.axes,
+        "median_of_steps": task.steps,
+        **{key: value for key, value in middle.items() if key != "data_seconds"},
+        "slowest_step_seconds": max(report["step_seconds"] for report in reports),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        **memory(device),
+        "planned_peak_gib": planned.memory.peak / 2**30,
+    }
+
+
+def _profile(training: Training, batches: list[Batch], folder: Path) -> None:
+    """Rank 0's kernels by time, as a table and as a trace for a browser."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if training.ranks.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        _steps(training, batches, PROFILED_STEPS)
+    if training.ranks.rank == 0:
+        key = "self_device_time_total" if training.ranks.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110)
+        (folder / "profile.txt").write_text(table)
+        profiler.export_chrome_trace(str(folder / "profile_trace.json.gz"))
+
+
+def _tell(figures: dict[str, Any]) -> None:
+    with Console(1) as console:
+        for key, value in figures.items():
+            console.say(f"{key:28} {value:,.3f}" if isinstance(value, float) else f"{key:28} {value}")

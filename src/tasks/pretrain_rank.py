@@ -1,0 +1,120 @@
+"""What each rank of task=pretrain does, in order."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from src.checkpoint.store import Store
+from src.data.batches import Batches
+from src.data.corpus import reopen
+from src.distributed.process import Ranks
+from src.metrics.console import Console
+from src.metrics.curve import plot
+from src.metrics.startup import Startup
+from src.metrics.throughput import Throughput, peak_flops
+from src.tasks.pretrain import Pretrain
+from src.train.loop import Loop
+from src.train.plan import Plan, plan
+from src.train.report import Report
+from src.train.resume import resume
+from src.train.run import Run
+from src.train.sample import sample
+from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble, make_deterministic
+from src.train.stop import Stop
+
+
+def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
+    """Collective. True when the run is complete; false when a signal stopped it, after saving."""
+    startup = Startup()
+    startup.done("import")
+    with Stop() as stop:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ranks = Ranks.join(
+            device, run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        )
+        if task.deterministic:
+            make_deterministic()
+        training = assemble(run, ranks, skips=task.skips)
+        startup.done("init")
+        report = _report(task, run, folder, ranks)
+        status: Literal["done", "stopped", "failed"] = "failed"
+        try:
+            loop = _loop(task, run, folder, training, startup, report, stop)
+            finished = loop.run()
+            _farewell(task, folder, loop, report, finished)
+            status = "done" if finished else "stopped"
+        finally:
+            report.close(status)
+        ranks.leave()
+        return finished
+
+
+def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks) -> Report:
+    """Rank 0 speaks for all."""
+    if ranks.rank != 0:
+        return Report(None, None, folder)
+    facts = {"name": run.name, "world": ranks.world}
+    return Report(run.tracker.open(folder, facts), Console(task.steps), folder)
+
+
+def _loop(
+    task: Pretrain, run: Run, folder: Path, training: Training, startup: Startup, report: Report, stop: Stop
+) -> Loop:
+    """Collective. Everything that the steps need, with the state of the newest checkpoint."""
+    corpus = reopen(json.loads((folder / "data.json").read_text()), run.root / "cache")
+    planned = plan(run, corpus)
+    batches = Batches(
+        corpus,
+        run.data,
+        seq_len=task.seq_len,
+        seed=run.seed,
+        rank=training.mesh.data_rank,
+        ranks=training.mesh.data_ranks,
+        micro_batch=task.micro_batch,
+        micro_batches=planned.micro_batches,
+    )
+    store = Store(folder / "checkpoints", run.checkpoint)
+    report.say(resume(training.state, store, batches))
+    startup.done("load")
+    return Loop(
+        training=training,
+        plan=planned,
+        cadence=task,
+        optim=run.optim,
+        schedule=run.schedule,
+        batches=batches,
+        checkpoint=run.checkpoint,
+        store=store,
+        throughput=_throughput(run, planned, training.ranks.device),
+        startup=startup,
+        report=report,
+        stop=stop,
+        facts={"run": folder.name, "layout": planned.axes},
+    )
+
+
+def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return Throughput(
+        devices=planned.world,
+        flops_per_token=planned.flops_per_token,
+        flops_per_token_causal=planned.flops_per_token_causal,
+        peak=None if name is None else peak_flops(name, run.precision.compute),
+    )
+
+
+def _farewell(task: Pretrain, folder: Path, loop: Loop, report: Report, finished: bool) -> None:
+    """Collective. What a person wants to see at the end: what the model writes, and the curve."""
+    if not finished:
+        report.say(f"stopped after step {loop.training.state.step}; the same command goes on from there")
+        return
+    if task.sample_prompt is not None:
+        tokenizer = loop.batches.corpus.tokenizer
+        prompt = tokenizer.prompt(task.sample_prompt)
+        ids = sample(loop.training, prompt, task.sample_tokens, task.sample_temperature, loop.training.state.seed)
+        report.say(f"sample: {tokenizer.decode([*prompt, *ids])}")
+    if loop.training.ranks.rank == 0:
+        report.say(f"curve: {plot(folder)}")

@@ -1,0 +1,191 @@
+"""Steps until all are done or a signal stops them. First start, resume and requeue all enter here."""
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from src.checkpoint.config import Checkpoint
+from src.checkpoint.store import Store
+from src.data.batches import Batch, Batches
+from src.distributed.collectives import any_rank
+from src.distributed.compiling import compile_seconds
+from src.errors import DivergedError
+from src.metrics.console import format_startup, format_validation
+from src.metrics.memory import memory
+from src.metrics.startup import Startup
+from src.metrics.throughput import Throughput
+from src.optim.adamw import AdamW
+from src.optim.schedule import Schedule
+from src.optim.state import set_learning_rate
+from src.train.plan import Plan
+from src.train.report import Report
+from src.train.setup import Training
+from src.train.step import Outcome, Readback
+from src.train.stop import Stop
+from src.train.validate import validate
+
+
+class Cadence(Protocol):
+    """How often the loop does what; a task's own fields."""
+
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def validate_every(self) -> int: ...
+    @property
+    def validate_samples(self) -> int: ...
+    @property
+    def gc_every(self) -> int: ...
+    @property
+    def nonfinite(self) -> Literal["raise", "skip_step"]: ...
+
+
+@dataclass
+class Loop:
+    """Everything a run's steps need. The tensors live in `training`; all else is small."""
+
+    training: Training
+    plan: Plan
+    cadence: Cadence
+    optim: AdamW
+    schedule: Schedule
+    batches: Batches
+    checkpoint: Checkpoint
+    store: Store
+    throughput: Throughput
+    startup: Startup
+    report: Report
+    stop: Stop
+    facts: dict[str, Any]  # of the run, for each checkpoint's marker
+
+    def run(self) -> bool:
+        """Collective. True when every step is done; false when a signal stopped the run, after saving."""
+        state, steps = self.training.state, self.plan.steps
+        self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
+        self._first = state.step + 1
+        if self.cadence.gc_every:
+            # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
+            gc.disable()
+            gc.collect(1)
+        self.throughput.restart()
+        for batches, waited in self._fetched(steps - state.step):
+            if self._stopping:
+                break
+            outcomes = self._step(batches)
+            self.throughput.step(self.plan.tokens_per_step, waited)
+            self._take(outcomes)
+            if self._due(state.step):
+                self._take(self._readback.flush())
+                self._pause(state.step)
+        self._take(self._readback.flush())
+        self._save(last=True)
+        self.store.finish()
+        return state.step == steps
+
+    def _fetched(self, steps: int) -> Iterator[tuple[list[Batch], float]]:
+        """The steps' batches and how long each was waited for, in seconds."""
+        steps_batches = self.batches.prefetch(self.training.state.position, steps)
+        while True:
+            began = time.perf_counter()
+            batches = next(steps_batches, None)
+            if batches is None:
+                return
+            yield batches, time.perf_counter() - began
+
+    def _step(self, batches: list[Batch]) -> list[Outcome]:
+        state = self.training.state
+        set_learning_rate(state.optimizer, self._learning_rate(state.step))
+        outcome = self.training.stepper(batches, stop=self.stop.seen is not None)
+        state.step += 1
+        state.position += self.plan.sequences_per_step
+        if self.cadence.gc_every and state.step % self.cadence.gc_every == 0:
+            gc.collect(1)
+        return self._readback.push(state.step, outcome)
+
+    def _learning_rate(self, step: int) -> float:
+        return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)
+
+    def _take(self, outcomes: list[Outcome]) -> None:
+        """Learn what steps did; every rank learns the same at the same step, so all take the same branch."""
+        for outcome in outcomes:
+            self._last = outcome
+            self.training.state.tokens += outcome.tokens
+            self._stopping = self._stopping or outcome.stop
+            if outcome.skipped:
+                self._not_finite(outcome)
+
+    def _not_finite(self, outcome: Outcome) -> None:
+        first = (outcome.step - 1) * self.plan.sequences_per_step
+        samples = range(first, first + self.plan.sequences_per_step)
+        what = f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}"
+        self.report.incident(outcome, "stop" if outcome.dead else "skip", samples)
+        if outcome.dead:
+            advice = "task.nonfinite=skip_step goes on past it" if self.cadence.nonfinite == "raise" else "lower optim.lr"
+            raise DivergedError(
+                f"{what}, over samples {samples.start} to {samples.stop - 1} (incidents.jsonl); the weights were not "
+                f"touched and the newest checkpoint is of step {self._saved}; {advice}"
+            )
+        self.report.say(f"{what}: not finite, the update is skipped (incidents.jsonl)")
+
+    def _due(self, step: int) -> bool:
+        """Whether anything waits for the device after this step. The first step does: its signal, its compile time."""
+        cadence = (self.cadence.log_every, self.cadence.validate_every)
+        return (
+            step in (self._first, self.plan.steps)
+            or any(every and step % every == 0 for every in cadence)
+            or self.checkpoint.due(step, last=False)
+        )
+
+    def _pause(self, step: int) -> None:
+        """Between two steps, with the device idle: tell, validate, save."""
+        if step == self._first:
+            self.training.ranks.set_timeout(STEP_TIMEOUT_SECONDS, self.training.mesh.groups())
+            self.startup.done("first_step", of_which_compile=compile_seconds())
+            self.report.measure(step, self.startup.metrics())
+            self.report.say(format_startup(self.startup.seconds))
+        last = step == self.plan.steps
+        if step == self._first or last or step % self.cadence.log_every == 0:
+            self._record(step)
+        if not self._stopping and self.cadence.validate_every and (last or step % self.cadence.validate_every == 0):
+            self._validate(step)
+        if self.checkpoint.due(step, last=False):
+            self._save(last=False)
+        self.throughput.restart()
+
+    def _record(self, step: int) -> None:
+        values = {
+            "loss": self._last.loss,
+            "grad_norm": self._last.grad_norm,
+            "lr": self._learning_rate(step - 1),
+            "tokens": float(self.training.state.tokens),
+            **self.throughput.report(),
+            **memory(self.training.ranks.device),
+        }
+        self.report.record(step, values)
+
+    def _validate(self, step: int) -> None:
+        loss = validate(self.training, self.batches, self.cadence.validate_samples, self._stopped)
+        if loss is None:
+            self._stopping = True
+            return
+        self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
+        self.report.say(format_validation(step, loss))
+
+    def _save(self, *, last: bool) -> None:
+        state = self.training.state
+        if not self.checkpoint.due(state.step, last=last) or state.step == self._saved:
+            return
+        state.digest = self.batches.digest(state.position)
+        tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
+        self.store.save(state.step, tree, self.facts, wait=last)
+        self._saved = state.step
+
+    def _stopped(self) -> bool:
+        return any_rank(self.stop.seen is not None, self.training.ranks.device)
+
+
+# Compiling and loading may take minutes and have their own, longer limit; a collective of a later step that takes this
+# long hangs. A checkpoint's write waits for the file system between two steps, so it must not be shorter than that.
+STEP_TIMEOUT_SECONDS = 600.0

@@ -1,0 +1,54 @@
+"""What rank 0 tells, and the other ranks do not."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from src.metrics.console import Console
+from src.metrics.incidents import write_incident
+from src.metrics.tracker import Log, Status
+from src.train.step import Outcome
+
+
+class Report:
+    """The log and the console of a run; `Report(None, None, ...)` on ranks that only compute."""
+
+    def __init__(self, log: Log | None, console: Console | None, folder: Path) -> None:
+        self._log, self._console, self._folder = log, console, folder
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of a step, to every tracker and to the line that a person watches."""
+        if self._log is not None and self._console is not None:
+            self._log.record(step, values)
+            self._console.record(step, values)
+
+    def measure(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers for the trackers alone."""
+        if self._log is not None:
+            self._log.record(step, values)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        if self._log is not None:
+            self._log.image(step, name, path)
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+        if self._console is not None:
+            self._console.say(text)
+
+    def incident(self, outcome: Outcome, decision: str, samples: Iterable[int]) -> None:
+        """One line of incidents.jsonl: a step that was not finite."""
+        if self._log is not None:
+            write_incident(
+                self._folder,
+                step=outcome.step,
+                decision=decision,
+                loss=outcome.loss,
+                grad_norm=outcome.grad_norm,
+                samples=samples,
+            )
+
+    def close(self, status: Status) -> None:
+        if self._console is not None:
+            self._console.close()
+        if self._log is not None:
+            self._log.finish(status)

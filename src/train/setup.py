@@ -1,0 +1,49 @@
+"""From a run's sections to a model that can take a step on this rank. Each line hands over what the next one needs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from src.distributed.mesh import Mesh
+from src.distributed.parallelize import parallelize
+from src.distributed.process import Ranks
+from src.distributed.weights import initialise, materialise
+from src.train.run import Run
+from src.train.state import TrainState
+from src.train.step import Stepper
+
+# Loading and compiling hold ranks apart by minutes; a rank that is missing for half an hour will not come.
+START_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """One rank's share of a run."""
+
+    ranks: Ranks
+    mesh: Mesh
+    model: nn.Module
+    state: TrainState
+    stepper: Stepper
+
+
+def assemble(run: Run, ranks: Ranks, *, skips: int) -> Training:
+    """Collective. The parallel model with its name-seeded weights, its optimizer, and a state at step 0."""
+    mesh = Mesh(run.parallel, ranks.device.type)
+    with torch.device("meta"):
+        model = run.model.build()
+    model.to(getattr(torch, run.precision.storage))
+    parallelize(model, mesh, run.precision, run.recompute, run.compile)
+    materialise(model, ranks.device)
+    initialise(model, model.initializers(), run.seed)
+    optimizer = run.optim.build(model.named_parameters(), ranks.device)
+    stepper = Stepper(model, optimizer, mesh, ranks.device, run.optim.max_norm, skips)
+    return Training(ranks, mesh, model, TrainState(model, optimizer, run.seed), stepper)
+
+
+def make_deterministic() -> None:
+    """Only kernels that give the same bits every time; one without such a form raises."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
