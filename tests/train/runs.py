@@ -27,7 +27,7 @@ class Numbers:
     validate_every: int = 0
 
     def run(self, run: Run, folder: Path) -> None:
-        raise AssertionError("a plan starts nothing")
+        raise AssertionError(f"a plan starts nothing: {run.name} in {folder}")
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Tokens:
 
     vocab_size: int = 256
     eos_id: int | None = 0
-    samples: int = 100_000
+    train_tokens: int = 1_000_001
 
     def windows(self, split: str, seq_len: int) -> int:
         assert split == "train"
-        return self.samples
+        return (self.train_tokens - 1) // seq_len
 
 
 @cache

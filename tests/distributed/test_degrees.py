@@ -1,0 +1,67 @@
+import re
+
+import pytest
+
+from src.distributed.degrees import Degrees
+from src.distributed.precision import BYTES, Precision
+from tests.train.runs import CONF, section
+
+AXES = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline"}
+LAYOUTS = sorted(file.stem for file in (CONF / "parallel").glob("*.yaml"))
+
+
+def named(preset: str) -> dict[str, int]:
+    """What a preset's name promises."""
+    found: dict[str, int] = {}
+    for part in preset.split("_"):
+        if match := re.fullmatch(r"hsdp(\d+)x(\d+)", part):
+            found |= {"replicate": int(match[1]), "shard": int(match[2])}
+        elif match := re.fullmatch(r"([a-z]+)(\d+)", part):
+            found[AXES[match[1]]] = int(match[2])
+    return found
+
+
+@pytest.mark.parametrize("preset", LAYOUTS)
+def test_the_name_of_a_layout_says_the_truth(preset: str) -> None:
+    degrees: Degrees = section("parallel", preset)
+    assert {axis: degree for axis, degree in degrees.axes.items() if degree > 1} == named(preset)
+
+
+def test_derived_sizes() -> None:
+    degrees = Degrees(
+        replicate=2,
+        shard=3,
+        context=5,
+        tensor=7,
+        expert=15,
+        pipeline=11,
+        reshard="default",
+        sync_each_micro_batch=False,
+    )
+    assert degrees.world == 2 * 3 * 5 * 7 * 11  # experts live on ranks that are already counted
+    assert degrees.data_ranks == 2 * 3
+    assert degrees.fsdp == 3 * 5
+    assert list(degrees.axes.items()) == [
+        ("pipeline", 11),
+        ("replicate", 2),
+        ("shard", 3),
+        ("context", 5),
+        ("tensor", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tensor": 0}, {"shard": -1}, {"replicate": 2.0}, {"reshard": "sometimes"}, {"world": 2}]
+)
+def test_what_is_no_layout(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Degrees(**(dict(section("parallel", "single")) | changes))
+
+
+def test_precisions_are_dtypes_of_torch() -> None:
+    import torch
+
+    for name, size in BYTES.items():
+        assert getattr(torch, name).itemsize == size
+    with pytest.raises(ValueError, match="float16"):
+        Precision(storage="float32", compute="float16", reduce="float32")  # type: ignore[arg-type]
