@@ -8,14 +8,14 @@ from typing import Self
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 
-# metric, text; in this order, where the record has it
+# metric, text; in this order, where the record has it: a narrow terminal cuts the end
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("loss", "loss {:.4f}"),
-    ("grad_norm", "grad norm {:.3f}"),
-    ("lr", "lr {:.2e}"),
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("mfu_full_percent", "MFU {:.1f}%"),
     ("mfu_causal_percent", "({:.1f}% causal)"),
+    ("grad_norm", "grad norm {:.3f}"),
+    ("lr", "lr {:.2e}"),
     ("data_seconds", "data {:.3f} s"),
     ("peak_reserved_gib", "{:.1f} GiB"),
     ("peak_rss_gib", "{:.1f} GiB"),
@@ -45,7 +45,7 @@ class Console:
 
     def __init__(self, steps: int, terminal: Terminal | None = None) -> None:
         self._steps = steps
-        self._terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self._terminal = terminal or Terminal(soft_wrap=True)
         self._progress: Progress | None = None
         if self._terminal.is_terminal:
             self._progress = Progress(
@@ -60,15 +60,15 @@ class Console:
     def record(self, step: int, values: Mapping[str, float]) -> None:
         text = format_record(values)
         if "step_seconds" in values:
-            text = f"{text}  {format_left(self._steps - step, values['step_seconds'])}"
+            text = f"{format_left(self._steps - step, values['step_seconds'])}  {text}"
         if self._progress is None:
-            self._terminal.print(f"step {step}/{self._steps}  {text}", markup=False)
+            self._terminal.print(f"step {step}/{self._steps}  {text}", markup=False, highlight=False)
         else:
             self._progress.update(self._task, completed=step, description=text, refresh=True)
 
     def say(self, text: str) -> None:
         """A line that stays, above the live one."""
-        self._terminal.print(text, markup=False)
+        self._terminal.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -17,9 +17,10 @@ class Startup:
         self._last = process_started() if started is None else started
         self.seconds: dict[str, float] = {}
 
-    def done(self, stage: str) -> None:
+    def done(self, stage: str, **parts: float) -> None:
+        """`parts` are stages of their own that went on inside this one, in seconds; it keeps the rest."""
         now = self._clock()
-        self.seconds[stage] = now - self._last
+        self.seconds |= parts | {stage: now - self._last - sum(parts.values())}
         self._last = now
 
     def metrics(self) -> dict[str, float]:

@@ -52,18 +52,24 @@ class WandbSink:
         import wandb
 
         mode = self._options.mode or wandb.setup().settings.mode
-        if mode == "online" and not wandb.login(prompt=False):
-            logger.warning("wandb has no key: logging offline; `wandb sync` in %s sends it", self._folder)
-            mode = "offline"
-        try:
+        if mode == "online":
+            try:
+                self._run = self._start_online()
+            except (wandb.Error, TimeoutError) as error:
+                logger.warning("wandb: %s; logging offline, `wandb sync` in %s sends it", error, self._folder / "wandb")
+                mode = "offline"
+        if self._run is None:
             self._run = self._start(mode)
-        except (wandb.Error, TimeoutError) as error:
-            if mode != "online":
-                raise
-            logger.warning("wandb cannot be reached: logging offline (%s)", error)
-            self._run = self._start("offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+
+    def _start_online(self) -> Any:
+        """Asks the server whether it knows the key before a run is begun there; wandb.Error when nobody answers."""
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise wandb.Error("no key is configured")
+        return self._start("online")
 
     def _start(self, mode: str) -> Any:
         import wandb

@@ -259,3 +259,27 @@ def test_wandb_offline_keeps_one_run_over_two_attempts(tmp_path: Path, monkeypat
                           for item in record.history.item}  # fmt: skip
                 seen.append((values["step"], values["attempt"], values["loss"]))
     assert seen == [("5", "1", "0.2"), ("6", "1", str(1 / 6)), ("6", "2", str(1 / 6)), ("7", "2", str(1 / 7))]
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({}, "no key is configured"),
+        ({"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_HTTP_TIMEOUT": "1"}, "127.0.0.1:9"),
+    ],
+    ids=["no key", "no network"],
+)
+def test_wandb_goes_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], why: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-c", WANDB_RUN, str(tmp_path), "1"]
+    output = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stderr
+    assert why in output
+    assert "logging offline" in output
+    assert Lines(tmp_path / "metrics.jsonl").last()["lost"] == {"wandb": 0}  # type: ignore[index]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1

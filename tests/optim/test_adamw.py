@@ -1,5 +1,7 @@
 """AdamW against torch's own, its groups, its skipped steps and its state."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,59 @@ def test_shards_equal_the_whole(ranks: Ranks, changes: dict[str, Any]) -> None:
         for name in state:
             torch.testing.assert_close(weights[name], dict(model.named_parameters())[name].detach(), msg=name)
             torch.testing.assert_close(moments[name], state[name]["exp_avg"], msg=name)
+
+
+def _on_three_meshes(fused: bool) -> list[torch.Tensor]:
+    """One step of a plain parameter and of two on different meshes, as tensor and expert parallelism leave them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    line = init_device_mesh("cpu", (4,), mesh_dim_names=("all",))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    weights = [torch.ones(8, 4) * (index + 1) for index in range(3)]
+    parameters = [nn.Parameter(weights[0])]
+    for whole, mesh in ((weights[1], line), (weights[2], square["inner"])):
+        parameters.append(nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
+    optimizer = section(fused=fused).build(((f"p{i}.weight", one) for i, one in enumerate(parameters)), CPU)
+    for one in parameters:
+        one.grad = one.detach() * 0.5
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    optimizer.step()
+    return [(one.full_tensor() if isinstance(one, DTensor) else one).detach() for one in parameters]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_of_several_meshes(ranks: Ranks, fused: bool) -> None:
+    # The first step moves each weight by lr against its gradient, after a decay of lr * weight_decay.
+    expected = [torch.full((8, 4), (index + 1) * (1 - 8e-5) - 8e-4) for index in range(3)]
+    for weights in ranks(4, _on_three_meshes, fused):
+        torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{"fused": True}, {"fused": False, "moments": "bfloat16"}], ids=str)
+def test_gpu_equals_cpu_and_skips(changes: dict[str, Any]) -> None:
+    results = []
+    for device in (CPU, torch.device("cuda", 0)):
+        model = network().to(device)
+        optimizer = section(**changes).build(model.named_parameters(), device)
+        for step in range(4):
+            set_learning_rate(optimizer, 1e-2 / (step + 1))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    generator = torch.Generator().manual_seed(step)
+                    parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            optimizer.found_inf = torch.full((), float(step == 2), device=device)  # type: ignore[attr-defined]
+            optimizer.step()
+        results.append([parameter.detach().cpu() for parameter in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)  # a bfloat16 moment may round to its neighbour
+
+
+def test_the_sections_are_light() -> None:
+    """A mistake in a config is told before torch is imported."""
+    modules = "src.optim.adamw, src.optim.schedule, src.metrics.tracker"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("group", ["optim", "schedule"])
