@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,10 @@ class Store:
         values: dict[str, Any] = self._team.first(lambda: json.loads((path / VALUES).read_text()))
         self._check_fit(path, flat, values)
         self._team.each(lambda: self._read_tensors(path, flat))
-        self._loaded = path
-        if self.options.verify == "full":
-            self._sound.add(path)
+        if path.resolve().parent == self.folder.resolve():
+            self._loaded = self.folder / path.name
+            if self.options.verify == "full":
+                self._sound.add(self._loaded)
         return fill(state, values)
 
     # Saving: on the thread, or on the caller's when it waits.
@@ -137,15 +139,24 @@ class Store:
         values = merge(self._team.each(lambda: job.values))
         if not self._team.first(lambda: self._open(path)):
             return
+        try:
+            marker = self._write_files(path, job, values)
+        except CheckpointError:
+            with suppress(CheckpointError):  # a full disk must not stay full of half a checkpoint
+                self._team.first(lambda: files.clean(self.folder))
+            raise
+        self._sound.add(path)
+        seconds = time.perf_counter() - job.began
+        stall_seconds = seconds if job.stall_seconds is None else job.stall_seconds
+        self.last = Saved(job.step, path, stall_seconds, seconds, marker.bytes)
+
+    def _write_files(self, path: Path, job: _Job, values: str) -> Marker:
         self._team.each(lambda: self._write_tensors(path, job.snapshot))
         written = self._team.each(lambda: self._seal(path, values))
         sealed = {name: file for one in written for name, file in one.items()}
         marker = Marker(job.step, str(torch.__version__), job.facts, sealed)
         self._team.first(lambda: self._close(path, marker))
-        self._sound.add(path)
-        seconds = time.perf_counter() - job.began
-        stall_seconds = seconds if job.stall_seconds is None else job.stall_seconds
-        self.last = Saved(job.step, path, stall_seconds, seconds, marker.bytes)
+        return marker
 
     def _open(self, path: Path) -> bool:
         """Rank 0: an empty folder to write to; False when this step is there already, known to be sound."""
@@ -177,15 +188,14 @@ class Store:
     def _close(self, path: Path, marker: Marker) -> None:
         """Rank 0: declare the folder complete, then remove what is not kept."""
         files.write_marker(path, marker)
-        protected = [] if self._loaded is None else [self._loaded]
-        old = files.expendable(
-            files.complete(self.folder), self.options.keep, self.options.keep_every, protected=[path, *protected]
-        )
-        for one in old:
-            try:
-                files.remove(one)
-            except OSError as error:  # no reason to stop training: the new checkpoint is there
-                log.warning("%s: an old checkpoint cannot be removed: %s", one, error)
+        protected = [path] if self._loaded is None else [path, self._loaded]
+        found = files.complete(self.folder)
+        try:
+            files.clean(self.folder)
+            for old in files.expendable(found, self.options.keep, self.options.keep_every, protected=protected):
+                files.remove(old)
+        except OSError as error:  # no reason to stop training: the new checkpoint is there
+            log.warning("%s: old checkpoints cannot be removed: %s", self.folder, error)
 
     # Loading
 
@@ -205,7 +215,8 @@ class Store:
             raise CheckpointError(problems)
 
     def _way_out(self, path: Path) -> str:
-        older = [one for one in files.complete(path.parent) if one.name < path.name]
+        found = files.complete(path.parent)
+        older = [one for one in found if (files.step_of(one) or 0) < (files.step_of(path) or 0)]
         if not older:
             return f"there is no older complete checkpoint in {path.parent}"
         offer = f"the next older complete checkpoint is {older[-1]}"

@@ -17,10 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from src.checkpoint.folder import read_marker
+from src.checkpoint.state import Snapshot
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options, problems
 from tests.ranks import RankError, Ranks
@@ -328,9 +330,11 @@ def full_disk(folder: Path) -> dict[str, Any]:
     told = problems(store.save, 30, big, {})
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     newest = store.newest()
+    left = [path.name for path in folder.iterdir()]
+    dist.barrier()
     store.save(40, big, {})
     store.finish()
-    return {"told": told, "newest": newest, "there": sorted(path.name for path in folder.iterdir())}
+    return {"told": told, "newest": newest, "left": left, "there": sorted(path.name for path in folder.iterdir())}
 
 
 def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
@@ -338,6 +342,7 @@ def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: Ranks, tmp_path: Pa
     assert first == second
     assert first["told"][0].startswith(f"{tmp_path / 'step_00000020'}: cannot be written by rank 1: ")
     assert first["newest"] == tmp_path / "step_00000010"
+    assert first["left"] == ["step_00000010"]
     assert first["there"] == ["step_00000010", "step_00000040"]
 
 
@@ -462,3 +467,29 @@ def test_values_can_be_read_by_a_human(ranks: Ranks, tmp_path: Path) -> None:
     read = json.loads((tmp_path / "step_00000020" / "values.json").read_text())
     assert read["schedule.peak"] == VALUES["schedule"]["peak"]  # type: ignore[index]
     assert read["tokens"] == 2**62 + 1
+
+
+def on_a_gpu(folder: Path) -> tuple[bool, bool, bool]:
+    def tree(seed: int) -> dict[str, Any]:
+        return {"model": {name: tensor.cuda() for name, tensor in tensors(seed).items()}, "step": seed}
+
+    store = Store(folder, options())
+    live = tree(1)
+    store.save(1, live, {})
+    for tensor in live["model"].values():
+        tensor.zero_()
+    store.save(2, tree(2), {}, wait=True)
+
+    def right(seed: int) -> bool:
+        found = store.load(folder / f"step_{seed:08d}", tree(5))["model"]
+        return all(
+            found[name].is_cuda and bits(found[name].cpu()) == bits(full) for name, full in tensors(seed).items()
+        )
+
+    pinned = Snapshot(tree(1)["model"], coordinator=True, copy=True).lookup_object(MetadataIndex("weight"))
+    return right(1), right(2), pinned.is_pinned()
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(1, on_a_gpu, tmp_path) == [(True, True, True)]
