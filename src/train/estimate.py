@@ -160,8 +160,8 @@ def _activations(load: Load) -> tuple[int, int]:
 def _loss(load: Load, weights: _Weights) -> int:
     cut = _slice(load)
     words = load.model.vocab_size / cut.tensor
-    # Logits and their gradient, both in the compute dtype; eager arithmetic makes an fp32 copy of each on its way.
-    logit_bytes = 2 * cut.element_bytes + (0 if load.compiled_loss else 8)
+    # Logits and their gradient, both in the compute dtype; eager arithmetic makes three fp32 copies on its way.
+    logit_bytes = 2 * cut.element_bytes + (0 if load.compiled_loss else 3 * 4)
     chunk = min(cut.tokens, HEAD_CHUNK_ROWS) * words * logit_bytes
     # The final norm's input, its output, and the gradient of that; the head's own gradient is made in the forward.
     hidden = cut.tokens * load.model.dim * (2 + 1 / cut.tensor) * cut.element_bytes

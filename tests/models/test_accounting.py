@@ -1,5 +1,7 @@
 """Counts against published numbers, against the modules themselves, and against autograd."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,8 +71,8 @@ def test_unusual_shapes_are_built_as_counted(changes: dict[str, object]) -> None
     assert config.counts(64).parameters == sum(torch.Size(shape).numel() for shape in built.values())
 
 
-def kept_bytes(block: nn.Module, x: Tensor, rotary: Tensor) -> int:
-    """What autograd saves for the backward of a block, weights and tables aside; each storage once."""
+def kept_bytes(block: nn.Module, x: Tensor, rotary: Tensor, forward: Callable[..., Tensor]) -> int:
+    """What autograd saves for the backward of a block's forward, weights and tables aside; each storage once."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), rotary)}
     kept: dict[int, Tensor] = {}
 
@@ -79,7 +81,7 @@ def kept_bytes(block: nn.Module, x: Tensor, rotary: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(x, rotary, None)
+        forward(x, rotary, None)
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)
 
 
@@ -93,8 +95,21 @@ def test_a_block_keeps_what_autograd_keeps(dtype: torch.dtype, changes: dict[str
     block.attention_norm, block.ffn_norm = nn.Identity(), nn.Identity()
     x = torch.randn(2, 96, config.dim, dtype=dtype, requires_grad=True)
     cut = Slice(tokens=2 * 96, tensor=1, element_bytes=dtype.itemsize, compiled=False)
-    norm_inputs = 2 * cut.tokens * config.dim * cut.element_bytes
-    assert kept_bytes(block, x, rotary) == config.saved_by_block(cut).whole - norm_inputs
+    norms = 2 * cut.tokens * (config.dim * cut.element_bytes + 4)
+    assert kept_bytes(block, x, rotary, block) == config.saved_by_block(cut).whole - norms
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "head_dim": 32, "multiple_of": 256}])
+def test_a_compiled_block_keeps_what_the_partitioner_keeps(changes: dict[str, object]) -> None:
+    """The same cut into forward and backward as inductor's, run eagerly."""
+    config = tiny_llama(**changes)
+    model = config.build()
+    block = model.layers["0"].to(torch.bfloat16)
+    x = torch.randn(2, 96, config.dim, dtype=torch.bfloat16, requires_grad=True)
+    cut = Slice(tokens=2 * 96, tensor=1, element_bytes=2, compiled=True)
+    forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
+    measured = kept_bytes(block, x, model.rotary, forward)
+    assert measured == pytest.approx(config.saved_by_block(cut).whole, rel=0.01)
 
 
 def test_what_a_cut_and_a_compiler_save() -> None:

@@ -55,8 +55,8 @@ def test_bytes_of_each_dtype() -> None:
     assert full.optimizer == 4 * PARAMETERS / 4
     wide = memory("fsdp4", precision="fp32")
     assert wide.gathered == 2 * memory("fsdp4").gathered
-    logsumexp = 32 * 32 * 8192 * 4
-    assert wide.activations - logsumexp == 2 * (memory("fsdp4").activations - logsumexp)
+    statistics = 32 * (32 + 2) * 8192 * 4  # log sum exp and 1/rms are fp32 in both
+    assert wide.activations - statistics == 2 * (memory("fsdp4").activations - statistics)
 
 
 def test_gradients_between_synchronisations_are_whole() -> None:

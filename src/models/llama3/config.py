@@ -147,12 +147,13 @@ class Llama3Config(ModelConfig):
         attention = (2 * queries + 2 * keys) / cut.tensor  # rotated q and k, v, and the result, which is wo's input
         # w1 x, w3 x and their product (w2's input); eager autograd also keeps silu(w1 x), which a compiler recomputes.
         feed_forward = (3 if cut.compiled else 4) * self.ffn_dim / cut.tensor
-        logsumexp_bytes = 4 * self.n_heads / cut.tensor
+        # In fp32: one log sum exp for a head, and 1/rms for each norm.
+        statistics_bytes = 4 * (self.n_heads + 2) / cut.tensor
         elements = streams + gathered + attention + feed_forward
         # At its widest: gradients of w1 x, w3 x and their product, of the stream, and of the gathered norm output.
         working = 3 * self.ffn_dim / cut.tensor + self.dim / cut.tensor + self.dim
         return Saved(
-            whole=int(cut.tokens * (elements * cut.element_bytes + logsumexp_bytes)),
+            whole=int(cut.tokens * (elements * cut.element_bytes + statistics_bytes)),
             input=int(cut.tokens * self.dim / cut.tensor * cut.element_bytes),
             working=int(cut.tokens * working * cut.element_bytes),
         )
