@@ -77,7 +77,7 @@ class Screen(io.TextIOBase):
 
     def close_screen(self) -> TextIO:
         """The log, after the unfinished line went to it."""
-        if self._line:
+        if _kept(self._line):
             self.write("\n")
         self.flush()
         return self._log

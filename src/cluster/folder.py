@@ -34,9 +34,13 @@ OPERATIONAL: Mapping[str, str] = {
     "task.micro_batch": "the loss is normalised over the global batch",
     "task.log_every": "what is told, not what is computed",
     "task.validate_every": "validation does not disturb training",
-    "task.validation_samples": "validation does not disturb training",
-    "data.workers": "sample order is a function of the seed and the position only",
-    "data.prefetch": "sample order is a function of the seed and the position only",
+    "task.validate_samples": "validation does not disturb training",
+    "task.sample_prompt": "a sample is text for a person, made after the last step",
+    "task.sample_tokens": "a sample is text for a person, made after the last step",
+    "task.sample_temperature": "a sample is text for a person, made after the last step",
+    "task.gc_every": "when Python tidies up",
+    "task.deterministic": "the same mathematics, other kernels",
+    "data.processes": "how many processes tokenise, not what they write",
 }
 
 

@@ -5,7 +5,7 @@ torch is imported inside the functions, so that a launcher may ask `joined()` wi
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -59,9 +59,6 @@ class Facts:
         facts = cls(rank=rank, world=world, local_rank=local_rank, local_world=number("LOCAL_WORLD_SIZE", world))
         if not problems and not 0 <= rank < world:
             problems.append(f"RANK={rank} is not below WORLD_SIZE={world}")
-        if world > 1:
-            missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
-            problems += [f"{key}: missing; {world} ranks cannot find each other without it" for key in missing]
         if problems:
             raise PlanError(problems)
         return facts
@@ -96,7 +93,7 @@ class Ranks:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            facts = Facts(dist.get_rank(), dist.get_world_size(), Facts.read().local_rank, Facts.read().local_world)
+            facts = replace(Facts.read(), rank=dist.get_rank(), world=dist.get_world_size())
         else:
             facts = Facts.read()
         _check(facts, device_type, world)
@@ -107,7 +104,7 @@ class Ranks:
         if device_type == "cuda":
             torch.cuda.set_device(device)
             if owner:
-                _prepare_nccl(traces, warn=facts.rank == 0)
+                _prepare_nccl(traces, first=facts.rank == 0)
         if owner:
             _initialise(facts, device, timedelta(seconds=timeout_seconds))
         return cls(facts.rank, facts.world, facts.local_rank, facts.local_world, device, owner)
@@ -162,18 +159,19 @@ def _check(facts: Facts, device_type: DeviceType, world: int) -> None:
         )
 
 
-def _prepare_nccl(traces: Path | None, *, warn: bool) -> None:
+def _prepare_nccl(traces: Path | None, *, first: bool) -> None:
     """What NCCL's watchdog reads when the process group starts: die on errors, keep and dump the last collectives."""
     wanted = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, without the abort that can itself hang
         "TORCH_FR_BUFFER_SIZE": str(_FLIGHT_RECORDER_ENTRIES),
     }
     if traces is not None:
-        traces.mkdir(parents=True, exist_ok=True)
+        if first:
+            traces.mkdir(parents=True, exist_ok=True)
         wanted |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": str(traces / "rank_")}
     for key, value in wanted.items():
         before = os.environ.get(key)
-        if warn and before not in (None, value):
+        if first and before not in (None, value):
             warnings.warn(f"{key}={before} of the environment is replaced by {value}", stacklevel=3)
         os.environ[key] = value
 
@@ -184,6 +182,9 @@ def _initialise(facts: Facts, device: "torch.device", timeout: timedelta) -> Non
     # CPU tensors (flags, asynchronous checkpoints) must not wait behind the GPU's stream.
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if facts.world > 1 and not os.environ.get(key)]
+    if missing:
+        raise PlanError([f"{key}: missing; {facts.world} ranks cannot find each other without it" for key in missing])
     # A world of one needs neither a network nor an address.
     store = dist.HashStore() if facts.world == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
