@@ -163,9 +163,11 @@ def group(spans: list[files.Span]) -> list[Piece]:
     full = piece_bytes(sum(span.bytes for span in spans))
     pieces: list[Piece] = []
     waiting: list[files.Span] = []
+    size = 0
     for span in spans:
         waiting.append(span)
-        if sum(other.bytes for other in waiting) >= full:
+        size += span.bytes
+        if size >= full:
             pieces.append(Piece(tuple(waiting)))
-            waiting = []
+            waiting, size = [], 0
     return pieces + ([Piece(tuple(waiting))] if waiting else [])

@@ -1,0 +1,212 @@
+"""Batches: the same samples under any layout, rows as the packing rules say, and a prefetch that hides nothing."""
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.data.batches import Batch, Batches
+from src.data.config import Data
+from src.data.corpus import Corpus
+from tests.data.corpora import batches, corpus, mixture, stream, synthetic, texts_of
+
+SEQ_LEN = 32
+LAYOUTS = [(1, 12, 1), (1, 4, 3), (1, 1, 12), (2, 3, 2), (3, 4, 1), (4, 1, 3), (12, 1, 1)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def made(cache: Path) -> Corpus:
+    return corpus(synthetic(), cache)
+
+
+@pytest.fixture(scope="module")
+def mixed(cache: Path) -> Corpus:
+    return corpus(mixture({"a": 0.7, "b": 0.2, "c": 0.1}), cache)
+
+
+def rows(batch_list: list[Batch]) -> dict[int, tuple[list[int], list[int]]]:
+    return {
+        sample: (batch.tokens[row].tolist(), batch.labels[row].tolist())
+        for batch in batch_list
+        for row, sample in enumerate(batch.samples)
+    }
+
+
+def world(made: Corpus, data: Data, ranks: int, micro_batch: int, micro_batches: int) -> list[Batches]:
+    shape = {"ranks": ranks, "micro_batch": micro_batch, "micro_batches": micro_batches}
+    return [batches(made, data, rank=rank, **shape) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_sees_the_same_samples(mixed: Corpus, layout: tuple[int, int, int]) -> None:
+    data = mixture({"a": 0.7, "b": 0.2, "c": 0.1})
+    (single,) = world(mixed, data, 1, 12, 1)
+    ranks = world(mixed, data, *layout)
+    for position in (0, 12, 60_000, 7):
+        expected = rows(single.step(position))
+        assert sorted(expected) == list(range(position, position + 12))
+        assert {key: row for one in ranks for key, row in rows(one.step(position)).items()} == expected
+
+
+def test_rows_stand_where_the_contract_says(made: Corpus) -> None:
+    ranks, micro_batch, micro_batches, position = 3, 2, 2, 100
+    for rank, one in enumerate(world(made, synthetic(), ranks, micro_batch, micro_batches)):
+        for m, batch in enumerate(one.step(position)):
+            assert batch.samples == tuple(position + (m * ranks + rank) * micro_batch + i for i in range(micro_batch))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_digest_is_of_what_the_ranks_consumed(mixed: Corpus, layout: tuple[int, int, int]) -> None:
+    ranks = world(mixed, mixture({"a": 0.7, "b": 0.2, "c": 0.1}), *layout)
+    consumed = sum(
+        one.sum_of(np.array(batch.samples)) for one in ranks for at in range(0, 120, 12) for batch in one.step(at)
+    )
+    assert consumed % 2**64 == ranks[0].sum_of(np.arange(120))
+    fresh = batches(mixed, mixture({"a": 0.7, "b": 0.2, "c": 0.1}))
+    grown = [ranks[0].digest(position) for position in (12, 60, 61, 120)]
+    assert grown == [fresh.digest(position) for position in (12, 60, 61, 120)]
+    assert ranks[-1].digest(120) == grown[-1]
+    assert ranks[0].digest(60) == grown[1]
+
+
+def test_the_digest_tells_other_data_orders_and_positions(made: Corpus, mixed: Corpus) -> None:
+    digests = [
+        batches(made, synthetic(), seed=seed, seq_len=seq_len).digest(position)
+        for seed in (0, 1)
+        for seq_len in (16, 32)
+        for position in (0, 5, 6, 70_000)
+    ]
+    digests.append(batches(mixed, mixture({"a": 0.7, "b": 0.2, "c": 0.1})).digest(6))
+    assert len(set(digests)) == len(digests)
+
+
+def windows(split: str) -> list[tuple[int, ...]]:
+    tokens = stream(texts_of(synthetic()), split, 0.1)
+    return [tuple(tokens[at : at + SEQ_LEN + 1]) for at in range(0, len(tokens) - 1, SEQ_LEN)]
+
+
+def test_an_epoch_reads_every_window_once(made: Corpus) -> None:
+    """Three epochs in one go: each is all windows of the stream but the short last, in another order."""
+    one = batches(made, synthetic(), micro_batch=1)
+    count = made.windows("train", SEQ_LEN)
+    expected = [window for window in windows("train") if len(window) == SEQ_LEN + 1]
+    assert count == len(expected)
+    orders = []
+    for epoch in range(3):
+        drawn = [one.step(epoch * count + number)[0] for number in range(count)]
+        orders.append([(*batch.tokens[0].tolist(), int(batch.labels[0, -1])) for batch in drawn])
+        assert sorted(orders[-1]) == sorted(expected)
+        assert all(torch.equal(batch.tokens[0, 1:], batch.labels[0, :-1]) for batch in drawn)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_weights_are_held_in_tokens(mixed: Corpus) -> None:
+    one = batches(mixed, mixture({"a": 0.7, "b": 0.2, "c": 0.1}))
+    for position in (1, 10, 137, 10_000):
+        told = one.realised(position)
+        for name, weight in {"a": 0.7, "b": 0.2, "c": 0.1}.items():
+            assert abs(told[name]["tokens"] / SEQ_LEN - weight * position) < 1
+            assert told[name]["target"] == pytest.approx(weight)
+        assert sum(source["tokens"] for source in told.values()) == position * SEQ_LEN
+
+
+def brute_force(tokens: list[int], eos: int) -> tuple[list[int], list[int]]:
+    """doc(t) = number of eos at u < t; positions count up and restart with the document."""
+    documents = [sum(token == eos for token in tokens[:t]) for t in range(len(tokens))]
+    positions = [sum(documents[u] == documents[t] for u in range(t)) for t in range(len(tokens))]
+    return documents, positions
+
+
+def test_documents_positions_and_masked_starts(made: Corpus) -> None:
+    keys = {"document_masks": True, "mask_document_starts": True}
+    plain, packed = batches(made, synthetic(), micro_batch=64), batches(made, synthetic(**keys), micro_batch=64)
+    (bare,), (batch,) = plain.step(0), packed.step(0)
+    assert bare.documents is None
+    assert bare.positions is None
+    assert batch.documents is not None
+    assert batch.positions is not None
+    assert (batch.documents.dtype, batch.positions.dtype) == (torch.int32, torch.int64)
+    assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+    for row, tokens in enumerate(batch.tokens.tolist()):
+        assert (batch.documents[row].tolist(), batch.positions[row].tolist()) == brute_force(tokens, 257)
+        unmasked = bare.labels[row].tolist()
+        expected = [-100 if token == 257 else label for token, label in zip(tokens, unmasked, strict=True)]
+        assert batch.labels[row].tolist() == expected
+    assert torch.equal(batch.tokens, bare.tokens)
+    assert int(batch.documents.max()) > 1
+
+
+def test_the_example_of_the_contract(made: Corpus) -> None:
+    one = batches(made, synthetic(document_masks=True), seq_len=8)
+    tokens = np.array([[5, 9, 257, 7, 257, 3, 4, 257]])
+    batch = one._pack(tokens, tokens.copy(), (0,))
+    assert batch.documents is not None
+    assert batch.positions is not None
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("samples", [None, 10_000, 5])
+def test_validation_rows_come_once_under_any_layout(
+    made: Corpus, layout: tuple[int, int, int], samples: int | None
+) -> None:
+    each = [list(one.validation(samples)) for one in world(made, synthetic(), *layout)]
+    assert len({len(batch_list) for batch_list in each}) == 1  # equally many forward passes on every rank
+    seen = [
+        (tuple(token for token, label in zip(tokens, labels, strict=True) if label != -100), labels)
+        for one in each
+        for batch in one
+        for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
+    ]
+    expected = windows("validation")
+    found = sorted((*tokens, [label for label in labels if label != -100][-1]) for tokens, labels in seen if tokens)
+    assert sum(len(batch.samples) for one in each for batch in one) == len(found)
+    if samples == 5:
+        assert len(found) == 5
+        assert set(found) <= set(expected)
+    else:
+        assert found == sorted(expected)
+        assert sum(len(window) - 1 for window in found) == made.tokens("validation") - 1
+
+
+def test_validation_is_the_same_each_time_for_every_seed(made: Corpus) -> None:
+    first, again = (rows(list(batches(made, synthetic(), seed=seed).validation(6))) for seed in (0, 1))
+    assert first == again
+    more = rows(list(batches(made, synthetic()).validation(9)))
+    assert first.items() <= more.items()
+
+
+def test_prefetch_gives_the_same_steps(made: Corpus) -> None:
+    one = batches(made, synthetic(), micro_batches=2)
+    fetched = [rows(step) for step in one.prefetch(16, 5)]
+    assert fetched == [rows(one.step(16 + 8 * number)) for number in range(5)]
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_error_while_prefetching_reaches_the_caller(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = batches(made, synthetic())
+    step = one.step
+    monkeypatch.setattr(one, "step", lambda at: step(at) if at < 12 else (_ for _ in ()).throw(OSError("disk gone")))
+    taken = []
+    with pytest.raises(OSError, match="disk gone"):
+        taken.extend(one.prefetch(0, 10))
+    assert len(taken) == 3
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_leaving_early_ends_the_thread(made: Corpus) -> None:
+    fetching: Iterator[list[Batch]] = batches(made, synthetic()).prefetch(0, 1000)
+    assert len(list(islice(fetching, 2))) == 2
+    assert "prefetch" in {thread.name for thread in threading.enumerate()}
+    fetching.close()  # type: ignore[attr-defined]
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}

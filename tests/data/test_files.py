@@ -1,0 +1,130 @@
+"""Files become documents: the same ones however the file is cut, and every fault names its file and line."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from src.data import files
+from src.data.sources import StdlibSource, SyntheticSource, TextSource, held_out
+from src.errors import DataError
+from tests.data.corpora import texts_of, write_lines
+
+STORY = ["first", "zweite Zeile ä", "", "x" * 300, "fünf", "last"]
+
+
+def source(*patterns: object, field: str = "text", separator: str | None = None) -> TextSource:
+    return TextSource(files=tuple(map(str, patterns)), field=field, separator=separator)
+
+
+@pytest.mark.parametrize("largest", [1, 7, 50, 10_000])
+def test_lines_are_neither_lost_nor_doubled_by_a_cut(tmp_path: Path, largest: int) -> None:
+    path = tmp_path / "story.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in STORY) + "\n\n")
+    spans = files.spans(path, largest)
+    assert sum(span.bytes for span in spans) == path.stat().st_size
+    assert [text for span in spans for text in files.read(span, field="text", separator=None)] == STORY
+
+
+@pytest.mark.parametrize("largest", [1, 10_000])
+def test_parquet_rows_come_once(tmp_path: Path, largest: int) -> None:
+    path = tmp_path / "story.parquet"
+    pq.write_table(pa.table({"id": range(len(STORY)), "body": STORY}), path, row_group_size=2)
+    spans = files.spans(path, largest)
+    assert [text for span in spans for text in files.read(span, field="body", separator=None)] == STORY
+
+
+def test_plain_text_is_one_document_or_cut_at_a_separator(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo\nstill two\n\nthree")
+    assert texts_of(source(path)) == ["one\n\ntwo\nstill two\n\nthree"]
+    assert texts_of(source(path, separator="\n\n")) == ["one", "two\nstill two", "three"]
+
+
+def test_a_separator_across_read_blocks_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    parts = ["a" * ((1 << 20) - 1), "b" * 10, "c" * (1 << 20)]
+    path.write_text("<->".join(parts))
+    assert texts_of(source(path, separator="<->")) == parts
+
+
+def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.md", "deep/c.txt"):
+        (tmp_path / name).write_text(name)
+    assert texts_of(source(tmp_path / "**/*.txt", tmp_path / "*")) == ["b.txt", "deep/c.txt", "a.md"]
+
+
+def test_one_file_needs_no_list(tmp_path: Path) -> None:
+    assert TextSource.model_validate({"files": "a.txt", "field": "text", "separator": None}).files == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": 1}', "field 'text' (data.field) holds int, not text"),
+        ('{"body": "", "id": 3}', "no field 'text' (data.field); the row has 'body', 'id'"),
+        ('{"text": ', "not JSON"),
+        ("[1]", "a row is list, not an object with the field 'text'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
+    bad = write_lines(tmp_path / "rows.jsonl", '{"text": "good"}', "", line)
+    with pytest.raises(DataError) as caught:
+        texts_of(bad)
+    assert f"rows.jsonl, line 3: {reason}" in str(caught.value)
+    middle = files.Span(str(tmp_path / "rows.jsonl"), 5, 1000)
+    with pytest.raises(DataError, match="line 3"):
+        list(files.read(middle, field="text", separator=None))
+
+
+def test_a_parquet_without_the_field_or_with_a_null_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"body": ["a", None]}), path, row_group_size=1)
+    with pytest.raises(DataError, match=r"rows\.parquet: no field 'text' \(data\.field\); the columns are body"):
+        texts_of(source(path))
+    with pytest.raises(DataError, match=r"rows\.parquet, row 1: field 'body' \(data\.field\) holds NoneType"):
+        texts_of(source(path, field="body"))
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"rows\.parquet: not a readable parquet file"):
+        texts_of(source(path))
+
+
+def test_all_patterns_that_match_nothing_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("{}")
+    with pytest.raises(DataError) as caught:
+        source(tmp_path / "no*.txt", tmp_path, tmp_path / "rows.json").pieces()
+    first, second, third = caught.value.problems
+    assert "no*.txt: matches no file" in first
+    assert f"it is a folder: write {tmp_path}/**/*.txt" in second
+    assert ".json is not read; convert it" in third
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ok \xff")
+    with pytest.raises(DataError, match=r"a\.txt: not UTF-8 text \(byte 3"):
+        texts_of(source(tmp_path / "a.txt"))
+
+
+def test_the_standard_library_is_here_and_large() -> None:
+    texts = texts_of(StdlibSource())
+    assert sum(map(len, texts)) > 8_000_000
+    assert any("class JSONDecoder" in text for text in texts)
+    assert texts == texts_of(StdlibSource())
+
+
+def test_the_synthetic_language_repeats_itself_and_no_other() -> None:
+    one = SyntheticSource(documents=50, words=10, seed=0)
+    other = SyntheticSource(documents=50, words=10, seed=1)
+    assert texts_of(one) == texts_of(one)
+    assert set(texts_of(one)).isdisjoint(texts_of(other))
+
+
+def test_the_held_out_share_is_what_was_asked() -> None:
+    texts = [str(number) for number in range(20_000)]
+    held = {text for text in texts if held_out(text, 0.05)}
+    assert abs(len(held) / 20_000 - 0.05) < 0.005
+    assert held <= {text for text in texts if held_out(text, 0.2)}
+    assert not any(held_out(text, 0.0) for text in texts)
