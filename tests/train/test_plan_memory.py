@@ -3,8 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 
+from src.distributed.mesh import Mesh
+from src.distributed.tensor import split_tensor
 from src.errors import PlanError
+from src.models.accounting import Slice
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import knobs
 from src.train.plan import load_of, plan
@@ -164,3 +168,34 @@ def _held_elements(config: Any, layout: str) -> int:
 
 def _local(parameter: Any) -> Any:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def test_a_split_block_keeps_its_share(ranks: Ranks) -> None:
+    """Under tensor parallelism with sequence parallelism, cut into forward and backward as inductor does it."""
+    config = tiny_llama()
+    cut = Slice(tokens=2 * 96, tensor=2, element_bytes=2, compiled=True)
+    assert ranks(2, _kept_by_split_block, config) == [config.saved_by_block(cut).whole] * 2
+
+
+def _kept_by_split_block(config: Any) -> int:
+    mesh = Mesh(degrees("tp2"), "cpu")
+    model = config.build()
+    model.layers.to(torch.bfloat16)
+    split_tensor(model, model.roles, mesh.tensor)
+    block = model.layers["0"]
+    x = torch.randn(
+        2, 96 // 2, config.dim, dtype=torch.bfloat16, requires_grad=True
+    )  # this rank's half of the sequence
+    known = {_local(tensor).untyped_storage().data_ptr() for tensor in (*block.parameters(), model.rotary)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = _local(tensor).untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward(x, model.rotary, None)
+    assert result.shape == x.shape
+    return sum(size for pointer, size in kept.items() if pointer not in known)
