@@ -15,6 +15,7 @@ FILES = sorted([*HOME.glob("src/**/*.py"), *HOME.glob("hydra_plugins/**/*.py"), 
 TESTS = sorted(HOME.glob("tests/**/*.py"))
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 400
+LONGEST_TEST_FILE = 500
 NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
 
 # Library -> the places that may name it.
@@ -26,6 +27,7 @@ FENCES = {
     "tensorboard": ("src.metrics",),
     "torch.utils.tensorboard": ("src.metrics",),
     "torch.distributed": ("src.distributed", "src.checkpoint", "src.metrics", "src.train", "src.tasks"),
+    "torch.distributed.elastic": ("src.cluster",),  # starts processes; no collective
     "os.environ": ("src.distributed.process", "src.cluster", "launch"),
     "os.getenv": (),
 }
@@ -85,6 +87,12 @@ def upward(module: str, imported: str) -> bool:
     return not within(imported, "src.config.base")
 
 
+def fenced(imported: str, module: str) -> bool:
+    """Whether the nearest fence around a name keeps the module out."""
+    libraries = [library for library in FENCES if within(imported, library)]
+    return bool(libraries) and not within(module, FENCES[max(libraries, key=len)])
+
+
 def test_every_file_has_its_floor() -> None:
     assert {room(name(file)) for file in FILES if name(file) != "src"} <= set(floors())
     assert all(floors()[each] in range(8) for each in floors())
@@ -101,19 +109,13 @@ def test_imports_go_downward(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_fences(file: Path) -> None:
-    wrong = [
-        f"{file.name}:{line} {each}"
-        for line, each in named(file)
-        for library, places in FENCES.items()
-        if within(each, library) and not within(name(file), places)
-    ]
-    assert wrong == []
+    assert [f"{file.name}:{line} {each}" for line, each in named(file) if fenced(each, name(file))] == []
 
 
 @pytest.mark.parametrize("file", [*FILES, *TESTS], ids=name)
 def test_sizes_and_names(file: Path) -> None:
     assert not NO_NOUNS & set(name(file).split("."))
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= (LONGEST_TEST_FILE if file in TESTS else LONGEST_FILE)
     functions = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {each.name: (each.end_lineno or each.lineno) - each.lineno + 1 for each in functions}
     assert {each: lines for each, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
@@ -128,6 +130,9 @@ def test_the_rules_catch_what_they_forbid(tmp_path: Path) -> None:
     assert upward("src.data.batches", "src.optim.adamw")
     assert upward("src.optim.adamw", "src.config.build")
     assert upward("src.distributed.mesh", "src.models.base")
+    assert fenced("torch.distributed.tensor", "src.models.llama3.model")
+    assert fenced("omegaconf", "src.train.plan")
+    assert not fenced("torch.distributed.elastic.multiprocessing", "src.cluster.crew")
     assert not upward("src.optim.adamw", "src.config.base")
     assert not upward("src.train.plan", "src.models.base")
 

@@ -12,14 +12,15 @@ from typing import Any, get_type_hints
 from hydra.conf import HydraConf
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
-from src.config.groups import GROUPS
+from src.config.groups import GROUPS, SECTIONS, options
 from src.config.wording import nearest, unknown
 from src.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
 _SWEEP_FLAGS = ("-m", "--multirun")
-HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, MarkedYAMLError)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -38,9 +39,11 @@ def _settable(argument: str) -> str:
     return f"++{argument}"
 
 
-def _refused(key: str, value: str = "") -> str | None:
-    if key in GROUPS and value.lstrip().startswith("{"):
+def _refused(key: str, value: str | None = None) -> str | None:
+    if key in GROUPS and (value or "").lstrip().startswith("{"):
         return f"{key}={value}: a group takes the name of an option; set single keys as {key}.<key>=..."
+    if key in SECTIONS and value in ("", "null"):
+        return f"{key}={value}: a group needs an option; there are: {', '.join(options(key))}"
     return _hydra_key(key)
 
 
@@ -60,12 +63,15 @@ def _hydra_key(key: str) -> str | None:
 
 
 def problem(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf."""
+    """One line for an error of Hydra, OmegaConf or the YAML reader."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         near = nearest(name, error.options)
         meant = f"did you mean {near}? there are" if near else "there are"
         return f"{group}={name}: no such option; {meant}: {', '.join(error.options)}"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if isinstance(error, OverrideParseException):
         return f"{_typed(error.override)}: no legal argument; write key=value, with quotes around unusual text"
     lines = [line for each in _causes(error) for line in str(each).splitlines() if line.strip()]

@@ -1,0 +1,182 @@
+"""Compose -> check -> plan -> run folder -> submit. The only entry that knows Hydra.
+
+Exit code 0: fine, also after a stop that saved; 2: the command or its config is wrong; any other comes from the run.
+Every point of a sweep is checked before the first one starts. A point that fails does not stop the later ones, and the
+sweep ends with the first code that is not 0; Ctrl-C ends all of it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Protocol, cast
+
+import hydra
+from omegaconf import DictConfig
+
+from src.config.build import build
+from src.config.command_line import COMPOSITION_ERRORS, arguments, problem
+from src.config.groups import CONF
+from src.config.tree import Tree, identity, resolve
+from src.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from src.cluster.folder import RunFolder
+    from src.cluster.local import Outcome
+    from src.data.corpus import Corpus
+    from src.train.plan import Plan
+    from src.train.run import Run
+
+USER_ERROR = 2
+
+
+class Cluster(Protocol):
+    """What every class of the group cluster can do."""
+
+    def submit(self, folder: "RunFolder", world: int) -> "Outcome": ...
+
+
+def composed(argv: list[str]) -> list[Tree]:
+    """The resolved config of every point; more than one for a sweep, none for --help. Hydra's part ends here."""
+    trees: list[Tree] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def compose(cfg: DictConfig) -> None:
+        trees.append(resolve(cfg))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
+    with TemporaryDirectory() as scratch:  # for the multirun.yaml that Hydra's sweeper insists on
+        sys.argv[1:] = [*arguments(argv), f"hydra.sweep.dir={scratch}"]
+        try:
+            compose()
+        except COMPOSITION_ERRORS as error:
+            raise UserError(problem(error)) from error
+    return trees
+
+
+def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
+    """Every point's objects and plan; the problems of all points at once. torch comes in after the config is right."""
+    problems: list[str] = []
+    points = []
+    for tree in trees:
+        try:
+            sections = build(tree)
+            from src.train.plan import plan
+            from src.train.run import Run
+
+            run = Run.from_sections(sections)
+            points.append((tree, run, plan(run, None, run.cluster.devices())))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    return points
+
+
+def show(plan: "Plan") -> None:
+    """The table for people on stderr, the JSON for machines on stdout."""
+    from rich.console import Console
+
+    from src.train.table import render
+
+    Console(stderr=True).print(render(plan))
+    print(plan.to_json())
+
+
+def feed(run: "Run") -> "Corpus | None":
+    """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
+    from src.data.corpus import check
+    from src.data.prepare import prepare
+    from src.train.run import Validates
+
+    task = run.task
+    if not task.needs_corpus:
+        return None
+    corpus = prepare(run.data, run.tokenizer, run.root / "cache", progress=True)
+    problems = check(
+        corpus,
+        run.data,
+        model_vocab_size=run.model.vocab_size,
+        seq_len=task.seq_len,
+        global_batch=task.global_batch,
+        steps=task.steps,
+        validation_samples=task.validate_every if isinstance(task, Validates) else 0,
+    )
+    if problems:
+        raise DataError(problems)
+    return corpus
+
+
+def record(corpus: "Corpus", folder: Path) -> None:
+    """data.json: what the ranks open. A run that has begun goes on with its own data or not at all."""
+    file = folder / "data.json"
+    recipe = corpus.recipe()
+    if file.exists() and json.loads(file.read_text())["fingerprint"] != recipe["fingerprint"]:
+        raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
+    file.write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def start(tree: Tree, run: "Run") -> tuple[str, int]:
+    """How the run ended, and the exit code that says so."""
+    from src.cluster.folder import RunFolder, place
+    from src.cluster.job import perform
+    from src.distributed.process import Facts, joined
+    from src.train.plan import plan
+
+    path = place(run.root, run.name, identity(tree), run.folder)
+    if joined() and Facts.read().rank > 0:  # an outer launcher's rank: it meets rank 0 in the process group
+        perform(tree, path)
+        return "finished", 0
+    corpus = feed(run)
+    facts = plan(run, corpus, run.cluster.devices()).to_dict()
+    with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
+        if corpus is not None:
+            record(corpus, folder.path)
+        if joined():
+            folder.begin(run.parallel.world)
+            perform(tree, folder.path)
+            return "finished", 0
+        outcome = cast(Cluster, run.cluster).submit(folder, run.parallel.world)
+        return outcome.status, outcome.exit_code
+
+
+def sweep(points: "list[tuple[Tree, Run, Plan]]") -> int:
+    """One point after the other, each in its own folder."""
+    failed: dict[str, int] = {}
+    for number, (tree, run, _) in enumerate(points, start=1):
+        label = f"[{number}/{len(points)}] {run.name}-{identity(tree)}"
+        if len(points) > 1:
+            print(label, file=sys.stderr)
+        try:
+            status, code = start(tree, run)
+        except UserError as error:
+            status, code = "refused", refused(error)
+        if code:
+            failed[label] = code
+        if status in ("stopped", "killed"):
+            break
+    if len(points) > 1:
+        print(*(f"{label} ended with code {code}" for label, code in failed.items()), sep="\n", file=sys.stderr)
+    return next(iter(failed.values()), 0)
+
+
+def refused(error: UserError) -> int:
+    if os.environ.get("RANK", "0") == "0":  # one voice
+        print(*error.problems, sep="\n", file=sys.stderr)
+    return USER_ERROR
+
+
+def main() -> int:
+    try:
+        points = checked(composed(sys.argv[1:]))
+    except UserError as error:
+        return refused(error)
+    dry = [point for point in points if point[1].dry_run]
+    for _, _, plan in dry:
+        show(plan)
+    return sweep([point for point in points if point not in dry])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What reaches Hydra, and what its errors become."""
+
+import pytest
+from hydra.errors import HydraException
+
+from src.config.command_line import arguments, problem
+from src.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("typed", "passed"),
+    [
+        (["optim.lr=3"], ["++optim.lr=3"]),
+        (["seed=1", "modle=x"], ["++seed=1", "++modle=x"]),
+        (["model=llama3_8b", "experiment=demo"], ["model=llama3_8b", "experiment=demo"]),
+        (["+data/source/text@data.sources.mine=text"], ["+data/source/text@data.sources.mine=text"]),
+        (["~tracker", "+a.b=1", "++a.c=2"], ["~tracker", "+a.b=1", "++a.c=2"]),
+        (["hydra.mode=MULTIRUN", "hydra/launcher=basic"], ["hydra.mode=MULTIRUN", "hydra/launcher=basic"]),
+        (["--cfg", "job"], ["--cfg", "job"]),
+        (["seed=0,1", "-m", "optim.lr=1,2"], ["-m", "++seed=0,1", "++optim.lr=1,2"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+def test_assignments_may_name_any_key_so_that_build_can_judge_them(typed: list[str], passed: list[str]) -> None:
+    assert arguments(typed) == passed
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("hydra.ouput_subdir=x", "hydra.ouput_subdir: no such key; did you mean output_subdir?"),
+        ("+hydra.job.nmae=x", "hydra.job.nmae: no such key; did you mean name?"),
+        ("model={dim: 3}", "model={dim: 3}: a group takes the name of an option; set single keys as model.<key>=..."),
+    ],
+)
+def test_what_hydra_would_take_in_silence_is_refused(argument: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        arguments(["seed=1", argument, argument])
+    assert caught.value.problems == (words, words)
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_first_line_and_its_key() -> None:
+    assert problem(HydraException("First.\nSecond.\n    full_key: optim.lr\n")) == "optim.lr: First."
+    assert problem(HydraException("First.\nSecond.")) == "First."

@@ -1,0 +1,234 @@
+"""What a command line says back, and that a mistake starts nothing, writes nothing and does not wait for torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+import launch
+from src.config.groups import CONF
+from src.config.tree import Tree, identity
+from src.errors import UserError
+
+HOME = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command runs in an empty folder, outside of any launcher."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    for key in ("RUNS", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    GlobalHydra.instance().clear()
+    return tmp_path
+
+
+def composed(*argv: str) -> list[Tree]:
+    return launch.composed(list(argv))
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        launch.checked(composed(*argv))
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("modle=llama3_8b", "modle: no such section; did you mean model?"),
+        ("optimm.lr=3", "optimm: no such section; did you mean optim?"),
+        ("steps=3", "steps: no such section; did you mean task.steps?"),
+        ("train.steps=many", "train: no such section; did you mean task.steps?"),
+        ("task.steps=many", "task.steps: 'many' is not a whole number"),
+        ("model.n_layer=3", "model.n_layer: no such key; did you mean n_layers?"),
+        ("optim.lr.x=3", "optim.lr: {'x': 3} is not a number"),
+        ("model.rope_scaling={fctor: 8}", "model.rope_scaling.fctor: no such key; did you mean factor?"),
+        ("tokenizer=file", "tokenizer.path: missing; pass tokenizer.path=..."),
+        ("model.vocab_size=${modle.x}", "model.vocab_size: ${modle.x} cannot be resolved"),
+        ("~tracker", "tracker: missing; choose one with tracker=... ("),
+        ("model._target_=os.system", "model._target_: os.system is refused; only classes under src. may be named"),
+        ("optim.lr=[1", "optim.lr=[1: no legal argument; write key=value, with quotes around unusual text"),
+        ("nonsense", "nonsense: no legal argument; write key=value, with quotes around unusual text"),
+        ("seed=0,1", "seed=0,1: several values; write -m to sweep over them, or [ ] around them for one list"),
+        ("model=llama3_8B", "model=llama3_8B: no such option; did you mean llama3_8b? there are: llama3_1b, "),
+        ("parallel=zero", "parallel=zero: no such option; there are: ddp2, "),
+        ("experiment=dmeo", "experiment=dmeo: no such option; did you mean demo? there are: "),
+        ("model=null", "model=null: a group needs an option; there are: llama3_1b, "),
+        ("data.max_epochs=${oc.env:NOWHERE}", "data.max_epochs: ${oc.env:NOWHERE} cannot be resolved"),
+        ("hydra.mode=SWEEP", "hydra.mode: "),
+        ("--config-name=nope", "Cannot find primary config 'nope'"),
+    ],
+)
+def test_a_mistake_on_the_command_line(argv: str, line: str) -> None:
+    assert any(each.startswith(line) for each in problems(argv)), problems(argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# @package _global_\noptimm: {lr: 1}", "optimm: no such section; did you mean optim?"),
+        ("# @package _global_\nmodel: {n_layer: 3}", "model.n_layer: no such key; did you mean n_layers?"),
+        (
+            "# @package _global_\nmodel: llama3_8b",
+            "model: 'llama3_8b' stands where a group is expected; choose one with",
+        ),
+        ("model: {n_layers: 3}", "experiment: no such section; begin the file with '# @package _global_'"),
+        (
+            "# mine\n# @package _global_\nseed: 3",
+            "experiment: no such section; begin the file with '# @package _global_'",
+        ),
+        (
+            "# @package _global_\ndefaults: [{override /model: llama3_9b}]",
+            "model=llama3_9b: no such option; did you mean",
+        ),
+        ("# @package _global_\nseed: [1", "{here}/experiment/mine.yaml, line 2: expected ',' or ']', but got"),
+    ],
+)
+def test_a_mistake_in_an_experiment_file(somewhere: Path, text: str, line: str) -> None:
+    (somewhere / "experiment").mkdir()
+    (somewhere / "experiment/mine.yaml").write_text(text)
+    told = problems(f"hydra.searchpath=[file://{somewhere}]", "experiment=mine")
+    assert len(told) == 1
+    assert told[0].startswith(line.replace("{here}", str(somewhere)))
+
+
+def test_all_mistakes_of_files_and_command_line_come_at_once(somewhere: Path) -> None:
+    (somewhere / "experiment").mkdir()
+    (somewhere / "experiment/mine.yaml").write_text("# @package _global_\nmodel: {n_layer: 3}\n")
+    told = problems(f"hydra.searchpath=[file://{somewhere}]", "experiment=mine", "modle=x", "optim.lr=many", "seed=-1")
+    assert told == [
+        "modle: no such section; did you mean model?",
+        "seed: -1 is not at least 0",
+        "model.n_layer: no such key; did you mean n_layers?",
+        "optim.lr: 'many' is not a number",
+    ]
+
+
+def test_problems_of_several_points_come_at_once_and_once() -> None:
+    assert problems("-m", "optim.lr=1,many,few", "model.dim=wide") == [
+        "model.dim: 'wide' is not a whole number",
+        "optim.lr: 'many' is not a number",
+        "optim.lr: 'few' is not a number",
+    ]
+
+
+def test_a_sweep_composes_each_point_and_writes_nothing(somewhere: Path) -> None:
+    trees = composed("seed=0,1", "-m", "optim.lr=1e-4,2e-4", "name=lr_${optim.lr}")
+    assert [(tree["seed"], tree["optim"]["lr"], tree["name"]) for tree in trees] == [
+        (0, 0.0001, "lr_0.0001"),
+        (0, 0.0002, "lr_0.0002"),
+        (1, 0.0001, "lr_0.0001"),
+        (1, 0.0002, "lr_0.0002"),
+    ]
+    assert len({identity(tree) for tree in trees}) == 4
+    assert list(somewhere.iterdir()) == []
+
+
+def test_an_experiment_may_be_a_sweep() -> None:
+    trees = composed("experiment=lr_8b")
+    assert [tree["optim"]["lr"] for tree in trees] == [1e-4, 2e-4, 3e-4, 6e-4]
+
+
+def test_the_default_command_and_its_identity() -> None:
+    (tree,) = composed()
+    assert (tree["name"], tree["root"], tree["folder"]) == ("llama3_debug-single", "runs", None)
+    (elsewhere,) = composed("root=/elsewhere", "cluster.threads=2", "dry_run=true")
+    assert identity(elsewhere) == identity(tree)
+    (other,) = composed("seed=1")
+    assert identity(other) != identity(tree)
+
+
+def test_runs_of_another_root_are_asked_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNS", "/scratch/me")
+    assert composed()[0]["root"] == "/scratch/me"
+
+
+def command(*argv: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    script = "import sys, launch; code = launch.main(); print('torch' in sys.modules); sys.exit(code)"
+    line = [sys.executable, "-c", script, *argv]
+    environment = {"PYTHONPATH": str(HOME), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("argv", [["modle=x"], ["model=llama3_8B"], ["-m", "task.steps=1,many"]])
+def test_a_mistake_ends_with_code_2_without_traceback_torch_or_files(somewhere: Path, argv: list[str]) -> None:
+    result = command(*argv, folder=somewhere)
+    assert (result.returncode, result.stdout) == (2, "False\n")
+    assert len(result.stderr.splitlines()) == 1
+    assert list(somewhere.iterdir()) == []
+
+
+def test_only_the_first_rank_of_an_outer_launcher_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, told in (("0", "modle: no such section; did you mean model?\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", ["launch.py", "modle=x"])
+        assert launch.main() == 2
+        assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("model", ["llama3_debug", "llama3_405b"])
+def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str) -> None:
+    result = subprocess.run(
+        [sys.executable, HOME / "launch.py", "dry_run=true", f"model={model}", "cluster.gpus=0"],
+        cwd=somewhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert (answer["world"], answer["tokens_per_step"]) == (1, 8 * 256)
+    assert "tokens per step" in result.stderr
+    assert list(somewhere.iterdir()) == []
+
+
+def points(monkeypatch: pytest.MonkeyPatch, ends: list[Any]) -> list[Any]:
+    """Points of a sweep whose `start` gives or raises what `ends` says; returns what was started."""
+    started: list[Any] = []
+
+    def start(tree: Tree, run: Any) -> tuple[str, int]:
+        started.append(tree["seed"])
+        end: tuple[str, int] | Exception = ends[tree["seed"]]
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    monkeypatch.setattr(launch, "start", start)
+    return started
+
+
+class Named:
+    name = "a"
+
+
+@pytest.mark.parametrize(
+    ("ends", "started", "code"),
+    [
+        ([("finished", 0), ("finished", 0)], [0, 1], 0),
+        ([("finished", 0), ("failed", 3), ("finished", 0)], [0, 1, 2], 3),
+        ([UserError("live elsewhere"), ("finished", 0)], [0, 1], 2),
+        ([("failed", 1), ("failed", 4)], [0, 1], 1),
+        ([("stopped", 0), ("finished", 0)], [0], 0),
+        ([("killed", 130), ("finished", 0)], [0], 130),
+    ],
+)
+def test_a_failing_point_is_told_and_does_not_stop_the_later_ones(
+    monkeypatch: pytest.MonkeyPatch, ends: list[Any], started: list[int], code: int
+) -> None:
+    seen = points(monkeypatch, ends)
+    assert launch.sweep([({"seed": seed}, Named(), None) for seed in range(len(ends))]) == code  # type: ignore[list-item]
+    assert seen == started
+
+
+def test_conf_is_found_from_anywhere() -> None:
+    assert (CONF / "config.yaml").is_file()
+    assert CONF == HOME / "conf"
