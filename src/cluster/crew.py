@@ -82,15 +82,19 @@ class Crew:
     def run(self) -> Failure | None:
         """Returns when every rank has ended; None when all ended well."""
         store, port = host_store()
+        previous = {number: signal.getsignal(number) for number in (*_FORWARDED, signal.SIGQUIT)}
         context = self._start(port)
-        previous = {number: signal.signal(number, self._on_signal) for number in _FORWARDED}
+        for number in _FORWARDED:
+            if previous[number] != signal.SIG_IGN:  # nohup, or a script's background job: meant not to hear it
+                signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGQUIT, previous[signal.SIGQUIT])
         try:
             self._watch(context)
         finally:
             self._kill(context)
             context.close()
             for number, handler in previous.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                signal.signal(number, handler)
             del store  # the ranks' rendezvous, alive until the last of them has ended
         return self._failure(context)
 
@@ -107,7 +111,6 @@ class Crew:
             envs={rank: self._environment | _facts(rank, world, port) for rank in range(world)},
             logs_specs=self._files,
         )
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         assert isinstance(context, SubprocessContext), "a command line is started as a subprocess"
         self._context = context
         return context
@@ -117,7 +120,7 @@ class Crew:
         if self.signal is None:
             self.signal, self.sent = name, _FORWARDED[signal.Signals(number)]
             self._deadline = time.monotonic() + self._grace_seconds
-            _tell(
+            tell(
                 f"\n{name}: the ranks save and stop (at most {self._grace_seconds:g} s); Ctrl-C again ends them at once"
             )
             for rank, process in self._context.subprocess_handlers.items():
@@ -204,8 +207,8 @@ def _tail(log: Path) -> str:
         return "(it wrote no log)"
 
 
-def _tell(text: str) -> None:
-    """From a signal handler: past Python's buffers, which the interrupted code may hold."""
+def tell(text: str) -> None:
+    """To stderr, past Python's buffers, which the code that a signal interrupted may hold; fine without a terminal."""
     try:
         os.write(2, f"{text}\n".encode())
     except OSError:  # the terminal is gone

@@ -176,7 +176,9 @@ def attempts(path: Path) -> list[Attempt]:
             record = json.loads(line)
         except ValueError:
             continue
-        found.setdefault(record["number"], {}).update(record)
+        attempt = found.setdefault(record["number"], {})
+        if attempt.get("ended") is None:  # of two ranks that fail, the first tells why
+            attempt.update(record)
     return [
         Attempt(**record | {"changed": tuple(record["changed"])}) for record in found.values() if "started" in record
     ]

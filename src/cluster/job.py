@@ -51,13 +51,18 @@ class Job:
 
 
 def perform(tree: trees.Tree, folder: Path) -> None:
-    """One rank's life; rank 0 records in attempts.jsonl how it ended."""
+    """One rank's life; attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails."""
     from src.config.build import build
     from src.train.run import Run
 
-    run = Run.from_sections(build(tree))
-    finished = cast(Task, run.task).run(run, folder) is not False
-    if Facts.read().rank == 0:
+    rank = Facts.read().rank
+    try:
+        run = Run.from_sections(build(tree))
+        finished = cast(Task, run.task).run(run, folder) is not False
+    except Exception as error:
+        end(folder, "failed", f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    if rank == 0:
         end(folder, "finished" if finished else "stopped")
 
 

@@ -7,7 +7,6 @@ save may take longer. The rendezvous store lives in the launcher, as the agent's
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -88,31 +87,29 @@ class Local(Config):
 
 def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
     """Record the end and say it: the failing rank's error first."""
+    from src.cluster.crew import tell
+
     if crew.killed:
         end(folder, "killed", crew.killed)
-        _say(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
+        tell(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
         return Outcome("killed", 130 if crew.killed == "Ctrl-C twice" else 137)
     if failure is not None and crew.signal is not None and failure.exit_code == 128 + crew.sent:
         end(folder, "stopped", f"{crew.signal} before training began")
-        _say(f"stopped by {crew.signal} before there was anything to save; the same command starts again")
+        tell(f"stopped by {crew.signal} before there was anything to save; the same command starts again")
         return Outcome("stopped", 0)
     if failure is not None:
         end(folder, "failed", f"rank {failure.rank}: {failure.error}")
-        _say(f"rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
+        tell(f"rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
         return Outcome("failed", failure.exit_code)
     newest = attempts(folder)[-1]
     if newest.ended == "finished":
         return Outcome("finished", 0)
     if newest.ended == "stopped":
-        _say(f"stopped{f' by {crew.signal}' if crew.signal else ''} after saving; the same command continues: {folder}")
+        tell(f"stopped{f' by {crew.signal}' if crew.signal else ''} after saving; the same command continues: {folder}")
         return Outcome("stopped", 0)
     end(folder, "failed", "rank 0 left in the middle of its task")
-    _say(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
+    tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
     return Outcome("failed", 1)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _cores() -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,12 @@ class Run:
         return SimpleNamespace(**sections)
 """
 TASK = """
-import os, sys, time
+import os, signal, sys, time
+from pathlib import Path
 import src
 from src.distributed.process import Facts, Ranks
 from src.errors import CheckpointError
 from src.train.stop import Stop
-
-VERSION = "frozen"
 
 class Fake:
     def __init__(self, options):
@@ -45,7 +45,8 @@ class Fake:
             value = torch.tensor([float(ranks.rank + 1)])
             dist.all_reduce(value)
             print(f"rank {ranks.rank} of {ranks.world}: sum {value.item():g}")
-            print(f"code {VERSION} threads {os.environ['OMP_NUM_THREADS']} cwd {os.getcwd()}")
+            print(f"threads {os.environ['OMP_NUM_THREADS']} in {os.getcwd()}")
+            print(f"code {Path(src.__file__).parents[1]}")
             print("a warning", file=sys.stderr)
             os.write(2, b"words of a library in C\\n")
             ranks.leave()
@@ -55,6 +56,16 @@ class Fake:
         if self.options["do"] == "crash":
             if rank == 1:
                 raise ValueError("the weights of rank 1 are bad")
+            time.sleep(600)
+        if self.options["do"] == "segfault":
+            if rank == 1:
+                (folder / "dying").touch()
+                os.kill(os.getpid(), signal.SIGSEGV)
+            while not (folder / "dying").exists():
+                time.sleep(0.01)
+            raise RuntimeError("connection closed by peer")
+        if self.options["do"] == "early":
+            (folder / f"alive_{rank}").write_text(str(os.getpid()))
             time.sleep(600)
         if self.options["do"] == "refuse":
             raise CheckpointError(["step_00000010/a.distcp: crc32 differs", "checkpoint.initial: try step_00000005"])
@@ -123,4 +134,5 @@ def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 6
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # as nohup does
     )

@@ -47,16 +47,16 @@ def test_two_ranks_add_up_and_log(code: Path, tmp_path: Path) -> None:
     launcher = launch(tmp_path, code, "sum", 2)
     out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 0, err
-    here = f"code frozen threads 1 cwd {tmp_path}"
-    assert out.splitlines() == ["rank 0 of 2: sum 3", here, "outcome finished"]
-    assert err.strip() == "a warning"
     folder = place(tmp_path, "sum", 2)
+    (attempt,) = attempts(folder)
+    told = [f"threads 1 in {tmp_path}", f"code {folder / 'code' / attempt.code}"]
+    assert out.splitlines() == ["rank 0 of 2: sum 3", *told, "outcome finished"]
+    assert err.strip() == "a warning"
     for rank in range(2):
         log = (folder / f"logs/attempt_1/rank_{rank}.log").read_text().splitlines()
-        assert sorted(log) == sorted([f"rank {rank} of 2: sum 3", here, "a warning", "words of a library in C"]), (
+        assert sorted(log) == sorted([f"rank {rank} of 2: sum 3", *told, "a warning", "words of a library in C"]), (
             f"rank {rank}"
         )
-    (attempt,) = attempts(folder)
     assert (attempt.number, attempt.world, attempt.ended) == (1, 2, "finished")
 
 
@@ -72,6 +72,24 @@ def test_a_crash_shows_the_failing_rank_first(code: Path, tmp_path: Path) -> Non
     assert "ValueError: the weights of rank 1 are bad" in log.read_text()
     (attempt,) = attempts(place(tmp_path, "crash", 2))
     assert (attempt.ended, "rank 1: ValueError" in attempt.detail) == ("failed", True)
+
+
+def test_a_rank_that_dies_without_a_word_is_named_with_its_signal(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "segfault", 2)
+    _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 128 + signal.SIGSEGV
+    assert err.strip().splitlines()[0] == "rank 1 failed first: ended by SIGSEGV"
+    assert "Fatal Python error: Segmentation fault" in err, "the end of its log is shown"
+
+
+def test_a_signal_before_training_began(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "early", 1)
+    alive(place(tmp_path, "early", 1), launcher, 1)
+    launcher.send_signal(signal.SIGINT)
+    out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert (launcher.returncode, out) == (0, "outcome stopped\n")
+    assert "before there was anything to save" in err
+    assert "Traceback" not in err
 
 
 def test_a_users_fault_on_a_rank_is_told_without_a_traceback(code: Path, tmp_path: Path) -> None:
@@ -93,6 +111,7 @@ def test_a_signal_reaches_every_rank_and_the_run_resumes(code: Path, tmp_path: P
     assert second.returncode != 0
     assert f"process {launcher.pid} on {os.uname().nodename}" in refusal
 
+    launcher.send_signal(signal.SIGHUP)  # ignored: it was started as by nohup
     launcher.send_signal(signal.SIGTERM)
     out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert (launcher.returncode, out.splitlines()[-1]) == (0, "outcome stopped"), err

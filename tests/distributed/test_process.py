@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from src.distributed.process import Facts, Ranks, host_store, joined
 from src.errors import PlanError
@@ -63,9 +64,8 @@ def test_ranks_meet_at_the_launchers_store() -> None:
 
 
 def _join_existing(world: int) -> tuple[int, int, bool]:
-    import torch.distributed as dist
-
     ranks = Ranks.join("cpu", world, timeout_seconds=30)
+    dist.barrier()
     ranks.leave()
     return ranks.rank, ranks.world, dist.is_initialized()
 
