@@ -5,6 +5,7 @@ belong to the structure; everything that is neither dict nor tensor is a value.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -81,8 +83,9 @@ class Snapshot(DefaultSavePlanner):
 
     def __init__(self, tensors: dict[str, Tensor], *, coordinator: bool, copy: bool) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._local_plan = create_default_local_save_plan(tensors, coordinator)
-        shards = {name: _local(tensor) for name, tensor in tensors.items()}
+        mine = _share(tensors)
+        self._local_plan = create_default_local_save_plan(mine, coordinator)
+        shards = {name: _local(tensor) for name, tensor in mine.items()}
         self._shards = _copy_to_host(shards) if copy else shards
         self.copied = copy
 
@@ -98,6 +101,32 @@ class Snapshot(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self._shards[index.fqn]
+
+
+def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank writes: ranks that hold the same shards split them by bytes, each computing the same split.
+
+    DCP would drop the copies too, but only after they were staged: 8 replicas on a host would need 8 times its memory.
+    """
+    share: dict[str, Tensor] = {}
+    # Bytes by replica. One count for each set of axes: along these, and only these, all ranks see the same sizes.
+    loads: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for name, tensor in tensors.items():
+        coordinate = tensor.device_mesh.get_coordinate() if isinstance(tensor, DTensor) else None
+        if not isinstance(tensor, DTensor) or coordinate is None:
+            share[name] = tensor
+            continue
+        mesh = tensor.device_mesh
+        axes = tuple(axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate())
+        load = loads.setdefault((mesh, axes), [0] * math.prod(mesh.size(axis) for axis in axes))
+        replica = 0
+        for axis in axes:
+            replica = replica * mesh.size(axis) + coordinate[axis]
+        owner = load.index(min(load))
+        load[owner] += tensor.to_local().nbytes
+        if owner == replica:
+            share[name] = tensor
+    return share
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from src.checkpoint.state import Snapshot
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options
 from tests.ranks import Ranks
@@ -22,6 +23,7 @@ LAYOUTS = {
     "shard 4": (1, 4, 1),
     "shard 2, tensor 2": (1, 2, 2),
     "replicate 2, shard 2": (2, 2, 1),
+    "replicate 3": (3, 1, 1),
 }
 
 
@@ -146,3 +148,19 @@ def test_every_layout_reads_what_any_layout_wrote(ranks: Ranks, tmp_path: Path, 
     assert any("_StridedShard" in text for text in placements) == (source == "shard 2, tensor 2")
     for target in LAYOUTS:
         assert ranks(world(target), read, tmp_path, target, 3) == [[]] * world(target), (source, target)
+
+
+def staged_bytes(layout: str) -> tuple[int, int]:
+    """(what this rank copies before a save, the bytes of the whole state's sharded or replicated parameters)."""
+    parameters = {name: parameter.detach() for name, parameter in build(layout).named_parameters()}
+    snapshot = Snapshot(parameters, coordinator=False, copy=True)
+    copied = [snapshot.lookup_object(item.index) for item in snapshot.create_local_plan().items]
+    return sum(tensor.nbytes for tensor in copied), sum(parameter.nbytes for parameter in Block().parameters())
+
+
+@pytest.mark.parametrize("layout", ["shard 4", "replicate 2, shard 2", "replicate 3"])
+def test_replicas_share_the_copying(ranks: Ranks, layout: str) -> None:
+    results = ranks(world(layout), staged_bytes, layout)
+    whole = results[0][1]
+    assert sum(copied for copied, _ in results) == whole
+    assert max(copied for copied, _ in results) < 0.6 * whole
