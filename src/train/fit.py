@@ -15,6 +15,8 @@ PARTS = {
     "reducing": "gradients under way",
 }
 
+MOST_TURNS = 12  # doublings of shard and tensor count one each
+
 
 def told(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
@@ -39,8 +41,23 @@ def _advice(load: Load, memory: Memory, limit_bytes: int) -> str:
     if not worthwhile:
         return "No single knob frees 1 %; take a larger layout"
     needed = memory.peak - limit_bytes
-    lines = (f"{words} frees {told(size)}" + (" and fits" if size >= needed else "") for size, words in worthwhile)
+    lines = [f"{words} frees {told(size)}" + (" and fits" if size >= needed else "") for size, words in worthwhile]
+    if worthwhile[0][0] < needed and (together := _together(load, limit_bytes)) is not None:
+        lines.append(f"together {together} fit")
     return "; ".join(lines)
+
+
+def _together(load: Load, limit_bytes: int) -> str | None:
+    """Knobs turned one after the other, the most freeing first, until the load fits."""
+    turned: dict[str, str] = {}
+    for _ in range(MOST_TURNS):
+        peak, words, load = min(
+            ((estimate(other).peak, words, other) for words, other in knobs(load)), key=lambda option: option[0]
+        )
+        turned[words.split("=")[0]] = words
+        if peak <= limit_bytes:
+            return " ".join(turned.values())
+    return None
 
 
 def knobs(load: Load) -> Iterator[tuple[str, Load]]:

@@ -1,5 +1,6 @@
 """The memory estimate: its arithmetic, and its parts against real tensors."""
 
+import json
 from typing import Any
 
 import pytest
@@ -132,6 +133,21 @@ def test_what_does_not_fit_says_what_would() -> None:
         told = [part for part in problem.split(". ")[-1].split("; ") if part.startswith(words)]
         assert all(part.endswith("and fits") == enough for part in told)
         assert told or not enough
+
+
+def test_knobs_are_turned_together_when_one_is_not_enough() -> None:
+    task = {"seq_len": 8192, "micro_batch": 1, "global_batch": 64}
+    choices = {"model": "llama3_405b", "precision": "bf16", "cluster": Here(gpu_memory_gib=79.6)}
+    with pytest.raises(PlanError) as caught:
+        plan(make_run(task, parallel="fsdp8", **choices))
+    (problem,) = caught.value.problems
+    assert "and fits" not in problem
+    offer = problem.split("together ")[1].removesuffix(" fit").split()
+    keys = dict(words.removeprefix("parallel.").split("=") for words in offer if words.startswith("parallel."))
+    layout = {key: json.loads(value) for key, value in keys.items()}
+    groups = dict(words.split("=") for words in offer if not words.startswith("parallel."))
+    parallel = changed(section("parallel", "fsdp8"), **layout)
+    assert plan(make_run(task, parallel=parallel, **(choices | groups))).fits is True
 
 
 def test_the_device_sets_the_limit_unless_the_config_does() -> None:
