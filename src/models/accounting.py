@@ -28,6 +28,10 @@ class Weight:
     def elements(self) -> int:
         return prod(self.shape)
 
+    def local_rows(self, tensor: int) -> int:
+        """Length of dimension 0, which FSDP cuts, on one tensor rank."""
+        return ceil(self.shape[0] / tensor) if self.tensor_dim == 0 else self.shape[0]
+
     def local_elements(self, tensor: int, fsdp: int) -> int:
         """Elements on the fullest rank: tensor parallelism cuts first, FSDP then cuts dimension 0, rounding up."""
         shape = list(self.shape)

@@ -164,10 +164,10 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
         if getattr(degrees, axis) > 1
     ]
     found += run.model.problems(degrees)
-    rows, name = min((weight.shape[0], weight.name) for weight in run.model.weights())
+    rows, name = min((weight.local_rows(degrees.tensor), weight.name) for weight in run.model.weights())
     if degrees.fsdp > rows:
         found.append(
-            f"parallel.shard={degrees.shard} leaves ranks without a row of {name}, which has {rows}; "
+            f"parallel.shard={degrees.shard} leaves ranks without a row of {name}, which has {rows} to share; "
             f"at most {rows // degrees.context} shards, more ranks as parallel.replicate"
         )
     shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)

@@ -135,8 +135,14 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
     "more shards than rows": (
         make_run({"global_batch": 2048}, parallel=layout(shard=512)),
         {},
-        "parallel.shard=512 leaves ranks without a row of layers.0.attention.wk.weight, which has 256; "
+        "parallel.shard=512 leaves ranks without a row of layers.0.attention.wk.weight, which has 256 to share; "
         "at most 256 shards, more ranks as parallel.replicate",
+    ),
+    "more shards than rows of a tensor rank": (
+        make_run({"global_batch": 512}, parallel=layout(shard=128, tensor=4)),
+        {},
+        "parallel.shard=128 leaves ranks without a row of layers.0.attention.wk.weight, which has 64 to share; "
+        "at most 64 shards, more ranks as parallel.replicate",
     ),
     "batch no multiple of a pass": (
         make_run({"global_batch": 10, "micro_batch": 4}, parallel="fsdp2"),
