@@ -93,6 +93,8 @@ class Crew:
         finally:
             self._kill(context)
             context.close()
+            if self._abandoned and os.isatty(1):
+                os.write(1, b"\x1b[?25h\n")  # a killed progress line leaves the cursor hidden
             for number, handler in previous.items():
                 signal.signal(number, handler)
             del store  # the ranks' rendezvous, alive until the last of them has ended

@@ -176,18 +176,16 @@ def attempts(path: Path) -> list[Attempt]:
             record = json.loads(line)
         except ValueError:
             continue
-        attempt = found.setdefault(record["number"], {})
-        if attempt.get("ended") is None:  # of two ranks that fail, the first tells why
-            attempt.update(record)
+        found.setdefault(record["number"], {}).update(record)
     return [
         Attempt(**record | {"changed": tuple(record["changed"])}) for record in found.values() if "started" in record
     ]
 
 
-def end(path: Path, ended: Ended, detail: str = "") -> None:
-    """Record how the newest attempt ended; its first word stands."""
+def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -> None:
+    """Record how the newest attempt ended. The first word stands, unless who saw all ranks end knows better."""
     newest = attempts(path)[-1]
-    if newest.ended is None:
+    if newest.ended is None or overrule:
         when = datetime.now(UTC).isoformat(timespec="seconds")
         _append(path, {"number": newest.number, "ended": ended, "detail": f"{when} {detail}".strip()})
 

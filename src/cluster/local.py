@@ -90,7 +90,7 @@ def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
     from src.cluster.crew import tell
 
     if crew.killed:
-        end(folder, "killed", crew.killed)
+        end(folder, "killed", crew.killed, overrule=True)
         tell(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
         return Outcome("killed", 130 if crew.killed == "Ctrl-C twice" else 137)
     if failure is not None and crew.signal is not None and failure.exit_code == 128 + crew.sent:
@@ -98,7 +98,7 @@ def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
         tell(f"stopped by {crew.signal} before there was anything to save; the same command starts again")
         return Outcome("stopped", 0)
     if failure is not None:
-        end(folder, "failed", f"rank {failure.rank}: {failure.error}")
+        end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)
         tell(f"rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
         return Outcome("failed", failure.exit_code)
     newest = attempts(folder)[-1]

@@ -80,6 +80,7 @@ def test_a_rank_that_dies_without_a_word_is_named_with_its_signal(code: Path, tm
     assert launcher.returncode == 128 + signal.SIGSEGV
     assert err.strip().splitlines()[0] == "rank 1 failed first: ended by SIGSEGV"
     assert "Fatal Python error: Segmentation fault" in err, "the end of its log is shown"
+    assert attempts(place(tmp_path, "segfault", 2))[0].detail.endswith("rank 1: ended by SIGSEGV"), "not rank 0's words"
 
 
 def test_a_signal_before_training_began(code: Path, tmp_path: Path) -> None:
