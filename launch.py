@@ -7,7 +7,9 @@ sweep ends with the first code that is not 0; Ctrl-C ends all of it.
 
 import json
 import os
+import shlex
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol, cast
@@ -19,7 +21,7 @@ from src.config.build import build
 from src.config.command_line import COMPOSITION_ERRORS, arguments, problem
 from src.config.groups import CONF
 from src.config.tree import Tree, identity, resolve
-from src.errors import DataError, UserError
+from src.errors import DataError, PlanError, UserError
 
 if TYPE_CHECKING:
     from src.cluster.folder import RunFolder
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from src.train.run import Run
 
 USER_ERROR = 2
+PATIENCE_SECONDS = 5.0  # torchrun looks at its ranks every 0.1 s
 
 
 class Cluster(Protocol):
@@ -93,7 +96,7 @@ def feed(run: "Run") -> "Corpus | None":
     task = run.task
     if not task.needs_corpus:
         return None
-    corpus = prepare(run.data, run.tokenizer, run.root / "cache", progress=True)
+    corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
     problems = check(
         corpus,
         run.data,
@@ -125,12 +128,17 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
     from src.train.plan import plan
 
     path = place(run.root, run.name, identity(tree), run.folder)
-    if joined() and Facts.read().rank > 0:  # an outer launcher's rank: it meets rank 0 in the process group
-        perform(tree, path)
-        return "finished", 0
+    if joined():
+        facts = Facts.read()
+        if facts.world != run.parallel.world:
+            raise PlanError(f"WORLD_SIZE={facts.world}, but parallel asks for {run.parallel.world} ranks")
+        if facts.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
+            perform(tree, path)
+            return "finished", 0
     corpus = feed(run)
-    facts = plan(run, corpus, run.cluster.devices()).to_dict()
-    with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
+    answers = plan(run, corpus, run.cluster.devices()).to_dict()
+    with RunFolder.open(tree, answers, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
+        print(f"{'resumes' if folder.resumed else 'starts'} {folder.path}", file=sys.stderr)
         if corpus is not None:
             record(corpus, folder.path)
         if joined():
@@ -162,12 +170,15 @@ def sweep(points: "list[tuple[Tree, Run, Plan]]") -> int:
 
 
 def refused(error: UserError) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one voice
-        print(*error.problems, sep="\n", file=sys.stderr)
+    """Says what is wrong, once: rank 0 goes first, and its outer launcher then ends the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE_SECONDS)
+    print(*error.problems, sep="\n", file=sys.stderr, flush=True)
     return USER_ERROR
 
 
 def main() -> int:
+    command = shlex.join(["python", *sys.argv])
     try:
         points = checked(composed(sys.argv[1:]))
     except UserError as error:
@@ -175,7 +186,10 @@ def main() -> int:
     dry = [point for point in points if point[1].dry_run]
     for _, _, plan in dry:
         show(plan)
-    return sweep([point for point in points if point not in dry])
+    code = sweep([point for point in points if point not in dry])
+    if code == 0 and len(dry) < len(points) and "RANK" not in os.environ:
+        print(f"to go on from there: {command}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -62,9 +62,14 @@ def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
-def named(file: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything that a file imports or reaches through an imported module."""
-    for node in ast.walk(parsed(file)):
+def named(file: Path, *, types: bool) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything that a file imports or reaches; `types`: also what only a type checker sees."""
+    tree = parsed(file)
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    hidden = set() if types else {inner for block in blocks for each in block.body for inner in ast.walk(each)}
+    for node in ast.walk(tree):
+        if node in hidden:
+            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -102,14 +107,16 @@ def test_every_file_has_its_floor() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_imports_go_downward(file: Path) -> None:
-    wrong = [f"{file.name}:{line} {each}" for line, each in named(file) if upward(name(file), each)]
-    relative = [f"{file.name}:{line} {each}" for line, each in named(file) if each.startswith(".")]
+    imports = list(named(file, types=False))
+    wrong = [f"{file.name}:{line} {each}" for line, each in imports if upward(name(file), each)]
+    relative = [f"{file.name}:{line} {each}" for line, each in imports if each.startswith(".")]
     assert (wrong, relative) == ([], [])
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_fences(file: Path) -> None:
-    assert [f"{file.name}:{line} {each}" for line, each in named(file) if fenced(each, name(file))] == []
+    names = named(file, types=True)
+    assert [f"{file.name}:{line} {each}" for line, each in names if fenced(each, name(file))] == []
 
 
 @pytest.mark.parametrize("file", [*FILES, *TESTS], ids=name)
@@ -123,8 +130,12 @@ def test_sizes_and_names(file: Path) -> None:
 
 def test_the_rules_catch_what_they_forbid(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
-    file.write_text("import os, wandb\nfrom torch import distributed\nos.environ['A']\nfrom . import x\n")
-    found = {each for _, each in named(file)}
+    file.write_text(
+        "import os, wandb\nfrom torch import distributed\nfrom . import x\n"
+        "os.environ['A']\nif TYPE_CHECKING:\n    import hydra\n"
+    )
+    found = {each for _, each in named(file, types=False)}
+    assert {each for _, each in named(file, types=True)} - found == {"hydra"}
     assert {"wandb", "torch.distributed", "os.environ", "."} <= found
     assert upward("src.data.batches", "src.train.plan")
     assert upward("src.data.batches", "src.optim.adamw")

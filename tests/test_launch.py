@@ -165,14 +165,51 @@ def test_a_mistake_ends_with_code_2_without_traceback_torch_or_files(somewhere: 
     assert list(somewhere.iterdir()) == []
 
 
-def test_only_the_first_rank_of_an_outer_launcher_tells(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for rank, told in (("0", "modle: no such section; did you mean model?\n"), ("1", "")):
+def test_the_first_rank_of_an_outer_launcher_tells_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr(sys, "argv", ["launch.py", "modle=x"])
         assert launch.main() == 2
-        assert capsys.readouterr().err == told
+    assert waited == [launch.PATIENCE_SECONDS]
+
+
+TINY = [
+    *("task.steps=2", "task.seq_len=32", "task.validate_every=0", "schedule.warmup_steps=1"),
+    *("model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.n_kv_heads=2", "model.vocab_size=258"),
+    *("data=synthetic", "parallel=ddp2", "cluster.gpus=0"),
+]
+
+
+def torchrun(*argv: str, folder: Path, ranks: int) -> "subprocess.CompletedProcess[str]":
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-endpoint=localhost:0"]
+    return subprocess.run(
+        [*line, "--rdzv-backend=c10d", HOME / "launch.py", *argv],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_ranks_of_an_outer_launcher_join_and_start_no_others(somewhere: Path) -> None:
+    result = torchrun(*TINY, folder=somewhere, ranks=2)
+    assert result.returncode == 0, result.stderr
+    (run,) = somewhere.glob("runs/llama3_debug-ddp2-*")
+    begun, ended = map(json.loads, (run / "attempts.jsonl").read_text().splitlines())
+    assert (begun["number"], begun["world"], ended["ended"]) == (1, 2, "finished")
+    assert [
+        line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+    assert json.loads((run / "plan.json").read_text())["world"] == 2
+
+
+def test_an_outer_launcher_with_another_number_of_ranks_is_refused(somewhere: Path) -> None:
+    result = torchrun(*TINY, folder=somewhere, ranks=1)
+    assert result.returncode != 0
+    assert "WORLD_SIZE=1, but parallel asks for 2 ranks" in result.stderr
+    assert list(somewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize("model", ["llama3_debug", "llama3_405b"])
