@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 # A file changed this recently may change again within one tick of the clock behind its mtime: its hash is not kept.
@@ -40,33 +41,41 @@ def hash_files(paths: Iterable[Path], cache: Path) -> list[str]:
     """
     paths = [path.resolve() for path in paths]
     memory = cache / "file_hashes.json"
-    known = _read_memory(memory)
-    stamps = {path: _stamp(path) for path in paths}
+    known = read_memory(memory)
+    stamps = {path: stamp(path) for path in paths}
     missing = [path for path in stamps if known.get(str(path), ["", ""])[0] != stamps[path]]
     with ThreadPoolExecutor(max_workers=8) as pool:
         fresh = dict(zip(missing, pool.map(_hash_file, missing), strict=True))
-    settled = {
-        str(path): [stamps[path], digest]
-        for path, digest in fresh.items()
-        if time.time() - path.stat().st_mtime > SETTLED_SECONDS
-    }
-    if settled:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(memory, known | settled)
+    settled = {str(path): [stamps[path], digest] for path, digest in fresh.items() if is_settled(path)}
+    remember(memory, settled)
     return [fresh.get(path) or known[str(path)][1] for path in paths]
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
+    """Changes with every write to the file."""
     facts = path.stat()
     return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
-def _read_memory(memory: Path) -> dict[str, list[str]]:
+def is_settled(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > SETTLED_SECONDS
+
+
+def read_memory(memory: Path) -> dict[str, list[str]]:
+    """What `remember` wrote; it only saves time, so a missing or broken one is empty."""
     try:
         known: dict[str, list[str]] = json.loads(memory.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}  # it only saves time: without it every file is hashed again
+    except (OSError, ValueError):
+        return {}
     return known
+
+
+def remember(memory: Path, more: dict[str, list[str]]) -> None:
+    """Adds to the memory; a cache that may only be read serves without."""
+    if more:
+        with suppress(OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, read_memory(memory) | more)
 
 
 def _hash_file(path: Path) -> str:

@@ -36,7 +36,10 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
         folder = cache / "tokens" / _key(source, opened, data.validation_fraction, cache)
         if not (folder / "index.json").is_file():
             cached = False
-            _tokenise(name, source, opened, folder, data, progress=progress)
+            try:
+                _tokenise(name, source, opened, folder, data, progress=progress)
+            except OSError as error:  # sources turn theirs into DataErrors: this one is of the cache
+                raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
         parts.append(Part(name, weight, TokenShards(folder)))
     corpus = Corpus(parts, opened, survey(parts, time.perf_counter() - began, cached=cached))
     empty = [f"{part.name}: no document with text in it" for part in parts if not _documents(part)]

@@ -31,6 +31,15 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     assert "data.validation_fraction=0.0 holds out 0 documents of 1, not one window" in validation
 
 
+@pytest.mark.parametrize(("letters", "train"), [(61, 1), (62, 1), (63, 2), (64, 2), (94, 2), (95, 3)])
+def test_a_window_takes_one_token_more_than_it_predicts(tmp_path: Path, letters: int, train: int) -> None:
+    """Two marks and the letters: 64 tokens hold one window of 32 and its 33rd token, 65 hold two."""
+    (tmp_path / "a.txt").write_text("x" * letters)
+    made = corpus(text(tmp_path / "a.txt", validation_fraction=0.0), tmp_path / "cache")
+    assert made.tokens("train") == letters + 2
+    assert made.windows("train", 32) == train
+
+
 def test_one_global_batch_must_be_there(tmp_path: Path) -> None:
     made = corpus(synthetic(), tmp_path)
     windows = made.windows("train", 32)

@@ -170,6 +170,24 @@ def test_a_flipped_bit_is_named_by_its_checksum(tmp_path: Path) -> None:
         reopen(made.recipe(), tmp_path).verify()
 
 
+def test_a_shard_that_was_found_right_is_read_again_only_when_written(tmp_path: Path) -> None:
+    made = corpus(synthetic(), tmp_path)
+    path = shards(made).folder / "00000.train.bin"
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    made.verify()
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match="crc32"):
+        made.verify()
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    made.verify()  # nothing says that it was written: not read
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("a file where the folder of tokens belongs")
+    with pytest.raises(DataError, match=r"tokens/[0-9a-f]{16}: cannot be written: "):
+        corpus(synthetic(), tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "edit"])
 def test_a_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
     path = shards(corpus(synthetic(), tmp_path)).folder / "index.json"
