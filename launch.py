@@ -129,15 +129,19 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
 
     path = place(run.root, run.name, identity(tree), run.folder)
     if joined():
-        facts = Facts.read()
-        if facts.world != run.parallel.world:
-            raise PlanError(f"WORLD_SIZE={facts.world}, but parallel asks for {run.parallel.world} ranks")
-        if facts.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
+        outer = Facts.read()
+        if outer.world != run.parallel.world:
+            raise PlanError(f"WORLD_SIZE={outer.world}, but parallel asks for {run.parallel.world} ranks")
+        if run.cluster.devices().count is None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
+        if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
             perform(tree, path)
             return "finished", 0
     corpus = feed(run)
-    answers = plan(run, corpus, run.cluster.devices()).to_dict()
-    with RunFolder.open(tree, answers, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
+    answers = plan(run, corpus, run.cluster.devices())
+    print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
+    facts = answers.to_dict()
+    with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
         print(f"{'resumes' if folder.resumed else 'starts'} {folder.path}", file=sys.stderr)
         if corpus is not None:
             record(corpus, folder.path)
