@@ -1,10 +1,11 @@
 """torch.compile, one block at a time: all blocks share one graph, so warm-up does not grow with depth."""
 
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from src.config.base import Config
+
+if TYPE_CHECKING:
+    from src.models.decoder import Decoder
 
 
 class Compile(Config):
@@ -14,18 +15,17 @@ class Compile(Config):
     loss: bool
     mode: Literal["default", "max-autotune-no-cudagraphs"]
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: "Decoder") -> None:
         """Before FSDP, whose hooks stay outside the graphs; names of parameters do not change."""
         import torch
 
         if self.blocks:
-            assert isinstance(model.layers, nn.ModuleDict)
-            for block in model.layers.values():
+            for block in model.blocks():
                 # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.
                 block.forward = torch.compile(block.forward, mode=self.mode, fullgraph=True)
-        if self.loss and (output := getattr(model, "output", None)) is not None:
-            output.statistics = torch.compile(output.statistics, fullgraph=True)
-            output.gradient = torch.compile(output.gradient, fullgraph=True)
+        if self.loss and model.output is not None:
+            model.output.statistics = torch.compile(model.output.statistics, fullgraph=True)
+            model.output.gradient = torch.compile(model.output.gradient, fullgraph=True)
 
 
 def compile_seconds() -> float:

@@ -27,6 +27,13 @@ def joined() -> bool:
     return "RANK" in os.environ
 
 
+def device_type() -> DeviceType:
+    """What the ranks of this machine compute on; a launcher hides the GPUs where the CPU is wanted."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the launcher says about this process."""

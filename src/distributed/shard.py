@@ -13,9 +13,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from src.distributed.degrees import Degrees
 from src.distributed.precision import Precision
+from src.models.decoder import Decoder
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, degrees: Degrees, precision: Precision) -> None:
+def shard(model: Decoder, mesh: DeviceMesh, degrees: Degrees, precision: Precision) -> None:
     """Cut parameters over `mesh`: the embedding, each block, and norm with head are gathered as units of their own."""
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision.compute),
@@ -24,11 +25,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, degrees: Degrees, precision: Preci
     )
     always = degrees.reshard == "always"
     reshard = degrees.reshard != "never"
-    blocks = list(model.layers.values())
+    blocks = model.blocks()
     for block in blocks:
         # The last block is the first that the backward pass needs: letting go of it would gather it twice in a row.
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and (always or block is not blocks[-1]))
-    embedding, head = model.tok_embeddings, [module for module in (model.norm, model.output) if module is not None]
+        let_go = reshard and (always or block is not blocks[-1])
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=let_go)
+    embedding = model.tok_embeddings
+    head: list[nn.Module] = [module for module in (model.norm, model.output) if module is not None]
     tied = embedding is not None and model.output is not None and model.output.weight is embedding.weight
     if not tied:  # a shared matrix and all that uses it belong to one unit: the root
         if embedding is not None:

@@ -11,7 +11,7 @@ which module, and the words mean:
     vocabulary   the head: words are cut, and so is the cross entropy; logits never meet on one rank
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from src.models.cross_entropy import Output
+from src.models.decoder import Decoder
+
 
 class _Gather(ParallelStyle):
     """Put the sequence of the first argument together; its gradient is scattered again, summed once for all users."""
@@ -39,7 +42,8 @@ class _Gather(ParallelStyle):
     @staticmethod
     def _gather(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x = inputs[0]  # a DTensor after a norm with the role `sequence`
-        x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
         return x.redistribute(placements=[Replicate()]), *inputs[1:]
 
 
@@ -51,32 +55,31 @@ class _ShardedVocabulary:
         self.offset = mesh.get_local_rank() * held
 
     def logsumexp(self, x: Tensor) -> Tensor:
-        peak = all_reduce(x, "max", self.mesh)
+        peak: Tensor = all_reduce(x, "max", self.mesh)
         return peak + self.sum((x - peak).exp()).log()
 
     def sum(self, x: Tensor) -> Tensor:
-        return all_reduce(x, "sum", self.mesh)
+        total: Tensor = all_reduce(x, "sum", self.mesh)
+        return total
 
 
 class _Vocabulary(ParallelStyle):
     """Cut the head's words. With labels each rank computes its part of every row; without, logits come out whole."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Output), "the role `vocabulary` is the head's"
         weight = distribute_tensor(module.weight.detach(), device_mesh, [Shard(0)], src_data_rank=None)
         module.register_parameter("weight", nn.Parameter(weight))
         module.vocabulary = _ShardedVocabulary(device_mesh, weight.to_local().shape[0])
-        whole = type(module).cross_entropy
-        module.cross_entropy = partial(self._cross_entropy, partial(whole, module))
+        module.cross_entropy = partial(self._cross_entropy, module.cross_entropy)  # type: ignore[method-assign]
         module.register_forward_pre_hook(partial(_Gather._gather, device_mesh))
         module.register_forward_hook(self._whole_logits)
         return module
 
     @staticmethod
-    def _cross_entropy(whole: Any, hidden: DTensor, weight: DTensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(whole: Callable[..., Tensor], hidden: DTensor, weight: DTensor, labels: Tensor) -> Tensor:
         # Each rank's part of the words gives a part of the hidden gradient: a sum over ranks, scattered by the hook above.
-        loss = whole(hidden.to_local(grad_placements=[Partial()]), weight.to_local(), labels)
-        assert isinstance(loss, Tensor)
-        return loss
+        return whole(hidden.to_local(grad_placements=[Partial()]), weight.to_local(), labels)
 
     @staticmethod
     def _whole_logits(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
@@ -106,14 +109,13 @@ def _modules(model: nn.Module, pattern: str) -> Iterator[str]:
     return (name for name, _ in model.named_modules() if name.count(".") == depth and fnmatchcase(name, pattern))
 
 
-def split_tensor(model: nn.Module, roles: dict[str, str], mesh: DeviceMesh | None) -> None:
+def split_tensor(model: Decoder, mesh: DeviceMesh | None) -> None:
     """Cut every module that has a role over `mesh`; every parameter becomes a DTensor there."""
     if mesh is None:
         return
-    plan = {name: _style(role) for pattern, role in roles.items() for name in _modules(model, pattern)}
+    plan = {name: _style(role) for pattern, role in model.roles.items() for name in _modules(model, pattern)}
     parallelize_module(model, mesh, plan)
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not whole, f"no role cuts {whole}"
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    model.tie_weights()
 

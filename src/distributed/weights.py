@@ -5,14 +5,10 @@ on one rank or a thousand. A seed checkpoint is not needed.
 """
 
 import hashlib
-from typing import TYPE_CHECKING
-
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-if TYPE_CHECKING:
-    from src.models.init import Initializer
+from src.models.decoder import Decoder
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -21,8 +17,9 @@ def seed_of(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, initializers: "dict[str, Initializer]", seed: int) -> None:
+def initialise(model: Decoder, seed: int) -> None:
     """Fill every parameter of a model that is on its device already. The largest whole parameter exists for a moment."""
+    initializers = model.initializers()
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
         generator = torch.Generator(parameter.device).manual_seed(seed_of(seed, name))
@@ -34,7 +31,7 @@ def initialise(model: nn.Module, initializers: "dict[str, Initializer]", seed: i
             parameter.copy_(whole)
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def materialise(model: Decoder, device: torch.device) -> None:
     """Give a model on the meta device real, unfilled storage, and its buffers their values."""
     model.to_empty(device=device)
     model.reset_buffers()

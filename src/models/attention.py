@@ -6,7 +6,7 @@ v width); query head j reads kv head j * kv_heads // heads.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,15 @@ class FlexAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
         # Uncompiled it materialises all scores: right for the CPU, where the fused kernel has no backward.
-        attend = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-        out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
-        assert isinstance(out, Tensor)
-        return out
+        fused = q.is_cuda and not torch.compiler.is_compiling()
+        attend = _compiled_flex() if fused else cast(Callable[..., Tensor], flex_attention)
+        return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+def _compiled_flex() -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
 
 
 def block_mask(

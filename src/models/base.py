@@ -9,7 +9,7 @@ from src.config.base import Config
 from src.models.accounting import Counts, Saved, Slice, Weight, count
 
 if TYPE_CHECKING:
-    from torch import nn
+    from src.models.decoder import Decoder
 
 
 class Layout(Protocol):
@@ -37,7 +37,7 @@ class ModelConfig(Config):
     max_seq_len: PositiveInt
 
     @abstractmethod
-    def build(self) -> "nn.Module":
+    def build(self) -> "Decoder":
         """The single-device module; call it under `torch.device("meta")` to allocate nothing."""
 
     @abstractmethod

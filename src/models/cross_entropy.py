@@ -68,9 +68,8 @@ class Output(nn.Linear):
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """The sum over all rows whose label is not -100; `weight` holds the words from `vocabulary.offset` on."""
-        loss = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), self)
-        assert isinstance(loss, Tensor)
-        return loss
+        apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
+        return apply(hidden.flatten(0, -2), weight, labels.flatten(), self)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -14,4 +14,5 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        result: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return result

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
-from src.distributed.process import Ranks
+from src.distributed.process import Ranks, device_type
 from src.metrics.console import Console
 from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
@@ -25,8 +25,9 @@ PROFILED_STEPS = 2
 
 def bench(task: Bench, run: Run, folder: Path) -> bool:
     """Collective. Always True: a benchmark that was stopped is started again."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = Ranks.join(device, run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces")
+    ranks = Ranks.join(
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+    )
     training = assemble(run, ranks, skips=0)
     planned = plan(run)
     set_learning_rate(training.state.optimizer, run.optim.lr)

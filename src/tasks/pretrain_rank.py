@@ -1,7 +1,6 @@
 """What each rank of task=pretrain does, in order."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +8,8 @@ import torch
 
 from src.checkpoint.store import Store
 from src.data.batches import Batches
-from src.data.corpus import reopen
-from src.distributed.process import Ranks
+from src.data.corpus import Corpus, reopen
+from src.distributed.process import Ranks, device_type
 from src.metrics.console import Console
 from src.metrics.curve import plot
 from src.metrics.startup import Startup
@@ -31,9 +30,8 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
     startup = Startup()
     startup.done("import")
     with Stop() as stop:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         ranks = Ranks.join(
-            device, run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
         )
         if task.deterministic:
             make_deterministic()
@@ -42,9 +40,10 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         report = _report(task, run, folder, ranks)
         status: Literal["done", "stopped", "failed"] = "failed"
         try:
-            loop = _loop(task, run, folder, training, startup, report, stop)
+            corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)
+            loop = _loop(task, run, folder, corpus, training, startup, report, stop)
             finished = loop.run()
-            _farewell(task, folder, loop, report, finished)
+            _farewell(task, folder, corpus, training, report, finished)
             status = "done" if finished else "stopped"
         finally:
             report.close(status)
@@ -61,10 +60,16 @@ def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks) -> Report:
 
 
 def _loop(
-    task: Pretrain, run: Run, folder: Path, training: Training, startup: Startup, report: Report, stop: Stop
+    task: Pretrain,
+    run: Run,
+    folder: Path,
+    corpus: Corpus,
+    training: Training,
+    startup: Startup,
+    report: Report,
+    stop: Stop,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
-    corpus = reopen(json.loads((folder / "data.json").read_text()), run.root / "cache")
     planned = plan(run, corpus)
     batches = Batches(
         corpus,
@@ -106,15 +111,16 @@ def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
     )
 
 
-def _farewell(task: Pretrain, folder: Path, loop: Loop, report: Report, finished: bool) -> None:
+def _farewell(
+    task: Pretrain, folder: Path, corpus: Corpus, training: Training, report: Report, finished: bool
+) -> None:
     """Collective. What a person wants to see at the end: what the model writes, and the curve."""
     if not finished:
-        report.say(f"stopped after step {loop.training.state.step}; the same command goes on from there")
+        report.say(f"stopped after step {training.state.step}; the same command goes on from there")
         return
     if task.sample_prompt is not None:
-        tokenizer = loop.batches.corpus.tokenizer
-        prompt = tokenizer.prompt(task.sample_prompt)
-        ids = sample(loop.training, prompt, task.sample_tokens, task.sample_temperature, loop.training.state.seed)
-        report.say(f"sample: {tokenizer.decode([*prompt, *ids])}")
-    if loop.training.ranks.rank == 0:
+        prompt = corpus.tokenizer.prompt(task.sample_prompt)
+        ids = sample(training, prompt, task.sample_tokens, task.sample_temperature, training.state.seed)
+        report.say(f"sample: {corpus.tokenizer.decode([*prompt, *ids])}")
+    if training.ranks.rank == 0:
         report.say(f"curve: {plot(folder)}")

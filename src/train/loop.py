@@ -142,7 +142,7 @@ class Loop:
         """Between two steps, with the device idle: tell, validate, save."""
         if step == self._first:
             self.training.ranks.set_timeout(STEP_TIMEOUT_SECONDS, self.training.mesh.groups())
-            self.startup.done("first_step", of_which_compile=compile_seconds())
+            self.startup.done("first_step", compile=compile_seconds())
             self.report.measure(step, self.startup.metrics())
             self.report.say(format_startup(self.startup.seconds))
         last = step == self.plan.steps

@@ -8,11 +8,13 @@ from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 from src.checkpoint.config import Checkpoint
 from src.config.base import Config
 from src.data.config import Data
+from src.data.tokenizer import TokenizerConfig
 from src.distributed.compiling import Compile
 from src.distributed.degrees import Degrees
 from src.distributed.precision import Precision
 from src.distributed.recompute import Recompute
 from src.errors import ConfigError
+from src.metrics.tracker import Tracker
 from src.models.base import ModelConfig
 from src.optim.adamw import AdamW
 from src.optim.schedule import Schedule
@@ -30,8 +32,10 @@ class Task(Protocol):
     def global_batch(self) -> int: ...
     @property
     def micro_batch(self) -> int: ...
+    @property
+    def needs_corpus(self) -> bool: ...
 
-    def run(self, run: "Run", folder: Path) -> bool | None:
+    def run(self, run: "Run", folder: Path) -> bool:
         """A rank's whole life: false when it stopped early, after saving, because a signal asked; raises on failure."""
 
 
@@ -82,11 +86,11 @@ class Run:
     recompute: Recompute
     compile: Compile
     data: Data
-    tokenizer: Config
+    tokenizer: TokenizerConfig
     optim: AdamW
     schedule: Schedule
     checkpoint: Checkpoint
-    tracker: Config
+    tracker: Tracker
     cluster: Cluster
     name: str
     seed: int
@@ -106,6 +110,11 @@ class Run:
         if problems:
             raise ConfigError(problems)
         return cls(**{field.name: sections[field.name] for field in fields(cls)})
+
+    @property
+    def cache(self) -> Path:
+        """Token shards and trained tokenizers, shared by all runs of one root."""
+        return self.root / "cache"
 
 
 TOP = ("name", "seed", "root", "folder", "dry_run")  # plain values, checked where they are read

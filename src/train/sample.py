@@ -19,7 +19,7 @@ def sample(training: Training, prompt: list[int], count: int, temperature: float
         for _ in range(count):
             window = tokens[-model.config.max_seq_len // multiple * multiple :]
             row = torch.tensor([window + [0] * (-len(window) % multiple)], device=training.ranks.device)
-            mask = model.attention_mask(torch.zeros_like(row, dtype=torch.int32), *row.shape)
+            mask = model.attention_mask(torch.zeros_like(row, dtype=torch.int32), 1, row.shape[1])
             logits = model(row, mask=mask)[0, len(window) - 1].float().cpu()
             tokens.append(_draw(logits, temperature, generator))
     return tokens[len(prompt) :]

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from src.distributed.mesh import Mesh
 from src.distributed.parallelize import parallelize
 from src.distributed.process import Ranks
 from src.distributed.weights import initialise, materialise
+from src.models.decoder import Decoder
 from src.train.run import Run
 from src.train.state import TrainState
 from src.train.step import Stepper
@@ -23,7 +23,7 @@ class Training:
 
     ranks: Ranks
     mesh: Mesh
-    model: nn.Module
+    model: Decoder
     state: TrainState
     stepper: Stepper
 
@@ -36,7 +36,7 @@ def assemble(run: Run, ranks: Ranks, *, skips: int) -> Training:
     model.to(getattr(torch, run.precision.storage))
     parallelize(model, mesh, run.precision, run.recompute, run.compile)
     materialise(model, ranks.device)
-    initialise(model, model.initializers(), run.seed)
+    initialise(model, run.seed)
     optimizer = run.optim.build(model.named_parameters(), ranks.device)
     stepper = Stepper(model, optimizer, mesh, ranks.device, run.optim.max_norm, skips)
     return Training(ranks, mesh, model, TrainState(model, optimizer, run.seed), stepper)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from src.data.batches import Batch
@@ -13,6 +13,7 @@ from src.distributed.gradients import Gradients
 from src.distributed.mesh import Mesh
 from src.distributed.shard import synchronise_gradients
 from src.models.cross_entropy import IGNORED
+from src.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Stepper:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, mesh: Mesh, device: torch.device, max_norm: float | None, skips: int
+        self, model: Decoder, optimizer: Optimizer, mesh: Mesh, device: torch.device, max_norm: float | None, skips: int
     ) -> None:
         self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
         self.max_norm, self.skips = max_norm, skips
@@ -85,15 +86,14 @@ class Stepper:
         return skipped
 
 
-def forward_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:
     """The summed cross entropy of one micro-batch; training and validation both come this way."""
     tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
     positions, documents = (
         None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.documents)
     )
-    mask = model.attention_mask(documents, *tokens.shape)
-    loss = model(tokens, labels=labels, positions=positions, mask=mask)
-    assert isinstance(loss, Tensor)
+    mask = model.attention_mask(documents, tokens.shape[0], tokens.shape[1])
+    loss: Tensor = model(tokens, labels=labels, positions=positions, mask=mask)
     return loss
 
 

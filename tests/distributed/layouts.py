@@ -47,7 +47,7 @@ def parallel_model(
     model.to(getattr(torch, precision.storage))
     parallelize(model, mesh, precision, Recompute(mode=recompute), compile)
     materialise(model, torch.device("cpu"))
-    initialise(model, model.initializers(), seed)
+    initialise(model, seed)
     return model, mesh
 
 

@@ -4,6 +4,7 @@ Reads alone, on one device. Weights are [out, in] without biases and carry Meta'
 is the released weights' own order (Hugging Face permutes them). Layouts live in src/distributed, and need only `roles`.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from src.models.attention import CausalAttention, FlexAttention, block_mask
 from src.models.cross_entropy import Output
+from src.models.decoder import Decoder
 from src.models.feed_forward import FeedForward
 from src.models.init import Constant, Initializer, Normal
 from src.models.llama3.config import Llama3Config
@@ -37,7 +39,8 @@ class Attention(nn.Module):
         v = self.wv(x).unflatten(-1, (-1, self.head_width))
         q, k = rotate(q, rotary), rotate(k, rotary)
         out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.wo(out.transpose(1, 2).flatten(-2))
+        result: Tensor = self.wo(out.transpose(1, 2).flatten(-2))
+        return result
 
 
 class Block(nn.Module):
@@ -52,18 +55,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor, mask: BlockMask | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        result: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        return result
 
 
-class Llama3(nn.Module):
-    """tokens (batch, length) -> logits (batch, length, vocabulary), or the summed cross entropy of `labels`.
+class Llama3(Decoder):
+    """The whole model, or a part of its pipeline: see `Decoder`."""
 
-    A part of a pipeline has some of its modules set to None: without `tok_embeddings` the input is a hidden state, without
-    `output` so is the result. `positions` (batch, length) restart at documents; `mask` comes from `attention_mask`.
-    """
-
-    # How tensor parallelism may cut each module: src/distributed/tensor.py gives the words their meaning.
-    roles: ClassVar[dict[str, str]] = {
+    roles: ClassVar[Mapping[str, str]] = {
         "tok_embeddings": "embedding",
         "layers.*.attention_norm": "sequence",
         "layers.*.attention": "gather",
@@ -80,25 +79,26 @@ class Llama3(nn.Module):
         "output": "vocabulary",
     }
 
+    config: Llama3Config
+    rotary: Tensor  # (max_seq_len, head width / 2, 2) fp32
+
     def __init__(self, config: Llama3Config) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(layer): Block(config) for layer in range(config.n_layers)})
-        self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output: Output | None = Output(config.dim, config.vocab_size)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = Output(config.dim, config.vocab_size)
         self.register_buffer("rotary", torch.empty(config.max_seq_len, config.head_width // 2, 2), persistent=False)
         self.reset_buffers()
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head the embedding again, after anything that made new parameters of them."""
         if self.config.tied_embeddings:
             assert self.output is not None and self.tok_embeddings is not None, "tied weights live on one stage"
             self.output.weight = self.tok_embeddings.weight
 
     def reset_buffers(self) -> None:
-        """Compute what is not a weight; again after the model left the meta device."""
         with torch.device(self.rotary.device):
             frequencies = inverse_frequencies(self.config.head_width, self.config.rope_theta)
             if (scaling := self.config.rope_scaling) is not None:
@@ -131,7 +131,6 @@ class Llama3(nn.Module):
         return plan
 
     def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> BlockMask | None:
-        """The mask argument of `forward` for one batch; None where the kernel is causal by itself."""
         if self.config.attention == "sdpa":
             return None
         return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, self.rotary.device)

@@ -1,0 +1,60 @@
+"""What every model is to the rooms above: the contract between families and layouts, and nothing of either."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from src.models.base import ModelConfig
+from src.models.cross_entropy import Output
+from src.models.init import Initializer
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class Decoder(nn.Module):
+    """tokens (batch, length) -> logits (batch, length, vocabulary), or the summed cross entropy of `labels`.
+
+    A part of a pipeline has some of its modules set to None: without `tok_embeddings` the input is a hidden state, without
+    `output` so is the result. `positions` (batch, length) restart at documents; `mask` comes from `attention_mask`.
+    """
+
+    # How tensor parallelism may cut each module: src/distributed/tensor.py gives the words their meaning.
+    roles: ClassVar[Mapping[str, str]]
+
+    config: ModelConfig
+    tok_embeddings: nn.Embedding | None
+    layers: nn.ModuleDict  # keys are global layer numbers
+    norm: nn.RMSNorm | None
+    output: Output | None
+
+    @abstractmethod
+    def tie_weights(self) -> None:
+        """Make the head the embedding again, after anything that made new parameters of them."""
+
+    @abstractmethod
+    def reset_buffers(self) -> None:
+        """Compute what is not a weight; again after the model left the meta device."""
+
+    @abstractmethod
+    def initializers(self) -> dict[str, Initializer]:
+        """How each parameter starts, by name."""
+
+    @abstractmethod
+    def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> "BlockMask | None":
+        """The mask argument of `forward` for one batch; None where the kernel is causal by itself."""
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: "BlockMask | None" = None,
+    ) -> Tensor: ...
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of this part, first to last."""
+        return list(self.layers.values())
