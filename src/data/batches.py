@@ -81,13 +81,18 @@ class Batches:
         return [self._batch("train", first + rows) for first in firsts]
 
     def prefetch(self, position: int, steps: int) -> Iterator[list[Batch]]:
-        """The next `steps` results of `step`, made in a thread and pinned when CUDA is there.
+        """The next `steps` results of `step`, made in a thread and pinned when this process uses CUDA.
 
         An error of the thread is raised here; closing the iterator ends the thread.
         """
+        import torch
+
+        # A new thread is on GPU 0, whatever GPU its rank has; a rank on the CPU leaves the GPUs of its host alone.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(STEPS_AHEAD)
         stop = threading.Event()
-        thread = threading.Thread(target=self._fill, args=(ready, stop, position, steps), name="prefetch", daemon=True)
+        arguments = (ready, stop, position, steps, device)
+        thread = threading.Thread(target=self._fill, args=arguments, name="prefetch", daemon=True)
         thread.start()
         try:
             for _ in range(steps):
@@ -145,15 +150,21 @@ class Batches:
             yield self._batch("validation", rows)
 
     def _fill(
-        self, ready: "queue.Queue[list[Batch] | BaseException]", stop: threading.Event, at: int, steps: int
+        self,
+        ready: "queue.Queue[list[Batch] | BaseException]",
+        stop: threading.Event,
+        at: int,
+        steps: int,
+        device: int | None,
     ) -> None:
-        try:
-            import torch
+        import torch
 
-            pin = torch.cuda.is_available()
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
             for number in range(steps):
                 made = self.step(at + number * self.global_batch)
-                _put(ready, [batch.pinned() for batch in made] if pin else made, stop)
+                _put(ready, made if device is None else [batch.pinned() for batch in made], stop)
                 if stop.is_set():
                     return
         except BaseException as error:  # noqa: BLE001  the training thread must hear of it instead of waiting

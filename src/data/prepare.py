@@ -70,7 +70,7 @@ def _tokenise(name: str, source: Source, tokenizer: Tokenizer, folder: Path, dat
         _Job(source, pieces[number], number, tokenizer, folder, dtype, data.validation_fraction) for number in waiting
     ]
     with _bar(f"tokenising {name}", len(pieces), len(pieces) - len(jobs), shown=progress) as advance:
-        for _ in _done(jobs, data.processes or os.cpu_count() or 1):
+        for _ in _done(jobs, data.processes or _cores()):
             advance()
     write_index(folder, len(pieces), dtype)
 
@@ -137,6 +137,11 @@ def _done(jobs: list[_Job], processes: int) -> Iterator[None]:
             yield
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    """Those that this process may use: a batch system gives a part of the node."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _die_with_parent() -> None:

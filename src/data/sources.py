@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
-from typing_extensions import override
 
 from src.config.base import Config, Names
 from src.data import files
@@ -123,7 +122,6 @@ class SyntheticSource(Source):
     words: PositiveInt
     seed: NonNegativeInt
 
-    @override
     def fingerprint(self, cache: Path) -> str:
         return fingerprint("synthetic", self.documents, self.words, self.seed)
 

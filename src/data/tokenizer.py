@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
-from typing_extensions import override
 
 from src.config.base import Config, PathField
 from src.data.config import Data
@@ -121,7 +120,6 @@ class Bytes(TokenizerConfig):
     def vocabulary(self) -> int:
         return ByteTokenizer.vocab_size
 
-    @override
     def open(self, cache: Path, data: Data) -> Tokenizer:
         return ByteTokenizer()
 
@@ -134,7 +132,6 @@ class File(TokenizerConfig):
     def vocabulary(self) -> int:
         return vocabulary_of(self._read()[0])
 
-    @override
     def open(self, cache: Path, data: Data) -> Tokenizer:
         return keep(*self._read(), cache / "tokenizers")
 

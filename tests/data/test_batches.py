@@ -204,6 +204,22 @@ def test_an_error_while_prefetching_reaches_the_caller(made: Corpus, monkeypatch
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_rank_with_a_gpu_gets_pinned_batches_from_its_own_gpu(made: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said with a GPU that is not there: rank 3 of a host must not open a context on GPU 0."""
+    told: list[tuple[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append((threading.current_thread().name, device)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1000)
+    one = batches(made, synthetic(document_masks=True))
+    ((pinned,),) = one.prefetch(0, 1)
+    (plain,) = one.step(0)
+    assert told == [("prefetch", 3)]
+    for name in ("tokens", "labels", "positions", "documents"):
+        assert torch.equal(getattr(pinned, name), getattr(plain, name) + 1000)
+    assert pinned.samples == plain.samples
+
+
 def test_leaving_early_ends_the_thread(made: Corpus) -> None:
     fetching: Iterator[list[Batch]] = batches(made, synthetic()).prefetch(0, 1000)
     assert len(list(islice(fetching, 2))) == 2

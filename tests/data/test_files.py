@@ -87,6 +87,8 @@ def test_a_parquet_without_the_field_or_with_a_null_is_named(tmp_path: Path) -> 
         texts_of(source(path))
     with pytest.raises(DataError, match=r"rows\.parquet, row 1: field 'body' \(data\.field\) holds NoneType"):
         texts_of(source(path, field="body"))
+    with pytest.raises(DataError, match="row 1"):
+        list(files.read(files.spans(path, 1)[1], field="body", separator=None))
     path.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"rows\.parquet: not a readable parquet file"):
         texts_of(source(path))
