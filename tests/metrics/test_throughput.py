@@ -148,6 +148,13 @@ def test_startup_waterfall() -> None:
     assert startup.metrics()["startup/total_seconds"] == 28.0
 
 
+def test_a_stage_leaves_out_the_parts_that_went_on_inside_it() -> None:
+    clock = Clock()
+    startup = Startup(started=90.0, clock=clock)
+    startup.done("first_step", compile=7.5)
+    assert startup.seconds == {"compile": 7.5, "first_step": 2.5}
+
+
 def test_process_start_lies_before_now_and_stays() -> None:
     first = process_started()
     assert 0 < time.time() - first < 3600 * 24
