@@ -10,9 +10,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import hydra
 from omegaconf import DictConfig
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from src.data.corpus import Corpus
     from src.train.plan import Plan
     from src.train.run import Run
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 USER_ERROR = 2
 PATIENCE_SECONDS = 5.0  # torchrun looks at its ranks every 0.1 s
@@ -58,23 +62,29 @@ def composed(argv: list[str]) -> list[Tree]:
     return trees
 
 
-def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
-    """Every point's objects and plan; the problems of all points at once. torch comes in after the config is right."""
+def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
+    """What `act` makes of each; the problems of all of them at once."""
+    made: list[Made] = []
     problems: list[str] = []
-    points = []
-    for tree in trees:
+    for each in given:
         try:
-            sections = build(tree)
-            from src.train.plan import plan
-            from src.train.run import Run
-
-            run = Run.from_sections(sections)
-            points.append((tree, run, plan(run, None, run.cluster.devices())))
+            made.append(act(each))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(dict.fromkeys(problems))
-    return points
+    return made
+
+
+def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
+    """Every point's objects and plan. What can take seconds to import comes after all configs are proven right."""
+    sections = every(build, trees)
+    from src.train.plan import plan
+    from src.train.run import Run
+
+    runs = every(Run.from_sections, sections)
+    plans = every(lambda run: plan(run, None, run.cluster.devices()), runs)
+    return list(zip(trees, runs, plans, strict=True))
 
 
 def show(plan: "Plan") -> None:
