@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from src.config.base import Config, Names
 from src.data import files
@@ -24,6 +24,9 @@ from src.data.fingerprint import fingerprint, hash_files
 from src.errors import DataError
 
 OneOrMore = Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+# A command line cannot hold a line break: the two letters \n stand for one.
+Separator = Annotated[str, Field(min_length=1), AfterValidator(lambda text: text.replace("\\n", "\n"))]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class TextSource(Source):
 
     files: OneOrMore
     field: str
-    separator: str | None
+    separator: Separator | None
 
     def fingerprint(self, cache: Path) -> str:
         content = zip([path.suffix for path in self._paths], hash_files(self._paths, cache), strict=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from src.data import files
 from src.data.sources import StdlibSource, SyntheticSource, TextSource, held_out
@@ -41,6 +42,12 @@ def test_plain_text_is_one_document_or_cut_at_a_separator(tmp_path: Path) -> Non
     path.write_text("one\n\ntwo\nstill two\n\nthree")
     assert texts_of(source(path)) == ["one\n\ntwo\nstill two\n\nthree"]
     assert texts_of(source(path, separator="\n\n")) == ["one", "two\nstill two", "three"]
+
+
+def test_a_separator_may_be_typed_on_a_command_line(tmp_path: Path) -> None:
+    assert source("a", separator="\\n\\n").separator == source("a", separator="\n\n").separator == "\n\n"
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        source("a", separator="")
 
 
 def test_a_separator_across_read_blocks_is_found(tmp_path: Path) -> None:
