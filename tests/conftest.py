@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.ranks import Ranks  # noqa: E402  (the environment must be set before a worker imports torch)
+from tests.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

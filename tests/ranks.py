@@ -1,6 +1,7 @@
 """Long-lived gloo workers: torch is imported once per worker, not once per test.
 
-`ranks(4, function, *args)` calls `function(*args)` on four processes inside a fresh gloo world of 4 and returns what each
+`ranks(4, function, *args)` calls `function(*args)` on four processes inside a fresh gloo world of 4 and returns what
+each
 returned, by rank. `function` must be importable at module level. A failing rank raises `RankError` with its traceback.
 """
 

@@ -9,7 +9,8 @@ from src.distributed.degrees import Degrees
 class Mesh:
     """The ranks as a grid, outermost axis first: pipeline, replicate, shard, context, tensor.
 
-    Neighbours on the innermost axis sit in one machine, so the chattiest axis is `tensor`. Axes of size 1 are kept: FSDP over
+    Neighbours on the innermost axis sit in one machine, so the chattiest axis is `tensor`. Axes of size 1 are kept:
+    FSDP over
     one rank still gives mixed precision, and no caller asks whether an axis exists.
     """
 

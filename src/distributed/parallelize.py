@@ -1,4 +1,6 @@
-"""The order in which a layout is applied to a plain model. Each line leaves the names of the parameters as they were."""
+"""The order in which a layout is applied to a plain model. Each line leaves the names of the parameters as they
+were.
+"""
 
 from src.distributed.compiling import Compile
 from src.distributed.mesh import Mesh

@@ -1,6 +1,7 @@
 """Tensor parallelism with sequence parallelism (arXiv 1909.08053, 2205.05198): a model's roles become parallel styles.
 
-Between blocks the sequence is cut; inside attention and feed forward the features are. A model only says which word fits
+Between blocks the sequence is cut; inside attention and feed forward the features are. A model only says which word
+fits
 which module, and the words mean:
 
     embedding    rows of the table (words) are cut; the result leaves cut by sequence
@@ -78,7 +79,8 @@ class _Vocabulary(ParallelStyle):
 
     @staticmethod
     def _cross_entropy(whole: Callable[..., Tensor], hidden: DTensor, weight: DTensor, labels: Tensor) -> Tensor:
-        # Each rank's part of the words gives a part of the hidden gradient: a sum over ranks, scattered by the hook above.
+        # Each rank's part of the words gives a part of the hidden gradient: a sum over ranks, scattered by the hook
+        # above.
         return whole(hidden.to_local(grad_placements=[Partial()]), weight.to_local(), labels)
 
     @staticmethod
@@ -118,4 +120,3 @@ def split_tensor(model: Decoder, mesh: DeviceMesh | None) -> None:
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not whole, f"no role cuts {whole}"
     model.tie_weights()
-

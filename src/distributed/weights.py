@@ -1,10 +1,12 @@
 """From the meta device to numbers: the same numbers on every mesh, without communication.
 
-Each parameter is drawn whole from a generator seeded by (seed, name) and cut locally, so a run starts from the same weights
+Each parameter is drawn whole from a generator seeded by (seed, name) and cut locally, so a run starts from the same
+weights
 on one rank or a thousand. A seed checkpoint is not needed.
 """
 
 import hashlib
+
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -18,7 +20,9 @@ def seed_of(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Fill every parameter of a model that is on its device already. The largest whole parameter exists for a moment."""
+    """Fill every parameter of a model that is on its device already. The largest whole parameter exists for a
+    moment.
+    """
     initializers = model.initializers()
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)

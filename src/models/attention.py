@@ -17,7 +17,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 MaskKind = Literal["causal", "block_causal"]
 
 # On Hopper at 8192 tokens cuDNN runs 555 / 484 TFLOP/s forward / backward and flash v2 299 / 258 (benchmarks/).
-CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class CausalAttention(nn.Module):
@@ -58,7 +63,7 @@ def block_mask(
     if kind == "block_causal":
         assert documents is not None, "the plan asks data.document_masks of a block_causal model"
 
-    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = q >= k
         if kind == "block_causal":
             assert documents is not None

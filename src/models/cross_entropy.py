@@ -1,6 +1,7 @@
 """The last projection and its cross entropy, a chunk of rows at a time: whole logits never exist.
 
-Logits of 8192 tokens over 128256 words are 2 GiB in bf16 and 4 GiB in fp32, several times over with their gradient. Here
+Logits of 8192 tokens over 128256 words are 2 GiB in bf16 and 4 GiB in fp32, several times over with their gradient.
+Here
 each chunk's logits become loss and gradient at once in the forward pass, so nothing is kept and nothing computed twice.
 """
 
@@ -37,7 +38,9 @@ class WholeVocabulary:
 
 
 def statistics(logits: Tensor, labels: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Of each row (rows, words): log sum exp of the words held here, and the label's logit or 0 if held elsewhere; fp32."""
+    """Of each row (rows, words): log sum exp of the words held here, and the label's logit or 0 if held elsewhere;
+    fp32.
+    """
     word = labels - offset
     held = (word >= 0) & (word < logits.shape[-1])
     target = logits.gather(-1, (word * held).unsqueeze(-1)).squeeze(-1).float()
@@ -45,7 +48,9 @@ def statistics(logits: Tensor, labels: Tensor, offset: int) -> tuple[Tensor, Ten
 
 
 def gradient(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) -> Tensor:
-    """d(summed cross entropy) / d(logits): softmax minus one-hot, 0 in ignored rows; (rows, words) in the logits' dtype."""
+    """d(summed cross entropy) / d(logits): softmax minus one-hot, 0 in ignored rows; (rows, words) in the logits'
+    dtype.
+    """
     words = torch.arange(logits.shape[-1], device=logits.device)
     hit = words == (labels - offset).unsqueeze(-1)
     probability = (logits.float() - normalizer.unsqueeze(-1)).exp()
@@ -53,7 +58,9 @@ def gradient(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) ->
 
 
 class Output(nn.Linear):
-    """(batch, length, dim) -> logits (batch, length, vocabulary); with labels, the summed cross entropy, fp32 scalar."""
+    """(batch, length, dim) -> logits (batch, length, vocabulary); with labels, the summed cross entropy, fp32
+    scalar.
+    """
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size, bias=False)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Decoder(nn.Module):
     """tokens (batch, length) -> logits (batch, length, vocabulary), or the summed cross entropy of `labels`.
 
-    A part of a pipeline has some of its modules set to None: without `tok_embeddings` the input is a hidden state, without
+    A part of a pipeline has some of its modules set to None: without `tok_embeddings` the input is a hidden state,
+    without
     `output` so is the result. `positions` (batch, length) restart at documents; `mask` comes from `attention_mask`.
     """
 

@@ -1,4 +1,6 @@
-"""How one weight starts. A model names an initializer for every parameter; who owns which slice of it is not its concern."""
+"""How one weight starts. A model names an initializer for every parameter; who owns which slice of it is not its
+concern.
+"""
 
 from dataclasses import dataclass
 
@@ -16,7 +18,8 @@ class Normal:
     def fill(self, weight: Tensor, generator: torch.Generator) -> None:
         """In place; `weight` is fp32 and whole."""
         if self.cut is None:
-            # Bounds of +-2 at std 0.02 are 100 sigma away. torch's trunc_normal_ is not used for them: its uniform draw can
+            # Bounds of +-2 at std 0.02 are 100 sigma away. torch's trunc_normal_ is not used for them: its uniform
+            # draw can
             # hit the end point, about once in 2^24 samples, and leaves a weight of -2.
             weight.normal_(0.0, self.std, generator=generator)
         else:

@@ -37,7 +37,9 @@ class Pretrain(Config):
         return self.nonfinite_cap if self.nonfinite == "skip_step" else 0
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life. True when the run is complete; false when a signal stopped it, after saving."""
+        """Collective: a rank's whole life. True when the run is complete; false when a signal stopped it, after
+        saving.
+        """
         from src.tasks.pretrain_rank import pretrain
 
         return pretrain(self, run, folder)

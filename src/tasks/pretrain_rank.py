@@ -111,9 +111,7 @@ def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
     )
 
 
-def _farewell(
-    task: Pretrain, folder: Path, corpus: Corpus, training: Training, report: Report, finished: bool
-) -> None:
+def _farewell(task: Pretrain, folder: Path, corpus: Corpus, training: Training, report: Report, finished: bool) -> None:
     """Collective. What a person wants to see at the end: what the model writes, and the curve."""
     if not finished:
         report.say(f"stopped after step {training.state.step}; the same command goes on from there")

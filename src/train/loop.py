@@ -122,7 +122,8 @@ class Loop:
         what = f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}"
         self.report.incident(outcome, "stop" if outcome.dead else "skip", samples)
         if outcome.dead:
-            advice = "task.nonfinite=skip_step goes on past it" if self.cadence.nonfinite == "raise" else "lower optim.lr"
+            go_on = self.cadence.nonfinite == "raise"
+            advice = "task.nonfinite=skip_step goes on past it" if go_on else "a lower optim.lr may help"
             raise DivergedError(
                 f"{what}, over samples {samples.start} to {samples.stop - 1} (incidents.jsonl); the weights were not "
                 f"touched and the newest checkpoint is of step {self._saved}; {advice}"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 
 from src.checkpoint.config import Checkpoint
-from src.config.base import Config
 from src.data.config import Data
 from src.data.tokenizer import TokenizerConfig
 from src.distributed.compiling import Compile

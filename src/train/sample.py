@@ -1,4 +1,6 @@
-"""A continuation of a prompt, one token at a time. The whole text is read again for each: for a glance, not for serving."""
+"""A continuation of a prompt, one token at a time. The whole text is read again for each: for a glance, not for
+serving.
+"""
 
 import torch
 

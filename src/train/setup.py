@@ -44,6 +44,6 @@ def assemble(run: Run, ranks: Ranks, *, skips: int) -> Training:
 
 def make_deterministic() -> None:
     """Only kernels that give the same bits every time; one without such a form raises."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -32,7 +32,8 @@ class Outcome:
 class Stepper:
     """Computes steps and decides on the device whether each may update.
 
-    A non-finite loss or norm anywhere leaves weights and moments untouched everywhere: the sum over the world that makes
+    A non-finite loss or norm anywhere leaves weights and moments untouched everywhere: the sum over the world that
+    makes
     the norm carries it to every rank. After more than `skips` such steps in a row no later step updates either, so the
     host may learn of it a step late and nothing is lost.
     """
@@ -98,7 +99,9 @@ def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:
 
 
 class Readback:
-    """Outcomes one step late: the copy of step n is read while step n + 1 runs, so the device never waits for the host."""
+    """Outcomes one step late: the copy of step n is read while step n + 1 runs, so the device never waits for the
+    host.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []

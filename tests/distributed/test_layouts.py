@@ -1,5 +1,7 @@
 """Every layout computes what one device computes: weights, loss, gradients, updates."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ def trained(layout: str, options: dict[str, Any], changes: dict[str, Any]) -> di
     """Losses, norms, first gradients and last weights of a few steps."""
     torch.manual_seed(0)
     config = tiny_llama(**changes)
-    model, mesh = parallel_model(config, degrees(layout, **options.get("degrees", {})), recompute=options.get("recompute", "none"))
+    model, mesh = parallel_model(
+        config, degrees(layout, **options.get("degrees", {})), recompute=options.get("recompute", "none")
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     stepper = Stepper(model, optimizer, mesh, torch.device("cpu"), max_norm=options.get("max_norm", 1.0), skips=0)
     start = {name: whole(parameter) for name, parameter in model.named_parameters()}
@@ -62,7 +66,9 @@ def test_layout_trains_like_one_device(ranks: Ranks, single: dict[str, Any], lay
     [
         pytest.param("fsdp2", {"recompute": "full"}, {}, id="recompute"),
         pytest.param("tp2", {"recompute": "full"}, {}, id="recompute-tp"),
-        pytest.param("fsdp2", {"degrees": {"reshard": "always", "sync_each_micro_batch": True}}, {}, id="reshard-always"),
+        pytest.param(
+            "fsdp2", {"degrees": {"reshard": "always", "sync_each_micro_batch": True}}, {}, id="reshard-always"
+        ),
         pytest.param("hsdp2x2", {"degrees": {"reshard": "never"}}, {}, id="reshard-never"),
         pytest.param("tp2_fsdp2", {}, {"tied_embeddings": True}, id="tied"),
         pytest.param("fsdp2", {"max_norm": None}, {}, id="no-clipping"),
@@ -75,8 +81,14 @@ def test_options_change_no_number(ranks: Ranks, layout: str, options: dict[str, 
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
+def _times(squares: Callable[[], torch.Tensor], factor: float) -> torch.Tensor:
+    return squares() * factor
+
+
 def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
-    """Four steps; rank 0's second and third have an infinite gradient. Outcomes, and whether weights kept still then."""
+    """Four steps; rank 0's second and third have an infinite gradient. Outcomes, and whether weights kept still
+    then.
+    """
     config = tiny_llama()
     model, mesh = parallel_model(config, degrees(layout))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
@@ -85,11 +97,8 @@ def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
     for step in range(4):
         before = {name: whole(parameter) for name, parameter in model.named_parameters()}
         gradients = stepper.gradients.squares
-
-        def squares(bad: bool = step in (1, 2) and torch.distributed.get_rank() == 0) -> torch.Tensor:
-            return gradients() * (float("inf") if bad else 1.0)
-
-        stepper.gradients.squares = squares  # type: ignore[method-assign]
+        factor = float("inf") if step in (1, 2) and torch.distributed.get_rank() == 0 else 1.0
+        stepper.gradients.squares = partial(_times, gradients, factor)  # type: ignore[method-assign]
         outcomes.append(stepper(share(rows(4, 16, config.vocab_size), mesh, 1), stop=step == 3).tolist())
         stepper.gradients.squares = gradients  # type: ignore[method-assign]
         same = all(torch.equal(before[name], whole(parameter)) for name, parameter in model.named_parameters())

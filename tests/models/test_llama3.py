@@ -141,7 +141,9 @@ def test_positions_gather_rows_of_the_rotary_table() -> None:
             torch.testing.assert_close(packed[row, start:], alone[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("mask", "fixed_block"), [("causal", None), ("causal", 5), ("block_causal", None), ("block_causal", 7)])
+@pytest.mark.parametrize(
+    ("mask", "fixed_block"), [("causal", None), ("causal", 5), ("block_causal", None), ("block_causal", 7)]
+)
 def test_flex_masks_equal_written_out_predicates(mask: str, fixed_block: int | None) -> None:
     config = tiny_llama(attention="flex", mask=mask, fixed_block=fixed_block, n_layers=1)
     core = config.build().layers["0"].attention.core

@@ -1,6 +1,7 @@
 """Llama 3 (arXiv 2407.21783): pre-norm decoder, grouped-query attention, rotary positions, SwiGLU.
 
-Reads alone, on one device. Weights are [out, in] without biases and carry Meta's names; rotary pairs are interleaved, which
+Reads alone, on one device. Weights are [out, in] without biases and carry Meta's names; rotary pairs are interleaved,
+which
 is the released weights' own order (Hugging Face permutes them). Layouts live in src/distributed, and need only `roles`.
 """
 
@@ -95,7 +96,8 @@ class Llama3(Decoder):
 
     def tie_weights(self) -> None:
         if self.config.tied_embeddings:
-            assert self.output is not None and self.tok_embeddings is not None, "tied weights live on one stage"
+            assert self.output is not None, "tied weights live on one stage"
+            assert self.tok_embeddings is not None, "tied weights live on one stage"
             self.output.weight = self.tok_embeddings.weight
 
     def reset_buffers(self) -> None:

@@ -1,0 +1,37 @@
+# make demo | test | lint: each sets up what it needs, in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+READY = $(VENV)/installed
+ARGS ?=
+
+.PHONY: demo test lint clean
+
+# The GPUs that are there decide the layout; without any, two ranks share the CPU.
+demo: $(READY)
+	@gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
+	case $$gpus in \
+	  0|2|3) layout="parallel=fsdp2" ;; \
+	  1) layout="parallel=single" ;; \
+	  4|5|6|7) layout="parallel=fsdp4 task.micro_batch=2" ;; \
+	  *) layout="parallel=fsdp8 task.micro_batch=1" ;; \
+	esac; \
+	set -x; $(PY) launch.py experiment=demo $$layout $(ARGS)
+
+# One thread per process: ranks of a test share the cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
