@@ -83,8 +83,15 @@ def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
     from src.train.run import Run
 
     runs = every(Run.from_sections, sections)
-    plans = every(lambda run: plan(run, None, run.cluster.devices()), runs)
+    plans = every(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
     return list(zip(trees, runs, plans, strict=True))
+
+
+def unfit(run: "Run") -> list[str]:
+    """What is wrong with the tokenizer, before it has read a text."""
+    from src.data.tokenizer import vocabulary_problems
+
+    return vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
 
 
 def show(plan: "Plan") -> None:
@@ -107,14 +114,14 @@ def feed(run: "Run") -> "Corpus | None":
     if not task.needs_corpus:
         return None
     corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
+    print(corpus.preparation.line(), file=sys.stderr)
     problems = check(
         corpus,
         run.data,
-        model_vocab_size=run.model.vocab_size,
         seq_len=task.seq_len,
         global_batch=task.global_batch,
         steps=task.steps,
-        validation_samples=task.validate_every if isinstance(task, Validates) else 0,
+        validation_samples=task.validate_samples if isinstance(task, Validates) and task.validate_every else 0,
     )
     if problems:
         raise DataError(problems)
@@ -128,6 +135,12 @@ def record(corpus: "Corpus", folder: Path) -> None:
     if file.exists() and json.loads(file.read_text())["fingerprint"] != recipe["fingerprint"]:
         raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
     file.write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def opening(folder: "RunFolder") -> str:
+    if folder.finished:
+        return f"finished before: {folder.path}; for a run from the start pass another name= or seed="
+    return f"{'resumes' if folder.resumed else 'starts'} {folder.path}"
 
 
 def start(tree: Tree, run: "Run") -> tuple[str, int]:
@@ -145,20 +158,18 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
         if run.cluster.devices().count is None:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
         if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
-            perform(tree, path)
-            return "finished", 0
+            return "finished" if perform(tree, path) else "stopped", 0
     corpus = feed(run)
     answers = plan(run, corpus, run.cluster.devices())
     print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
     facts = answers.to_dict()
     with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
-        print(f"{'resumes' if folder.resumed else 'starts'} {folder.path}", file=sys.stderr)
+        print(opening(folder), file=sys.stderr)
         if corpus is not None:
             record(corpus, folder.path)
         if joined():
             folder.begin(run.parallel.world)
-            perform(tree, folder.path)
-            return "finished", 0
+            return "finished" if perform(tree, folder.path) else "stopped", 0
         outcome = cast(Cluster, run.cluster).submit(folder, run.parallel.world)
         return outcome.status, outcome.exit_code
 

@@ -9,7 +9,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
+
 from tests.ranks import Ranks
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests for CUDA devices are left out, not skipped, where there are none; the summary says how many."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not marked or torch.cuda.is_available():
+        return
+    items[:] = [item for item in items if item not in marked]
+    config.hook.pytest_deselected(items=marked)
+    config.stash[LEFT_OUT] = len(marked)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    count = config.stash.get(LEFT_OUT, 0)
+    if count > 0:
+        terminalreporter.write_line(f"{count} tests marked gpu were left out: torch sees no CUDA device here")
 
 
 @pytest.fixture(scope="session")

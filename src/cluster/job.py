@@ -50,8 +50,11 @@ class Job:
         perform(trees.read(self.folder / "config.yaml"), self.folder)
 
 
-def perform(tree: trees.Tree, folder: Path) -> None:
-    """One rank's life; attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails."""
+def perform(tree: trees.Tree, folder: Path) -> bool:
+    """One rank's life; false when it stopped early, after saving.
+
+    attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails.
+    """
     from src.config.build import build
     from src.train.run import Run
 
@@ -64,6 +67,7 @@ def perform(tree: trees.Tree, folder: Path) -> None:
         raise
     if rank == 0:
         end(folder, "finished" if finished else "stopped")
+    return finished
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

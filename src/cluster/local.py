@@ -105,7 +105,7 @@ def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
     if newest.ended == "finished":
         return Outcome("finished", 0)
     if newest.ended == "stopped":
-        tell(f"stopped{f' by {crew.signal}' if crew.signal else ''} after saving; the same command continues: {folder}")
+        tell(f"stopped{f' by {crew.signal}' if crew.signal else ''}; the same command continues: {folder}")
         return Outcome("stopped", 0)
     end(folder, "failed", "rank 0 left in the middle of its task")
     tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")

@@ -34,6 +34,12 @@ class Preparation:
     seconds: float
     cached: bool
 
+    def line(self) -> str:
+        """For the console."""
+        made = "from the cache" if self.cached else f"tokenised in {self.seconds:.1f} s"
+        empty = f" ({self.empty_documents:,} without text left out)" if self.empty_documents else ""
+        return f"data: {self.documents:,} documents{empty}, {self.tokens:,} tokens, {made}"
+
 
 class Corpus:
     def __init__(self, parts: list[Part], tokenizer: Tokenizer, preparation: Preparation) -> None:
@@ -120,7 +126,6 @@ def check(
     corpus: Corpus,
     data: Data,
     *,
-    model_vocab_size: int,
     seq_len: int,
     global_batch: int,
     steps: int,
@@ -128,11 +133,6 @@ def check(
 ) -> list[str]:
     """Every reason why this corpus cannot feed this run; empty when it can. No rank needs to have started."""
     problems = []
-    if corpus.vocab_size > model_vocab_size:
-        problems.append(
-            f"model.vocab_size={model_vocab_size} is less than the tokenizer's {corpus.vocab_size}: "
-            f"ids beyond it have no embedding; use model.vocab_size={corpus.vocab_size} or more"
-        )
     if corpus.eos_id is None and (data.document_masks or data.mask_document_starts):
         problems.append("data.document_masks and data.mask_document_starts need a tokenizer with an end of document")
     problems += _scarcity(corpus, data, seq_len, global_batch, steps)
@@ -142,6 +142,11 @@ def check(
             f"data.validation_fraction={data.validation_fraction} holds out {corpus.documents('validation')} documents "
             f"of {corpus.preparation.documents}, not one window: raise it, give more documents "
             "(data.separator cuts a text file into documents) or do not validate"
+        )
+    elif validation_samples > held:
+        problems.append(
+            f"task.validate_samples={validation_samples} is more than the {held} held-out samples of task.seq_len="
+            f"{seq_len}: use task.validate_samples={held} or less, or a larger data.validation_fraction"
         )
     return problems
 

@@ -192,6 +192,20 @@ class Bpe(TokenizerConfig):
             raise DataError("tokenizer=bpe: no training document to learn from; lower data.validation_fraction")
 
 
+def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> list[str]:
+    """Why this tokenizer cannot serve that model, known before a text is read; empty when it can."""
+    try:
+        needed = tokenizer.vocabulary()
+    except DataError as error:
+        return list(error.problems)
+    if needed <= model_vocab_size:
+        return []
+    return [
+        f"model.vocab_size={model_vocab_size} is less than the tokenizer's {needed}: ids beyond it have no embedding; "
+        f"use model.vocab_size={needed} or more"
+    ]
+
+
 def vocabulary_of(backend: "tokenizers.Tokenizer") -> int:
     """One more than the largest id: a vocabulary may have holes."""
     return 1 + max(backend.get_vocab(with_added_tokens=True).values())

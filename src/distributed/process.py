@@ -89,12 +89,11 @@ class Ranks:
         world: int,
         *,
         timeout_seconds: float,
-        threads: int | None = None,
         traces: Path | None = None,
     ) -> Self:
         """Collective. `world` is the plan's; another one is refused here, before the first collective could hang.
 
-        `traces`: folder for the flight recorder's dumps; `threads`: torch threads of this rank, None: torch's choice.
+        `traces`: folder for the flight recorder's dumps.
         """
         import torch
         import torch.distributed as dist
@@ -104,8 +103,6 @@ class Ranks:
         else:
             facts = Facts.read()
         _check(facts, device_type, world)
-        if threads is not None:
-            torch.set_num_threads(threads)
         device = torch.device(device_type, facts.local_rank) if device_type == "cuda" else torch.device("cpu")
         owner = not dist.is_initialized()
         if device_type == "cuda":

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from src.checkpoint.store import Store
+from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.process import Ranks, device_type
@@ -43,7 +44,7 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
             corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)
             loop = _loop(task, run, folder, corpus, training, startup, report, stop)
             finished = loop.run()
-            _farewell(task, folder, corpus, training, report, finished)
+            _farewell(task, run, folder, corpus, training, report, finished)
             status = "done" if finished else "stopped"
         finally:
             report.close(status)
@@ -55,8 +56,7 @@ def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks) -> Report:
     """Rank 0 speaks for all."""
     if ranks.rank != 0:
         return Report(None, None, folder)
-    facts = {"name": run.name, "world": ranks.world}
-    return Report(run.tracker.open(folder, facts), Console(task.steps), folder)
+    return Report(run.tracker.open(folder, read(folder / "config.yaml")), Console(task.steps), folder)
 
 
 def _loop(
@@ -82,7 +82,7 @@ def _loop(
         micro_batches=planned.micro_batches,
     )
     store = Store(folder / "checkpoints", run.checkpoint)
-    report.say(resume(training.state, store, batches))
+    report.say(resume(training.state, store, batches, task.steps))
     startup.done("load")
     return Loop(
         training=training,
@@ -111,10 +111,14 @@ def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
     )
 
 
-def _farewell(task: Pretrain, folder: Path, corpus: Corpus, training: Training, report: Report, finished: bool) -> None:
+def _farewell(
+    task: Pretrain, run: Run, folder: Path, corpus: Corpus, training: Training, report: Report, finished: bool
+) -> None:
     """Collective. What a person wants to see at the end: what the model writes, and the curve."""
     if not finished:
-        report.say(f"stopped after step {training.state.step}; the same command goes on from there")
+        saves = run.checkpoint.every is not None
+        then = "the same command goes on from there" if saves else "nothing was saved: checkpoint.every=null"
+        report.say(f"stopped after step {training.state.step}; {then}")
         return
     if task.sample_prompt is not None:
         prompt = corpus.tokenizer.prompt(task.sample_prompt)

@@ -64,7 +64,7 @@ class Loop:
         """Collective. True when every step is done; false when a signal stopped the run, after saving."""
         state, steps = self.training.state, self.plan.steps
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
-        self._first = state.step + 1
+        self._first, self._told = state.step + 1, self.store.last
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
@@ -82,6 +82,7 @@ class Loop:
         self._take(self._readback.flush())
         self._save(last=True)
         self.store.finish()
+        self._tell_save()
         return state.step == steps
 
     def _fetched(self, steps: int) -> Iterator[tuple[list[Batch], float]]:
@@ -117,7 +118,9 @@ class Loop:
                 self._not_finite(outcome)
 
     def _not_finite(self, outcome: Outcome) -> None:
-        first = (outcome.step - 1) * self.plan.sequences_per_step
+        # An initial checkpoint may have had another global batch: count back from here.
+        state = self.training.state
+        first = state.position - (state.step - outcome.step + 1) * self.plan.sequences_per_step
         samples = range(first, first + self.plan.sequences_per_step)
         what = f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}"
         self.report.incident(outcome, "stop" if outcome.dead else "skip", samples)
@@ -153,6 +156,7 @@ class Loop:
             self._validate(step)
         if self.checkpoint.due(step, last=False):
             self._save(last=False)
+        self._tell_save()
         self.throughput.restart()
 
     def _record(self, step: int) -> None:
@@ -163,8 +167,16 @@ class Loop:
             "tokens": float(self.training.state.tokens),
             **self.throughput.report(),
             **memory(self.training.ranks.device),
+            **self._shares(),
         }
         self.report.record(step, values)
+
+    def _shares(self) -> dict[str, float]:
+        """What each source of a mixture has given so far."""
+        sources = self.batches.realised(self.training.state.position)
+        if len(sources) == 1:
+            return {}
+        return {f"data/{name}/{key}": facts[key] for name, facts in sources.items() for key in ("tokens", "share")}
 
     def _validate(self, step: int) -> None:
         loss = validate(self.training, self.batches, self.cadence.validate_samples, self._stopped)
@@ -182,6 +194,15 @@ class Loop:
         tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
         self.store.save(state.step, tree, self.facts, wait=last)
         self._saved = state.step
+
+    def _tell_save(self) -> None:
+        """What the last save cost, once it is on the disk: at the step that it holds."""
+        saved = self.store.last
+        if saved is None or saved is self._told:
+            return
+        self._told = saved
+        costs = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds, "bytes": saved.bytes}
+        self.report.measure(saved.step, {f"checkpoint/{key}": float(value) for key, value in costs.items()})
 
     def _stopped(self) -> bool:
         return any_rank(self.stop.seen is not None, self.training.ranks.device)

@@ -19,12 +19,7 @@ from src.train.run import Devices, Nodes, Run, Validates
 
 
 class Corpus(Protocol):
-    """What the plan asks of prepared data."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_id(self) -> int | None: ...
+    """What the plan asks of prepared data; whether they can feed the run is `src.data.corpus.check`'s question."""
 
     def windows(self, split: str, seq_len: int) -> int: ...
 
@@ -79,7 +74,6 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_length_problems(run),
         *_batch_problems(run),
         *_section_problems(run),
-        *(_corpus_problems(run, corpus) if corpus is not None else ()),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
         found.append(unfit)
@@ -249,28 +243,6 @@ def _section_problems(run: Run) -> list[str]:
 
 def _epochs(run: Run, corpus: Corpus) -> float:
     return run.task.steps * run.task.global_batch / corpus.windows("train", run.task.seq_len)
-
-
-def _corpus_problems(run: Run, corpus: Corpus) -> list[str]:
-    found = []
-    task = run.task
-    if corpus.vocab_size > run.model.vocab_size:
-        found.append(
-            f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {corpus.vocab_size}; "
-            f"at least {corpus.vocab_size}"
-        )
-    if corpus.eos_id is None and run.data.document_masks:
-        found.append("data.document_masks=true needs a tokenizer that marks the end of a document; this one has no eos")
-    if (windows := corpus.windows("train", task.seq_len)) == 0:
-        return [*found, f"task.seq_len={task.seq_len} is longer than all training data; take a shorter one"]
-    most = run.data.max_epochs
-    if most is not None and (epochs := _epochs(run, corpus)) > most:
-        steps = int(most * windows / task.global_batch)
-        found.append(
-            f"task.steps={task.steps} reads the training data {epochs:.2f} times, data.max_epochs={most:g}; "
-            f"at most {steps} steps"
-        )
-    return found
 
 
 def _warnings(run: Run, epochs: float | None) -> list[str]:

@@ -44,6 +44,8 @@ class Validates(Protocol):
 
     @property
     def validate_every(self) -> int: ...
+    @property
+    def validate_samples(self) -> int: ...
 
 
 class Devices(Protocol):

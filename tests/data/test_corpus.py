@@ -12,7 +12,7 @@ from tests.data.corpora import KEYS, corpus, mixture, synthetic, text
 
 
 def problems(made: Corpus, data: Data, **changes: Any) -> list[str]:
-    keys = {"model_vocab_size": 258, "seq_len": 32, "global_batch": 4, "steps": 10, "validation_samples": 4}
+    keys = {"seq_len": 32, "global_batch": 4, "steps": 10, "validation_samples": 4}
     return check(made, data, **{**keys, **changes})
 
 
@@ -24,8 +24,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a short text")
     data = text(tmp_path / "a.txt", document_masks=True, validation_fraction=0.0)
     made = corpus(data, tmp_path / "cache")
-    vocabulary, seq_len, validation = problems(made, data, model_vocab_size=200)
-    assert "model.vocab_size=200 is less than the tokenizer's 258" in vocabulary
+    seq_len, validation = problems(made, data)
     assert "14 training tokens fill no sample of task.seq_len=32: use task.seq_len=13 or less" in seq_len
     assert problems(made, data, seq_len=13, global_batch=1, validation_samples=0) == []
     assert "data.validation_fraction=0.0 holds out 0 documents of 1, not one window" in validation
@@ -47,6 +46,16 @@ def test_one_global_batch_must_be_there(tmp_path: Path) -> None:
     assert problems(made, synthetic(), global_batch=windows) == []
     (problem,) = problems(made, synthetic(), global_batch=windows + 1)
     assert f"use task.global_batch={windows} or less" in problem
+
+
+def test_more_held_out_samples_than_there_are_are_refused_with_their_number(tmp_path: Path) -> None:
+    made = corpus(synthetic(), tmp_path)
+    held = made.windows("validation", 32)
+    assert held == -(-(made.tokens("validation") - 1) // 32)
+    assert problems(made, synthetic(), validation_samples=held) == []
+    (problem,) = problems(made, synthetic(), validation_samples=held + 1)
+    assert f"task.validate_samples={held + 1} is more than the {held} held-out samples" in problem
+    assert f"use task.validate_samples={held} or less" in problem
 
 
 def test_more_epochs_than_allowed_are_refused_with_the_steps_that_fit(tmp_path: Path) -> None:

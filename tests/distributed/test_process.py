@@ -16,11 +16,11 @@ ALONE = """
 import torch, torch.distributed as dist
 from src.distributed.process import Ranks, joined
 assert not joined()
-ranks = Ranks.join("cpu", 1, timeout_seconds=30, threads=3)
+ranks = Ranks.join("cpu", 1, timeout_seconds=30)
 value = torch.ones(2)
 dist.all_reduce(value)
 ranks.set_timeout(5, [])
-print(ranks.rank, ranks.world, ranks.local_rank, ranks.device, value.tolist(), torch.get_num_threads())
+print(ranks.rank, ranks.world, ranks.local_rank, ranks.device, value.tolist())
 ranks.leave(); ranks.leave()
 print(dist.is_initialized())
 """
@@ -43,7 +43,7 @@ def environment(**facts: object) -> dict[str, str]:
 
 def test_a_world_of_one_needs_no_environment() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], env=environment(), capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["0 1 0 cpu [1.0, 1.0] 3", "False"], done.stderr
+    assert done.stdout.splitlines() == ["0 1 0 cpu [1.0, 1.0]", "False"], done.stderr
 
 
 def test_ranks_meet_at_the_launchers_store() -> None:

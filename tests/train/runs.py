@@ -25,6 +25,8 @@ class Numbers:
     global_batch: int = 8
     micro_batch: int = 4
     validate_every: int = 0
+    validate_samples: int = 64
+    needs_corpus: bool = True
 
     def run(self, run: Run, folder: Path) -> None:
         raise AssertionError(f"a plan starts nothing: {run.name} in {folder}")
@@ -63,8 +65,6 @@ class There:
 class Tokens:
     """A prepared corpus."""
 
-    vocab_size: int = 256
-    eos_id: int | None = 0
     train_tokens: int = 1_000_001
 
     def windows(self, split: str, seq_len: int) -> int:

@@ -197,7 +197,7 @@ def _kept_by_split_block(config: Any) -> int:
     mesh = Mesh(degrees("tp2"), "cpu")
     model = config.build()
     model.layers.to(torch.bfloat16)
-    split_tensor(model, model.roles, mesh.tensor)
+    split_tensor(model, mesh.tensor)
     block = model.layers["0"]
     x = torch.randn(
         2, 96 // 2, config.dim, dtype=torch.bfloat16, requires_grad=True
