@@ -1,11 +1,15 @@
 """How many ranks along each axis, and how often they meet. Only arithmetic: no rank and no process group exists yet."""
 
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, Strict
 
-from src.config.base import Config
+from src.config.base import Config, Names
+
+ScheduleName = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
 
 
 class Degrees(Config):
@@ -19,6 +23,13 @@ class Degrees(Config):
     pipeline: PositiveInt  # stages
     reshard: Literal["default", "always", "never"]
     sync_each_micro_batch: bool  # reduce gradients after each micro-batch: less memory, more communication
+    prefetch: NonNegativeInt  # units that FSDP gathers ahead, in both passes; 0: as it decides itself, which is one
+    cpu_offload: bool  # shares of parameters, gradients and optimizer state rest in the host's memory
+    pipeline_schedule: ScheduleName
+    layers_per_stage: PositiveInt | None
+    first_stage_less: NonNegativeInt  # layers that the embedding counts as
+    last_stage_less: NonNegativeInt  # layers that the head counts as
+    stages: Annotated[tuple[Names, ...], Strict(strict=False)] | None  # names of modules
 
     @property
     def axes(self) -> dict[str, int]:

@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from src.distributed.compiling import Compile
@@ -16,20 +18,29 @@ from src.distributed.recompute import Recompute
 from src.distributed.weights import initialise, materialise
 from src.models.llama3.config import Llama3Config
 
-FP32 = Precision(storage="float32", compute="float32", reduce="float32")
+SINGLE = Path(__file__).parents[2] / "conf" / "parallel" / "single.yaml"
+FP32 = Precision(storage="float32", compute="float32", reduce="float32", float8=None)
 PLAIN = Compile(blocks=False, loss=False, mode="default")
 
 
 def degrees(name: str, **changes: Any) -> Degrees:
     """`tp2_fsdp2`, `hsdp2x2`, ... as its file in conf/parallel says."""
-    values: dict[str, Any] = dict.fromkeys(("replicate", "shard", "context", "tensor", "expert", "pipeline"), 1)
+    values = yaml.safe_load(SINGLE.read_text())
+    del values["_target_"]
     axis = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline"}
     for part in [] if name == "single" else name.split("_"):
         if match := re.fullmatch(r"hsdp(\d)x(\d)", part):
             values |= {"replicate": int(match[1]), "shard": int(match[2])}
         elif match := re.fullmatch(r"([a-z]+)(\d+)", part):
             values[axis[match[1]]] = int(match[2])
-    return Degrees(**values | {"reshard": "default", "sync_each_micro_batch": False} | changes)
+    return Degrees(**values | changes)
+
+
+def recomputed(option: str) -> Recompute:
+    """As its file in conf/recompute says, with any number: every3, budget0.5."""
+    mode, number = re.fullmatch(r"([a-z]+)([\d.]*)", option).groups()  # type: ignore[union-attr]
+    every, budget = (int(number) if mode == "every" else None), (float(number) if mode == "budget" else None)
+    return Recompute(mode=mode, every=every, budget=budget)  # type: ignore[arg-type]
 
 
 def parallel_model(
@@ -45,7 +56,7 @@ def parallel_model(
     with torch.device("meta"):
         model = config.build()
     model.to(getattr(torch, precision.storage))
-    parallelize(model, mesh, precision, Recompute(mode=recompute), compile)
+    parallelize(model, mesh, precision, recomputed(recompute), compile)
     materialise(model, torch.device("cpu"))
     initialise(model, seed)
     return model, mesh

@@ -4,7 +4,7 @@ import pytest
 
 from src.distributed.degrees import Degrees
 from src.distributed.precision import BYTES, Precision
-from tests.train.runs import CONF, section
+from tests.train.runs import CONF, changed, section
 
 AXES = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline"}
 LAYOUTS = sorted(file.stem for file in (CONF / "parallel").glob("*.yaml"))
@@ -28,16 +28,8 @@ def test_the_name_of_a_layout_says_the_truth(preset: str) -> None:
 
 
 def test_derived_sizes() -> None:
-    degrees = Degrees(
-        replicate=2,
-        shard=3,
-        context=5,
-        tensor=7,
-        expert=15,
-        pipeline=11,
-        reshard="default",
-        sync_each_micro_batch=False,
-    )
+    sizes = {"replicate": 2, "shard": 3, "context": 5, "tensor": 7, "expert": 15, "pipeline": 11}
+    degrees = changed(section("parallel", "single"), **sizes)
     assert degrees.world == 2 * 3 * 5 * 7 * 11  # experts live on ranks that are already counted
     assert degrees.data_ranks == 2 * 3
     assert degrees.fsdp == 3 * 5
