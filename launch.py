@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-USER_ERROR = 2
 PATIENCE_SECONDS = 5.0  # torchrun looks at its ranks every 0.1 s
 
 
@@ -199,7 +198,7 @@ def refused(error: UserError) -> int:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_SECONDS)
     print(*error.problems, sep="\n", file=sys.stderr, flush=True)
-    return USER_ERROR
+    return error.exit_code
 
 
 def main() -> int:

@@ -1,14 +1,17 @@
 """Whose move it is: every error that a user can cause, and nothing else.
 
-`launch.py` prints the problems of a `UserError` and exits with code 2; any other exception is our fault and keeps its
-traceback. A promise between our own functions is an `assert`.
+`launch.py` prints the problems of a `UserError` and exits with its code, 2 for all that the user can put right; any
+other exception is our fault and keeps its traceback. A promise between our own functions is an `assert`.
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class UserError(Exception):
     """One or more things that the user can put right; each problem names the key, the value, the rule and a way out."""
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -41,3 +44,9 @@ class CheckpointError(UserError):
 
 class DivergedError(UserError):
     """Loss or gradients stopped being finite; the weights are still those of the last good step."""
+
+
+class VerdictError(UserError):
+    """Nothing is wrong with the question: the answer is no."""
+
+    exit_code = 1

@@ -13,8 +13,9 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
 from src.cluster.folder import Attempt, log_folder
-from src.cluster.job import USER_ERROR, Job
+from src.cluster.job import Job
 from src.distributed.process import host_store
+from src.errors import UserError
 
 POLL_SECONDS = 0.1
 # A failed rank's companions fail in a moment or wait for it for ever; in this time they write down which.
@@ -27,6 +28,8 @@ _FORWARDED = {
     signal.SIGUSR2: signal.SIGUSR2,
 }
 _LAST_LINES = 20
+# Errors whose text is all that there is to say; of any other the traceback is shown.
+_FOR_THE_USER = {UserError.__name__, *(kind.__name__ for kind in UserError.__subclasses__())}
 _NANOSECONDS = 10**9
 
 
@@ -183,7 +186,7 @@ class Crew:
         except (OSError, ValueError):
             return Failure(rank, code, f"ended with exit code {code}", _tail(log), log)
         error, stack = message["message"], message["extraInfo"]["py_callstack"]
-        if code == USER_ERROR:
+        if error.partition(":")[0] in _FOR_THE_USER:
             return Failure(rank, code, error.partition("\n")[0], error.partition(": ")[2], log)
         return Failure(rank, code, error.partition("\n")[0], stack.rstrip(), log)
 

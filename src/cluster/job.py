@@ -22,8 +22,6 @@ from src.config import tree as trees
 from src.distributed.process import Facts
 from src.errors import UserError
 
-USER_ERROR = 2  # the exit code of everything that the user can put right, here and in launch.py
-
 
 class Task(Protocol):
     """What a config's task section builds."""
@@ -90,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         only_log()
         print(*error.problems, sep="\n", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception:  # noqa: BLE001 (the last word of a rank: any error goes to its log and to the launcher)
@@ -124,7 +122,7 @@ def _exit(code: int) -> None:
     """Leave a failed rank without waiting for its threads and process groups: they may wait for other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (0, USER_ERROR):
+    if code not in (0, UserError.exit_code):
         os._exit(code)
     sys.exit(code)
 

@@ -28,9 +28,12 @@ class Training:
     stepper: Stepper
 
 
-def assemble(run: Run, ranks: Ranks, *, skips: int) -> Training:
-    """Collective. The parallel model with its name-seeded weights, its optimizer, and a state at step 0."""
-    mesh = Mesh(run.parallel, ranks.device.type)
+def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) -> Training:
+    """Collective. The parallel model with its name-seeded weights, its optimizer, and a state at step 0.
+
+    `mesh`: where the world is not the layout's own.
+    """
+    mesh = mesh or Mesh(run.parallel, ranks.device.type)
     with torch.device("meta"):
         model = run.model.build()
     model.to(getattr(torch, run.precision.storage))
