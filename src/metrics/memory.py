@@ -23,8 +23,8 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def report(statistics: dict[str, int]) -> dict[str, float]:
-    """The caching allocator's statistics in our names; a warning where it ran against the wall."""
-    retries, failures = statistics["num_alloc_retries"], statistics["num_ooms"]
+    """The caching allocator's statistics (empty before the first allocation) in our names; a warning at the wall."""
+    retries, failures = statistics.get("num_alloc_retries", 0), statistics.get("num_ooms", 0)
     if retries or failures:
         logger.warning(
             "the GPU's memory ran full: %d allocations retried, %d failed; training slows down. "
@@ -33,8 +33,8 @@ def report(statistics: dict[str, int]) -> dict[str, float]:
             failures,
         )
     return {
-        "peak_allocated_gib": statistics["allocated_bytes.all.peak"] / GIB,
-        "peak_reserved_gib": statistics["reserved_bytes.all.peak"] / GIB,
+        "peak_allocated_gib": statistics.get("allocated_bytes.all.peak", 0) / GIB,
+        "peak_reserved_gib": statistics.get("reserved_bytes.all.peak", 0) / GIB,
         "allocation_retries": float(retries),
         "out_of_memory": float(failures),
     }
