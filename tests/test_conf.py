@@ -131,7 +131,7 @@ def test_a_layout_is_what_its_name_says(option: str) -> None:
         said = {"replicate": int(hsdp[1]), "shard": int(hsdp[2])}
     else:
         words = {"tp": "tensor", "fsdp": "shard", "ddp": "replicate", "cp": "context", "pp": "pipeline", "ep": "expert"}
-        parts = [re.fullmatch(r"([a-z]+)(\d+)", part) for part in option.split("_")]
+        parts = [re.fullmatch(r"([a-z]+)(\d+)", part) for part in option.removeprefix("async_").split("_")]
         said = {words[part[1]]: int(part[2]) for part in parts if part is not None}
         assert len(said) == len(parts)
     assert {key: value for key, value in degrees.items() if value != 1} == said

@@ -22,8 +22,10 @@ class Degrees(Config):
     expert: PositiveInt  # ranks over which routed experts are spread; taken out of shard, context and tensor
     pipeline: PositiveInt  # stages
     reshard: Literal["default", "always", "never"]
+    rotate: Literal["allgather", "alltoall"]  # how keys and values reach the ranks of `context`
+    async_tensor: bool  # matrices of `tensor` multiply what has arrived while the rest is under way
     sync_each_micro_batch: bool  # reduce gradients after each micro-batch: less memory, more communication
-    prefetch: NonNegativeInt  # units that FSDP gathers ahead, in both passes; 0: as it decides itself, which is one
+    prefetch: PositiveInt  # blocks whose weights FSDP gathers ahead, in both passes
     cpu_offload: bool  # shares of parameters, gradients and optimizer state rest in the host's memory
     pipeline_schedule: ScheduleName
     layers_per_stage: PositiveInt | None

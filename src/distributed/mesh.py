@@ -10,26 +10,37 @@ class Mesh:
     """The ranks as a grid, outermost axis first: pipeline, replicate, shard, context, tensor.
 
     Neighbours on the innermost axis sit in one machine, so the chattiest axis is `tensor`. Axes of size 1 are kept:
-    FSDP over
-    one rank still gives mixed precision, and no caller asks whether an axis exists.
+    FSDP over one rank still gives mixed precision, and no caller asks whether an axis exists.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str) -> None:
-        assert dist.get_world_size() == degrees.world, f"{dist.get_world_size()} ranks for a plan of {degrees.world}"
+    def __init__(self, degrees: Degrees, device_type: str, copies: int = 1) -> None:
+        """Collective. `copies`: of the whole grid, unconnected; ranks outside this one's copy are not met."""
+        assert dist.get_world_size() == degrees.world * copies, f"{dist.get_world_size()} ranks for {degrees.world}"
         self.degrees = degrees
         self.world = degrees.world
-        axes = degrees.axes
+        axes = degrees.axes if copies == 1 else {"copy": copies} | degrees.axes
         self.whole = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        self.weights = self.whole
+        if degrees.context > 1:
+            # Ranks that share a sequence share the parameters too. A grid of its own: FSDP wants its axis and `tensor`
+            # of one grid, and torch has no public way to join two axes of a grid.
+            joined = {axis: size for axis, size in axes.items() if axis != "context"} | {"shard": degrees.fsdp}
+            self.weights = init_device_mesh(device_type, tuple(joined.values()), mesh_dim_names=tuple(joined))
 
     @property
     def tensor(self) -> DeviceMesh | None:
         """The ranks that share every matrix; None when matrices are whole."""
-        return self.whole["tensor"] if self.degrees.tensor > 1 else None
+        return self.weights["tensor"] if self.degrees.tensor > 1 else None
+
+    @property
+    def context(self) -> DeviceMesh | None:
+        """The ranks that share every sequence; None when sequences are whole."""
+        return self.whole["context"] if self.degrees.context > 1 else None
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """Where parameters are cut: 1-D (shard), or 2-D (replicate, shard) when there are copies."""
-        return self.whole["replicate", "shard"] if self.degrees.replicate > 1 else self.whole["shard"]
+        """Where parameters are cut: 1-D (shard with context), or 2-D (replicate, shard) when there are copies."""
+        return self.weights["replicate", "shard"] if self.degrees.replicate > 1 else self.weights["shard"]
 
     @property
     def data_ranks(self) -> int:
@@ -43,9 +54,15 @@ class Mesh:
 
     @property
     def loss_copies(self) -> int:
-        """How many ranks of the world hold the same loss."""
+        """How many ranks of the world hold the same loss: each part of a cut sequence has its own."""
+        return self.degrees.tensor
+
+    @property
+    def label_copies(self) -> int:
+        """How many ranks of the world hold the same batch, before any cut."""
         return self.world // self.data_ranks
 
     def groups(self) -> list[dist.ProcessGroup]:
         """This rank's process group of every axis."""
-        return [self.whole.get_group(axis) for axis in self.degrees.axes]
+        meshes = [self.whole] if self.weights is self.whole else [self.whole, self.weights]
+        return [group for mesh in meshes for group in mesh.get_all_groups()]

@@ -3,6 +3,7 @@ were.
 """
 
 from src.distributed.compiling import Compile
+from src.distributed.context import split_context
 from src.distributed.mesh import Mesh
 from src.distributed.precision import Precision
 from src.distributed.recompute import Recompute
@@ -12,8 +13,11 @@ from src.models.decoder import Decoder
 
 
 def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Recompute, compile: Compile) -> None:
-    """In place, on the meta device: cut matrices, choose what to recompute, compile, cut parameters."""
+    """In place, on the meta device: cut matrices and sequences, choose what to recompute, compile, cut parameters."""
+    if (float8 := precision.float8) is not None:
+        float8.convert(model, mesh.degrees.tensor, mesh.whole.device_type)
     split_tensor(model, mesh.tensor)
+    split_context(model, mesh.context, mesh.degrees)
     recompute.apply(model)
-    compile.apply(model)
+    compile.apply(model, budget=recompute.budget, round_each_step=float8 is not None and float8.recipe != "tensorwise")
     shard(model, mesh.fsdp, mesh.degrees, precision)

@@ -66,7 +66,7 @@ class Stepper:
         """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""
         mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         count = torch.tensor(float(mine), dtype=torch.float64).to(self.device, non_blocking=True)
-        return world_sum(count) / self.mesh.loss_copies
+        return world_sum(count) / self.mesh.label_copies
 
     def _accumulate(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
         """Gradients of this rank's summed cross entropy times `scale`; returns that loss."""

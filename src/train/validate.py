@@ -23,7 +23,7 @@ def validate(training: Training, batches: Batches, samples: int, stopped: Callab
         for batch in batches.validation(samples):
             if stopped():
                 return None
-            total[0] += forward_loss(training.model, batch, device)
-            total[1] += (batch.labels != IGNORED).sum().to(device)
+            total[0] += forward_loss(training.model, batch, device) / training.mesh.loss_copies
+            total[1] += (batch.labels != IGNORED).sum().to(device) / training.mesh.label_copies
     loss, tokens = world_sum(total).tolist()
     return float(loss / tokens)
