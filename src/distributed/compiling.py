@@ -1,11 +1,14 @@
 """torch.compile, one block at a time: all blocks share one graph, so warm-up does not grow with depth."""
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from src.config.base import Config
 
 if TYPE_CHECKING:
     from src.models.decoder import Decoder
+
+Compiler = Callable[..., Any]  # a torch.compile backend: (graph, example inputs) -> callable
 
 
 class Compile(Config):
@@ -15,17 +18,43 @@ class Compile(Config):
     loss: bool
     mode: Literal["default", "max-autotune-no-cudagraphs"]
 
-    def apply(self, model: "Decoder") -> None:
-        """Before FSDP, whose hooks stay outside the graphs; names of parameters do not change."""
+    def apply(self, model: "Decoder", *, budget: float | None = None, round_each_step: bool = False) -> None:
+        """Before FSDP, whose hooks stay outside the graphs; names of parameters do not change.
+
+        `budget`: share of a block's activations that may be kept for its backward; None: what the compiler likes best.
+        `round_each_step`: fused kernels round to the compute dtype wherever eager ones do, so float8 scales agree.
+        """
         import torch
 
         if self.blocks:
+            options = torch._inductor.list_mode_options(self.mode) | {"emulate_precision_casts": round_each_step}
+            how = {"options": options} if budget is None else {"backend": within_budget(_inductor(options), budget)}
             for block in model.blocks():
                 # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.
-                block.forward = torch.compile(block.forward, mode=self.mode, fullgraph=True)
+                block.forward = torch.compile(block.forward, fullgraph=True, **how)
         if self.loss and model.output is not None:
             model.output.statistics = torch.compile(model.output.statistics, fullgraph=True)
             model.output.gradient = torch.compile(model.output.gradient, fullgraph=True)
+
+
+def _inductor(options: dict[str, Any]) -> Compiler:
+    from torch._inductor.compile_fx import compile_fx
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        return compile_fx(graph, inputs, config_patches=options)
+
+    return compile_graph
+
+
+def within_budget(compiler: Compiler, budget: float) -> Compiler:
+    """The same compiler, but it keeps no more between forward and backward; no other compilation is touched."""
+    import torch._functorch.config as functorch
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        with functorch.patch(activation_memory_budget=budget):
+            return compiler(graph, inputs)
+
+    return compile_graph
 
 
 def compile_seconds() -> float:

@@ -1,8 +1,11 @@
-"""The three dtypes of a run."""
+"""The dtypes of a run."""
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from src.config.base import Config
+from src.distributed.float8 import Float8
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -15,3 +18,15 @@ class Precision(Config):
     storage: Dtype
     compute: Dtype
     reduce: Dtype
+    float8: Float8 | None  # for the matrices of the blocks; everything else stays in `compute`
+
+    @model_validator(mode="after")
+    def _float8_multiplies_into_bfloat16(self) -> "Precision":
+        if self.float8 is not None and self.compute != "bfloat16":
+            raise ValueError(f"compute={self.compute} with float8; its kernels make compute=bfloat16")
+        return self
+
+    @property
+    def arithmetic(self) -> str:
+        """What the matrices are multiplied in, as a name for people."""
+        return self.compute if self.float8 is None else f"float8 {self.float8.recipe}"

@@ -1,25 +1,125 @@
 """Activation checkpointing (arXiv 1604.06174): trade a second forward of a block for the memory of its activations."""
 
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
 
 from src.config.base import Config
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.checkpoint import SelectiveCheckpointContext
+
     from src.models.decoder import Decoder
+
+Mode = Literal["none", "full", "every", "selective", "budget", "auto"]
+
+# Their outputs are kept by mode=selective: dear to compute or to communicate, small to keep. Names that one torch or
+# another does not have are passed over.
+KEPT = (
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_attention_math",
+    "aten._scaled_dot_product_fused_attention_overrideable",
+    "_c10d_functional.reduce_scatter_tensor",
+    "_c10d_functional.all_to_all_single",
+    "aten.topk",
+    "aten.max",  # the largest value of a tensor is its float8 scale
+)
+KEPT_HIGHER_ORDER = ("flex_attention", "inductor_compiled_code")
+# One kernel by several names; of all of them together every second output is kept, the first one too.
+MATMULS = ("aten.mm", "aten.linear", "aten._scaled_mm")
 
 
 class Recompute(Config):
-    """none: keep everything. full: keep each block's input and compute the block again in the backward pass."""
+    """What of a block's activations is kept for its backward pass; the rest is computed again there."""
 
-    mode: Literal["none", "full"]
+    mode: Mode
+    every: PositiveInt | None
+    budget: Annotated[float, Field(ge=0.0, le=1.0)] | None
+
+    @model_validator(mode="after")
+    def _numbers_belong_to_modes(self) -> "Recompute":
+        for key, preset in (("every", "every2"), ("budget", "budget")):
+            value = getattr(self, key)
+            if self.mode == key and value is None:
+                raise ValueError(f"mode={key} needs the number recompute.{key}; recompute={preset} has one")
+            if self.mode != key and value is not None:
+                raise ValueError(f"{key}={value} does nothing to mode={self.mode}; set it to null or choose mode={key}")
+        return self
+
+    def __str__(self) -> str:
+        number = self.every if self.mode == "every" else self.budget
+        return self.mode if number is None else f"{self.mode} {number:g}"
 
     def apply(self, model: "Decoder") -> None:
         """Before compiling, so that the compiler sees both passes; names of parameters do not change."""
-        if self.mode == "none":
+        assert self.mode != "auto", "the plan chooses: src.train.choice"
+        if self.mode in ("none", "budget"):  # a budget is kept by the compiler: see Compile.apply
             return
-        from torch.utils.checkpoint import checkpoint
+        for name, block in model.layers.items():
+            # By the layer's number in the whole model: each part of a pipeline and each rebuild wraps the same blocks.
+            if self.every is None or (int(name) + 1) % self.every == 0:
+                _wrap(block, _selective if self.mode == "selective" else None)
 
-        for block in model.blocks():
-            # early_stop=False: the whole block runs again, so a compiled block has one graph for both passes.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, early_stop=False)
+
+def _wrap(block: "nn.Module", contexts: "Callable[[], Any] | None") -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    selection: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    # early_stop=False: the whole block runs again, so a compiled block has one graph for both passes.
+    block.forward = partial(
+        checkpoint,
+        block.forward,
+        use_reentrant=False,
+        preserve_rng_state=True,
+        early_stop=False,
+        **selection,
+    )
+
+
+def _selective() -> Any:
+    """The two contexts of one forward of one block; each counts its own matmuls."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    kept, matmuls = _operators()
+    counts: Counter[bool] = Counter()
+
+    def policy(context: "SelectiveCheckpointContext", operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = operator in kept
+        if operator in matmuls:
+            counts[context.is_recompute] += 1
+            keep = counts[context.is_recompute] % 2 == 1
+        # Sizes that a rank reads from the device, such as those of an all-to-all, must not be waited for twice.
+        keep = keep or _copies_to_host(operator, args, kwargs)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _copies_to_host(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    import torch
+
+    if operator is not torch.ops.aten._to_copy.default or kwargs.get("device") is None:
+        return False
+    return bool(args[0].device.type == "cuda") and torch.device(kwargs["device"]).type == "cpu"
+
+
+@cache
+def _operators() -> tuple[frozenset[Any], frozenset[Any]]:
+    """KEPT and MATMULS as this torch's operators, every overload of each."""
+    import torch
+
+    def overloads(names: tuple[str, ...]) -> frozenset[Any]:
+        packets = (getattr(getattr(torch.ops, name.split(".")[0]), name.split(".")[1], None) for name in names)
+        return frozenset(
+            getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()
+        )
+
+    higher = (getattr(torch.ops.higher_order, name, None) for name in KEPT_HIGHER_ORDER)
+    return overloads(KEPT) | {operator for operator in higher if operator is not None}, overloads(MATMULS)

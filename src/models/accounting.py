@@ -57,6 +57,7 @@ class Saved:
 
     whole: int  # all that its backward needs
     input: int  # its input alone: what full recompute keeps
+    selective: int  # what selective recompute keeps: input, attention, communication, every second matmul
     working: int  # made by its backward while that runs
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from src.distributed.degrees import Degrees
 from src.distributed.precision import BYTES, Precision
+from src.distributed.recompute import Recompute
 from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
 from src.models.base import ModelConfig
 
@@ -33,7 +34,7 @@ class Load:
     degrees: Degrees
     precision: Precision
     moments: Literal["float32", "bfloat16"]
-    recompute: Literal["none", "full"]
+    recompute: Recompute  # never `auto`
     compiled_blocks: bool
     compiled_loss: bool
     seq_len: int
@@ -54,7 +55,7 @@ class Memory:
     gathered: int  # weights gathered for use, in the compute dtype
     reducing: int  # the gradient of the largest unit while ranks add it up
     activations: int  # kept for the backward, all blocks
-    working: int  # of one block's backward, beyond what was kept; with full recompute also what it runs again
+    working: int  # of one block's backward, beyond what was kept: its gradients, and what it computes again
     loss: int  # a chunk of logits, its gradient, and both gradients of the head
     at_loss: int
     at_backward: int
@@ -79,6 +80,8 @@ def estimate(load: Load) -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
     optimizer = weights.local * MOMENTS * BYTES[load.moments]
     gradients, accumulated = _gradients(load, weights)
+    if load.degrees.cpu_offload:  # what rests, rests in the host
+        parameters = optimizer = gradients = 0
     gathered, reducing = _traffic(load, weights)
     activations, working = _activations(load)
     loss = _loss(load, weights)
@@ -116,6 +119,7 @@ class _Weights:
             self.units[weight.unit] = self.units.get(weight.unit, 0) + whole
         blocks = [elements for unit, elements in self.units.items() if unit.startswith("layers.")]
         self.largest_block = max(blocks)
+        self.blocks = sum(blocks)
         self.whole = sum(self.units.values())
         self.head = self.units.get("head", self.units["embedding"])  # tied: the embedding's unit
 
@@ -135,10 +139,16 @@ def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
     """Bytes of gathered weights, and of the gradients under way; FSDP over one rank still makes these copies."""
     compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
     # The head is not resharded before its backward: it is needed again at once.
-    held = weights.head + BLOCKS_GATHERED * weights.largest_block
-    gathered = weights.whole if load.degrees.reshard == "never" else min(weights.whole, held)
+    if load.degrees.reshard == "never":
+        blocks, others = weights.blocks, weights.whole - weights.blocks
+    else:
+        ahead = BLOCKS_GATHERED - 1 + load.degrees.prefetch
+        blocks, others = min(weights.blocks, ahead * weights.largest_block), weights.head
+    float8 = load.precision.float8
+    block_bytes = 1 if float8 is not None and float8.all_gather else compute
     largest = max(weights.head, weights.largest_block)
-    return gathered * compute, largest * (compute + reduce)  # as autograd made it, and the copy that is sent
+    # The gradient twice: as autograd made it, and the copy that is sent.
+    return blocks * block_bytes + others * compute, largest * (compute + reduce)
 
 
 def _slice(load: Load) -> Slice:
@@ -152,9 +162,16 @@ def _slice(load: Load) -> Slice:
 
 def _activations(load: Load) -> tuple[int, int]:
     saved: Saved = load.model.saved_by_block(_slice(load))
-    if load.recompute == "full":
-        return load.model.n_layers * saved.input, saved.whole + saved.working
-    return load.model.n_layers * saved.whole, saved.working
+    layers, recompute = load.model.n_layers, load.recompute
+    if recompute.mode == "every":
+        assert recompute.every is not None
+        again = layers // recompute.every
+        return (layers - again) * saved.whole + again * saved.input, saved.whole - saved.input + saved.working
+    kept = {"none": saved.whole, "full": saved.input, "selective": saved.selective}.get(recompute.mode)
+    if kept is None:
+        assert recompute.budget is not None, "auto is settled before"
+        kept = saved.input + int(recompute.budget * (saved.whole - saved.input))
+    return layers * kept, max(0, saved.whole - kept) + saved.working
 
 
 def _loss(load: Load, weights: _Weights) -> int:

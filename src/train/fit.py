@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from src.train.choice import FULL, SELECTIVE
 from src.train.estimate import GIB, MIB, Load, Memory, estimate
 
 PARTS = {
@@ -63,8 +64,10 @@ def _together(load: Load, limit_bytes: int) -> str | None:
 def knobs(load: Load) -> Iterator[tuple[str, Load]]:
     """Single changes that can free memory, in the words of the command line."""
     degrees = load.degrees
-    if load.recompute == "none":
-        yield "recompute=full", load.changed(recompute="full")
+    if load.recompute.mode == "none":
+        yield "recompute=selective", load.changed(recompute=SELECTIVE)
+    if load.recompute.mode != "full":
+        yield "recompute=full", load.changed(recompute=FULL)
     if not load.compiled_blocks:
         yield "compile=blocks", load.changed(compiled_blocks=True, compiled_loss=True)
     if load.micro_batch % 2 == 0:

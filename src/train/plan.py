@@ -11,8 +11,10 @@ from math import ceil
 from typing import Any, Protocol
 
 from src.distributed.degrees import Degrees
+from src.distributed.recompute import Recompute
 from src.errors import PlanError
 from src.models.base import divisors
+from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
 from src.train.run import Devices, Nodes, Run, Validates
@@ -47,6 +49,7 @@ class Plan:
     flops_per_token_causal: int
     schedule_end: int  # the step at which the decay ends
     last_lr: float  # of the last step
+    recompute: Recompute  # never `auto`
     memory: Memory  # bytes on the fullest GPU, estimated
     memory_limit: int | None  # bytes
     fits: bool | None  # None: no limit is known
@@ -55,7 +58,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `memory` with its sums."""
         memory = asdict(self.memory) | {"allocated": self.memory.allocated, "peak": self.memory.peak}
-        return asdict(self) | {"memory": memory, "warnings": list(self.warnings)}
+        return asdict(self) | {
+            "memory": memory,
+            "recompute": self.recompute.model_dump(),
+            "warnings": list(self.warnings),
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -68,12 +75,15 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
     """
     load = load_of(run)
     limit = _memory_limit(run, devices)
+    if run.recompute.mode == "auto":
+        load = load.changed(recompute=cheapest(load, limit))
     found = [
         *problems,
         *_layout_problems(run, devices),
         *_length_problems(run),
         *_batch_problems(run),
         *_section_problems(run),
+        *_float8_problems(run, devices),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
         found.append(unfit)
@@ -90,7 +100,7 @@ def load_of(run: Run) -> Load:
         degrees=run.parallel,
         precision=run.precision,
         moments=run.optim.moments,
-        recompute=run.recompute.mode,
+        recompute=NONE if run.recompute.mode == "auto" else run.recompute,
         compiled_blocks=run.compile.blocks,
         compiled_loss=run.compile.loss,
         seq_len=run.task.seq_len,
@@ -127,6 +137,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
         flops_per_token_causal=counts.flops_per_token_causal,
         schedule_end=run.schedule.total_steps or task.steps,
         last_lr=run.optim.lr * run.schedule.multiplier(task.steps - 1, task.steps),
+        recompute=load.recompute,
         memory=memory,
         memory_limit=limit,
         fits=None if limit is None else True,
@@ -226,6 +237,8 @@ def _section_problems(run: Run) -> list[str]:
             f"optim.fused=true keeps moments in precision.storage={storage}, not in optim.moments={run.optim.moments}; "
             "pass optim.fused=false"
         )
+    if run.recompute.mode == "budget" and not run.compile.blocks:
+        found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
     if run.model.within_documents and not run.data.document_masks:
         found.append("model.mask=block_causal needs to know the documents; pass data.document_masks=true")
     if run.data.document_masks and not run.model.within_documents:
@@ -241,6 +254,14 @@ def _section_problems(run: Run) -> list[str]:
     return found
 
 
+def _float8_problems(run: Run, devices: Devices | None) -> list[str]:
+    float8 = run.precision.float8
+    if float8 is None:
+        return []
+    gpu = devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
+    return float8.problems(run.model.weights(), run.parallel, compiled=run.compile.blocks, gpu=gpu)
+
+
 def _epochs(run: Run, corpus: Corpus) -> float:
     return run.task.steps * run.task.global_batch / corpus.windows("train", run.task.seq_len)
 
@@ -249,6 +270,8 @@ def _warnings(run: Run, epochs: float | None) -> list[str]:
     found = list(run.schedule.warnings(run.task.steps))
     if epochs is not None and epochs > 1:
         found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")
+    if (float8 := run.precision.float8) is not None:
+        found += float8.left_out(run.model.weights(), run.parallel.tensor)
     if run.parallel.tensor > _ranks_per_node(run):
         found.append(f"parallel.tensor={run.parallel.tensor} crosses nodes of {_ranks_per_node(run)} GPUs: slow")
     return found

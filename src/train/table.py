@@ -40,6 +40,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("flops per token, causal attention", f"{plan.flops_per_token_causal:,}"),
         ("learning rate decays until step", f"{plan.schedule_end:,}"),
         ("last learning rate", f"{plan.last_lr:.3g}"),
+        ("recompute", str(plan.recompute)),
     ]
     if plan.active_parameters != plan.parameters:
         rows.append(("active parameters", f"{plan.active_parameters:,}"))

@@ -155,8 +155,21 @@ class Llama3Config(ModelConfig):
         return Saved(
             whole=int(cut.tokens * (elements * cut.element_bytes + statistics_bytes)),
             input=int(cut.tokens * self.dim / cut.tensor * cut.element_bytes),
+            selective=int(cut.tokens * self._selective(cut)),
             working=int(cut.tokens * working * cut.element_bytes),
         )
+
+    def _selective(self, cut: Slice) -> float:
+        """Bytes of a token: the input; of the matmuls in order wq wv w1 w2; attention's result and log sum exp."""
+        queries, keys = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
+        elements = (self.dim + queries + keys + self.ffn_dim + queries) / cut.tensor
+        scattered = self.dim / cut.tensor if cut.tensor > 1 else 0  # the sum over tensor ranks behind wo
+        elements += scattered
+        if (
+            not cut.compiled
+        ):  # a compiler drops what the backward does not read: w2's result and the sum over ranks of it
+            elements += self.dim + scattered
+        return elements * cut.element_bytes + 4 * self.n_heads / cut.tensor
 
     def problems(self, layout: Layout) -> list[str]:
         found: list[str] = []

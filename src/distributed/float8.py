@@ -1,0 +1,180 @@
+"""float8 matrix products in the blocks, through torchao: forward and both gradients multiply e4m3 and e5m2 numbers.
+
+Parameters, optimizer state and checkpoints stay in `precision.storage`. The embedding and the head are never converted.
+"""
+
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import model_validator
+
+from src.config.base import Config, Names
+from src.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from src.distributed.degrees import Degrees
+    from src.models.decoder import Decoder
+
+MULTIPLE = 16  # the kernels want both sides of a matrix, as one rank holds it, to be multiples of this
+NEEDED_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+NO_GPU = "precision.float8: the CPU has no float8 products; pass precision.float8.emulate=true, or precision=bf16"
+
+
+class Matrix(Protocol):
+    """What is asked of a parameter: src.models.accounting.Weight is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def tensor_dim(self) -> int | None: ...
+
+
+class Float8(Config):
+    """How the matrices of the blocks are multiplied."""
+
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+    exclude: Names
+    all_gather: bool
+    emulate: bool
+
+    @model_validator(mode="after")
+    def _one_scale_is_gathered(self) -> "Float8":
+        if self.all_gather and self.recipe != "tensorwise":
+            raise ValueError(f"all_gather=true with recipe={self.recipe}; only recipe=tensorwise gathers float8")
+        return self
+
+    def problems(self, weights: Iterable[Matrix], degrees: "Degrees", *, compiled: bool, gpu: bool) -> list[str]:
+        """Why this cannot be had: key, value, rule, what would do. `gpu`: whether ranks have one, as far as known."""
+        found, names = [], _linears(weights)
+        for entry in self.exclude:
+            if not any(_within(entry, name) for name in names):
+                there = ", ".join(sorted({_any_layer(name) for name in names}))
+                found.append(
+                    f"precision.float8.exclude: no matrix of a block has {entry} in its name; there are {there}"
+                )
+        if not found and not self._chosen(names, degrees.tensor):
+            found.append(
+                f"precision.float8: no matrix is left to convert; each side must be a multiple of {MULTIPLE} on a rank"
+            )
+        if self.all_gather and degrees.fsdp == 1:
+            found.append(
+                f"precision.float8.all_gather=true gathers nothing: parallel.shard={degrees.shard}; "
+                "pass precision.float8.all_gather=false, or a layout with shards"
+            )
+        if self.emulate and compiled:
+            found.append("precision.float8.emulate=true is eager only; pass compile=off")
+        if not self.emulate and not gpu:
+            found.append(NO_GPU)
+        if find_spec("torchao") is None:
+            found.append("precision.float8 needs the package torchao; pip install torchao==0.17.0, or precision=bf16")
+        return found
+
+    def left_out(self, weights: Iterable[Matrix], tensor: int) -> list[str]:
+        """Lines for people: the matrices that stay in the compute dtype though nobody asked for it."""
+        names = _linears(weights)
+        wanted = {name for name in names if not any(_within(entry, name) for entry in self.exclude)}
+        odd = sorted(wanted - self._chosen(names, tensor))
+        shapes = {_any_layer(name): _local(names[name], tensor) for name in odd}
+        return [
+            f"precision.float8 leaves {name} as it is: {rows} x {columns} on a rank, not multiples of {MULTIPLE}"
+            for name, (rows, columns) in shapes.items()
+        ]
+
+    def _chosen(self, names: dict[str, Matrix], tensor: int) -> set[str]:
+        """Of these linears, those that are converted."""
+        return {
+            name
+            for name, weight in names.items()
+            if not any(_within(entry, name) for entry in self.exclude)
+            and all(side % MULTIPLE == 0 for side in _local(weight, tensor))
+        }
+
+    def convert(self, model: "Decoder", tensor: int, device_type: str) -> None:
+        """In place, on the meta device, before anything else is done to the model. Names do not change."""
+        from torch import nn
+        from torchao.float8.float8_linear import Float8Linear
+
+        if not self.emulate:
+            _require(device_type)
+        config = self._torchao()
+        chosen = self._chosen(_linears(model.config.weights()), tensor)
+        for name, module in list(model.named_modules()):
+            if name in chosen:
+                assert isinstance(module, nn.Linear)
+                model.set_submodule(name, Float8Linear.from_float(module, config=config))
+
+    def _torchao(self) -> Any:
+        from dataclasses import replace
+
+        from torchao.float8 import Float8LinearConfig
+
+        config = Float8LinearConfig.from_recipe_name(self.recipe)
+        return replace(config, enable_fsdp_float8_all_gather=self.all_gather, emulate=self.emulate)
+
+    def after_update(self, model: "nn.Module") -> None:
+        """Collective, after each optimizer step: the scales of all weights by one reduction, not one for each."""
+        if self.all_gather:
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def plain(tensor: "Tensor") -> "Tensor":
+    """The numbers of a weight that FSDP gathers in float8, without torchao's wrapper; any other tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    inner: Tensor | None = getattr(held, "_tensor", None)
+    if inner is None:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return inner
+    return DTensor.from_local(
+        inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _require(device_type: str) -> None:
+    import torch
+
+    if device_type != "cuda":
+        raise PlanError(NO_GPU)
+    capability = torch.cuda.get_device_capability()
+    if capability < NEEDED_CAPABILITY:
+        raise PlanError(
+            f"precision.float8: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
+            f"float8 products need {NEEDED_CAPABILITY[0]}.{NEEDED_CAPABILITY[1]}; pass precision=bf16"
+        )
+
+
+def _linears(weights: Iterable[Matrix]) -> dict[str, Matrix]:
+    """The matrices of the blocks, by the name of their module."""
+    return {
+        weight.name.removesuffix(".weight"): weight
+        for weight in weights
+        if len(weight.shape) == 2 and weight.name.startswith("layers.")
+    }
+
+
+def _local(weight: Matrix, tensor: int) -> tuple[int, int]:
+    """Both sides as one tensor rank holds them."""
+    rows, columns = weight.shape
+    return (
+        rows // tensor if weight.tensor_dim == 0 else rows,
+        columns // tensor if weight.tensor_dim == 1 else columns,
+    )
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _within(entry: str, name: str) -> bool:
+    """Whether `entry` is a run of whole parts of a dotted name: `wo`, `attention.wo`, `layers.1`."""
+    return f".{entry}." in f".{name}."
