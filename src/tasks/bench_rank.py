@@ -1,7 +1,6 @@
 """What each rank of task=bench does: warm up, time each step, look at the memory, optionally profile two steps."""
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     planned = plan(run)
     set_learning_rate(training.state.optimizer, run.optim.lr)
     batches = [_random(task, run.model.vocab_size, training, index) for index in range(planned.micro_batches)]
-    _steps(training, batches, task.warmup_steps)
+    losses = _steps(training, batches, task.warmup_steps)
     memory(ranks.device)  # warm-up's peaks do not count
-    figures = _measure(task, run, planned, training, batches)
+    figures = _measure(task, run, planned, training, batches, losses)
     if task.profile:
         _profile(training, batches, folder)
     if ranks.rank == 0:
@@ -45,9 +44,14 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
 
 
 def _random(task: Bench, words: int, training: Training, index: int) -> Batch:
-    """Tokens that no rank shares with another, already on the device: the loader is not what is measured."""
-    generator = torch.Generator().manual_seed(index * training.mesh.data_ranks + training.mesh.data_rank)
-    window = torch.randint(words, (task.micro_batch, task.seq_len + 1), generator=generator).to(training.ranks.device)
+    """Rows of one micro-batch, on the device: the loader is not what is measured.
+
+    A row depends on its place in the global batch alone, so every layout computes the same losses.
+    """
+    first = (index * training.mesh.data_ranks + training.mesh.data_rank) * task.micro_batch
+    generators = (torch.Generator().manual_seed(first + row) for row in range(task.micro_batch))
+    window = torch.stack([torch.randint(words, (task.seq_len + 1,), generator=one) for one in generators])
+    window = window.to(training.ranks.device)
     documents = torch.zeros_like(window[:, 1:], dtype=torch.int32)
     return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None, documents, ())
 
@@ -60,8 +64,10 @@ def _steps(training: Training, batches: list[Batch], count: int) -> list[float]:
     return [outcome.loss for outcome in [*outcomes, *readback.flush()]]
 
 
-def _measure(task: Bench, run: Run, planned: Plan, training: Training, batches: list[Batch]) -> dict[str, Any]:
-    """tokens/s per device of each step and over all of them."""
+def _measure(
+    task: Bench, run: Run, planned: Plan, training: Training, batches: list[Batch], losses: list[float]
+) -> dict[str, Any]:
+    """tokens/s per device of each step and over all of them; the losses go on from those of the warm-up."""
     device = training.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     throughput = Throughput(
@@ -70,22 +76,19 @@ def _measure(task: Bench, run: Run, planned: Plan, training: Training, batches: 
         flops_per_token_causal=planned.flops_per_token_causal,
         peak=peak_flops(name, run.precision.compute) if device.type == "cuda" else None,
     )
-    reports, losses = [], []
+    # As in training: nothing waits for the device between two steps, so the figure is the mean over all of them.
+    losses = losses + _steps(training, batches, task.steps)
     for _ in range(task.steps):
-        losses += _steps(training, batches, 1)
         throughput.step(planned.tokens_per_step, data_seconds=0.0)
-        reports.append(throughput.report())
-    middle = {key: statistics.median(report[key] for report in reports) for key in reports[0]}
+    mean = throughput.report()
     return {
         "device": name,
         "torch": torch.__version__,
         "world": planned.world,
         "layout": planned.axes,
-        "median_of_steps": task.steps,
-        **{key: value for key, value in middle.items() if key != "data_seconds"},
-        "slowest_step_seconds": max(report["step_seconds"] for report in reports),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "mean_of_steps": task.steps,
+        **{key: value for key, value in mean.items() if key != "data_seconds"},
+        "losses": losses,
         **memory(device),
         "planned_peak_gib": planned.memory.peak / 2**30,
     }
@@ -108,4 +111,6 @@ def _profile(training: Training, batches: list[Batch], folder: Path) -> None:
 def _tell(figures: dict[str, Any]) -> None:
     with Console(1) as console:
         for key, value in figures.items():
+            if key == "losses":
+                value = " ".join(f"{loss:.4f}" for loss in value)
             console.say(f"{key:28} {value:,.3f}" if isinstance(value, float) else f"{key:28} {value}")
