@@ -30,7 +30,7 @@ import os, signal, sys, time
 from pathlib import Path
 import src
 from src.distributed.process import Facts, Ranks
-from src.errors import CheckpointError
+from src.errors import CheckpointError, VerdictError
 from src.train.stop import Stop
 
 class Fake:
@@ -69,6 +69,8 @@ class Fake:
             time.sleep(600)
         if self.options["do"] == "refuse":
             raise CheckpointError(["step_00000010/a.distcp: crc32 differs", "checkpoint.initial: try step_00000005"])
+        if self.options["do"] == "judge":
+            raise VerdictError("3 of 9 figures differ")
         with Stop() as stop:
             (folder / f"alive_{rank}").write_text(str(os.getpid()))
             print(f"rank {rank} waits", flush=True)

@@ -102,6 +102,14 @@ def test_a_users_fault_on_a_rank_is_told_without_a_traceback(code: Path, tmp_pat
     assert "checkpoint.initial: try step_00000005" in err.splitlines()
 
 
+def test_an_answer_of_no_is_exit_code_1_without_a_traceback(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "judge", 2)
+    _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert "Traceback" not in err
+    assert "3 of 9 figures differ" in err.splitlines()
+
+
 def test_a_signal_reaches_every_rank_and_the_run_resumes(code: Path, tmp_path: Path) -> None:
     folder = place(tmp_path, "wait", 2)
     launcher = launch(tmp_path, code, "wait", 2)

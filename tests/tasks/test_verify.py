@@ -1,0 +1,205 @@
+"""The proof that a layout trains like one device: it passes, or names the culprit."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+import launch
+from src.cluster.folder import attempts
+from src.distributed.gradients import Gradients
+from src.distributed.process import Ranks as Process
+from src.errors import VerdictError
+from src.tasks.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
+from src.tasks.verify import Verify
+from src.tasks.verify_rank import certify, rows
+from src.train.run import Run
+from src.train.step import Stepper
+from tests.models.shapes import tiny_llama
+from tests.ranks import Ranks
+from tests.train.runs import make_run, section
+
+TASK = Verify(steps=2, seq_len=32, global_batch=8, micro_batch=1)
+TINY = (
+    *("task=verify", "task.steps=1", "task.seq_len=32", "task.global_batch=2", "cluster.gpus=0"),
+    *("model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.vocab_size=64"),
+    *("model.multiple_of=16", "schedule.warmup_steps=0", "schedule.decay_ratio=0"),
+)
+
+
+def run_of(layout: str, model: dict[str, Any] | None = None, **choices: Any) -> Run:
+    config = tiny_llama(**(model or {}))
+    return replace(make_run(model=config, parallel=layout, **choices), task=TASK)
+
+
+@contextmanager
+def averaged() -> Iterator[None]:
+    """FSDP's own habit: the mean over ranks."""
+    names = ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms")
+    with patch.multiple(FSDPModule, **{name: lambda *_: None for name in names}):
+        yield
+
+
+@contextmanager
+def unreduced() -> Iterator[None]:
+    """A parameter that tensor ranks share keeps the gradient of this rank's part of the sequence."""
+    with patch.object(FSDPParam, "_get_grad_inner_tensor", lambda _, grad: getattr(grad, "_local_tensor", grad)):
+        yield
+
+
+@contextmanager
+def own_mean() -> Iterator[None]:
+    """Each rank divides by its own count of labels: a mean of means."""
+
+    def count(stepper: Stepper, batches: Any) -> torch.Tensor:
+        mine = sum(int((batch.labels != -100).sum()) for batch in batches)
+        return torch.tensor(float(mine * stepper.mesh.data_ranks), dtype=torch.float64)
+
+    with patch.object(Stepper, "_valid_tokens", count):
+        yield
+
+
+@contextmanager
+def double_norm() -> Iterator[None]:
+    squares = Gradients.squares
+    with patch.object(Gradients, "squares", lambda gradients: 4 * squares(gradients)):
+        yield
+
+
+BREAKS = {"averaged": averaged, "unreduced": unreduced, "own_mean": own_mean}
+
+
+def certified(run: Run, broken: str | None = None) -> Certificate:
+    """On one rank of the gloo world."""
+    with BREAKS[broken]() if broken else nullcontext():
+        ranks = Process.join("cpu", run.parallel.world, timeout_seconds=60)
+        return certify(TASK, run, ranks, {})
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "choices"),
+    [
+        pytest.param("single", {}, {}, id="single"),
+        pytest.param("tp2_fsdp2", {}, {}, id="tp2_fsdp2"),
+        pytest.param("hsdp2x2", {"tied_embeddings": True}, {"recompute": "full"}, id="hsdp2x2-tied-recompute"),
+    ],
+)
+def test_a_right_layout_passes(ranks: Ranks, layout: str, model: dict[str, Any], choices: dict[str, Any]) -> None:
+    results = ranks(section("parallel", layout).world, certified, run_of(layout, model, **choices))
+    for certificate in results:
+        assert certificate.failed == []
+        assert certificate.to_dict() == results[0].to_dict()
+    parameters = {each.name for each in results[0].differences if each.kind == "gradient"}
+    assert parameters == {weight.name for weight in tiny_llama(**model).weights()}
+    # Far inside the tolerances, but not the same numbers twice: the two ways really differ.
+    assert results[0].worst("gradient", "direction") < 1e-5
+    assert layout == "single" or results[0].worst("gradient", "direction") > 0
+
+
+def test_bfloat16_passes_its_own_tolerances(ranks: Ranks) -> None:
+    certificate = ranks(4, certified, run_of("tp2_fsdp2", precision=section("precision", "bf16")))[0]
+    assert certificate.failed == []
+    assert 1e-4 < certificate.worst("gradient", "direction") < TOLERANCES["bfloat16"].gradient
+
+
+def culprits(certificate: Certificate) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for each in certificate.failed:
+        found.setdefault(each.kind, set()).add(each.name)
+    return found
+
+
+def test_a_mean_in_place_of_a_sum_is_seen_in_every_parameter(ranks: Ranks) -> None:
+    """AdamW does not mind the scale of gradients: losses agree, and only gradients tell."""
+    found = culprits(ranks(2, certified, run_of("fsdp2"), "averaged")[0])
+    assert found["gradient"] == {weight.name for weight in tiny_llama().weights()}
+    assert "loss" not in found
+
+
+def test_a_missing_reduction_over_tensor_ranks_is_seen_where_it_is(ranks: Ranks) -> None:
+    found = culprits(ranks(2, certified, run_of("tp2"), "unreduced")[0])
+    norms = {weight.name for weight in tiny_llama().weights() if "norm" in weight.name}
+    wrong = found["gradient"] | found["direction"]
+    assert wrong - {"tok_embeddings.weight"} == norms  # the table's gradient is reduced there too
+
+
+def test_a_mean_of_means_is_seen(ranks: Ranks) -> None:
+    found = culprits(ranks(2, certified, run_of("fsdp2"), "own_mean")[0])
+    assert "step 1" in found["loss"]
+    assert len(found["direction"]) > len(tiny_llama().weights()) / 2
+
+
+def test_rows_are_the_same_whoever_reads_them() -> None:
+    run = run_of("fsdp2", {"attention": "flex", "mask": "block_causal"})
+    alone = rows(TASK, run, rank=0, ranks=1)
+    apart = [rows(TASK, run, rank=rank, ranks=2) for rank in range(2)]
+    for index, batch in enumerate(alone):
+        other = apart[index % 2][index // 2]
+        assert batch.samples == other.samples
+        for name in ("tokens", "labels", "positions", "documents"):
+            assert torch.equal(getattr(batch, name), getattr(other, name)), name
+    counts = {int((batch.labels != -100).sum()) for batch in alone}
+    assert len(counts) > len(alone) / 2, "rows differ in what counts"
+    for batch in alone:
+        for place, document in enumerate(batch.documents[0].tolist()):
+            begins = batch.documents[0].tolist().index(document)
+            assert batch.positions[0, place] == place - begins
+
+
+def test_what_is_not_a_number_fails() -> None:
+    right = Trace([1.0], [1.0], {"a": Gradient(1.0, 0.5)})
+    wrong = Trace([float("nan")], [1.0], {"a": Gradient(1.0, float("inf"))})
+    failed = [each for each in compare(wrong, right, TOLERANCES["float32"]) if not each.passed]
+    assert [(each.kind, each.name) for each in failed] == [("loss", "step 1"), ("direction", "a")]
+    assert all(each.passed for each in compare(right, right, TOLERANCES["float32"]))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This process as the only rank of an outer launcher."""
+    monkeypatch.setattr("sys.argv", ["launch.py", *TINY, f"root={tmp_path}", f"folder={tmp_path / 'run'}"])
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "HYDRA_FULL_ERROR": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    GlobalHydra.instance().clear()
+    yield tmp_path / "run"
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_the_command_leaves_a_certificate(one_rank: Path) -> None:
+    assert launch.main() == 0
+    certificate = json.loads((one_rank / "certificate.json").read_text())
+    assert certificate["verdict"] == "passed"
+    assert certificate["torch"] == torch.__version__
+    assert len(certificate["config"]) == 8
+    assert {each["kind"] for each in certificate["figures"]} == {"loss", "grad_norm", "gradient", "direction"}
+    assert attempts(one_rank)[-1].ended == "finished"
+
+
+def test_the_command_that_fails_leaves_the_proof_and_exit_code_1(
+    one_rank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with double_norm():
+        assert launch.main() == 1
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1].endswith("beyond their tolerance: grad_norm of step 1 by 1.0e+00")
+    assert "Traceback" not in told.err
+    assert "WRONG" in told.out
+    certificate = json.loads((one_rank / "certificate.json").read_text())
+    assert certificate["verdict"] == "failed"
+    assert {each["kind"] for each in certificate["figures"] if not each["passed"]} == {"grad_norm"}
+    assert attempts(one_rank)[-1].ended == "failed"
+
+
+def test_a_verdict_is_no_fault_of_the_command() -> None:
+    assert VerdictError("no").exit_code == 1
