@@ -29,8 +29,20 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from src.distributed.float8 import Float8
 from src.models.cross_entropy import Output
 from src.models.decoder import Decoder
+
+
+class _Embedding(ParallelStyle):
+    """Cut the words of the table."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+        module = style._apply(module, device_mesh)
+        # What comes out is a view of a DTensor. FSDP hangs its hook on it, and an operation in place would lose that.
+        module.register_forward_hook(lambda _module, _inputs, hidden: hidden.clone())
+        return module
 
 
 class _Gather(ParallelStyle):
@@ -91,7 +103,7 @@ class _Vocabulary(ParallelStyle):
 def _style(role: str) -> ParallelStyle:
     match role:
         case "embedding":
-            return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+            return _Embedding()
         case "sequence":
             return SequenceParallel()
         case "gather":
@@ -111,11 +123,16 @@ def _modules(model: nn.Module, pattern: str) -> Iterator[str]:
     return (name for name, _ in model.named_modules() if name.count(".") == depth and fnmatchcase(name, pattern))
 
 
-def split_tensor(model: Decoder, mesh: DeviceMesh | None) -> None:
+def split_tensor(model: Decoder, mesh: DeviceMesh | None, float8: Float8 | None = None) -> None:
     """Cut every module that has a role over `mesh`; every parameter becomes a DTensor there."""
     if mesh is None:
         return
-    plan = {name: _style(role) for pattern, role in model.roles.items() for name in _modules(model, pattern)}
+    roles = {name: role for pattern, role in model.roles.items() for name in _modules(model, pattern)}
+    plan = {name: _style(role) for name, role in roles.items()}
+    if float8 is not None and float8.recipe == "tensorwise":
+        from src.distributed.float8_tensor import float8_styles
+
+        plan |= float8_styles(model, roles)
     parallelize_module(model, mesh, plan)
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not whole, f"no role cuts {whole}"
