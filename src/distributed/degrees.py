@@ -58,3 +58,11 @@ class Degrees(Config):
     def fsdp(self) -> int:
         """Ranks over which one parameter is cut: those of a cut sequence share the work too."""
         return self.shard * self.context
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether FSDP lets go of gathered weights after the forward pass.
+
+        By default not in a pipeline, where every micro-batch would gather them twice.
+        """
+        return self.reshard == "always" or (self.reshard == "default" and self.pipeline == 1)

@@ -8,15 +8,15 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 class Gradients:
-    """The gradients of `parameters` as local shards.
+    """The gradients of `parameters` as local shards; `holders` ranks hold each parameter between them.
 
     A shard counts in the norm once, however many ranks hold a copy of it: the local sum of squares is divided by the
     number of copies, and the sum over the world is the squared norm for any mix of meshes, plain tensors included.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], world: int) -> None:
+    def __init__(self, parameters: list[nn.Parameter], holders: int) -> None:
         self.parameters = parameters
-        shares = [_pieces(parameter) / world for parameter in parameters]
+        shares = [_pieces(parameter) / holders for parameter in parameters]
         self.shares = torch.tensor(shares, dtype=torch.float32, device=parameters[0].device)
 
     def local(self) -> list[Tensor]:

@@ -43,6 +43,11 @@ class Mesh:
         return self.weights["replicate", "shard"] if self.degrees.replicate > 1 else self.weights["shard"]
 
     @property
+    def pipeline(self) -> DeviceMesh:
+        """The ranks that hold the stages of one model, in the order of `stages.owned`."""
+        return self.whole["pipeline"]
+
+    @property
     def data_ranks(self) -> int:
         """How many ranks read different samples."""
         return self.degrees.data_ranks

@@ -217,8 +217,9 @@ def _micro_batch_problems(degrees: Degrees, n_layers: int, micro_batches: int) -
         legal = [number for number in range(1, 2 * micro_batches) if _in_rounds(number, ranks)]
         below, above = (max(n for n in legal if n < micro_batches), min(n for n in legal if n > micro_batches))
         return [
-            f"parallel.pipeline_schedule={name} takes micro-batches in equal rounds of at least parallel.pipeline={ranks}, "
-            f"and task.global_batch over task.micro_batch makes {micro_batches} ({below} or {above} would do)"
+            f"parallel.pipeline_schedule={name} takes micro-batches in equal rounds of about "
+            f"parallel.pipeline={ranks}, and task.global_batch over task.micro_batch makes {micro_batches} "
+            f"({below} or {above} would do)"
         ]
     return []
 

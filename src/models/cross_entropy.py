@@ -67,6 +67,7 @@ class Output(nn.Linear):
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
         self.gradient: Callable[..., Tensor] = gradient
+        self.backward_once = True  # False where a pipeline asks for the gradients of inputs and of weights apart
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -100,9 +101,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.scale = Tensor.mul_ if output.backward_once else Tensor.mul
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None
+        return ctx.scale(grad_hidden, grads[0]), ctx.scale(grad_weight, grads[0]), None, None

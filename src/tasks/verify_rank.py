@@ -7,7 +7,7 @@ the layout's gradients are added up here, not by the train step.
 import gc
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -24,6 +24,7 @@ from src.config.tree import identity, read
 from src.data.batches import Batch
 from src.distributed.collectives import world_sum
 from src.distributed.mesh import Mesh
+from src.distributed.network import forward_loss
 from src.distributed.process import Ranks, device_type
 from src.distributed.weights import seed_of
 from src.errors import VerdictError
@@ -33,9 +34,9 @@ from src.tasks.certificate import TOLERANCES, Certificate, Gradient, Trace, comp
 from src.tasks.verify import Verify
 from src.train.run import Run
 from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
-from src.train.step import forward_loss
 
 CERTIFICATE_FILE = "certificate.json"
+TABLE_COLUMNS = 110  # where the output is a file
 DOCUMENT_TOKENS = 24  # mean length of the documents that a row is made of
 MOST_IGNORED = 0.75  # of a row's labels: ranks must differ in what counts, or a mean of means would do
 SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
@@ -50,6 +51,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     if ranks.rank == 0:
         (folder / CERTIFICATE_FILE).write_text(json.dumps(certificate.to_dict(), indent=2) + "\n")
         terminal = Console(soft_wrap=True)
+        terminal.width = max(terminal.width, TABLE_COLUMNS)
         terminal.print(*certificate.tables(), certificate.tolerances.why, sep="\n")
         terminal.print(f"{'FAILED' if certificate.failed else 'passed'}: {folder / CERTIFICATE_FILE}")
     ranks.leave()
@@ -73,7 +75,7 @@ def certify(task: Verify, run: Run, ranks: Ranks, facts: dict[str, Any]) -> Cert
 
 def _single(run: Run) -> Run:
     """The same run on one device, without anything that is there for speed or memory."""
-    ones = dict.fromkeys((*run.parallel.axes, "expert"), 1)
+    ones = dict.fromkeys((*run.parallel.axes, "expert"), 1) | {"stages": None, "layers_per_stage": None}
     return replace(
         run,
         parallel=run.parallel.model_copy(update=ones),
@@ -125,7 +127,7 @@ def _row(task: Verify, run: Run, sample: int) -> tuple[Tensor, Tensor, Tensor]:
 def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
     """Plain training on this rank's device; no other rank takes part."""
     training = assemble(run, ranks, skips=0, mesh=mesh)
-    model, optimizer = training.model, training.state.optimizer
+    (model,), optimizer = training.network.parts, training.state.optimizer
     batches = rows(task, run, rank=0, ranks=1)
     tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     set_learning_rate(optimizer, run.optim.lr)
@@ -138,12 +140,18 @@ def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
             loss.backward()
             losses[-1] += loss.item()
         if step == 0:
-            gradients = _read(_names(run), _measure(_names(run), model, run.seed))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_norm or float("inf"))
-        grad_norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+            gradients = _read(_names(run), _measure(_names(run), model.named_parameters(), run.seed))
+        grad_norms.append(_whole_norm(model))
+        nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
     return Trace(losses, grad_norms, gradients)
+
+
+def _whole_norm(model: nn.Module) -> float:
+    """Of all gradients of a model that is whole on this rank; float64, since torch's sums on the CPU lose 1e-5."""
+    gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt())
 
 
 def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
@@ -153,7 +161,7 @@ def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
     batches = rows(task, run, training.mesh.data_rank, training.mesh.data_ranks)
     set_learning_rate(training.state.optimizer, run.optim.lr)
     outcomes = []
-    with _first_gradients(training, lambda: _measure(names, training.model, run.seed)) as measured:
+    with _first_gradients(training, lambda: _measure(names, training.network.named_parameters(), run.seed)) as measured:
         for _ in range(task.steps):
             outcomes.append(training.stepper(batches, stop=False).tolist())
     losses, grad_norms = [outcome[0] for outcome in outcomes], [outcome[1] for outcome in outcomes]
@@ -185,12 +193,12 @@ def _names(run: Run) -> list[str]:
 
 
 @torch.no_grad()
-def _measure(names: list[str], model: nn.Module, seed: int) -> Tensor:
+def _measure(names: list[str], parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> Tensor:
     """(parameters, 3) in float64: squared norm and direction of this rank's shard, and 1 / pieces.
 
     Sums over any set of ranks that holds every parameter give the figures of the whole, see `_read`.
     """
-    held = dict(model.named_parameters())
+    held = dict(parameters)
     device = next(iter(held.values())).device
     table = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
     for index, name in enumerate(names):

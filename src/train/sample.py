@@ -4,7 +4,6 @@ serving.
 
 import torch
 
-from src.distributed.shard import inference
 from src.train.setup import Training
 
 
@@ -13,16 +12,15 @@ def sample(training: Training, prompt: list[int], count: int, temperature: float
 
     Lengths are padded to what the layout can cut: attention is causal, so what stands behind a token changes nothing.
     """
-    model, degrees = training.model, training.mesh.degrees
+    network, degrees = training.network, training.mesh.degrees
     multiple = 2 * degrees.context * degrees.tensor
     generator = torch.Generator().manual_seed(seed)  # on the CPU: equal draws on every rank
-    tokens = list(prompt)
-    with inference(model):
+    tokens, most = list(prompt), network.parts[0].config.max_seq_len
+    with network.inference():
         for _ in range(count):
-            window = tokens[-model.config.max_seq_len // multiple * multiple :]
+            window = tokens[-most // multiple * multiple :]
             row = torch.tensor([window + [0] * (-len(window) % multiple)], device=training.ranks.device)
-            mask = model.attention_mask(torch.zeros_like(row, dtype=torch.int32), 1, row.shape[1])
-            logits = model(row, mask=mask)[0, len(window) - 1].float().cpu()
+            logits = network.logits(row, len(window) - 1).float().cpu()
             tokens.append(_draw(logits, temperature, generator))
     return tokens[len(prompt) :]
 

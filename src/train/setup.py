@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from src.distributed.mesh import Mesh
+from src.distributed.network import Network
 from src.distributed.parallelize import parallelize
+from src.distributed.pipeline import build, connect
 from src.distributed.process import Ranks
 from src.distributed.weights import initialise, materialise
-from src.models.decoder import Decoder
 from src.train.run import Run
 from src.train.state import TrainState
 from src.train.step import Stepper
@@ -23,7 +24,7 @@ class Training:
 
     ranks: Ranks
     mesh: Mesh
-    model: Decoder
+    network: Network
     state: TrainState
     stepper: Stepper
 
@@ -34,15 +35,16 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) ->
     `mesh`: where the world is not the layout's own.
     """
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
-    with torch.device("meta"):
-        model = run.model.build()
-    model.to(getattr(torch, run.precision.storage))
-    parallelize(model, mesh, run.precision, run.recompute, run.compile)
-    materialise(model, ranks.device)
-    initialise(model, run.seed)
-    optimizer = run.optim.build(model.named_parameters(), ranks.device)
-    stepper = Stepper(model, optimizer, mesh, ranks.device, run.optim.max_norm, skips)
-    return Training(ranks, mesh, model, TrainState(model, optimizer, run.seed), stepper)
+    parts = build(run.model.build, run.model.n_layers, run.parallel, mesh.pipeline.get_local_rank())
+    for part in parts.values():
+        part.to(getattr(torch, run.precision.storage))
+        parallelize(part, mesh, run.precision, run.recompute, run.compile)
+        materialise(part, ranks.device)
+        initialise(part, run.seed)
+    network = connect(parts, mesh, ranks.device, getattr(torch, run.precision.compute))
+    optimizer = run.optim.build(network.named_parameters(), ranks.device)
+    stepper = Stepper(network, optimizer, run.optim.max_norm, skips)
+    return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed), stepper)
 
 
 def make_deterministic() -> None:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from src.distributed.network import Network
 from src.optim.state import optimizer_state
 
 
@@ -14,7 +14,7 @@ from src.optim.state import optimizer_state
 class TrainState:
     """`step` optimizer steps are done, over `tokens` valid labels, and samples [0, `position`) are used up."""
 
-    model: nn.Module
+    network: Network
     optimizer: Optimizer
     seed: int
     step: int = 0
@@ -25,8 +25,8 @@ class TrainState:
     def tree(self, learning_rate: float) -> dict[str, Any]:
         """What a checkpoint holds; the tensors are the live ones."""
         return {
-            "model": _parameters_and_buffers(self.model),
-            "optimizer": optimizer_state(self.optimizer, self.model.named_parameters()),
+            "model": self.network.tensors(),
+            "optimizer": optimizer_state(self.optimizer, self.network.named_parameters()),
             "step": self.step,
             "tokens": self.tokens,
             "position": self.position,
@@ -42,10 +42,3 @@ class TrainState:
         self.step, self.tokens, self.position = tree["step"], tree["tokens"], tree["position"]
         self.digest = tree["digest"]
         torch.set_rng_state(tree["rng"]["torch"])
-
-
-def _parameters_and_buffers(model: nn.Module) -> dict[str, Any]:
-    """Tied weights once, by their first name."""
-    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    shared -= {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}

@@ -10,10 +10,8 @@ from torch.optim import Optimizer
 from src.data.batches import Batch
 from src.distributed.collectives import world_sum
 from src.distributed.gradients import Gradients
-from src.distributed.mesh import Mesh
-from src.distributed.shard import synchronise_gradients
+from src.distributed.network import Network
 from src.models.cross_entropy import IGNORED
-from src.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,20 @@ class Stepper:
     host may learn of it a step late and nothing is lost.
     """
 
-    def __init__(
-        self, model: Decoder, optimizer: Optimizer, mesh: Mesh, device: torch.device, max_norm: float | None, skips: int
-    ) -> None:
-        self.model, self.optimizer, self.mesh, self.device = model, optimizer, mesh, device
-        self.max_norm, self.skips = max_norm, skips
-        self.gradients = Gradients([p for p in model.parameters() if p.requires_grad], mesh.world)
-        self.in_a_row = torch.zeros((), device=device)
-        self.dead = torch.zeros((), device=device)
+    def __init__(self, network: Network, optimizer: Optimizer, max_norm: float | None, skips: int) -> None:
+        self.network, self.optimizer, self.max_norm, self.skips = network, optimizer, max_norm, skips
+        self.mesh, self.device = network.mesh, network.device
+        parameters = [parameter for _, parameter in network.named_parameters() if parameter.requires_grad]
+        self.gradients = Gradients(parameters, self.mesh.world // self.mesh.degrees.pipeline)
+        self.in_a_row = torch.zeros((), device=self.device)
+        self.dead = torch.zeros((), device=self.device)
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> Tensor:
         """Collective. [loss, norm, tokens, skipped, dead, stop] on the device: see `Outcome`."""
         tokens = self._valid_tokens(batches)
-        loss = self._accumulate(batches, 1.0 / tokens.clamp(min=1))
-        facts = torch.stack((self.gradients.squares(), loss / self.mesh.loss_copies, loss.new_tensor(float(stop))))
+        loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
+        vote = torch.full((), float(stop), device=self.device)  # a tensor made from data would wait for the device
+        facts = torch.stack((self.gradients.squares(), loss / self.mesh.loss_copies, vote))
         squares, loss, votes = world_sum(facts).unbind()
         norm = squares.sqrt()
         skipped = self._decide(torch.isfinite(loss) & torch.isfinite(norm))
@@ -64,20 +62,9 @@ class Stepper:
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""
-        mine = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-        count = torch.tensor(float(mine), dtype=torch.float64).to(self.device, non_blocking=True)
+        mine = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()  # where the loader put them
+        count = mine.double().to(self.device, non_blocking=True)
         return world_sum(count) / self.mesh.label_copies
-
-    def _accumulate(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        """Gradients of this rank's summed cross entropy times `scale`; returns that loss."""
-        total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            synchronise_gradients(self.model, last or self.mesh.degrees.sync_each_micro_batch, last=last)
-            loss = forward_loss(self.model, batch, self.device) * scale.float()
-            loss.backward()
-            total += loss.detach()
-        return total
 
     def _decide(self, finite: Tensor) -> Tensor:
         """1.0 when this step must not update; also remembers how many such steps came in a row."""
@@ -85,17 +72,6 @@ class Stepper:
         self.in_a_row = (self.in_a_row + 1) * skipped
         self.dead = torch.maximum(self.dead, (self.in_a_row > self.skips).float())
         return skipped
-
-
-def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:
-    """The summed cross entropy of one micro-batch; training and validation both come this way."""
-    tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
-    positions, documents = (
-        None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.documents)
-    )
-    mask = model.attention_mask(documents, tokens.shape[0], tokens.shape[1])
-    loss: Tensor = model(tokens, labels=labels, positions=positions, mask=mask)
-    return loss
 
 
 class Readback:

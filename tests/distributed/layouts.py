@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from src.distributed.compiling import Compile
 from src.distributed.degrees import Degrees
 from src.distributed.mesh import Mesh
+from src.distributed.network import Network
 from src.distributed.parallelize import parallelize
+from src.distributed.pipeline import build, connect
 from src.distributed.precision import Precision
 from src.distributed.recompute import Recompute
 from src.distributed.weights import initialise, materialise
@@ -43,23 +45,30 @@ def recomputed(option: str) -> Recompute:
     return Recompute(mode=mode, every=every, budget=budget)  # type: ignore[arg-type]
 
 
-def parallel_model(
+def parallel_network(
     config: Llama3Config,
     layout: Degrees,
     precision: Precision = FP32,
     recompute: str = "none",
     compile: Compile = PLAIN,
     seed: int = 0,
-) -> tuple[nn.Module, Mesh]:
-    """The model with its name-seeded weights on this rank."""
-    mesh = Mesh(layout, "cpu")
-    with torch.device("meta"):
-        model = config.build()
-    model.to(getattr(torch, precision.storage))
-    parallelize(model, mesh, precision, recomputed(recompute), compile)
-    materialise(model, torch.device("cpu"))
-    initialise(model, seed)
-    return model, mesh
+) -> Network:
+    """The model, or this rank's stages of it, with its name-seeded weights."""
+    mesh, device = Mesh(layout, "cpu"), torch.device("cpu")
+    parts = build(config.build, config.n_layers, layout, mesh.pipeline.get_local_rank())
+    for part in parts.values():
+        part.to(getattr(torch, precision.storage))
+        parallelize(part, mesh, precision, recomputed(recompute), compile)
+        materialise(part, device)
+        initialise(part, seed)
+    return connect(parts, mesh, device, getattr(torch, precision.compute))
+
+
+def parallel_model(*args: Any, **options: Any) -> tuple[nn.Module, Mesh]:
+    """The same, where no pipeline cuts the model."""
+    network = parallel_network(*args, **options)
+    (model,) = network.parts
+    return model, network.mesh
 
 
 @dataclass

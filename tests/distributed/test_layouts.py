@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from src.train.step import Stepper
-from tests.distributed.layouts import degrees, parallel_model, rows, share
+from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
 
@@ -21,20 +21,20 @@ def trained(layout: str, options: dict[str, Any], changes: dict[str, Any]) -> di
     """Losses, norms, first gradients and last weights of a few steps."""
     torch.manual_seed(0)
     config = tiny_llama(**changes)
-    model, mesh = parallel_model(
+    network = parallel_network(
         config, degrees(layout, **options.get("degrees", {})), recompute=options.get("recompute", "none")
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    stepper = Stepper(model, optimizer, mesh, torch.device("cpu"), max_norm=options.get("max_norm", 1.0), skips=0)
-    start = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    stepper = Stepper(network, optimizer, max_norm=options.get("max_norm", 1.0), skips=0)
+    start = {name: whole(parameter) for name, parameter in network.named_parameters()}
     losses, norms = [], []
     for step in range(STEPS):
         batch = rows(8, 16, config.vocab_size, seed=step)
-        outcome = stepper(share(batch, mesh, micro_batches=options.get("micro_batches", 2)), stop=False)
+        outcome = stepper(share(batch, network.mesh, micro_batches=options.get("micro_batches", 2)), stop=False)
         losses.append(outcome[0].item())
         norms.append(outcome[1].item())
-    end = {name: whole(parameter) for name, parameter in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "start": start, "end": end, "names": set(model.state_dict())}
+    end = {name: whole(parameter) for name, parameter in network.named_parameters()}
+    return {"losses": losses, "norms": norms, "start": start, "end": end, "names": set(network.tensors())}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,18 +90,18 @@ def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
     then.
     """
     config = tiny_llama()
-    model, mesh = parallel_model(config, degrees(layout))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    stepper = Stepper(model, optimizer, mesh, torch.device("cpu"), max_norm=1.0, skips=skips)
+    network = parallel_network(config, degrees(layout))
+    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    stepper = Stepper(network, optimizer, max_norm=1.0, skips=skips)
     outcomes, kept = [], True
     for step in range(4):
-        before = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        before = {name: whole(parameter) for name, parameter in network.named_parameters()}
         gradients = stepper.gradients.squares
         factor = float("inf") if step in (1, 2) and torch.distributed.get_rank() == 0 else 1.0
         stepper.gradients.squares = partial(_times, gradients, factor)  # type: ignore[method-assign]
-        outcomes.append(stepper(share(rows(4, 16, config.vocab_size), mesh, 1), stop=step == 3).tolist())
+        outcomes.append(stepper(share(rows(4, 16, config.vocab_size), network.mesh, 1), stop=step == 3).tolist())
         stepper.gradients.squares = gradients  # type: ignore[method-assign]
-        same = all(torch.equal(before[name], whole(parameter)) for name, parameter in model.named_parameters())
+        same = all(torch.equal(before[name], whole(parameter)) for name, parameter in network.named_parameters())
         kept = kept and same == (outcomes[-1][3] + outcomes[-1][4] > 0)
     return outcomes, kept
 

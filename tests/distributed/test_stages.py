@@ -6,7 +6,17 @@ from unittest.mock import MagicMock
 import pytest
 
 from src.distributed.degrees import Degrees
-from src.distributed.stages import SCHEDULES, in_flight, module_of, modules, owned, problems, split, stage_count, warnings
+from src.distributed.stages import (
+    SCHEDULES,
+    in_flight,
+    module_of,
+    modules,
+    owned,
+    problems,
+    split,
+    stage_count,
+    warnings,
+)
 from tests.distributed.layouts import degrees
 from tests.models.shapes import tiny_llama
 

@@ -18,6 +18,7 @@ import launch
 from src.cluster.folder import RunFolder
 from src.cluster.job import perform
 from src.config import tree as trees
+from src.distributed.network import Whole
 from src.errors import UserError
 from src.train.plan import plan
 from src.train.step import Stepper
@@ -77,7 +78,7 @@ class Shot:
         target = {
             "start": "src.tasks.pretrain_rank.resume",
             "step": "src.train.step.Stepper.__call__",
-            "validation": "src.train.validate.forward_loss",
+            "validation": "src.distributed.network.Whole.loss",
         }[self.where]
         calls = 0
 
@@ -89,7 +90,7 @@ class Shot:
             return original(*args, **kwargs)
 
         module, _, name = target.rpartition(".")
-        owner = Stepper if module.endswith("Stepper") else sys.modules[module]
+        owner = {"Stepper": Stepper, "Whole": Whole}.get(module.rpartition(".")[2]) or sys.modules[module]
         original = getattr(owner, name)
         # A plain function, so that it binds like the method it stands for.
         with patch.object(owner, name, lambda *args, **kwargs: hit(original, *args, **kwargs)):
@@ -98,8 +99,7 @@ class Shot:
 
 def live(folder: Path, shot: Shot | None = None) -> bool | tuple[str, ...]:
     """A rank's life: whether it came to the end of its task; the problems, where the user is told some."""
-    import src.tasks.pretrain_rank
-    import src.train.validate  # noqa: F401  (both are aimed at by name)
+    import src.tasks.pretrain_rank  # noqa: F401  (aimed at by name)
 
     with contextlib.nullcontext() if shot is None else shot.aimed():
         try:
