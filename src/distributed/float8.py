@@ -49,6 +49,11 @@ class Float8(Config):
             raise ValueError(f"all_gather=true with recipe={self.recipe}; only recipe=tensorwise gathers float8")
         return self
 
+    @property
+    def exchanged(self) -> bool:
+        """Whether tensor parallel ranks send each other float8: with one scale a tensor, and where NCCL carries it."""
+        return self.recipe == "tensorwise" and not self.emulate
+
     def problems(self, weights: Iterable[Matrix], degrees: "Degrees", *, compiled: bool, gpu: bool) -> list[str]:
         """Why this cannot be had: key, value, rule, what would do. `gpu`: whether ranks have one, as far as known."""
         found, names = [], _linears(weights)

@@ -16,7 +16,7 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
     """In place, on the meta device: cut matrices and sequences, choose what to recompute, compile, cut parameters."""
     if (float8 := precision.float8) is not None:
         float8.convert(model, mesh.degrees.tensor, mesh.whole.device_type)
-    split_tensor(model, mesh.tensor)
+    split_tensor(model, mesh.tensor, float8=float8 is not None and float8.exchanged)
     split_context(model, mesh.context, mesh.degrees)
     recompute.apply(model)
     compile.apply(model, budget=recompute.budget, round_each_step=float8 is not None and float8.recipe != "tensorwise")

@@ -29,7 +29,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from src.distributed.float8 import Float8
 from src.models.cross_entropy import Output
 from src.models.decoder import Decoder
 
@@ -123,13 +122,16 @@ def _modules(model: nn.Module, pattern: str) -> Iterator[str]:
     return (name for name, _ in model.named_modules() if name.count(".") == depth and fnmatchcase(name, pattern))
 
 
-def split_tensor(model: Decoder, mesh: DeviceMesh | None, float8: Float8 | None = None) -> None:
-    """Cut every module that has a role over `mesh`; every parameter becomes a DTensor there."""
+def split_tensor(model: Decoder, mesh: DeviceMesh | None, *, float8: bool = False) -> None:
+    """Cut every module that has a role over `mesh`; every parameter becomes a DTensor there.
+
+    `float8`: ranks exchange float8 activations where every matrix that reads them is float8 too.
+    """
     if mesh is None:
         return
     roles = {name: role for pattern, role in model.roles.items() for name in _modules(model, pattern)}
     plan = {name: _style(role) for name, role in roles.items()}
-    if float8 is not None and float8.recipe == "tensorwise":
+    if float8:
         from src.distributed.float8_tensor import float8_styles
 
         plan |= float8_styles(model, roles)
