@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -22,7 +23,7 @@ from src.config.build import build
 from src.config.command_line import COMPOSITION_ERRORS, arguments, problem
 from src.config.groups import CONF
 from src.config.tree import Tree, identity, resolve
-from src.errors import DataError, PlanError, UserError
+from src.errors import DataError, PlanError, UserError, VerdictError
 
 if TYPE_CHECKING:
     from src.cluster.folder import RunFolder
@@ -93,14 +94,24 @@ def unfit(run: "Run") -> list[str]:
     return vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
 
 
-def show(plan: "Plan") -> None:
-    """The table for people on stderr, the JSON for machines on stdout."""
+def show(run: "Run", plan: "Plan") -> list[str]:
+    """The table for people on stderr, the JSON for machines on stdout; returns where ranks that were built disagree."""
     from rich.console import Console
 
+    from src.train.rehearse import rehearse
+    from src.train.rehearse import render as compared
+    from src.train.run import Rehearses
     from src.train.table import render
 
-    Console(stderr=True).print(render(plan))
-    print(plan.to_json())
+    terminal = Console(stderr=True)
+    terminal.print(render(plan))
+    if not isinstance(run.task, Rehearses) or not run.task.rehearse:
+        print(plan.to_json())
+        return []
+    built = rehearse(replace(run, recompute=plan.recompute), run.task.rehearse_ranks)
+    terminal.print(compared(built))
+    print(json.dumps(plan.to_dict() | {"rehearsal": [each.to_dict() for each in built]}, indent=2))
+    return [problem for each in built for problem in each.problems]
 
 
 def feed(run: "Run") -> "Corpus | None":
@@ -208,8 +219,8 @@ def main() -> int:
     except UserError as error:
         return refused(error)
     dry = [point for point in points if point[1].dry_run]
-    for _, _, plan in dry:
-        show(plan)
+    if disagreements := [line for _, run, plan in dry for line in show(run, plan)]:
+        return refused(VerdictError(disagreements))
     code = sweep([point for point in points if point not in dry])
     if code == 0 and len(dry) < len(points) and "RANK" not in os.environ:
         print(f"to go on from there: {command}", file=sys.stderr)

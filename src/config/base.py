@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, Strict
 
 
 class Config(BaseModel):
@@ -16,6 +16,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-# YAML has no paths and no tuples; these two are the only coercions.
+# YAML has no paths and no tuples; these are the only coercions.
 PathField = Annotated[Path, Strict(strict=False)]
 Names = Annotated[tuple[str, ...], Strict(strict=False)]
+RankNumbers = Annotated[tuple[NonNegativeInt, ...], Strict(strict=False)]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import PositiveInt
 
-from src.config.base import Config
+from src.config.base import Config, RankNumbers
 
 if TYPE_CHECKING:
     from src.train.run import Run
@@ -22,6 +22,8 @@ class Bench(Config):
     global_batch: PositiveInt
     micro_batch: PositiveInt
     profile: bool
+    rehearse: bool
+    rehearse_ranks: RankNumbers | None
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Collective: a rank's whole life."""

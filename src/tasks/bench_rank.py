@@ -13,6 +13,7 @@ from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
 from src.optim.state import set_learning_rate
 from src.tasks.bench import Bench
+from src.train.choice import settled
 from src.train.plan import Plan, plan
 from src.train.run import Run
 from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
@@ -27,6 +28,7 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     ranks = Ranks.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
+    run = settled(run, folder)
     training = assemble(run, ranks, skips=0)
     planned = plan(run)
     set_learning_rate(training.state.optimizer, run.optim.lr)
@@ -74,7 +76,7 @@ def _measure(
         devices=planned.world,
         flops_per_token=planned.flops_per_token,
         flops_per_token_causal=planned.flops_per_token_causal,
-        peak=peak_flops(name, run.precision.compute) if device.type == "cuda" else None,
+        peak=peak_flops(name, run.precision.arithmetic) if device.type == "cuda" else None,
     )
     # As in training: nothing waits for the device between two steps, so the figure is the mean over all of them.
     losses = losses + _steps(training, batches, task.steps)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from src.config.base import Config
+from src.config.base import Config, RankNumbers
 
 if TYPE_CHECKING:
     from src.train.run import Run
@@ -30,6 +30,8 @@ class Pretrain(Config):
     sample_prompt: str | None
     sample_tokens: PositiveInt
     sample_temperature: NonNegativeFloat
+    rehearse: bool
+    rehearse_ranks: RankNumbers | None
 
     @property
     def skips(self) -> int:

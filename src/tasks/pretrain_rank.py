@@ -107,7 +107,7 @@ def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
         devices=planned.world,
         flops_per_token=planned.flops_per_token,
         flops_per_token_causal=planned.flops_per_token_causal,
-        peak=None if name is None else peak_flops(name, run.precision.compute),
+        peak=None if name is None else peak_flops(name, run.precision.arithmetic),
     )
 
 

@@ -32,6 +32,7 @@ from src.models.cross_entropy import IGNORED
 from src.optim.state import set_learning_rate
 from src.tasks.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
 from src.tasks.verify import Verify
+from src.train.choice import NONE, settled
 from src.train.run import Run
 from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
 
@@ -44,6 +45,7 @@ SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
 
 def verify(task: Verify, run: Run, folder: Path) -> bool:
     """Collective. True when the layout trains like one device; VerdictError otherwise."""
+    run = settled(run, folder)
     ranks = Ranks.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
@@ -79,7 +81,7 @@ def _single(run: Run) -> Run:
     return replace(
         run,
         parallel=run.parallel.model_copy(update=ones),
-        recompute=run.recompute.model_copy(update={"mode": "none"}),
+        recompute=NONE,
         compile=run.compile.model_copy(update={"blocks": False, "loss": False}),
     )
 

@@ -17,7 +17,7 @@ from src.models.base import divisors
 from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
-from src.train.run import Devices, Nodes, Run, Validates
+from src.train.run import Devices, Nodes, Rehearses, Run, Validates
 
 
 class Corpus(Protocol):
@@ -83,6 +83,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_length_problems(run),
         *_batch_problems(run),
         *_section_problems(run),
+        *_rehearsal_problems(run),
         *_float8_problems(run, devices),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
@@ -226,6 +227,16 @@ def _batch_problems(run: Run) -> list[str]:
 def _multiples(value: int, of: int) -> str:
     lower = value // of * of
     return f"{lower} or {lower + of} would do" if lower else f"{of} would do"
+
+
+def _rehearsal_problems(run: Run) -> list[str]:
+    if not isinstance(run.task, Rehearses) or not run.task.rehearse:
+        return []
+    found = [] if run.dry_run else ["task.rehearse=true builds ranks and trains nothing; pass dry_run=true"]
+    world = run.parallel.world
+    if beyond := [rank for rank in run.task.rehearse_ranks or () if rank >= world]:
+        found.append(f"task.rehearse_ranks={beyond} are beyond the {world} ranks of parallel; at most {world - 1}")
+    return found
 
 
 def _section_problems(run: Run) -> list[str]:

@@ -48,6 +48,16 @@ class Validates(Protocol):
     def validate_samples(self) -> int: ...
 
 
+@runtime_checkable
+class Rehearses(Protocol):
+    """A task whose layout can be built on one machine, one rank at a time; see src/train/rehearse.py."""
+
+    @property
+    def rehearse(self) -> bool: ...
+    @property
+    def rehearse_ranks(self) -> tuple[int, ...] | None: ...
+
+
 class Devices(Protocol):
     """What the ranks of one machine may use; None where nobody knows or there is no limit, such as ranks on a CPU."""
 

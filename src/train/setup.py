@@ -1,6 +1,7 @@
 """From a run's sections to a model that can take a step on this rank. Each line hands over what the next one needs."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from src.distributed.parallelize import parallelize
 from src.distributed.pipeline import build, connect
 from src.distributed.process import Ranks
 from src.distributed.weights import initialise, materialise
+from src.models.decoder import Decoder
 from src.train.run import Run
 from src.train.state import TrainState
 from src.train.step import Stepper
@@ -35,16 +37,25 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) ->
     `mesh`: where the world is not the layout's own.
     """
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
+    parts = cut(run, mesh)
+    for part in parts.values():
+        materialise(part, ranks.device, offload=run.parallel.cpu_offload)
+        initialise(part, run.seed)
+    network = connect(parts, mesh, ranks.device, getattr(torch, run.precision.compute))
+    optimizer = run.optim.build(network.named_parameters(), ranks.device)
+    float8 = run.precision.float8
+    after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.parts]
+    stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update)
+    return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed), stepper)
+
+
+def cut(run: Run, mesh: Mesh) -> dict[int, Decoder]:
+    """This rank's stages in their layout, by number, on the meta device."""
     parts = build(run.model.build, run.model.n_layers, run.parallel, mesh.pipeline.get_local_rank())
     for part in parts.values():
         part.to(getattr(torch, run.precision.storage))
         parallelize(part, mesh, run.precision, run.recompute, run.compile)
-        materialise(part, ranks.device)
-        initialise(part, run.seed)
-    network = connect(parts, mesh, ranks.device, getattr(torch, run.precision.compute))
-    optimizer = run.optim.build(network.named_parameters(), ranks.device)
-    stepper = Stepper(network, optimizer, run.optim.max_norm, skips)
-    return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed), stepper)
+    return parts
 
 
 def make_deterministic() -> None:
