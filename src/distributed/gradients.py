@@ -17,7 +17,8 @@ class Gradients:
     def __init__(self, parameters: list[nn.Parameter], holders: int) -> None:
         self.parameters = parameters
         shares = [_pieces(parameter) / holders for parameter in parameters]
-        self.shares = torch.tensor(shares, dtype=torch.float32, device=parameters[0].device)
+        self.device = parameters[0].device  # the host, where parameters rest there
+        self.shares = torch.tensor(shares, dtype=torch.float32, device=self.device)
 
     def local(self) -> list[Tensor]:
         """This rank's shards, without those that it has no rows of."""
@@ -33,7 +34,7 @@ class Gradients:
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale by min(1, max_norm / norm), as torch.nn.utils.clip_grad_norm_ does."""
-        torch._foreach_mul_(self.local(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(self.local(), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(self.device))
 
 
 def _pieces(parameter: nn.Parameter) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from src.data.batches import Batch
+from src.distributed.float8 import plain
 from src.distributed.mesh import Mesh
 from src.distributed.shard import synchronise_gradients
 from src.models.decoder import Decoder
@@ -31,7 +32,7 @@ class Network(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Live parameters and persistent buffers by name; a tied weight once, by its first name."""
-        return {name: tensor for part in self.parts for name, tensor in _unshared(part)}
+        return {name: plain(tensor) for part in self.parts for name, tensor in _unshared(part)}
 
     @contextmanager
     def inference(self) -> Iterator[None]:

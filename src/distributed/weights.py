@@ -25,8 +25,10 @@ def initialise(model: Decoder, seed: int) -> None:
     """
     initializers = model.initializers()
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-        generator = torch.Generator(parameter.device).manual_seed(seed_of(seed, name))
+        # Drawn where ranks compute, for a host's generator gives other numbers than a GPU's.
+        device = torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+        generator = torch.Generator(device).manual_seed(seed_of(seed, name))
         initializers[name].fill(whole, generator)
         if isinstance(parameter, DTensor):
             mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -35,7 +37,13 @@ def initialise(model: Decoder, seed: int) -> None:
             parameter.copy_(whole)
 
 
-def materialise(model: Decoder, device: torch.device) -> None:
-    """Give a model on the meta device real, unfilled storage, and its buffers their values."""
-    model.to_empty(device=device)
+def materialise(model: Decoder, device: torch.device, *, offload: bool = False) -> None:
+    """Give a model on the meta device real, unfilled storage, and its buffers their values.
+
+    `offload`: parameters rest in the host's memory; buffers are always where ranks compute.
+    """
+    model.to_empty(device=torch.device("cpu") if offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     model.reset_buffers()

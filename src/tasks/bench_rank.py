@@ -88,6 +88,8 @@ def _measure(
         "torch": torch.__version__,
         "world": planned.world,
         "layout": planned.axes,
+        "arithmetic": run.precision.arithmetic,
+        "recompute": str(run.recompute),
         "mean_of_steps": task.steps,
         **{key: value for key, value in mean.items() if key != "data_seconds"},
         "losses": losses,

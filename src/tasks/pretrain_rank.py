@@ -16,6 +16,7 @@ from src.metrics.curve import plot
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
 from src.tasks.pretrain import Pretrain
+from src.train.choice import settled
 from src.train.loop import Loop
 from src.train.plan import Plan, plan
 from src.train.report import Report
@@ -36,9 +37,12 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         )
         if task.deterministic:
             make_deterministic()
+        asked, run = run.recompute, settled(run, folder)
         training = assemble(run, ranks, skips=task.skips)
         startup.done("init")
         report = _report(task, run, folder, ranks)
+        if run.recompute != asked:
+            report.say(f"recompute: {run.recompute}, the cheapest that fits")
         status: Literal["done", "stopped", "failed"] = "failed"
         try:
             corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)

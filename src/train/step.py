@@ -1,6 +1,6 @@
 """One optimizer step, from micro-batches to updated weights, without a wait for the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,20 @@ class Stepper:
     host may learn of it a step late and nothing is lost.
     """
 
-    def __init__(self, network: Network, optimizer: Optimizer, max_norm: float | None, skips: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        optimizer: Optimizer,
+        max_norm: float | None,
+        skips: int,
+        after_update: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """`after_update`: what follows from new weights, in order; collective."""
         self.network, self.optimizer, self.max_norm, self.skips = network, optimizer, max_norm, skips
         self.mesh, self.device = network.mesh, network.device
         parameters = [parameter for _, parameter in network.named_parameters() if parameter.requires_grad]
         self.gradients = Gradients(parameters, self.mesh.world // self.mesh.degrees.pipeline)
+        self.after_update = after_update
         self.in_a_row = torch.zeros((), device=self.device)
         self.dead = torch.zeros((), device=self.device)
 
@@ -49,15 +58,18 @@ class Stepper:
         tokens = self._valid_tokens(batches)
         loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
         vote = torch.full((), float(stop), device=self.device)  # a tensor made from data would wait for the device
-        facts = torch.stack((self.gradients.squares(), loss / self.mesh.loss_copies, vote))
+        facts = torch.stack((self.gradients.squares().to(self.device), loss / self.mesh.loss_copies, vote))
         squares, loss, votes = world_sum(facts).unbind()
         norm = squares.sqrt()
         skipped = self._decide(torch.isfinite(loss) & torch.isfinite(norm))
         if self.max_norm is not None:
             self.gradients.clip(norm, self.max_norm)
-        self.optimizer.found_inf = torch.maximum(skipped, self.dead)  # type: ignore[attr-defined]
+        still = torch.maximum(skipped, self.dead).to(self.gradients.device)  # where the optimizer works
+        self.optimizer.found_inf = still  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for act in self.after_update:
+            act()
         return torch.stack((loss, norm, tokens.float(), skipped, self.dead, votes)).double()
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
