@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 MaskKind = Literal["causal", "block_causal"]
 
@@ -37,12 +37,18 @@ class CausalAttention(nn.Module):
 
 
 class FlexAttention(nn.Module):
-    """torch's FlexAttention with the block mask of this batch (arXiv 2412.05496); compiled on CUDA."""
+    """torch's FlexAttention with the block mask of this batch (arXiv 2412.05496); compiled on CUDA.
+
+    On the CPU, where it has no backward, the same predicate becomes a dense mask: slow, but it trains.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
-        # Uncompiled it materialises all scores: right for the CPU, where the fused kernel has no backward.
-        fused = q.is_cuda and not torch.compiler.is_compiling()
-        attend = _compiled_flex() if fused else cast(Callable[..., Tensor], flex_attention)
+        if not q.is_cuda:
+            batch, _, queries, keys = mask.shape
+            dense = create_mask(mask.mask_mod, batch, 1, queries, keys, device=q.device)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, scale=scale, enable_gqa=True)
+        # Within a block that is compiled already it is traced as it stands.
+        attend = cast(Callable[..., Tensor], flex_attention) if torch.compiler.is_compiling() else _compiled_flex()
         return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
 
 

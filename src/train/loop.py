@@ -64,7 +64,7 @@ class Loop:
         """Collective. True when every step is done; false when a signal stopped the run, after saving."""
         state, steps = self.training.state, self.plan.steps
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
-        self._first, self._told = state.step + 1, self.store.last
+        self._first, self._told, self._validated = state.step + 1, self.store.last, 0
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
@@ -83,7 +83,9 @@ class Loop:
         self._save(last=True)
         self.store.finish()
         self._tell_save()
-        return state.step == steps
+        if state.step == steps != self._validated:
+            self._validate(steps)  # a stop had cut it short
+        return state.step == steps and not self._stopping
 
     def _fetched(self, steps: int) -> Iterator[tuple[list[Batch], float]]:
         """The steps' batches and how long each was waited for, in seconds."""
@@ -152,7 +154,7 @@ class Loop:
         last = step == self.plan.steps
         if step == self._first or last or step % self.cadence.log_every == 0:
             self._record(step)
-        if not self._stopping and self.cadence.validate_every and (last or step % self.cadence.validate_every == 0):
+        if self.cadence.validate_every and (last or step % self.cadence.validate_every == 0):
             self._validate(step)
         if self.checkpoint.due(step, last=False):
             self._save(last=False)
@@ -179,10 +181,13 @@ class Loop:
         return {f"data/{name}/{key}": facts[key] for name, facts in sources.items() for key in ("tokens", "share")}
 
     def _validate(self, step: int) -> None:
+        if self._stopping or not self.cadence.validate_every:
+            return
         loss = validate(self.training, self.batches, self.cadence.validate_samples, self._stopped)
         if loss is None:
             self._stopping = True
             return
+        self._validated = step
         self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
         self.report.say(format_validation(step, loss))
 

@@ -1,0 +1,44 @@
+"""`python launch.py` as a person types it: a process with ranks of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.end_to_end.lives import HOME
+
+PATIENCE_SECONDS = 120.0
+
+
+def start(*argv: str, **environment: str) -> "subprocess.Popen[str]":
+    """Its own process group, as a terminal gives it."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(
+        [sys.executable, str(HOME / "launch.py"), *argv],
+        env=kept | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def command(*argv: str, **environment: str) -> tuple[int, str]:
+    """Exit code, and all that it said."""
+    process = start(*argv, **environment)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    return process.returncode, out + err
+
+
+def wait_for_step(root: Path, pattern: str, step: int) -> Path:
+    """Until a run folder's metrics tell of this step."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        for file in root.glob(f"{pattern}/metrics.jsonl"):
+            whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
+            if any(json.loads(line).get("step", 0) >= step for line in whole):
+                return file.parent
+        time.sleep(0.05)
+    raise AssertionError(f"{root}/{pattern}: no step {step} in {PATIENCE_SECONDS:g} s")

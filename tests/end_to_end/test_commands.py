@@ -1,0 +1,99 @@
+"""The whole path of a command line: ranks started, stopped, killed, refused and swept."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.commands import command, start, wait_for_step
+from tests.end_to_end.lives import live, opened, series
+from tests.ranks import Ranks
+
+LONG = ("task.steps=400", "checkpoint.every=50", "checkpoint.asynchronous=true", "parallel=fsdp2")
+
+
+def flip(file: Path, at: int = -100) -> None:
+    """One wrong bit."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ranks) -> None:
+    """Ctrl-C saves and ends well; kill -9 leaves the last complete checkpoint; the third start ends the run."""
+    root = Path(text[-1].partition("=")[2])
+    argv = (*text, *LONG, "name=command")
+    first = start(*argv)
+    folder = wait_for_step(root, "command-*", 60)
+    os.killpg(first.pid, signal.SIGINT)
+    _, told = first.communicate(timeout=60)
+    assert first.returncode == 0, told
+    assert "SIGINT: the ranks save and stop" in told
+    assert f"stopped by SIGINT; the same command continues: {folder}" in told
+    stopped = max(series(folder))
+    assert 60 <= stopped < 400
+    second = start(*argv)
+    wait_for_step(root, "command-*", stopped + 60)
+    second.kill()
+    second.communicate(timeout=60)
+    code, told = command(*argv)
+    assert code == 0, told
+    assert f"resumes {folder}" in told
+    straight = opened(*text, *LONG, "name=uninterrupted")
+    assert ranks(2, live, straight) == [True, True]
+    assert series(folder) == series(straight)
+
+
+def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
+    root = Path(text[-1].partition("=")[2])
+    slow = ("task.steps=400", "task.validate_every=1", "task.global_batch=256", "task.micro_batch=256")
+    process = start(*text, *slow, "model.dim=256", "name=twice")
+    wait_for_step(root, "twice-*", 1)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        wait_until_heard(process)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 130, told
+    assert "killed (Ctrl-C twice)" in told
+
+
+def wait_until_heard(process: "subprocess.Popen[str]") -> None:
+    """A signal that comes twice before it is handled counts once."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.05)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_offered(
+    text: tuple[str, ...], straight: Callable[[str], Path], ranks: Ranks
+) -> None:
+    argv = (*text, "name=damaged")
+    folder = opened(*argv)
+    assert ranks(1, live, folder) == [True]
+    flip(folder / "checkpoints/step_00000020/__0_0.distcp")
+    code, told = command(*argv)
+    assert code == 2, told
+    assert re.search(r"step_00000020/__0_0\.distcp: .*crc32", told), told
+    assert "Traceback" not in told
+    assert f"finished before: {folder}" in told
+    (advice,) = set(re.findall(r"`(mv .*?)` and run the same command again", told))
+    subprocess.run(shlex.split(advice), check=True)
+    code, told = command(*argv)
+    assert code == 0, told
+    assert "goes on after step 10, sample 40" in told
+    assert series(folder) == series(straight("single"))
+
+
+def test_a_sweep_goes_on_past_a_point_that_fails(text: tuple[str, ...], tmp_path: Path) -> None:
+    """A rate of 1e30 cannot be seen to be wrong before it runs."""
+    code, told = command("-m", *text, f"root={tmp_path}", "schedule.warmup_steps=0", "optim.lr=1e30,1e-3")
+    assert code == 2, told
+    bad, good = sorted(tmp_path.glob("tiny-*"), key=lambda folder: len(series(folder)))
+    assert "[1/2] tiny-" in told
+    assert f"[1/2] {bad.name} ended with code 2" in told
+    assert "step 2: loss" in told
+    assert list(series(good)) == list(range(1, 21))

@@ -1,0 +1,73 @@
+"""Numbers that stop being finite, data with several sources, attention within documents."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.lives import live, opened, records, series
+from tests.ranks import Ranks
+
+
+def incidents(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(text: tuple[str, ...], ranks: Ranks) -> None:
+    """A first step of 1e30 sends every weight away: the second step's loss is no number."""
+    folder = opened(*text, "parallel=fsdp2", "optim.lr=1e30", "schedule.warmup_steps=0", "name=diverged")
+    told = ranks(2, live, folder)
+    assert told[0] == told[1]
+    (problem,) = told[0]
+    assert problem.startswith("step 2: loss ")
+    assert "over samples 4 to 7 (incidents.jsonl); the weights were not touched" in problem
+    (incident,) = incidents(folder)
+    assert (incident["step"], incident["decision"], incident["samples"]) == (2, "stop", [4, 5, 6, 7])
+    assert json.loads((folder / "attempts.jsonl").read_text().splitlines()[-1])["ended"] == "failed"
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+def test_skipping_has_a_cap(text: tuple[str, ...], ranks: Ranks) -> None:
+    skip = ("task.nonfinite=skip_step", "task.nonfinite_cap=3", "optim.lr=1e30", "schedule.warmup_steps=0")
+    folder = opened(*text, "parallel=fsdp2", *skip, "name=capped")
+    told = ranks(2, live, folder)
+    assert [problem.partition(":")[0] for (problem,) in told] == ["step 5", "step 5"]
+    found = incidents(folder)
+    assert [line["step"] for line in found] == [2, 3, 4, 5]
+    assert [line["decision"] for line in found] == ["skip", "skip", "skip", "stop"]
+
+
+def test_attention_within_documents_trains(text: tuple[str, ...], ranks: Ranks) -> None:
+    masks = ("model.attention=flex", "model.mask=block_causal", "data.document_masks=true")
+    folder = opened(*text, *masks, "parallel=fsdp2", "name=documents")
+    assert ranks(2, live, folder) == [True, True]
+    losses = series(folder)
+    assert losses[20] < losses[1] - 0.5
+
+
+def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
+    own = [each for each in text if not each.startswith("data")]
+    argv = ("data=mixture", "~data.sources.code", "~data.weights.code", "data.processes=1")
+    added = ("+data/source@data.sources.other=synthetic", "data.sources.other.seed=1", "+data.weights.other=0.3")
+    folder = opened(*own, *argv, *added, "data.weights.synthetic=0.7", "parallel=ddp2", "name=mixture")
+    assert ranks(2, live, folder) == [True, True]
+    for line in (line for line in records(folder) if "loss" in line):
+        samples = 4 * line["step"]
+        for name, weight in (("synthetic", 0.7), ("other", 0.3)):
+            assert abs(line[f"data/{name}/tokens"] / 32 - weight * samples) <= 1
+            assert line[f"data/{name}/share"] == line[f"data/{name}/tokens"] / 32 / samples
+
+
+def test_an_initial_checkpoint_of_another_run(text: tuple[str, ...], ranks: Ranks) -> None:
+    first = opened(*text, "task.steps=10", "name=first")
+    assert ranks(1, live, first) == [True]
+    start = (f"checkpoint.initial={first}", "checkpoint.trusted=true")
+    further = opened(*text, *start, "optim.lr=1e-3", "name=further")
+    assert ranks(1, live, further) == [True]
+    assert list(series(further)) == list(range(11, 21))
+    stale = opened(*text, *start, "task.steps=10", "optim.lr=1e-3", "name=stale")
+    ((problem,),) = ranks(1, live, stale)
+    assert "has done 10 steps" in problem
+    assert "task.steps=10 leaves nothing to do; pass more steps" in problem
+    other = opened(*text, *start, "seed=7", "name=other")
+    ((problem,),) = ranks(1, live, other)
+    assert "data, tokenizer, seed and task.seq_len must be the checkpoint's" in problem

@@ -1,0 +1,46 @@
+"""A signal at any moment: all ranks save and leave well, and the same command ends with the same losses."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.lives import Shot, live, opened, series, values
+from tests.ranks import Ranks
+
+Straight = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("shot", "step"),
+    [
+        (Shot("step", signal.SIGTERM, at=6, rank=1), 7),  # the vote of rank 1 is counted with the next step
+        (Shot("step", signal.SIGINT, at=20, rank=1), 20),
+        (Shot("validation", signal.SIGINT, at=2, rank=1), 5),
+        (Shot("start", signal.SIGTERM, rank=1), 0),
+    ],
+    ids=["training", "last step", "validation", "before the first step"],
+)
+def test_ranks_agree_save_and_go_on(
+    shot: Shot, step: int, text: tuple[str, ...], straight: Straight, ranks: Ranks
+) -> None:
+    name = f"name=stopped_{shot.where}_{shot.at}"
+    argv = (*text, "parallel=fsdp2", name, "task.validate_every=5", "task.validate_samples=6")
+    folder = opened(*argv)
+    assert ranks(2, live, folder, shot) == [False] * 2  # also in the last step: its validation is to come
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert checkpoints[-1:] == ([f"step_{step:08d}"] if step > 0 else [])
+    assert step == 0 or values(folder, step)["position"] == 4 * step
+    opened(*argv)
+    assert ranks(2, live, folder) == [True] * 2
+    assert series(folder) == series(straight("fsdp2"))
+    assert list(series(folder, "validation_loss")) == [at for at in (5, 10, 15, 20) if at != step or step == 20]
+
+
+def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+    ranks.close()  # new workers write to this test's terminal
+    folder = opened(*text, "checkpoint.every=null", "name=unsaved")
+    assert ranks(1, live, folder, Shot("step", at=3)) == [False]
+    assert "stopped after step 4; nothing was saved: checkpoint.every=null" in capfd.readouterr().out
+    assert list((folder / "checkpoints").iterdir()) == []
