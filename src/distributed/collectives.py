@@ -1,8 +1,9 @@
-"""Small sums over the world that every rank takes part in."""
+"""Small sums that every rank takes part in."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -15,4 +16,11 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def world_sum(values: Tensor) -> Tensor:
     """Collective: the element-wise sum over all ranks, in place, without waiting for the device."""
     dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Collective: the element-wise sum over the ranks of `mesh`, in place, without waiting for the device."""
+    for group in mesh.get_all_groups():
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
     return values

@@ -1,7 +1,7 @@
 """What every model is to the rooms above: the contract between families and layouts, and nothing of either."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
@@ -46,6 +46,13 @@ class Decoder(nn.Module):
     @abstractmethod
     def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> "BlockMask | None":
         """The mask argument of `forward` for one batch; None where the kernel is causal by itself."""
+
+    def after_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
+        """Collective, once per optimizer step: what a model changes by itself, such as biases that balance experts.
+
+        `summed` adds a tensor over all ranks that hold these layers and other tokens, in place; `applied` (scalar) is
+        0 where the step was skipped and must leave no trace.
+        """
 
     @abstractmethod
     def forward(
