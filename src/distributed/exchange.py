@@ -62,8 +62,7 @@ class AllGather:
     def __init__(self, rows: Tensor, group: ProcessGroup) -> None:
         self.group, self.ranks, rank = group, group.size(), group.rank()
         chunk = len(rows) // 2
-        self.gathered = rows.new_empty(self.ranks * len(rows), *rows.shape[1:])
-        self.coming = dist.all_gather_into_tensor(self.gathered, rows, group=group, async_op=True)
+        self.gathered = _gathered(rows, group)
         # In the order of the sequence: heads of ranks before this one, then all between its own head and its tail.
         seen = [
             (slice(None), slice(0, rank * chunk)),
@@ -75,8 +74,7 @@ class AllGather:
 
     def take(self, step: int) -> tuple[slice, Tensor]:
         if step == 0:
-            self.coming.wait()
-            self.gathered = in_order(self.gathered, self.ranks)
+            self.gathered = in_order(_arrived(self.gathered), self.ranks)
         queries, keys = self.seen[step]
         return queries, self.gathered[keys]
 
@@ -144,6 +142,20 @@ class AllToAll:
     def total(self) -> Tensor:
         self._arrived()
         return self.sum
+
+
+def _gathered(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """The rows of all ranks, one rank after the other, once they have `_arrived`; this returns before.
+
+    The operator under torch's collectives: the function above it has one name in torch 2.11 and another in 2.13.
+    """
+    coming: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(rows, group.size(), group.group_name)
+    return coming
+
+
+def _arrived(coming: Tensor) -> Tensor:
+    result: Tensor = torch.ops._c10d_functional.wait_tensor(coming)
+    return result
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -265,9 +277,7 @@ attention.register_autograd(_back, setup_context=_keep)
 def gather(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's chunks along `dim` -> the whole sequence in order; gradients of all ranks are added up."""
     ranks = _group(group)
-    rows = x.movedim(dim, 0).contiguous()
-    gathered = rows.new_empty(ranks.size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows, group=ranks)
+    gathered = _arrived(_gathered(x.movedim(dim, 0).contiguous(), ranks))
     return in_order(gathered, ranks.size()).movedim(0, dim).contiguous()
 
 

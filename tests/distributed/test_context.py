@@ -1,5 +1,8 @@
 """A sequence cut over ranks trains as on one: the cut, the joined attention, whole models."""
 
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +11,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.distributed.exchange import attention, by_rank, cut, gather, in_order
+from src.distributed.exchange import attention, by_rank, cut, in_order
+from src.distributed.mesh import Mesh
+from src.models.llama3.config import Llama3Config
+from src.train.sample import sample
+from src.train.step import Stepper
+from src.train.validate import validate
+from tests.distributed.layouts import Rows, degrees, parallel_network, rows
+from tests.distributed.test_layouts import whole
+from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
 
 
@@ -48,7 +59,7 @@ def joined(rotate: str, width: int, value_width: int, scale: float | None) -> fl
     out, _ = attention(*mine, scale, group, rotate)
     out.backward(cut(grad, rank, ranks, dim=2))
     pairs = [(out, expected), *((x.grad, y.grad) for x, y in zip(mine, whole, strict=True))]
-    return max(float((x - cut(y, rank, ranks, dim=2)).abs().max()) for x, y in pairs)  # type: ignore[arg-type]
+    return max(float((x - cut(y, rank, ranks, dim=2)).detach().abs().max()) for x, y in pairs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ranks_used", [2, 3, 4])
@@ -56,3 +67,102 @@ def joined(rotate: str, width: int, value_width: int, scale: float | None) -> fl
 def test_joined_attention_is_attention(ranks: Ranks, rotate: str, ranks_used: int) -> None:
     assert max(ranks(ranks_used, joined, rotate, 8, 8, None)) < 1e-12
     assert max(ranks(ranks_used, joined, rotate, 12, 8, 0.7)) < 1e-12  # values narrower than keys, another scale
+
+
+def batch_of(config: Llama3Config, step: int, *, documents: bool) -> Rows:
+    """Four rows of 16 tokens, unequal in valid labels; with documents of random lengths and positions inside them."""
+    batch = rows(4, 16, config.vocab_size, seed=step)
+    if not documents:
+        return batch
+    starts = torch.rand(4, 16, generator=torch.Generator().manual_seed(step)) < 0.2
+    starts[:, 0] = False
+    number = starts.cumsum(1)
+    place = torch.arange(16).expand(4, 16)
+    begin = torch.where(starts, place, 0).cummax(1).values
+    return Rows(batch.tokens, batch.labels, place - begin, number.to(torch.int32))
+
+
+def part(batch: Rows, mesh: Mesh) -> Rows:
+    """This data rank's rows."""
+    size = len(batch.tokens) // mesh.data_ranks
+    mine = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+    fields = (batch.tokens, batch.labels, batch.positions, batch.documents)
+    return Rows(*(None if field is None else field[mine] for field in fields))  # type: ignore[arg-type]
+
+
+def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Losses, norms, tokens and the end weights of three steps; then held-out loss and a greedy continuation."""
+    config = tiny_llama(n_layers=2, **changes)
+    how = degrees(layout, **options.get("degrees", {}))
+    network = parallel_network(config, how, recompute=options.get("recompute", "none"))
+    if compiler := options.get("compile"):
+        for block in network.parts[0].blocks():
+            block.forward = torch.compile(block.forward, backend=compiler, fullgraph=True)
+    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
+    documents, mesh = changes.get("mask") == "block_causal", network.mesh
+    steps = [batch_of(config, step, documents=documents) for step in range(3)]
+    outcomes = [stepper([part(batch, mesh)], stop=False).tolist() for batch in steps]  # type: ignore[list-item]
+    training: Any = SimpleNamespace(network=network, mesh=mesh, ranks=SimpleNamespace(device=network.device))
+    held: Any = SimpleNamespace(validation=lambda _: iter([part(batch_of(config, 9, documents=documents), mesh)]))
+    return {
+        "losses": [outcome[0] for outcome in outcomes],
+        "norms": [outcome[1] for outcome in outcomes],
+        "tokens": [outcome[2] for outcome in outcomes],
+        "weights": {name: whole(parameter) for name, parameter in network.named_parameters()},
+        "validation": validate(training, held, 4, lambda: False),
+        "sample": sample(training, [5, 7, 11], 3, 0.0, 0),
+    }
+
+
+def agree(result: dict[str, Any], single: dict[str, Any]) -> None:
+    assert result["losses"][0] == pytest.approx(single["losses"][0], rel=1e-6)
+    assert result["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
+    assert result["tokens"] == single["tokens"]
+    assert result["validation"] == pytest.approx(single["validation"], rel=1e-5)
+    assert result["sample"] == single["sample"]
+    for name, weight in single["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=2e-3, msg=name)
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "sdpa": {},
+    "flex": {"attention": "flex"},
+    "documents": {"attention": "flex", "mask": "block_causal"},
+    "blocks": {"attention": "flex", "mask": "block_causal", "fixed_block": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def single(ranks: Ranks) -> Callable[[str], dict[str, Any]]:
+    """What one device makes of a mask."""
+    return cache(lambda mask: ranks(1, trained, "single", MASKS[mask], {})[0])
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask", "options"),
+    [
+        pytest.param("cp2", "sdpa", {}, id="cp2"),
+        pytest.param("cp4", "sdpa", {}, id="cp4"),
+        pytest.param("cp4", "sdpa", {"degrees": {"rotate": "alltoall"}}, id="cp4-alltoall"),
+        pytest.param("cp2_fsdp2", "sdpa", {}, id="fsdp"),
+        pytest.param("cp2_ddp2", "sdpa", {}, id="hsdp"),
+        pytest.param("cp2_tp2", "sdpa", {}, id="tp"),
+        pytest.param("cp2", "sdpa", {"recompute": "selective"}, id="selective"),
+        pytest.param("cp2", "sdpa", {"compile": "aot_eager"}, id="compiled"),
+        pytest.param("cp2", "flex", {}, id="flex"),
+        pytest.param("cp2_tp2", "flex", {}, id="flex-tp"),
+        pytest.param("cp2_fsdp2", "documents", {}, id="documents"),
+        pytest.param("cp4", "blocks", {}, id="blocks"),
+    ],
+)
+def test_a_cut_sequence_trains_like_a_whole_one(
+    ranks: Ranks, single: Callable[[str], dict[str, Any]], layout: str, mask: str, options: dict[str, Any]
+) -> None:
+    for result in ranks(degrees(layout).world, trained, layout, MASKS[mask], options):
+        agree(result, single(mask))
+
+
+def test_all_three_ways_to_cut(ranks: Ranks, single: Callable[[str], dict[str, Any]]) -> None:
+    agree(ranks(8, trained, "cp2_tp2_fsdp2", {}, {})[7], single("sdpa"))
