@@ -21,6 +21,24 @@ def scale_llama3(frequencies: Tensor, *, factor: float, low: float, high: float,
     return (1 - blend) * frequencies / factor + blend * frequencies
 
 
+def scale_yarn(
+    frequencies: Tensor, *, theta: float, factor: float, original: int, beta_fast: float, beta_slow: float
+) -> Tensor:
+    """YaRN's stretch of the context (arXiv 2309.00071): pairs that turn often are kept, slow ones slowed by `factor`.
+
+    Within `original` tokens pair i turns more than `beta_fast` times below the ramp, less than `beta_slow` above it.
+    """
+    width = 2 * len(frequencies)
+
+    def pair(turns: float) -> float:
+        return width * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair(beta_fast)), 0), min(math.ceil(pair(beta_slow)), width - 1)
+    places = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+    ramp = ((places - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    return frequencies / factor * ramp + frequencies * (1 - ramp)
+
+
 def rotary_table(frequencies: Tensor, length: int) -> Tensor:
     """(length, width/2, 2) fp32: cosine and sine of position * frequency."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=frequencies.device), frequencies)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from src.models.deepseek_v3.config import DeepseekV3Config, Yarn
 from src.models.llama3.config import Llama3Config, RopeScaling
+from src.models.moe_config import MixtureOfExperts
 
 TINY: dict[str, Any] = {
     "dim": 64,
@@ -31,3 +33,51 @@ def tiny_llama(**changes: Any) -> Llama3Config:
 
 
 SCALED = RopeScaling(factor=4.0, low=1.0, high=4.0, original=32)
+
+TINY_MOE: dict[str, Any] = {
+    "n_experts": 8,
+    "groups": 1,
+    "groups_kept": 1,
+    "top_k": 3,
+    "n_shared": 2,
+    "hidden_dim": 16,
+    "score": "softmax",
+    "group_score": "top2sum",
+    "normalise": False,
+    "scale": 1.0,
+    "score_before_experts": False,
+    "balance_rate": 1e-3,
+    "unbalanced_layers": (),
+    "forced_balance": False,
+}
+TINY_DEEPSEEK: dict[str, Any] = {
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 4,
+    "vocab_size": 96,
+    "max_seq_len": 128,
+    "ffn_dim": 48,
+    "n_dense_layers": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "norm_eps": 1e-6,
+    "attention": "sdpa",
+    "mask": "causal",
+    "fixed_block": None,
+}
+STRETCHED = Yarn(factor=8.0, original=32, beta_fast=4.0, beta_slow=1.0, mscale=0.707)
+
+
+def tiny_moe(**changes: Any) -> MixtureOfExperts:
+    """Eight experts of 16 features."""
+    return MixtureOfExperts(**(TINY_MOE | changes))
+
+
+def tiny_deepseek(*, moe: dict[str, Any] | None = None, **changes: Any) -> DeepseekV3Config:
+    """A DeepSeek of 0.1 M parameters; `moe`: changes of its mixture of experts."""
+    return DeepseekV3Config(**(TINY_DEEPSEEK | {"moe": tiny_moe(**(moe or {}))} | changes))

@@ -1,0 +1,94 @@
+"""Bytes that a block of a DeepSeek-V3 keeps for its backward: see `Saved`. Nothing here is cut over tensor ranks."""
+
+from typing import TYPE_CHECKING
+
+from src.models.accounting import Saved, Slice
+
+if TYPE_CHECKING:
+    from src.models.deepseek_v3.config import DeepseekV3Config
+
+INDEX_BYTES = 8
+STATISTIC_BYTES = 4
+
+
+def saved_by_block(config: "DeepseekV3Config", cut: Slice) -> Saved:
+    """The mean over dense blocks and those with experts, right when times n_layers; `working`: the larger one's."""
+    dense, experts = config.n_dense_layers, config.n_layers - config.n_dense_layers
+    attention = _attention(config, cut)
+    first = cut.element_bytes * config.dim  # the block's input
+
+    def mean(of_dense: float, of_experts: float) -> int:
+        return int(cut.tokens * (first + (dense * of_dense + experts * of_experts) / config.n_layers))
+
+    working = max(dense and _dense_working(config), experts and _experts_working(config))
+    return Saved(
+        whole=mean(attention + _dense(config, cut), attention + _experts(config, cut)),
+        input=mean(0, 0),
+        selective=mean(_selective(config, cut, dense=True), _selective(config, cut, dense=False)),
+        working=int(cut.tokens * (working + 2 * config.dim) * cut.element_bytes),
+    )
+
+
+def _attention(config: "DeepseekV3Config", cut: Slice) -> int:
+    """Bytes of a token: norm, latents and what the norms make of them, rotated q and k, v, the result."""
+    heads, rank = config.n_heads, config.q_lora_rank or 0
+    # v is a part of wkv_b's result and keeps it alive; the latent is a part of wkv_a's.
+    latents = 2 * config.kv_lora_rank + config.qk_rope_head_dim + 2 * rank
+    wide = 2 * config.qk_head_dim + (config.qk_nope_head_dim + config.v_head_dim) + config.v_head_dim
+    # In fp32: one log sum exp for a head, and 1/rms for each norm.
+    statistics = heads + (3 if rank else 2)
+    return cut.element_bytes * (config.dim + latents + heads * wide) + STATISTIC_BYTES * statistics
+
+
+def _swiglu(width: int, cut: Slice) -> int:
+    """w1 x, w3 x and their product; eager autograd also keeps silu(w1 x), which a compiler computes again."""
+    return cut.element_bytes * (3 if cut.compiled else 4) * width
+
+
+def _dense(config: "DeepseekV3Config", cut: Slice) -> int:
+    """Bytes of a token: the stream, the norm of it, and the feed forward."""
+    return 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(config.ffn_dim, cut)
+
+
+def _experts(config: "DeepseekV3Config", cut: Slice) -> int:
+    moe = config.moe
+    streams = 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(moe.shared_dim, cut)
+    # The router's input in fp32 (in fp32 training it is the norm's result itself; a compiler casts again), and scores.
+    again = 0 if cut.compiled or cut.element_bytes == 4 else config.dim
+    normalising = moe.top_k + 1 if moe.normalise else 0
+    router = 4 * (again + moe.n_experts + normalising)
+    # Which experts, their order and its inverse; the weight at each place.
+    indices = moe.top_k * (3 * INDEX_BYTES + 4)
+    # Beside a SwiGLU's: the product before the weight; the cast of an fp32 product to fp32 is the product itself.
+    rows = moe.top_k * (cut.element_bytes * config.dim + _swiglu(moe.hidden_dim, cut))
+    if not cut.compiled:
+        rows += moe.top_k * cut.element_bytes * (config.dim if moe.score_before_experts else moe.hidden_dim)
+    return streams + router + indices + rows
+
+
+def _dense_working(config: "DeepseekV3Config") -> int:
+    """Elements of a token: gradients of w1 x, w3 x and their product."""
+    return 3 * config.ffn_dim
+
+
+def _experts_working(config: "DeepseekV3Config") -> int:
+    """The same for every expert of a token, and the gradients of what enters and leaves them."""
+    return config.moe.top_k * (3 * config.moe.hidden_dim + 2 * config.dim) + 3 * config.moe.shared_dim
+
+
+def _selective(config: "DeepseekV3Config", cut: Slice, *, dense: bool) -> int:
+    """Bytes of a token: every second plain matrix product from the first on, attention's result, what was routed."""
+    moe, queries = config.moe, config.n_heads * config.qk_head_dim
+    widths = [queries] if config.q_lora_rank is None else [config.q_lora_rank, queries]
+    widths += [config.kv_lora_rank + config.qk_rope_head_dim]
+    widths += [config.n_heads * (config.qk_nope_head_dim + config.v_head_dim), config.dim]
+    if dense:
+        widths += [config.ffn_dim, config.ffn_dim, config.dim]
+    else:
+        widths += [2 * moe.n_experts]  # in fp32
+        widths += [moe.shared_dim, moe.shared_dim, config.dim] if moe.n_shared else []
+    # A compiler drops what the backward does not read: w2's result.
+    kept = widths[:-1:2] if cut.compiled else widths[::2]
+    routed = 0 if dense else moe.top_k * (INDEX_BYTES + 4)
+    core = cut.element_bytes * config.n_heads * config.v_head_dim + STATISTIC_BYTES * config.n_heads
+    return cut.element_bytes * sum(kept) + core + routed

@@ -1,0 +1,54 @@
+"""Which experts a token meets, and with what weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.models.moe_config import MixtureOfExperts
+
+
+class Routing(NamedTuple):
+    """The choice for some tokens."""
+
+    weights: Tensor  # (tokens, top_k) fp32
+    experts: Tensor  # (tokens, top_k) int64, different within a row
+    counts: Tensor  # (n_experts) int64: rows that each expert gets; they add up to tokens * top_k
+
+
+class Router(nn.Module):
+    """All of it in fp32: bf16 logits would tie or swap experts that are close."""
+
+    def __init__(self, dim: int, config: MixtureOfExperts) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(dim, config.n_experts, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Routing:
+        """x (tokens, dim); `bias` (n_experts) fp32 moves the choice, never the weights or a gradient."""
+        logits = F.linear(x.float(), self.gate.weight.float())
+        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        experts = self._in_turn(scores) if self.config.forced_balance else self._best(scores.detach() + bias)
+        weights = scores.gather(-1, experts)
+        if self.config.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        # A sum of a map of flags: whole numbers, the same at every run, and no wait for the device as in bincount.
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, value=True)
+        return Routing(weights * self.config.scale, experts, chosen.sum(0))
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """The top_k of each row, within its best groups of neighbouring experts."""
+        config = self.config
+        if config.groups_kept < config.groups:
+            grouped = scores.unflatten(-1, (config.groups, -1))
+            best = grouped.amax(-1) if config.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+            kept = best.topk(config.groups_kept, dim=-1, sorted=False).indices
+            out = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, value=False)
+            scores = grouped.masked_fill(out.unsqueeze(-1), float("-inf")).flatten(-2)
+        return scores.topk(config.top_k, dim=-1, sorted=False).indices
+
+    def _in_turn(self, scores: Tensor) -> Tensor:
+        """Expert p mod n_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
+        places = torch.arange(len(scores) * self.config.top_k, device=scores.device)
+        return (places % self.config.n_experts).view(len(scores), -1)
