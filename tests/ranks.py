@@ -7,6 +7,7 @@ returned, by rank. `function` must be importable at module level. A failing rank
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,11 @@ def _serve(pipe: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            if "torch.distributed.tensor" in sys.modules:
+                from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+                # Its cache holds meshes of the world that is gone, and takes one of the same shape for the same.
+                _clear_sharding_prop_cache()
 
 
 class Ranks:

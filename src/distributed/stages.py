@@ -22,7 +22,7 @@ class Demands:
 
 SCHEDULES: dict[ScheduleName, Demands] = {
     "GPipe": Demands(several=False),
-    "1F1B": Demands(several=False),
+    "1F1B": Demands(several=False, full=True),
     "Interleaved1F1B": Demands(several=True, in_rounds=True),
     "LoopedBFS": Demands(several=True),
     "InterleavedZeroBubble": Demands(several=True, in_rounds=True, splits_backward=True),
@@ -93,9 +93,10 @@ def in_flight(rank: int, ranks: int, count: int, schedule: ScheduleName, micro_b
             kept = most
         case "1F1B":
             kept = ranks - rank
-        case "Interleaved1F1B" | "InterleavedZeroBubble":
-            round_size = micro_batches // max(1, micro_batches // ranks)
-            kept = (each - 1) * round_size + 2 * (ranks - 1 - rank) + 1
+        case "Interleaved1F1B":
+            kept = (each - 1) * _round_size(micro_batches, ranks) + 2 * (ranks - 1 - rank) + 1
+        case "InterleavedZeroBubble":
+            kept = (each - 1) * _round_size(micro_batches, ranks) + ranks
         case "ZBVZeroBubble":
             kept = 2 * ranks
         case "DualPipeV":
@@ -210,8 +211,9 @@ def _micro_batch_problems(degrees: Degrees, n_layers: int, micro_batches: int) -
     demands, count = SCHEDULES[name], stage_count(degrees, n_layers)
     if demands.full and micro_batches < count:
         return [
-            f"parallel.pipeline_schedule={name} needs {count} micro-batches for its {count} stages, and "
-            f"task.global_batch over task.micro_batch makes {micro_batches}; at least {count}"
+            f"parallel.pipeline_schedule={name} needs at least as many micro-batches as its {count} stages, and "
+            f"task.global_batch over data ranks and task.micro_batch makes {micro_batches}; {count} would do, or "
+            f"parallel.pipeline_schedule={'ZBVZeroBubble' if demands.folded else 'GPipe'}"
         ]
     if demands.in_rounds and not _in_rounds(micro_batches, ranks):
         legal = [number for number in range(1, 2 * micro_batches) if _in_rounds(number, ranks)]
@@ -222,6 +224,10 @@ def _micro_batch_problems(degrees: Degrees, n_layers: int, micro_batches: int) -
             f"({below} or {above} would do)"
         ]
     return []
+
+
+def _round_size(micro_batches: int, ranks: int) -> int:
+    return micro_batches // max(1, micro_batches // ranks)
 
 
 def _in_rounds(micro_batches: int, ranks: int) -> bool:

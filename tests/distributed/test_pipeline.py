@@ -7,7 +7,7 @@ import torch
 
 from src.distributed.network import Network
 from src.train.step import Stepper
-from tests.distributed.layouts import Rows, degrees, parallel_network, rows, share
+from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
@@ -76,3 +76,53 @@ SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBu
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_trains_like_one_device(ranks: Ranks, single: dict[str, Any], schedule: str) -> None:
     assert_like(single, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, {}))
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    [
+        ("pp2_tp2", {}),
+        ("pp2_tp2", {"pipeline_schedule": "ZBVZeroBubble"}),
+        ("pp2_tp2", {"pipeline_schedule": "InterleavedZeroBubble"}),
+        ("pp2_fsdp2", {}),
+        ("pp2_fsdp2", {"pipeline_schedule": "GPipe", "reshard": "always"}),
+        ("pp2_fsdp2", {"pipeline_schedule": "Interleaved1F1B", "reshard": "never"}),
+        ("pp2_fsdp2", {"pipeline_schedule": "ZBVZeroBubble"}),
+        ("pp2_ddp2", {}),
+        ("pp4", {}),
+        ("pp4", {"pipeline_schedule": "Interleaved1F1B"}),
+        ("pp4", {"pipeline_schedule": "DualPipeV"}),
+        ("pp2_cp2", {"pipeline_schedule": "LoopedBFS"}),
+    ],
+)
+def test_stages_go_with_every_other_cut(
+    ranks: Ranks, single: dict[str, Any], layout: str, keys: dict[str, Any]
+) -> None:
+    assert_like(single, ranks(4, trained, layout, keys, {}))
+
+
+def test_three_cuts_at_once(ranks: Ranks, single: dict[str, Any]) -> None:
+    assert_like(single, ranks(8, trained, "pp2_tp2_fsdp2", {}, {}))
+
+
+STAGES = [
+    ["tok_embeddings"],
+    ["layers.0", "layers.1", "layers.2", "layers.3", "layers.4", "layers.5", "norm", "output"],
+]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"stages": STAGES},
+        {"first_stage_less": 0, "last_stage_less": 3},
+        {"pipeline_schedule": "Interleaved1F1B", "layers_per_stage": 1, "first_stage_less": 0, "last_stage_less": 0},
+    ],
+)
+def test_where_the_cut_is_changes_no_number(ranks: Ranks, single: dict[str, Any], keys: dict[str, Any]) -> None:
+    assert_like(single, ranks(2, trained, "pp2", keys, {}))
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
+def test_recompute_goes_with_stages(ranks: Ranks, single: dict[str, Any], schedule: str) -> None:
+    assert_like(single, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, {"recompute": "full"}))
