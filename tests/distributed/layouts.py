@@ -59,7 +59,7 @@ def parallel_network(
     for part in parts.values():
         part.to(getattr(torch, precision.storage))
         parallelize(part, mesh, precision, recomputed(recompute), compile)
-        materialise(part, device)
+        materialise(part, device, offload=layout.cpu_offload)
         initialise(part, seed)
     return connect(parts, mesh, device, getattr(torch, precision.compute))
 
