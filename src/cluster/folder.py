@@ -111,6 +111,14 @@ class RunFolder:
             raise
         return cls(path, lock, code, git, changed)
 
+    @classmethod
+    def rejoin(cls, path: Path, code: str) -> Self:
+        """A folder that `open` has made ready, now held by the process that runs it; FolderError while another does."""
+        lock = Lock(path / "lock")
+        lock.take()
+        git = json.loads((path / "git.json").read_text())
+        return cls(path, lock, code, Git(**git, diff=""), ())
+
     def begin(self, world: int) -> Attempt:
         """Record the start of an attempt and make the folder of its logs."""
         earlier = attempts(self.path)

@@ -42,10 +42,11 @@ class Job:
         """Where the frozen code is: what PYTHONPATH must lead to."""
         return None if self.code is None else self.folder / "code" / self.code
 
-    def __call__(self) -> None:
+    def __call__(self) -> bool:
+        """False when the task stopped early, after saving."""
         if self.source is not None:
             verify(self.source)
-        perform(trees.read(self.folder / "config.yaml"), self.folder)
+        return perform(trees.read(self.folder / "config.yaml"), self.folder)
 
 
 def perform(tree: trees.Tree, folder: Path) -> bool:
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, for the log")
     parser.add_argument("--launcher", type=int, required=True, help="pid; this rank ends with it")
     given = parser.parse_args(arguments)
-    _end_with(given.launcher)
+    end_with(given.launcher)
     # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = Facts.read().rank
@@ -99,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _end_with(launcher: int) -> None:
-    """A launcher ended by kill -9 must not leave ranks on the GPUs, nor a second writer in the folder."""
+def end_with(launcher: int) -> None:
+    """A launcher (our parent) ended by kill -9 must not leave ranks on the GPUs, nor a second writer in the folder."""
     if sys.platform == "linux":
         import ctypes
 

@@ -36,7 +36,7 @@ class Devices:
 class Outcome:
     """How an attempt ended and the exit code that says so: 0 also for a run that saved and stopped on a signal."""
 
-    status: Literal["finished", "stopped", "failed", "killed"]
+    status: Literal["finished", "stopped", "failed", "killed", "submitted"]
     exit_code: int
 
 

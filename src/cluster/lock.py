@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from src.cluster.queue import live
 from src.errors import FolderError
 
 
@@ -16,7 +17,7 @@ class Lock:
 
     On one machine the kernel decides (flock ends with its process, so nothing goes stale). Between machines that share
     a disk flock cannot be trusted, so an owner recorded on another host counts as alive until it released the lock,
-    unless it is the same scheduler job, started again elsewhere.
+    unless it is the same scheduler job, started again elsewhere, or a job that SLURM says has ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +88,7 @@ def _gone(owner: dict[str, Any]) -> bool:
     if job is not None and owner.get("job") == job:
         return True
     if owner["host"] != socket.gethostname():
-        return False
+        return owner.get("job") is not None and not live(owner["job"])
     if owner["pid"] == os.getpid():
         return True  # a number reused after a reboot or in a new container
     try:

@@ -1,0 +1,88 @@
+"""Who kept the others waiting: read from the flight recorder's dumps, which NCCL's watchdog writes when it gives up."""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A rank that never entered a collective which others entered; or one that left no dump at all."""
+
+    rank: int
+    words: str
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """The dumps hold dicts, lists, texts and numbers; anything else is not ours."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a dump")
+
+
+def find(traces: Path, since: float, nodes: Sequence[str]) -> Hang | None:
+    """None without fresh dumps or without a laggard. `since`: seconds since 1970; `nodes`: by rank."""
+    dumps: dict[int, Mapping[str, Any]] = {}
+    for file in traces.glob("rank_*"):
+        rank = file.name.removeprefix("rank_")
+        if rank.isdecimal() and file.stat().st_mtime >= since:
+            try:
+                with file.open("rb") as stream:
+                    dumps[int(rank)] = _PlainUnpickler(stream).load()
+            except (pickle.UnpicklingError, EOFError):  # cut off: its rank was ended while it wrote
+                continue
+    return compare(dumps, nodes) if dumps else None
+
+
+def compare(dumps: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> Hang | None:
+    """The earliest collective that a member of its group never entered; else the first rank without a dump."""
+    found: list[tuple[int, Hang]] = []
+    entered, names = _entered(dumps)
+    for group, by_rank in entered.items():
+        members = _members(dumps, group) or sorted(by_rank)
+        last = {rank: max(by_rank.get(rank, {0: ""})) for rank in members if rank in dumps}
+        if len(set(last.values())) < 2:
+            continue
+        laggard = min(last, key=lambda rank: (last[rank], rank))
+        sequence = last[laggard] + 1
+        kind, when = next(each[sequence] for each in by_rank.values() if sequence in each)
+        words = f"rank {laggard} (node {nodes[laggard]}) never entered {kind} #{sequence} of group {names[group]}"
+        found.append((when, Hang(laggard, words)))
+    if found:
+        return min(found, key=lambda pair: pair[0])[1]
+    silent = [rank for rank in range(len(nodes)) if rank not in dumps]
+    if not silent:
+        return None
+    first = silent[0]
+    return Hang(first, f"rank {first} (node {nodes[first]}) left no dump: it was dead or stuck before the timeout")
+
+
+Entered = dict[str, dict[int, dict[int, tuple[str, int]]]]
+
+
+def _entered(dumps: Mapping[int, Mapping[str, Any]]) -> tuple[Entered, dict[str, str]]:
+    """group -> rank -> sequence number -> (collective, when); and how each group is called."""
+    entered: Entered = {}
+    names: dict[str, str] = {}
+    for rank, dump in dumps.items():
+        for entry in dump.get("entries", ()):
+            if entry.get("is_p2p"):
+                continue
+            group, described = (str(part) for part in entry["process_group"])
+            names[group] = described if described not in ("", "undefined") else group
+            kind = str(entry["profiling_name"]).removeprefix("nccl:")
+            entered.setdefault(group, {}).setdefault(rank, {})[int(entry["collective_seq_id"])] = (
+                kind,
+                int(entry["time_created_ns"]),
+            )
+    return entered, names
+
+
+def _members(dumps: Mapping[int, Mapping[str, Any]], group: str) -> list[int]:
+    for dump in dumps.values():
+        config = dump.get("pg_config", {}).get(group)
+        if config is not None:
+            return [int(rank) for rank in str(config["ranks"]).strip("[]").split(",") if rank.strip()]
+    return []

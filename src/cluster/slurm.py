@@ -1,0 +1,327 @@
+"""cluster=slurm: hand run folders to SLURM through submitit, say where they are, and return."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from src.cluster import queue
+from src.cluster.folder import RunFolder
+from src.cluster.local import Outcome
+from src.cluster.queued import QueuedJob
+from src.cluster.resources import Resources, problems
+from src.config.base import Config, Names
+from src.distributed.process import joined
+from src.errors import FolderError, PlanError
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
+Flags = dict[str, str | int | float | bool | None]
+
+# What the plan, the site's own keys or the requeue chain decide.
+_OWN = {
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "cpus-per-task"), "follows from parallel and cluster"),
+    **dict.fromkeys(("output", "error", "open-mode", "array", "job-name", "chdir"), "is where logs and runs are found"),
+    "signal": "is cluster.grace_seconds",
+    "time": "is cluster.minutes",
+    "requeue": "is cluster.requeues",
+    **{key: f"is cluster.{key}" for key in ("partition", "account", "qos", "constraint", "exclude")},
+}
+_SLOW_SHARE = 0.5  # of the grace: ranks must agree and finish a step first, and disks have bad days
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Nodes are somewhere else: nothing is asked of this machine."""
+
+    count: None
+    memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that only waits for ranks: config, plan, code and data are in its folder."""
+
+    folder: RunFolder
+    plan: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run in SLURM's hands; `job` is "123", or "123_4" of an array."""
+
+    job: str
+    folder: Path
+    log: Path
+
+    def text(self) -> str:
+        """What a person wants to know once the terminal is free again."""
+        return f"job {self.job}: {self.folder}\nlog: {self.log}\n{self.tail}\n{self.cancel}"
+
+    @property
+    def tail(self) -> str:
+        return f"tail -F {shlex.quote(str(self.log))}"
+
+    @property
+    def cancel(self) -> str:
+        return f"scancel {self.job}"
+
+
+class Slurm(Config):
+    """Facts of a site."""
+
+    partition: str
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    exclude: str | None
+    gpus_per_node: PositiveInt
+    cpus_per_gpu: PositiveInt
+    memory_gib_per_gpu: PositiveFloat | None
+    gpu_memory_gib: PositiveFloat | None
+    device: Literal["cuda", "cpu"]
+    minutes: PositiveInt
+    grace_seconds: Annotated[int, Field(gt=0, le=65535)]  # SLURM keeps 16 bits of it
+    requeues: Annotated[int, Field(ge=0)]
+    array_parallelism: PositiveInt
+    preflight_seconds: PositiveFloat
+    python: str | None
+    setup: Names
+    sbatch: Flags
+    srun: Flags
+    wait: bool
+
+    @field_validator("sbatch")
+    @classmethod
+    def _leaves_our_flags(cls, flags: Flags) -> Flags:
+        if taken := [f"{key} {_OWN[key]}" for key in flags if key in _OWN]:
+            raise ValueError(f"{'; '.join(taken)}; leave it out")
+        return flags
+
+    @model_validator(mode="after")
+    def _grace_fits(self) -> "Slurm":
+        if self.grace_seconds >= 60 * self.minutes:
+            raise ValueError(
+                f"grace_seconds={self.grace_seconds} is no part of minutes={self.minutes}; at most "
+                f"{60 * self.minutes - 1} seconds"
+            )
+        return self
+
+    @property
+    def asks_gpus(self) -> bool:
+        return "gpus-per-node" not in self.sbatch
+
+    def devices(self) -> Devices:
+        if joined():
+            raise PlanError("cluster=slurm submits a job that starts its own ranks; leave the outer launcher out")
+        return Devices(None, self.gpu_memory_gib)
+
+    def submit(self, folder: RunFolder, world: int) -> Outcome:
+        """A single run: tells where it is, and returns at once, or when it has ended if `wait` is true."""
+        plan = json.loads((folder.path / "plan.json").read_text())
+        assert plan["world"] == world, "the folder's own plan"
+        submitted = self.submit_all([Prepared(folder, plan)])
+        print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)
+        if not self.wait:
+            return Outcome("submitted", 0)
+        from src.cluster.waiting import wait
+
+        return wait(submitted)
+
+    def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+        """What sbatch would be given: one text per shape of resources."""
+        texts = []
+        for asked, group in _grouped([Resources.of(self, plan) for _, plan in points]).items():
+            jobs = [self._job(points[index][0], "dry_run", asked.world) for index in group]
+            texts.append(self._text(_place(jobs), asked, jobs))
+        return "\n".join(texts)
+
+    def submit_all(self, points: Sequence[Prepared]) -> list[Submitted]:
+        """One job, or one array per shape. PlanError before sbatch for what the partition lacks, or with its words.
+
+        Every folder's lock is released: from here on the job is its writer.
+        """
+        asked = [Resources.of(self, point.plan) for point in points]
+        self._check(asked)
+        for point in points:
+            _refuse_live(point.folder.path)
+            if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
+                print(f"warning: {slow}", file=sys.stderr)
+        done: dict[int, Submitted] = {}
+        for shape, group in _grouped(asked).items():
+            folders = [points[index].folder for index in group]
+            done |= zip(group, self._submit(folders, shape), strict=True)
+        return [done[index] for index in range(len(points))]
+
+    def _check(self, asked: Sequence[Resources]) -> None:
+        if not queue.available():
+            raise PlanError("cluster=slurm: no sbatch on this machine; go to a login node, or pass cluster=local")
+        try:
+            found = problems(self, asked, queue.nodes(self.partition), queue.partitions())
+        except queue.SilentError as error:
+            raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
+        if found:
+            raise PlanError(found)
+
+    def _submit(self, folders: Sequence[RunFolder], asked: Resources) -> list[Submitted]:
+        from submitit.core.utils import FailedJobError
+
+        jobs = [self._job(folder.path, folder.code, asked.world) for folder in folders]
+        place = _place(jobs)
+        place.mkdir(parents=True, exist_ok=True)
+        executor = self._executor(place, asked, jobs)
+        try:
+            with _outside_of_jobs(), executor.batch():
+                handles = [executor.submit(job) for job in jobs]
+        except FailedJobError as error:
+            words = str(error).partition("sbatch:")
+            said = (words[1] + words[2]).strip() or str(error)
+            raise PlanError([f"sbatch refused: {said}", "it was given:", self._text(place, asked, jobs)]) from error
+        return [
+            _recorded(folder, Submitted(str(handle.job_id), folder.path, Path(handle.paths.stdout)), asked)
+            for folder, handle in zip(folders, handles, strict=True)
+        ]
+
+    def _job(self, folder: Path, code: str, world: int) -> QueuedJob:
+        return QueuedJob(folder, code, world, Path.cwd(), self.device, self.preflight_seconds)
+
+    def _text(self, place: Path, asked: Resources, jobs: Sequence[QueuedJob]) -> str:
+        executor = self._executor(place, asked, jobs)
+        if len(jobs) > 1:
+            executor.parameters["map_count"] = len(jobs)
+        text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+        return text
+
+    def _executor(self, place: Path, asked: Resources, jobs: Sequence[QueuedJob]) -> "SlurmExecutor":
+        from submitit import SlurmExecutor
+
+        python = self.python or shlex.quote(sys.executable)
+        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=python)
+        parameters: dict[str, Any] = {
+            "job_name": jobs[0].folder.name if len(jobs) == 1 else f"{jobs[0].folder.name}+{len(jobs) - 1}",
+            "partition": self.partition,
+            "nodes": asked.nodes,
+            "ntasks_per_node": asked.tasks_per_node,
+            "cpus_per_task": asked.cpus_per_task,
+            "time": asked.minutes,
+            "signal_delay_s": self.grace_seconds,
+            "array_parallelism": self.array_parallelism,
+            "stderr_to_stdout": True,
+            "wckey": None,  # sites that know no keys refuse submitit's own
+            "setup": [*self.setup, *_setup(jobs, asked)],
+            "srun_args": [*_flags({"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task} | self.srun)],
+            "teardown": self._teardown(python),
+        }
+        extra: Flags = {"requeue" if self.requeues else "no-requeue": True} | self.sbatch
+        if self.asks_gpus:
+            parameters["gpus_per_node"] = asked.tasks_per_node
+        if asked.memory_gib is not None and "mem" not in self.sbatch:
+            parameters["mem"] = asked.memory_gib
+        for key in ("account", "qos", "constraint", "exclude"):
+            parameters[key] = getattr(self, key)
+        parameters["additional_parameters"] = {key: value for key, value in extra.items() if value not in (None, False)}
+        executor.update_parameters(
+            **{key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+        )
+        return executor
+
+    def _teardown(self, python: str) -> list[str]:
+        """After the ranks: why they failed, and whether another start may help. The node's own scontrol acts on it."""
+        inside = (
+            shlex.join(["srun", "--overlap", "--nodes=1", "--ntasks=1", *_flags(self.srun)]) + " " if self.srun else ""
+        )
+        return [
+            "code=$?",
+            'if [ "$code" -ne 0 ]; then',
+            "  trap '' TERM",
+            f'  answer=$({inside}{python} -m src.cluster.verdict "${{folders[$point]}}" --requeues {self.requeues})',
+            '  case "$answer" in',
+            '    requeue*) scontrol requeue "$SLURM_JOB_ID"',
+            '      bad="${answer#requeue}"',
+            '      [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${bad# }" ;;',
+            "  esac",
+            "fi",
+            'exit "$code"',
+        ]
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Inside an allocation its facts would become the new job's; but which SLURM it is must stay known."""
+    from submitit.helpers import clean_env
+
+    known = {key: os.environ[key] for key in ("SLURM_CONF", "SLURM_CLUSTERS") if key in os.environ}
+    with clean_env():
+        os.environ.update(known)
+        yield
+
+
+def slow_saves(folder: Path, grace_seconds: float) -> str | None:
+    """A warning when this run's own saves hardly fit into the time between the signal and the end."""
+    from src.metrics.lines import Lines
+
+    seconds = [line.get("checkpoint/write_seconds", 0.0) for line in Lines(folder / "metrics.jsonl").read()]
+    slowest = max(seconds, default=0.0)
+    if slowest <= _SLOW_SHARE * grace_seconds:
+        return None
+    return (
+        f"{folder}: a save took {slowest:.0f} s, and cluster.grace_seconds={grace_seconds:g} must hold it and a step; "
+        f"pass at least {slowest / _SLOW_SHARE:.0f}"
+    )
+
+
+def _refuse_live(folder: Path) -> None:
+    earlier = queue.submissions(folder)
+    if earlier and queue.live(job := earlier[-1]["job"]):
+        raise FolderError(f"{folder}: job {job} is queued or running it; wait for it, or scancel {job}")
+
+
+def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources) -> Submitted:
+    record = {"job": submitted.job, "submitted": round(time.time(), 3), "log": str(submitted.log)}
+    with (folder.path / queue.SUBMISSIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record | {"resources": asdict(asked)}) + "\n")
+    folder.close()
+    return submitted
+
+
+def _grouped(asked: Sequence[Resources]) -> dict[Resources, list[int]]:
+    groups: dict[Resources, list[int]] = {}
+    for index, each in enumerate(asked):
+        groups.setdefault(each, []).append(index)
+    return groups
+
+
+def _place(jobs: Sequence[QueuedJob]) -> Path:
+    """Where SLURM's files go: a run's own folder, or one beside the runs for an array."""
+    first = jobs[0].folder
+    if len(jobs) == 1:
+        return first / "logs" / "slurm"
+    return first.parent / "slurm" / f"{first.name}+{len(jobs) - 1}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _setup(jobs: Sequence[QueuedJob], asked: Resources) -> list[str]:
+    """Ranks import the frozen code of their own point, wherever they start."""
+    folders = " ".join(shlex.quote(str(job.folder)) for job in jobs)
+    codes = " ".join(job.code for job in jobs)
+    return [
+        f"folders=({folders})",
+        f"codes=({codes})",
+        "point=${SLURM_ARRAY_TASK_ID:-0}",
+        'export PYTHONPATH="${folders[$point]}/code/${codes[$point]}${PYTHONPATH:+:$PYTHONPATH}"',
+        "export PYTHONSAFEPATH=1",  # or `python -m` would find the work tree first
+        f"export OMP_NUM_THREADS={asked.cpus_per_task}",
+    ]
+
+
+def _flags(flags: Mapping[str, str | int | float | bool | None]) -> list[str]:
+    kept = {key: value for key, value in flags.items() if value not in (None, False)}
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in kept.items()]
