@@ -68,7 +68,7 @@ def certify(task: Verify, run: Run, ranks: Ranks, facts: dict[str, Any]) -> Cert
     reference = _train_alone(task, single, ranks, alone) if ranks.rank == 0 else None
     _release(ranks.device)
     layout = _train_together(task, run, ranks)
-    tolerances = TOLERANCES[run.precision.compute]
+    tolerances = TOLERANCES[run.precision.compute if run.precision.float8 is None else "float8"]
     shared = [None if reference is None else compare(layout, reference, tolerances)]
     dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
     assert shared[0] is not None, "rank 0 sends its own"
@@ -147,6 +147,7 @@ def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
         nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
+        model.after_step(lambda counts: counts, torch.ones((), device=ranks.device))
     return Trace(losses, grad_norms, gradients)
 
 
