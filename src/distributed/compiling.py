@@ -18,16 +18,28 @@ class Compile(Config):
     loss: bool
     mode: Literal["default", "max-autotune-no-cudagraphs"]
 
-    def apply(self, model: "Decoder", *, budget: float | None = None, round_each_step: bool = False) -> None:
+    def apply(
+        self,
+        model: "Decoder",
+        *,
+        budget: float | None = None,
+        round_each_step: bool = False,
+        pipeline_products: bool = False,
+    ) -> None:
         """Before FSDP, whose hooks stay outside the graphs; names of parameters do not change.
 
         `budget`: share of a block's activations that may be kept for its backward; None: what the compiler likes best.
         `round_each_step`: fused kernels round to the compute dtype wherever eager ones do, so float8 scales agree.
+        `pipeline_products`: a matrix of tensor parallelism multiplies the parts of its input as they come, and sends
+        the parts of its result as they are ready; the group must share memory: src/distributed/symmetric.py.
         """
         import torch
 
         if self.blocks:
-            options = torch._inductor.list_mode_options(self.mode) | {"emulate_precision_casts": round_each_step}
+            options = torch._inductor.list_mode_options(self.mode) | {
+                "emulate_precision_casts": round_each_step,
+                "_micro_pipeline_tp": pipeline_products,
+            }
             how = {"options": options} if budget is None else {"backend": within_budget(_inductor(options), budget)}
             for block in model.blocks():
                 # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.

@@ -11,6 +11,8 @@ ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
 
+SPLITTING: tuple[ScheduleName, ...] = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
 
 class Degrees(Config):
     """The layout of a run. The world is the product of the degrees; nothing is inferred from the machine."""
@@ -59,6 +61,26 @@ class Degrees(Config):
         """Ranks over which one parameter is cut: those of a cut sequence share the work too."""
         return self.shard * self.context
 
+    def problems(self, *, flex: bool, compiled_blocks: bool, gpu: bool) -> list[str]:
+        """What these keys ask of others. `flex`: attention is FlexAttention; `gpu`: ranks have one, as far as known."""
+        found = []
+        if self.rotate == "alltoall" and self.context == 1:
+            found.append("parallel.rotate=alltoall moves nothing: parallel.context=1; pass parallel.rotate=allgather")
+        elif self.rotate == "alltoall" and flex:
+            found.append(
+                "parallel.rotate=alltoall joins parts of causal attention, and a mask of model.attention=flex has none; "
+                "pass parallel.rotate=allgather or model.attention=sdpa"
+            )
+        if self.async_tensor and self.tensor == 1:
+            found.append(
+                "parallel.async_tensor=true overlaps nothing: parallel.tensor=1; pass parallel.async_tensor=false"
+            )
+        if self.async_tensor and not compiled_blocks:
+            found.append("parallel.async_tensor=true is the compiler's work; pass compile=blocks")
+        if self.async_tensor and not gpu:
+            found.append("parallel.async_tensor=true needs GPUs; pass parallel.async_tensor=false")
+        return found
+
     @property
     def lets_go(self) -> bool:
         """Whether FSDP lets go of gathered weights after the forward pass.
@@ -66,3 +88,8 @@ class Degrees(Config):
         By default not in a pipeline, where every micro-batch would gather them twice.
         """
         return self.reshard == "always" or (self.reshard == "default" and self.pipeline == 1)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs are asked for first and those of weights later, to fill bubbles."""
+        return self.pipeline > 1 and self.pipeline_schedule in SPLITTING

@@ -19,5 +19,10 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
     split_tensor(model, mesh.tensor, float8=float8 is not None and float8.exchanged)
     split_context(model, mesh.context, mesh.degrees)
     recompute.apply(model)
-    compile.apply(model, budget=recompute.budget, round_each_step=float8 is not None and float8.recipe != "tensorwise")
+    compile.apply(
+        model,
+        budget=recompute.budget,
+        round_each_step=float8 is not None and float8.recipe != "tensorwise",
+        pipeline_products=mesh.degrees.async_tensor,
+    )
     shard(model, mesh.fsdp, mesh.degrees, precision)

@@ -1,7 +1,7 @@
 """What every model family offers to the rooms above, before a single tensor exists."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import PositiveInt
 
@@ -35,6 +35,7 @@ class ModelConfig(Config):
     n_heads: PositiveInt
     vocab_size: PositiveInt
     max_seq_len: PositiveInt
+    attention: Literal["sdpa", "flex"]  # the kernel: torch's causal one, or FlexAttention, which takes masks
 
     @abstractmethod
     def build(self) -> "Decoder":

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Protocol
 
+from src.distributed import stages
 from src.distributed.degrees import Degrees
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
@@ -44,7 +45,8 @@ class Plan:
     epochs: float | None  # of the training split; None before the data are prepared
     parameters: int
     active_parameters: int
-    parameters_per_gpu: int
+    parameters_per_gpu: int  # on the fullest
+    stages: tuple[int, ...]  # parameters of each stage of the pipeline; none without
     flops_per_token: int  # attention counted in full
     flops_per_token_causal: int
     schedule_end: int  # the step at which the decay ends
@@ -80,6 +82,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
     found = [
         *problems,
         *_layout_problems(run, devices),
+        *_pipeline_problems(run, load.micro_batches),
         *_length_problems(run),
         *_batch_problems(run),
         *_section_problems(run),
@@ -116,7 +119,10 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
     memory = estimate(load)
     tokens_per_step = task.global_batch * task.seq_len
     per_node = _ranks_per_node(run)
-    local = sum(weight.local_elements(degrees.tensor, degrees.fsdp) for weight in run.model.weights())
+    local = [
+        _local_elements(run, share.modules) for share in stages.shares(degrees, run.model.n_layers, load.micro_batches)
+    ]
+    cut = stages.split(degrees, run.model.n_layers)
     epochs = None if corpus is None else _epochs(run, corpus)
     return Plan(
         world=degrees.world,
@@ -133,7 +139,8 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
         epochs=epochs,
         parameters=counts.parameters,
         active_parameters=counts.active,
-        parameters_per_gpu=local,
+        parameters_per_gpu=max(local),
+        stages=tuple(_parameters(run, frozenset(modules)) for modules in cut) if len(cut) > 1 else (),
         flops_per_token=counts.flops_per_token,
         flops_per_token_causal=counts.flops_per_token_causal,
         schedule_end=run.schedule.total_steps or task.steps,
@@ -142,8 +149,19 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
         memory=memory,
         memory_limit=limit,
         fits=None if limit is None else True,
-        warnings=tuple(_warnings(run, epochs)),
+        warnings=tuple(_warnings(run, load.micro_batches, epochs)),
     )
+
+
+def _local_elements(run: Run, modules: frozenset[str]) -> int:
+    """On one rank that holds these modules."""
+    degrees = run.parallel
+    mine = (weight for weight in run.model.weights() if stages.module_of(weight.name) in modules)
+    return sum(weight.local_elements(degrees.tensor, degrees.fsdp) for weight in mine)
+
+
+def _parameters(run: Run, modules: frozenset[str]) -> int:
+    return sum(weight.elements for weight in run.model.weights() if stages.module_of(weight.name) in modules)
 
 
 def _ranks_per_node(run: Run) -> int:
@@ -159,7 +177,7 @@ def _memory_limit(run: Run, devices: Devices | None) -> int | None:
 
 
 # Rooms that are not built yet refuse by name; the commit that builds one deletes its line.
-UNBUILT = ("context", "expert", "pipeline")
+UNBUILT = ("expert",)
 
 
 def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
@@ -170,6 +188,9 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
         if getattr(degrees, axis) > 1
     ]
     found += run.model.problems(degrees)
+    found += degrees.problems(
+        flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=_has_gpu(run, devices)
+    )
     rows, name = min((weight.local_rows(degrees.tensor), weight.name) for weight in run.model.weights())
     if degrees.fsdp > rows:
         found.append(
@@ -187,6 +208,18 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
         found.append(
             f"parallel asks for {degrees.world} ranks ({shape}), which do not fill nodes of "
             f"cluster.gpus_per_node={size} ({lower} or {lower + size} do)"
+        )
+    return found
+
+
+def _pipeline_problems(run: Run, micro_batches: int) -> list[str]:
+    """What the stages ask of the model, the batch and the compiler."""
+    degrees, name = run.parallel, run.parallel.pipeline_schedule
+    found = stages.problems(degrees, run.model.n_layers, micro_batches)
+    if degrees.splits_backward and run.compile.blocks:
+        found.append(
+            f"parallel.pipeline_schedule={name} asks for the gradients of inputs and of weights apart, and a compiled "
+            "block gives them at once; pass compile.blocks=false or parallel.pipeline_schedule=Interleaved1F1B"
         )
     return found
 
@@ -269,16 +302,22 @@ def _float8_problems(run: Run, devices: Devices | None) -> list[str]:
     float8 = run.precision.float8
     if float8 is None:
         return []
-    gpu = devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
+    gpu = _has_gpu(run, devices)
     return float8.problems(run.model.weights(), run.parallel, compiled=run.compile.blocks, gpu=gpu)
+
+
+def _has_gpu(run: Run, devices: Devices | None) -> bool:
+    """As far as anybody knows here."""
+    return devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
 
 
 def _epochs(run: Run, corpus: Corpus) -> float:
     return run.task.steps * run.task.global_batch / corpus.windows("train", run.task.seq_len)
 
 
-def _warnings(run: Run, epochs: float | None) -> list[str]:
+def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
     found = list(run.schedule.warnings(run.task.steps))
+    found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
     if epochs is not None and epochs > 1:
         found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")
     if (float8 := run.precision.float8) is not None:

@@ -10,6 +10,7 @@ from src.distributed.network import Network
 from src.distributed.parallelize import parallelize
 from src.distributed.pipeline import build, connect
 from src.distributed.process import Ranks
+from src.distributed.symmetric import share_memory
 from src.distributed.weights import initialise, materialise
 from src.models.decoder import Decoder
 from src.train.run import Run
@@ -37,6 +38,8 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) ->
     `mesh`: where the world is not the layout's own.
     """
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
+    if run.parallel.async_tensor and mesh.tensor is not None:
+        share_memory(mesh.tensor)
     parts = cut(run, mesh)
     for part in parts.values():
         materialise(part, ranks.device, offload=run.parallel.cpu_offload)

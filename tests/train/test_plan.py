@@ -92,11 +92,6 @@ def test_a_plan_needs_no_torch() -> None:
 
 
 REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
-    "context is not built": (
-        make_run(parallel=layout(context=2)),
-        {},
-        "parallel.context=2 is not built yet; pass parallel.context=1",
-    ),
     "expert is not built": (
         make_run(parallel=layout(expert=2)),
         {},
@@ -106,6 +101,40 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
         make_run(parallel=layout(pipeline=2)),
         {},
         "parallel.pipeline=2 is not built yet; pass parallel.pipeline=1",
+    ),
+    "a context cut in unequal chunks": (
+        make_run({"seq_len": 252}, parallel=layout(context=2, tensor=2)),
+        {},
+        "task.seq_len=252 is no multiple of parallel.tensor=2 * 2 * parallel.context=2 (248 or 256 would do)",
+    ),
+    "rotation without a cut": (
+        make_run(parallel=layout(rotate="alltoall")),
+        {},
+        "parallel.rotate=alltoall moves nothing: parallel.context=1; pass parallel.rotate=allgather",
+    ),
+    "rotation of a mask": (
+        make_run(
+            parallel=layout(context=2, rotate="alltoall"),
+            model=changed(section("model", "llama3_debug"), attention="flex"),
+        ),
+        {},
+        "parallel.rotate=alltoall joins parts of causal attention, and a mask of model.attention=flex has none; "
+        "pass parallel.rotate=allgather or model.attention=sdpa",
+    ),
+    "asynchronous products without a cut": (
+        make_run(parallel=layout(async_tensor=True), compile="blocks"),
+        {},
+        "parallel.async_tensor=true overlaps nothing: parallel.tensor=1; pass parallel.tensor=2 or more",
+    ),
+    "asynchronous products without a compiler": (
+        make_run(parallel=layout(tensor=2, async_tensor=True)),
+        {},
+        "parallel.async_tensor=true is the compiler's work; pass compile=blocks",
+    ),
+    "asynchronous products on the CPU": (
+        make_run(parallel=layout(tensor=2, async_tensor=True), compile="blocks"),
+        {"devices": Gpus(count=None)},
+        "parallel.async_tensor=true needs GPUs; pass parallel.async_tensor=false",
     ),
     "tensor and kv heads": (
         make_run(BIG, model="llama3_8b", parallel=layout(tensor=16, shard=4)),
