@@ -68,7 +68,7 @@ class Degrees(Config):
             found.append("parallel.rotate=alltoall moves nothing: parallel.context=1; pass parallel.rotate=allgather")
         elif self.rotate == "alltoall" and flex:
             found.append(
-                "parallel.rotate=alltoall joins parts of causal attention, and a mask of model.attention=flex has none; "
+                "parallel.rotate=alltoall joins parts of causal attention, and model.attention=flex has a mask; "
                 "pass parallel.rotate=allgather or model.attention=sdpa"
             )
         if self.async_tensor and self.tensor == 1:

@@ -118,13 +118,13 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
             model=changed(section("model", "llama3_debug"), attention="flex"),
         ),
         {},
-        "parallel.rotate=alltoall joins parts of causal attention, and a mask of model.attention=flex has none; "
+        "parallel.rotate=alltoall joins parts of causal attention, and model.attention=flex has a mask; "
         "pass parallel.rotate=allgather or model.attention=sdpa",
     ),
     "asynchronous products without a cut": (
         make_run(parallel=layout(async_tensor=True), compile="blocks"),
         {},
-        "parallel.async_tensor=true overlaps nothing: parallel.tensor=1; pass parallel.tensor=2 or more",
+        "parallel.async_tensor=true overlaps nothing: parallel.tensor=1; pass parallel.async_tensor=false",
     ),
     "asynchronous products without a compiler": (
         make_run(parallel=layout(tensor=2, async_tensor=True)),
