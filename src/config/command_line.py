@@ -19,7 +19,7 @@ from src.config.wording import nearest, unknown
 from src.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
-_SWEEP_FLAGS = ("-m", "--multirun")
+SWEEP_FLAGS = ("-m", "--multirun")
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, MarkedYAMLError)
 
 
@@ -28,8 +28,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
     problems = [said for each in argv if (said := _refused(*each.lstrip("+~").split("=", 1)))]
     if problems:
         raise ConfigError(problems)
-    flags = [each for each in argv if each in _SWEEP_FLAGS]  # Hydra wants them before the assignments
-    return flags + [_settable(each) for each in argv if each not in _SWEEP_FLAGS]
+    flags = [each for each in argv if each in SWEEP_FLAGS]  # Hydra wants them before the assignments
+    return flags + [_settable(each) for each in argv if each not in SWEEP_FLAGS]
 
 
 def _settable(argument: str) -> str:

@@ -14,10 +14,11 @@ from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
-import launch
 from src.cluster.folder import RunFolder
 from src.cluster.job import perform
+from src.cluster.start import checked, feed, record
 from src.config import tree as trees
+from src.config.compose import asked
 from src.distributed.network import Whole
 from src.errors import UserError
 from src.train.plan import plan
@@ -47,15 +48,15 @@ def opened(*argv: str) -> Path:
     before = list(sys.argv)
     GlobalHydra.instance().clear()
     try:
-        ((tree, run, _),) = launch.checked(launch.composed(list(argv)))
+        ((tree, run, _),) = checked(asked(list(argv)).trees)
     finally:
         sys.argv[:] = before
-    corpus = launch.feed(run)
+    corpus = feed(run)
     assert corpus is not None
     facts = plan(run, corpus).to_dict()
     identity = trees.identity(tree)
     with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity, folder=run.folder) as folder:
-        launch.record(corpus, folder.path)
+        record(corpus, folder.path)
         folder.begin(run.parallel.world)
         return folder.path
 

@@ -1,0 +1,130 @@
+"""From checked configs to started runs: what `python launch.py` and a sweep's ledger have in common."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+from src.config.build import build
+from src.config.tree import Tree, identity
+from src.errors import DataError, PlanError, UserError
+
+if TYPE_CHECKING:
+    from src.cluster.folder import RunFolder
+    from src.cluster.local import Outcome
+    from src.data.corpus import Corpus
+    from src.train.plan import Plan
+    from src.train.run import Run
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+class Cluster(Protocol):
+    """What every class of the group cluster can do."""
+
+    def submit(self, folder: "RunFolder", world: int) -> "Outcome": ...
+
+
+def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
+    """What `act` makes of each; the problems of all of them at once."""
+    made: list[Made] = []
+    problems: list[str] = []
+    for each in given:
+        try:
+            made.append(act(each))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    return made
+
+
+def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
+    """Every point's objects and plan. What can take seconds to import comes after all configs are proven right."""
+    sections = every(build, trees)
+    from src.train.plan import plan
+    from src.train.run import Run
+
+    runs = every(Run.from_sections, sections)
+    plans = every(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
+    return list(zip(trees, runs, plans, strict=True))
+
+
+def unfit(run: "Run") -> list[str]:
+    """What is wrong with the tokenizer, before it has read a text."""
+    from src.data.tokenizer import vocabulary_problems
+
+    return vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+
+
+def feed(run: "Run") -> "Corpus | None":
+    """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
+    from src.data.corpus import check
+    from src.data.prepare import prepare
+    from src.train.run import Validates
+
+    task = run.task
+    if not task.needs_corpus:
+        return None
+    corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
+    print(corpus.preparation.line(), file=sys.stderr)
+    problems = check(
+        corpus,
+        run.data,
+        seq_len=task.seq_len,
+        global_batch=task.global_batch,
+        steps=task.steps,
+        validation_samples=task.validate_samples if isinstance(task, Validates) and task.validate_every else 0,
+    )
+    if problems:
+        raise DataError(problems)
+    return corpus
+
+
+def record(corpus: "Corpus", folder: Path) -> None:
+    """data.json: what the ranks open. A run that has begun goes on with its own data or not at all."""
+    file = folder / "data.json"
+    recipe = corpus.recipe()
+    if file.exists() and json.loads(file.read_text())["fingerprint"] != recipe["fingerprint"]:
+        raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
+    file.write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def opening(folder: "RunFolder") -> str:
+    if folder.finished:
+        return f"finished before: {folder.path}; for a run from the start pass another name= or seed="
+    return f"{'resumes' if folder.resumed else 'starts'} {folder.path}"
+
+
+def start(tree: Tree, run: "Run") -> tuple[str, int]:
+    """How the run ended, and the exit code that says so."""
+    from src.cluster.folder import RunFolder, place
+    from src.cluster.job import perform
+    from src.distributed.process import Facts, joined
+    from src.train.plan import plan
+
+    path = place(run.root, run.name, identity(tree), run.folder)
+    if joined():
+        outer = Facts.read()
+        if outer.world != run.parallel.world:
+            raise PlanError(f"WORLD_SIZE={outer.world}, but parallel asks for {run.parallel.world} ranks")
+        if run.cluster.devices().count is None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
+        if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
+            return "finished" if perform(tree, path) else "stopped", 0
+    corpus = feed(run)
+    answers = plan(run, corpus, run.cluster.devices())
+    print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
+    facts = answers.to_dict()
+    with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
+        print(opening(folder), file=sys.stderr)
+        if corpus is not None:
+            record(corpus, folder.path)
+        if joined():
+            folder.begin(run.parallel.world)
+            return "finished" if perform(tree, folder.path) else "stopped", 0
+        outcome = cast(Cluster, run.cluster).submit(folder, run.parallel.world)
+        return outcome.status, outcome.exit_code

@@ -1,0 +1,141 @@
+"""What a command line asks for: one run, the points of a sweep, or a space to search. Hydra begins and ends here."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.command_line import COMPOSITION_ERRORS, SWEEP_FLAGS, arguments, problem
+from src.config.groups import CONF
+from src.config.tree import Tree, resolve
+from src.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One resolved config and the assignments that led to it, as typed: {"optim.lr": "1e-4"}."""
+
+    tree: Tree
+    overrides: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`space`, if not empty, is searched instead: its keys with Hydra's text of their range; `fixed` are the other
+    arguments. No point and no space: the command line only asked for help.
+    """
+
+    points: list[Point]
+    swept: bool
+    space: dict[str, str] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def trees(self) -> list[Tree]:
+        """Of every point."""
+        return [point.tree for point in self.points]
+
+
+def asked(argv: Sequence[str]) -> Asked:
+    """ConfigError for a mistake. The environment must hold HYDRA_FULL_ERROR=1, or Hydra prints and exits by itself."""
+    given = arguments(argv)
+    ranges = [each for each in given if _range(each) is not None]
+    fixed = [each for each in given if each not in (*ranges, *SWEEP_FLAGS)]
+    seen = _Seen()
+    try:
+        seen.compose([*fixed, "hydra.mode=RUN"])
+        space = seen.params | dict(_pair(each) for each in ranges)
+        flagged = any(each in SWEEP_FLAGS for each in given)
+        if not (seen.configs and (flagged or space)):
+            return Asked(seen.resolved(), swept=False)
+        if seen.searches:
+            return Asked([], swept=True, space=space, fixed=tuple(fixed))
+        sweep = _Seen()
+        sweep.compose(given)
+        if sweep.mode == RunMode.RUN:
+            raise ConfigError("hydra.sweeper.params without hydra.mode: MULTIRUN; write both, or pass -m")
+        return Asked(sweep.resolved(), swept=True)
+    except COMPOSITION_ERRORS as error:
+        raise UserError(problem(error)) from error
+
+
+def point(fixed: Sequence[str], chosen: dict[str, str]) -> Point:
+    """One point of a searched space."""
+    seen = _Seen()
+    try:
+        seen.compose([*fixed, *arguments([f"{key}={text}" for key, text in chosen.items()]), "hydra.mode=RUN"])
+    except COMPOSITION_ERRORS as error:
+        raise UserError(problem(error)) from error
+    return seen.resolved()[0]
+
+
+class _Seen:
+    """The configs that Hydra hands to its main function; resolved later, since a base config may lack a swept key."""
+
+    def __init__(self) -> None:
+        self.configs: list[tuple[DictConfig, dict[str, str]]] = []
+        self.points: list[Point] = []
+        self.params: dict[str, str] = {}
+        self.mode: RunMode | None = None
+        self.error: UserError | None = None
+
+    def compose(self, given: list[str]) -> None:
+        @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+        def take(cfg: DictConfig) -> None:
+            self._take(cfg)
+
+        with TemporaryDirectory() as scratch:  # for the multirun.yaml that Hydra's sweeper insists on
+            sys.argv[1:] = [*given, f"hydra.sweep.dir={scratch}"]
+            take()
+
+    def _take(self, cfg: DictConfig) -> None:
+        ours = HydraConfig.get()
+        overrides = dict(_pair(str(each)) for each in _plain(ours.overrides.task))
+        self.configs.append((cfg, overrides))
+        self.mode = ours.mode
+        self.params = {str(key): str(text) for key, text in (_plain(ours.sweeper).get("params") or {}).items()}
+        try:  # here, because ${hydra:...} can be told only while Hydra runs this config
+            self.points.append(Point(resolve(cfg), overrides))
+        except UserError as error:
+            if self.mode == RunMode.MULTIRUN:
+                raise
+            self.error = error
+
+    @property
+    def searches(self) -> bool:
+        """Whether the config chose a sweep that proposes its own points."""
+        return bool(OmegaConf.select(self.configs[0][0], "sweep.trials"))
+
+    def resolved(self) -> list[Point]:
+        if self.error is not None:
+            raise self.error
+        return self.points
+
+
+def _range(argument: str) -> Override | None:
+    """The override, if it has several values."""
+    if argument.startswith(("-", "hydra.")) or "=" not in argument:
+        return None
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+    except COMPOSITION_ERRORS:
+        return None  # Hydra will say it better
+    return parsed if parsed.is_sweep_override() else None
+
+
+def _plain(node: Any) -> Any:
+    """As written: a ${...} in it belongs to the run's config."""
+    return OmegaConf.to_container(node, resolve=False)
+
+
+def _pair(argument: str) -> tuple[str, str]:
+    key, _, text = argument.partition("=")
+    return key.lstrip("+"), text
