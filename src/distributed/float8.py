@@ -159,12 +159,9 @@ def _require(device_type: str) -> None:
 
 
 def _linears(weights: Iterable[Matrix]) -> dict[str, Matrix]:
-    """The matrices of the blocks, by the name of their module."""
-    return {
-        weight.name.removesuffix(".weight"): weight
-        for weight in weights
-        if len(weight.shape) == 2 and weight.name.startswith("layers.")
-    }
+    """The matrices of the blocks, by the name of their module; routers choose experts in float32."""
+    matrices = (weight for weight in weights if len(weight.shape) == 2 and weight.name.startswith("layers."))
+    return {weight.name.removesuffix(".weight"): weight for weight in matrices if not _within("router", weight.name)}
 
 
 def _local(weight: Matrix, tensor: int) -> tuple[int, int]:

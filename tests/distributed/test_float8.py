@@ -216,7 +216,7 @@ def test_refused_with_a_reason(found: list[str], said: list[str]) -> None:
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.distributed.float8.find_spec", lambda name: None)
+    monkeypatch.setattr("src.distributed.float8.find_spec", {}.get)
     assert problems(config()) == [
         "precision.float8 needs the package torchao; pip install torchao==0.17.0, or precision=bf16"
     ]
@@ -240,6 +240,15 @@ def _kinds(model: nn.Module) -> set[str]:
     names = [name.split(".", 2) for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"]
     assert {layer for _, layer, _ in names} == {"1", "2"}
     return {kind for _, _, kind in names}
+
+
+def test_a_router_is_no_matrix_of_float8() -> None:
+    class Gate:
+        name, shape, tensor_dim = "layers.1.moe.router.gate.weight", (64, 64), None
+
+    assert config().left_out([Gate], 1) == []
+    found = config(exclude=("router",)).problems([Gate], degrees("fsdp2"), compiled=False, gpu=True)
+    assert found == ["precision.float8.exclude: no matrix of a block has router in its name; there are "]
 
 
 def test_only_blocks_are_converted_and_names_stay() -> None:

@@ -1,4 +1,4 @@
-"""Each way to recompute changes no number, runs again what it says and nothing else, keeps the bytes that are planned."""
+"""Each way to recompute changes no number, runs again what it says and keeps the bytes that are planned."""
 
 import gc
 from collections import Counter
