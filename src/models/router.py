@@ -1,6 +1,7 @@
 """Which experts a token meets, and with what weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Routing:
         """x (tokens, dim); `bias` (n_experts) fp32 moves the choice, never the weights or a gradient."""
-        logits = F.linear(x.float(), self.gate.weight.float())
+        project: Callable[..., Tensor] = _PreciseLinear.apply
+        logits = project(x, self.gate.weight)
         scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
         experts = self._in_turn(scores) if self.config.forced_balance else self._best(scores.detach() + bias)
         weights = scores.gather(-1, experts)
@@ -52,3 +54,17 @@ class Router(nn.Module):
         """Expert p mod n_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
         places = torch.arange(len(scores) * self.config.top_k, device=scores.device)
         return (places % self.config.n_experts).view(len(scores), -1)
+
+
+class _PreciseLinear(torch.autograd.Function):
+    """x w^T and both gradients in fp32, keeping x and w as they came: fp32 copies would be twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (grads[0] @ weight.float()).to(x.dtype), (grads[0].T @ x.float()).to(weight.dtype)

@@ -16,13 +16,14 @@ def saved_by_block(config: "DeepseekV3Config", cut: Slice) -> Saved:
     dense, experts = config.n_dense_layers, config.n_layers - config.n_dense_layers
     attention = _attention(config, cut)
     first = cut.element_bytes * config.dim  # the block's input
+    once = _casts(config, cut) * experts // config.n_layers
 
     def mean(of_dense: float, of_experts: float) -> int:
         return int(cut.tokens * (first + (dense * of_dense + experts * of_experts) / config.n_layers))
 
     working = max(dense and _dense_working(config), experts and _experts_working(config))
     return Saved(
-        whole=mean(attention + _dense(config, cut), attention + _experts(config, cut)),
+        whole=mean(attention + _dense(config, cut), attention + _experts(config, cut)) + once,
         input=mean(0, 0),
         selective=mean(_selective(config, cut, dense=True), _selective(config, cut, dense=False)),
         working=int(cut.tokens * (working + 2 * config.dim) * cut.element_bytes),
@@ -50,16 +51,26 @@ def _dense(config: "DeepseekV3Config", cut: Slice) -> int:
     return 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(config.ffn_dim, cut)
 
 
+def _casts(config: "DeepseekV3Config", cut: Slice) -> int:
+    """Bytes that do not grow with tokens: where each expert's rows end, and the router's matrix if cast."""
+    return STATISTIC_BYTES * config.moe.n_experts * (1 + (config.dim if _keeps_casts(cut) else 0))
+
+
+def _keeps_casts(cut: Slice) -> bool:
+    """A compiler keeps the router's inputs in fp32, since its matrix product reads them so in the backward too."""
+    return cut.compiled and cut.element_bytes < 4
+
+
 def _experts(config: "DeepseekV3Config", cut: Slice) -> int:
+    """Bytes of a token: the stream, the norm of it, the routing, the rows of all its experts, the shared experts."""
     moe = config.moe
     streams = 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(moe.shared_dim, cut)
-    # The router's input in fp32 (in fp32 training it is the norm's result itself; a compiler casts again), and scores.
-    again = 0 if cut.compiled or cut.element_bytes == 4 else config.dim
+    again = config.dim if _keeps_casts(cut) else 0
     normalising = moe.top_k + 1 if moe.normalise else 0
     router = 4 * (again + moe.n_experts + normalising)
-    # Which experts, their order and its inverse; the weight at each place.
-    indices = moe.top_k * (3 * INDEX_BYTES + 4)
-    # Beside a SwiGLU's: the product before the weight; the cast of an fp32 product to fp32 is the product itself.
+    # Which experts, their order and its inverse, compiled also whose row each is; the weight at each place.
+    indices = moe.top_k * ((4 if cut.compiled else 3) * INDEX_BYTES + 4)
+    # Beside what a SwiGLU keeps: what the weight multiplies.
     rows = moe.top_k * (cut.element_bytes * config.dim + _swiglu(moe.hidden_dim, cut))
     if not cut.compiled:
         rows += moe.top_k * cut.element_bytes * (config.dim if moe.score_before_experts else moe.hidden_dim)
