@@ -94,8 +94,8 @@ def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
         tell(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
         return Outcome("killed", 130 if crew.killed == "Ctrl-C twice" else 137)
     if failure is not None and crew.signal is not None and failure.exit_code == 128 + crew.sent:
-        end(folder, "stopped", f"{crew.signal} before training began")
-        tell(f"stopped by {crew.signal} before there was anything to save; the same command starts again")
+        end(folder, "stopped", f"{crew.signal} outside of training")
+        tell(f"stopped by {crew.signal} before training began or after it ended; the same command continues: {folder}")
         return Outcome("stopped", 0)
     if failure is not None:
         end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)

@@ -89,7 +89,7 @@ def test_a_signal_before_training_began(code: Path, tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGINT)
     out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert (launcher.returncode, out) == (0, "outcome stopped\n")
-    assert "before there was anything to save" in err
+    assert "before training began or after it ended" in err
     assert "Traceback" not in err
 
 
