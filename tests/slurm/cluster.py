@@ -5,7 +5,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -130,16 +129,6 @@ class TestCluster:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
         return done.stdout
 
-    def kill_node(self, node: str, job: str) -> None:
-        """As if its power was cut: the daemons and ranks of the node die without a word, and the node is down."""
-        for pid in self._strays():
-            if f"[{job}." in _command(pid) and _environment(pid).get("SLURMD_NODENAME") == node:
-                os.kill(pid, signal.SIGKILL)
-
-    def step_daemons(self, job: str) -> dict[int, str]:
-        """pid -> command line of the processes that watch over the ranks of a job."""
-        return {pid: text for pid in self._strays() if re.search(rf"\[{job}\.\w+\]", text := _command(pid))}
-
     def _munge(self) -> None:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -262,7 +251,9 @@ def main() -> None:
         sys.exit(reason)
     with cluster(kill_wait_seconds=30) as running:
         print(f"export SLURM_CONF={running.folder}/slurm.conf")
-        print("nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them")
+        print(
+            "nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them"
+        )
         print("python launch.py cluster=slurm cluster.partition=low cluster.device=cpu experiment=demo")
         print("Ctrl-C ends the cluster and its jobs", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,0 +1,216 @@
+"""Tiny runs on the test cluster: submitted through launch.py as a person does, held at a step, watched, compared."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.cluster.folder import Attempt, attempts
+from tests.end_to_end.lives import TINY, series, write_text
+from tests.slurm.cluster import TestCluster
+
+HOME = Path(__file__).parents[2]
+PARTS = ("src", "conf", "launch.py", "requirements.txt", "pyproject.toml")
+PATIENCE_SECONDS = 240.0
+FACTS: dict[str, str | int | float] = {
+    "partition": "low", "device": "cpu", "gpus_per_node": 1, "cpus_per_gpu": 1,
+    "minutes": 60, "grace_seconds": 60, "preflight_seconds": 90.0,
+}
+STEPS = 20
+
+# Python runs this at the start of every rank. A rank that comes to the step that the file $BRAKE names waits there
+# until the file is gone or a signal has come, so that a test may take its time, however slow the machine.
+BRAKE = """
+import os, sys, time
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "src.train.loop":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        original = spec.loader.exec_module
+        def exec_module(module):
+            original(module)
+            brake(module.Loop)
+        spec.loader.exec_module = exec_module
+        return spec
+
+def brake(Loop):
+    original = Loop._step
+    def held(self, batches):
+        step = self.training.state.step
+        while self.stop.seen is None and step == named(os.environ["BRAKE"]):
+            mark = f"{os.environ['BRAKE']}.rank_{os.environ['RANK']}"
+            if not os.path.exists(mark):
+                open(mark, "w").write(str(os.getpid()))
+            time.sleep(0.05)
+        return original(self, batches)
+    Loop._step = held
+
+def named(path):
+    try:
+        return int(open(path).read() or -1)
+    except FileNotFoundError:
+        return -1
+
+if "BRAKE" in os.environ and "RANK" not in os.environ:
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+def until(condition: Callable[[], Any], complaint: Callable[[], str] | str = "waited in vain") -> Any:
+    """Its first true value."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < end, complaint if isinstance(complaint, str) else complaint()
+        time.sleep(0.1)
+    return value
+
+
+@dataclass(frozen=True)
+class Told:
+    """What launch.py says of a submitted run."""
+
+    job: str
+    folder: Path
+    log: Path
+
+
+class Site:
+    """A repository, a root for its runs, and the cluster that they go to."""
+
+    def __init__(self, cluster: TestCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.repository = folder / "repository"
+        for part in PARTS:
+            (shutil.copytree if (HOME / part).is_dir() else shutil.copy)(HOME / part, _made(self.repository) / part)
+        (_made(folder / "site") / "sitecustomize.py").write_text(BRAKE)
+        self.arguments = (
+            *(each for each in TINY if not each.startswith(("cluster.", "name="))),
+            *write_text(folder),
+            f"root={folder / 'runs'}",
+            "parallel=fsdp2",
+        )
+
+    def launch(self, *argv: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        """launch.py of the site's repository, in a folder where no `src` is."""
+        done = subprocess.run(
+            [sys.executable, str(self.repository / "launch.py"), *self.arguments, *argv],
+            cwd=_made(self.folder / "elsewhere"),
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def environment(self) -> dict[str, str]:
+        """What a person's shell has, who uses the cluster."""
+        outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
+        return {key: value for key, value in (os.environ | self.cluster.environment).items() if key not in outer}
+
+    def submit(self, name: str, *argv: str) -> "Held":
+        """A run of two ranks on two nodes, which its brake may hold."""
+        brake = self.folder / f"{name}.brake"
+        setup = f"export BRAKE={brake} PYTHONPATH={self.folder / 'site'}"
+        done = self.launch(f"name={name}", f"cluster.setup=['{setup}']", *self.site(), *argv)
+        (told,) = told_by(done.stderr)
+        return Held(self.cluster, told, brake)
+
+    @staticmethod
+    def site() -> tuple[str, ...]:
+        """Arguments that name the site's facts."""
+        return ("cluster=slurm", *(f"cluster.{key}={value}" for key, value in FACTS.items()))
+
+
+def told_by(text: str) -> list[Told]:
+    """Every submission that the text tells of."""
+    found = re.findall(r"^job (\S+): (.+)\nlog: (.+)\n", text, re.MULTILINE)
+    return [Told(job, Path(folder), Path(log)) for job, folder, log in found]
+
+
+class Held:
+    """A submitted run under the eyes of a test."""
+
+    def __init__(self, cluster: TestCluster, told: Told, brake: Path) -> None:
+        self.cluster, self.job, self.folder, self.log, self.brake = cluster, told.job, told.folder, told.log, brake
+
+    def until_held(self) -> dict[int, int]:
+        """rank -> pid, once both wait at the brake."""
+        marks = [Path(f"{self.brake}.rank_{rank}") for rank in range(2)]
+        until(lambda: all(mark.exists() and mark.read_text() for mark in marks), self.story)
+        return {rank: int(mark.read_text()) for rank, mark in enumerate(marks)}
+
+    def hold(self, step: int) -> None:
+        """The next stop of both ranks."""
+        for mark in self.brake.parent.glob(f"{self.brake.name}.rank_*"):
+            mark.unlink()
+        self.brake.write_text(str(step))
+
+    def loosen(self) -> None:
+        self.brake.unlink()
+
+    def until_restarted(self, attempt: int) -> Attempt:
+        """SLURM lets a requeued job wait two minutes; a test does not."""
+
+        def started() -> Attempt | None:
+            self._hurry()
+            tried = attempts(self.folder)
+            return tried[attempt - 1] if len(tried) >= attempt else None
+
+        found = until(started, self.story)
+        assert isinstance(found, Attempt)
+        return found
+
+    def until_ended(self) -> Attempt:
+        """The newest attempt, once SLURM has let go of the job."""
+
+        def gone() -> bool:
+            self._hurry()
+            return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+
+        until(gone, self.story)
+        return attempts(self.folder)[-1]
+
+    def state(self) -> str:
+        return self.cluster.run(
+            "squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T", check=False
+        ).strip()
+
+    def fact(self, key: str) -> str:
+        """Of scontrol show job."""
+        shown = self.cluster.run("scontrol", "show", "job", self.job)
+        found = re.search(rf"\b{key}=(\S*)", shown)
+        assert found is not None, shown
+        return found[1]
+
+    def losses(self) -> dict[int, float]:
+        return series(self.folder)
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        file = self.folder / "verdicts.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def story(self) -> str:
+        """For the message of a failed test."""
+        log = self.log.read_text()[-4000:] if self.log.exists() else "no log"
+        return f"job {self.job} is {self.state()!r}, attempts {attempts(self.folder)}\n{log}"
+
+    def _hurry(self) -> None:
+        if self.state() == "PENDING":
+            self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

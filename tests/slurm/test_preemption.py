@@ -1,0 +1,118 @@
+"""Whatever ends a job early, the run goes on from its newest checkpoint, with the losses of a run left alone."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+from src.cluster.folder import attempts
+from tests.slurm.runs import STEPS, Held, Site, until
+
+
+def records(run: Held) -> list[dict[str, object]]:
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def first_steps(run: Held) -> list[int]:
+    """Where each attempt began."""
+    firsts: dict[int, int] = {}
+    for line in records(run):
+        firsts.setdefault(int(str(line["attempt"])), int(str(line["step"])))
+    return list(firsts.values())
+
+
+def assert_whole(run: Held, straight: dict[int, float]) -> None:
+    assert run.until_ended().ended == "finished", run.story()
+    assert run.losses() == straight
+    assert list(run.losses()) == list(range(1, STEPS + 1))
+    assert {attempt.job for attempt in attempts(run.folder)} == {run.job}, "one job for ever"
+
+
+def held(site: Site, name: str, *argv: str) -> Held:
+    """A run that waits after step 7, with a checkpoint of step 5."""
+    (site.folder / f"{name}.brake").write_text("7")
+    run = site.submit(name, "checkpoint.every=5", *argv)
+    run.until_held()
+    return run
+
+
+def test_a_time_limit(site: Site, straight: dict[int, float]) -> None:
+    run = held(site, "limit", "cluster.minutes=60", "cluster.grace_seconds=3000")
+    site.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=50")  # 50 minutes are within the grace
+    run.until_restarted(2)
+    run.loosen()
+    assert_whole(run, straight)
+    assert attempts(run.folder)[0].ended == "stopped"
+    assert first_steps(run) == [1, 9], "the step in which the signal was agreed on is saved"
+    assert "this job is" in run.log.read_text(), "submitit's handler had the last word"
+
+
+def test_preemption_and_two_requeues(site: Site, straight: dict[int, float]) -> None:
+    """Without grace time; then requeued by hand."""
+    run = held(site, "preempted")
+    intruder = site.cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 600"
+    )
+    until(lambda: run.state() == "PENDING", run.story)
+    run.hold(13)
+    site.cluster.run("scancel", intruder.strip())
+    run.until_restarted(2)
+    run.until_held()
+    site.cluster.run("scontrol", "requeue", run.job)
+    run.loosen()
+    run.until_restarted(3)
+    assert_whole(run, straight)
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "stopped", "finished"]
+    assert first_steps(run) == [1, 9, 15]
+
+
+def test_preemption_with_grace_frees_the_nodes_as_soon_as_it_has_saved(site: Site, straight: dict[int, float]) -> None:
+    run = held(site, "graced", "cluster.partition=graced")
+    intruder = site.cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 600"
+    )
+    until(lambda: attempts(run.folder)[0].ended is not None, run.story)
+    site.cluster.run("scancel", intruder.strip())
+    run.until_restarted(2)
+    run.loosen()
+    assert_whole(run, straight)
+    assert first_steps(run) == [1, 9]
+
+
+def test_a_signal_sent_by_hand(site: Site, straight: dict[int, float]) -> None:
+    run = held(site, "signalled")
+    site.cluster.run("scancel", "--signal=USR2", run.job)
+    run.until_restarted(2)
+    run.loosen()
+    assert_whole(run, straight)
+    assert first_steps(run) == [1, 9]
+
+
+def test_a_dead_node_is_left_out(site: Site, straight: dict[int, float]) -> None:
+    run = held(site, "killed")
+    nodes = re.findall(r"n\d", site.cluster.run("scontrol", "show", "hostnames", run.fact("NodeList")))
+    rank = run.until_held()[1]
+    daemon = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(daemon, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{rank}").exists(), "a rank outlived its step daemon")
+    run.loosen()
+    run.until_restarted(2)
+    assert run.fact("ExcNodeList") == nodes[1], run.story()
+    assert_whole(run, straight)
+    assert first_steps(run) == [1, 6], "nothing was saved after the last checkpoint"
+    (verdict,) = run.verdicts()
+    assert (verdict["action"], verdict["node"]) == ("requeue", nodes[1])
+
+
+def test_a_cancelled_run_has_saved_and_stays_down(site: Site, straight: dict[int, float]) -> None:
+    run = held(site, "cancelled")
+    site.cluster.run("scancel", run.job)
+    assert run.until_ended().ended == "stopped"
+    assert run.state() in ("CANCELLED", "")
+    run.loosen()
+    again = site.submit("cancelled", "checkpoint.every=5")
+    assert again.folder == run.folder
+    assert again.until_ended().ended == "finished"
+    assert again.losses() == straight
