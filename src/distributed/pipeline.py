@@ -68,8 +68,6 @@ class Pipeline(Network):
         for part in self.parts:
             # Before the hooks of FSDP, which would send the number to the GPU, and those that cut what enters a model.
             part.register_forward_pre_hook(self._look_up, prepend=True, with_kwargs=True)
-            if SCHEDULES[name].splits_backward and part.output is not None:
-                part.output.backward_once = False
 
     def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
         self._waiting, self._scale = self._ready(batches), scale.float()
@@ -134,6 +132,10 @@ class Pipeline(Network):
             )
             for stage, part in self.stages.items()
         ]
+        if self.device.type == "cpu":
+            for stage in stages:
+                # torch 2.11 greets all neighbours, in a V also itself, to whom gloo has no connection and needs none.
+                stage._get_init_p2p_neighbors_ops = list  # type: ignore[method-assign]
         made = get_schedule_class(self.degrees.pipeline_schedule)
         given = stages if SCHEDULES[self.degrees.pipeline_schedule].several else stages[0]
         schedule = made(given, micro_batches, loss_fn=self._scaled, scale_grads=False)

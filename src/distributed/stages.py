@@ -15,7 +15,6 @@ class Demands:
 
     several: bool  # each rank has more than one stage
     folded: bool = False  # rank p has stages p and last - p, exactly two
-    splits_backward: bool = False  # gradients of inputs first, of weights later, to fill bubbles
     in_rounds: bool = False  # micro-batches come in equal rounds of about as many as there are ranks
     full: bool = False  # at least as many micro-batches as stages
 
@@ -25,9 +24,9 @@ SCHEDULES: dict[ScheduleName, Demands] = {
     "1F1B": Demands(several=False, full=True),
     "Interleaved1F1B": Demands(several=True, in_rounds=True),
     "LoopedBFS": Demands(several=True),
-    "InterleavedZeroBubble": Demands(several=True, in_rounds=True, splits_backward=True),
-    "ZBVZeroBubble": Demands(several=True, folded=True, splits_backward=True),
-    "DualPipeV": Demands(several=True, folded=True, splits_backward=True, full=True),
+    "InterleavedZeroBubble": Demands(several=True, in_rounds=True),
+    "ZBVZeroBubble": Demands(several=True, folded=True),
+    "DualPipeV": Demands(several=True, folded=True, full=True),
 }
 
 
@@ -84,6 +83,44 @@ def owned(rank: int, ranks: int, count: int, schedule: ScheduleName) -> tuple[in
     return tuple(range(rank, count, ranks))
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank of a pipeline has and keeps; without a pipeline, everything."""
+
+    modules: frozenset[str]
+    layers: tuple[int, ...]
+    in_flight: float  # micro-batches of which a block's activations wait for their backward at most
+    heads_in_flight: int  # the same of the head; 0 where it is not
+    borders: int  # stages that receive from another rank, and stages that send
+
+    @property
+    def has_head(self) -> bool:
+        return HEAD[-1] in self.modules
+
+
+def shares(degrees: Degrees, n_layers: int, micro_batches: int) -> list[Share]:
+    """Of each pipeline rank; of the whole model where a pipeline is missing or impossible."""
+    ranks, schedule = degrees.pipeline, degrees.pipeline_schedule
+    if ranks == 1 or problems(degrees, n_layers, micro_batches):
+        return [Share(frozenset(modules(n_layers)), tuple(range(n_layers)), 1, 1, 0)]
+    cut = split(degrees, n_layers)
+    found = []
+    for rank in range(ranks):
+        mine = owned(rank, ranks, len(cut), schedule)
+        names = [name for stage in mine for name in cut[stage]]
+        last = len(cut) - 1 in mine
+        found.append(
+            Share(
+                modules=frozenset(names),
+                layers=tuple(int(name.split(".")[1]) for name in names if "." in name),
+                in_flight=in_flight(rank, ranks, len(cut), schedule, micro_batches),
+                heads_in_flight=heads_in_flight(ranks, schedule, micro_batches) if last else 0,
+                borders=2 * len(mine) - (0 in mine) - last,
+            )
+        )
+    return found
+
+
 def in_flight(rank: int, ranks: int, count: int, schedule: ScheduleName, micro_batches: int) -> float:
     """Forwards of one stage, averaged over the rank's stages, whose activations wait for their backward at most."""
     each = count // ranks
@@ -104,12 +141,24 @@ def in_flight(rank: int, ranks: int, count: int, schedule: ScheduleName, micro_b
     return min(kept, most) / each
 
 
+def heads_in_flight(ranks: int, schedule: ScheduleName, micro_batches: int) -> int:
+    """The same of the last stage alone, whose backward mostly follows at once."""
+    match schedule:
+        case "GPipe" | "LoopedBFS":
+            return micro_batches
+        case "InterleavedZeroBubble":
+            return min(ranks, micro_batches)
+        case _:
+            return 1
+
+
 def problems(degrees: Degrees, n_layers: int, micro_batches: int) -> list[str]:
     """Why this pipeline cannot run: key, value, rule, nearest legal value."""
     if degrees.pipeline == 1:
         return _idle_keys(degrees)
-    found = _count_problems(degrees, n_layers) or _split_problems(degrees, n_layers)
-    found += _micro_batch_problems(degrees, n_layers, micro_batches)
+    found = _count_problems(degrees, n_layers)
+    if not found:
+        found = _split_problems(degrees, n_layers) + _micro_batch_problems(degrees, n_layers, micro_batches)
     if degrees.sync_each_micro_batch:
         found.append(
             f"parallel.sync_each_micro_batch=true: parallel.pipeline={degrees.pipeline} reduces gradients once, after "

@@ -67,7 +67,6 @@ class Output(nn.Linear):
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
         self.gradient: Callable[..., Tensor] = gradient
-        self.backward_once = True  # False where a pipeline asks for the gradients of inputs and of weights apart
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -76,19 +75,28 @@ class Output(nn.Linear):
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """The sum over all rows whose label is not -100; `weight` holds the words from `vocabulary.offset` on."""
-        apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
-        return apply(hidden.flatten(0, -2), weight, labels.flatten(), self)
+        learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        forward: Callable[..., tuple[Tensor, Tensor]] = _LinearCrossEntropy.apply
+        loss, grad_weight = forward(hidden.flatten(0, -2), weight.detach(), labels.flatten(), self, learns)
+        carry: Callable[..., Tensor] = _Carry.apply
+        return loss + carry(weight, grad_weight) if learns else loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """hidden (rows, dim), weight (words, dim), labels (rows) -> scalar; both gradients are ready after the forward."""
+    """hidden (rows, dim), weight (words, dim), labels (rows) -> scalar; with `learns` also the gradient of the weight.
+
+    Both gradients are ready after the forward; that of the weight goes its own way, `_Carry`, so that a pipeline may
+    ask for one now and for the other later, and each is scaled once, where it lies.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, output: Output) -> Tensor:
-        vocabulary, needs_grad = output.vocabulary, any(ctx.needs_input_grad)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, output: Output, learns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        vocabulary = output.vocabulary
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden) if learns else None
+        grad_weight = torch.zeros_like(weight) if learns else None
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             logits = F.linear(hidden[rows], weight)
@@ -100,11 +108,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.scale = Tensor.mul_ if output.backward_once else Tensor.mul
-        return loss
+            ctx.save_for_backward(grad_hidden)
+            ctx.mark_non_differentiable(grad_weight)
+            ctx.set_materialize_grads(False)  # no zeros as large as the head for an output that has no gradient
+        return loss, grad_weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return ctx.scale(grad_hidden, grads[0]), ctx.scale(grad_weight, grads[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden.mul_(grads[0]), None, None, None, None
+
+
+class _Carry(torch.autograd.Function):
+    """0, whose gradient with respect to the weight is the one given."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, grad_weight: Tensor) -> Tensor:
+        ctx.save_for_backward(grad_weight)
+        return torch.zeros((), dtype=torch.float32, device=weight.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_weight,) = ctx.saved_tensors
+        return grad_weight.mul_(grads[0]), None

@@ -10,6 +10,7 @@ from typing import Literal
 from src.distributed.degrees import Degrees
 from src.distributed.precision import BYTES, Precision
 from src.distributed.recompute import Recompute
+from src.distributed.stages import Share, module_of, shares
 from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
 from src.models.base import ModelConfig
 
@@ -54,7 +55,7 @@ class Memory:
     optimizer: int
     gathered: int  # weights gathered for use, in the compute dtype
     reducing: int  # the gradient of the largest unit while ranks add it up
-    activations: int  # kept for the backward, all blocks
+    activations: int  # kept for the backward, all blocks and micro-batches in flight
     working: int  # of one block's backward, beyond what was kept: its gradients, and what it computes again
     loss: int  # a chunk of logits, its gradient, and both gradients of the head
     at_loss: int
@@ -76,15 +77,21 @@ class Memory:
 
 def estimate(load: Load) -> Memory:
     """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
-    weights = _Weights(load)
+    shares_of_ranks = shares(load.degrees, load.model.n_layers, load.micro_batches)
+    return max((_of_rank(load, share) for share in shares_of_ranks), key=lambda memory: memory.peak)
+
+
+def _of_rank(load: Load, share: Share) -> Memory:
+    weights = _Weights(load, share)
     parameters = weights.local * BYTES[load.precision.storage]
     optimizer = weights.local * MOMENTS * BYTES[load.moments]
     gradients, accumulated = _gradients(load, weights)
     if load.degrees.cpu_offload:  # what rests, rests in the host
         parameters = optimizer = gradients = 0
     gathered, reducing = _traffic(load, weights)
-    activations, working = _activations(load)
-    loss = _loss(load, weights)
+    activations, working = _activations(load, share)
+    activations += _travelling(load, share) + _waiting_heads(load, share, weights)
+    loss = _loss(load, weights) if share.has_head else 0
     resident = parameters + optimizer
     at_loss = resident + accumulated + gathered + activations + loss
     at_backward = resident + accumulated + gathered + reducing + activations + working
@@ -109,25 +116,28 @@ def estimate(load: Load) -> Memory:
 class _Weights:
     """Elements on one rank: its share, and each FSDP unit when gathered."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, share: Share) -> None:
         degrees = load.degrees
         self.local = 0
         self.units: dict[str, int] = {}
         for weight in load.model.weights():
+            if module_of(weight.name) not in share.modules:
+                continue
             self.local += weight.local_elements(degrees.tensor, degrees.fsdp)
             whole = weight.local_elements(degrees.tensor, 1)
             self.units[weight.unit] = self.units.get(weight.unit, 0) + whole
         blocks = [elements for unit, elements in self.units.items() if unit.startswith("layers.")]
-        self.largest_block = max(blocks)
+        self.largest_block = max(blocks, default=0)
+        self.largest = max(self.units.values())
         self.blocks = sum(blocks)
         self.whole = sum(self.units.values())
-        self.head = self.units.get("head", self.units["embedding"])  # tied: the embedding's unit
+        self.head = self.units.get("head", self.units.get("embedding", 0)) if share.has_head else 0  # tied: one unit
 
 
 def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:
     """Bytes at the update, and bytes already there when the last micro-batch runs."""
     at_update = weights.local * BYTES[load.precision.storage]  # FSDP hands them over in the parameters' dtype
-    if load.micro_batches == 1:
+    if load.micro_batches == 1 and load.degrees.pipeline == 1:
         return at_update, 0
     if load.degrees.sync_each_micro_batch:
         return at_update, at_update
@@ -139,16 +149,15 @@ def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
     """Bytes of gathered weights, and of the gradients under way; FSDP over one rank still makes these copies."""
     compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
     # The head is not resharded before its backward: it is needed again at once.
-    if load.degrees.reshard == "never":
+    if not load.degrees.lets_go:
         blocks, others = weights.blocks, weights.whole - weights.blocks
     else:
         ahead = BLOCKS_GATHERED - 1 + load.degrees.prefetch
         blocks, others = min(weights.blocks, ahead * weights.largest_block), weights.head
     float8 = load.precision.float8
     block_bytes = 1 if float8 is not None and float8.all_gather else compute
-    largest = max(weights.head, weights.largest_block)
     # The gradient twice: as autograd made it, and the copy that is sent.
-    return blocks * block_bytes + others * compute, largest * (compute + reduce)
+    return blocks * block_bytes + others * compute, weights.largest * (compute + reduce)
 
 
 def _slice(load: Load) -> Slice:
@@ -160,18 +169,35 @@ def _slice(load: Load) -> Slice:
     )
 
 
-def _activations(load: Load) -> tuple[int, int]:
+def _activations(load: Load, share: Share) -> tuple[int, int]:
+    """Bytes that blocks keep, of all micro-batches in flight, and those of one block's backward."""
     saved: Saved = load.model.saved_by_block(_slice(load))
-    layers, recompute = load.model.n_layers, load.recompute
+    layers, recompute = len(share.layers), load.recompute
     if recompute.mode == "every":
-        assert recompute.every is not None
-        again = layers // recompute.every
-        return (layers - again) * saved.whole + again * saved.input, saved.whole - saved.input + saved.working
+        every = recompute.every
+        assert every is not None
+        again = sum((layer + 1) % every == 0 for layer in share.layers)
+        kept_by_all = (layers - again) * saved.whole + again * saved.input
+        return int(share.in_flight * kept_by_all), saved.whole - saved.input + saved.working
     kept = {"none": saved.whole, "full": saved.input, "selective": saved.selective}.get(recompute.mode)
     if kept is None:
         assert recompute.budget is not None, "auto is settled before"
         kept = saved.input + int(recompute.budget * (saved.whole - saved.input))
-    return layers * kept, max(0, saved.whole - kept) + saved.working
+    return int(share.in_flight * layers * kept), max(0, saved.whole - kept) + saved.working
+
+
+def _travelling(load: Load, share: Share) -> int:
+    """torch's stages keep a buffer for what each micro-batch brings: a hidden state or its gradient."""
+    cut = _slice(load)
+    hidden = int(cut.tokens * load.model.dim / cut.tensor * cut.element_bytes)
+    return share.borders * load.micro_batches * hidden
+
+
+def _waiting_heads(load: Load, share: Share, weights: _Weights) -> int:
+    """Gradients of the head and of its input, made in the forward, of micro-batches whose backward comes later."""
+    cut = _slice(load)
+    each = weights.head + int(cut.tokens * load.model.dim * (1 + 1 / cut.tensor))
+    return max(0, share.heads_in_flight - 1) * each * cut.element_bytes
 
 
 def _loss(load: Load, weights: _Weights) -> int:

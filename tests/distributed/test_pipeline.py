@@ -105,10 +105,8 @@ def test_three_cuts_at_once(ranks: Ranks, single: dict[str, Any]) -> None:
     assert_like(single, ranks(8, trained, "pp2_tp2_fsdp2", {}, {}))
 
 
-STAGES = [
-    ["tok_embeddings"],
-    ["layers.0", "layers.1", "layers.2", "layers.3", "layers.4", "layers.5", "norm", "output"],
-]
+LAYER_NAMES = [f"layers.{layer}" for layer in range(LAYERS)]
+STAGES = [["tok_embeddings"], [*LAYER_NAMES, "norm", "output"]]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from src.distributed.degrees import Degrees
+from src.distributed.degrees import SPLITTING, Degrees
 from src.distributed.stages import (
     SCHEDULES,
     in_flight,
@@ -90,7 +90,7 @@ def peaks(ranks: int, schedule: str, each: int, micro_batches: int) -> list[int]
     found = []
     for rank in range(ranks):
         kept = most = 0
-        whole = SCHEDULES[schedule].splits_backward  # type: ignore[index]
+        whole = schedule in SPLITTING
         for action in made.pipeline_order[rank]:
             for one in [] if action is None else action.sub_actions or [action]:
                 kept += one.computation_type == Kind.FORWARD

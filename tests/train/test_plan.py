@@ -91,16 +91,99 @@ def test_a_plan_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+LAYERS = [f"layers.{layer}" for layer in range(6)]
+
 REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
     "expert is not built": (
         make_run(parallel=layout(expert=2)),
         {},
         "parallel.expert=2 is not built yet; pass parallel.expert=1",
     ),
-    "pipeline is not built": (
-        make_run(parallel=layout(pipeline=2)),
+    "fewer micro-batches than stages": (
+        make_run({"global_batch": 8, "micro_batch": 8}, parallel="pp2"),
         {},
-        "parallel.pipeline=2 is not built yet; pass parallel.pipeline=1",
+        "parallel.pipeline_schedule=1F1B needs at least as many micro-batches as its 2 stages, and task.global_batch "
+        "over data ranks and task.micro_batch makes 1; 2 would do, or parallel.pipeline_schedule=GPipe",
+    ),
+    "micro-batches in no rounds": (
+        make_run({"global_batch": 20}, parallel=layout(pipeline=2, pipeline_schedule="Interleaved1F1B")),
+        {},
+        "parallel.pipeline_schedule=Interleaved1F1B takes micro-batches in equal rounds of about parallel.pipeline=2, "
+        "and task.global_batch over task.micro_batch makes 5 (4 or 6 would do)",
+    ),
+    "one stage where several are due": (
+        make_run(parallel=layout(pipeline=2, pipeline_schedule="LoopedBFS", layers_per_stage=4)),
+        {},
+        "parallel.pipeline_schedule=LoopedBFS takes several stages a rank, and parallel.layers_per_stage=4 makes one; "
+        "4 stages in all, or parallel.pipeline_schedule=1F1B",
+    ),
+    "several stages where one is due": (
+        make_run(parallel=layout(pipeline=2, layers_per_stage=2)),
+        {},
+        "parallel.pipeline_schedule=1F1B takes one stage a rank, and parallel.layers_per_stage=2 makes 2; "
+        "2 stages in all, or parallel.pipeline_schedule=Interleaved1F1B",
+    ),
+    "a V of more than two": (
+        make_run(parallel=layout(pipeline=2, pipeline_schedule="ZBVZeroBubble", layers_per_stage=1)),
+        {},
+        "parallel.pipeline_schedule=ZBVZeroBubble takes exactly two stages a rank, and parallel.layers_per_stage=1 "
+        "makes 4; 4 stages in all",
+    ),
+    "stages that ranks cannot share": (
+        make_run(parallel=layout(pipeline=2, layers_per_stage=3)),
+        {},
+        "parallel.layers_per_stage=3 makes 3 stages, no multiple of parallel.pipeline=2 (2 or 4 stages would do)",
+    ),
+    "too few layers": (
+        make_run({"global_batch": 64}, parallel=layout(pipeline=16)),
+        {},
+        "parallel.pipeline=16 with parallel.first_stage_less=1 and last_stage_less=1 cannot cut model.n_layers=6: "
+        "16 stages for 8 units (layers, and what the first and last stage hold less)",
+    ),
+    "a forgotten layer": (
+        make_run(
+            parallel=layout(pipeline=2, stages=[["tok_embeddings", *LAYERS[:2]], [*LAYERS[3:], "norm", "output"]])
+        ),
+        {},
+        "parallel.stages must name tok_embeddings, layers.0 to layers.5, norm and output once each, in this order; "
+        "here: missing ['layers.2']",
+    ),
+    "a head in two pieces": (
+        make_run(
+            {"global_batch": 16}, parallel=layout(pipeline=2, stages=[["tok_embeddings", *LAYERS, "norm"], ["output"]])
+        ),
+        {},
+        "parallel.stages parts norm from output; both belong to the last stage",
+    ),
+    "two ways to cut": (
+        make_run(
+            parallel=layout(pipeline=2, layers_per_stage=4, stages=[["tok_embeddings", *LAYERS], ["norm", "output"]])
+        ),
+        {},
+        "parallel.stages and parallel.layers_per_stage both say where to cut; pass one of them as null",
+    ),
+    "a cut without a pipeline": (
+        make_run(parallel=layout(layers_per_stage=4)),
+        {},
+        "parallel.layers_per_stage cuts a pipeline, and there is none: parallel.pipeline=1; pass "
+        "parallel.layers_per_stage=null",
+    ),
+    "a pipeline that reduces too often": (
+        make_run(parallel=layout(pipeline=2, sync_each_micro_batch=True)),
+        {},
+        "parallel.sync_each_micro_batch=true: parallel.pipeline=2 reduces gradients once, after the last micro-batch; "
+        "pass false",
+    ),
+    "a tied head on two stages": (
+        make_run(model=changed(section("model", "llama3_debug"), tied_embeddings=True), parallel="pp2"),
+        {},
+        "parallel.pipeline=2 would part model.tied_embeddings=true over two stages; pass parallel.pipeline=1",
+    ),
+    "a compiled block in halves": (
+        make_run({"global_batch": 16}, compile="blocks", parallel=layout(pipeline=2, pipeline_schedule="DualPipeV")),
+        {},
+        "parallel.pipeline_schedule=DualPipeV asks for the gradients of inputs and of weights apart, and a compiled "
+        "block gives them at once; pass compile.blocks=false or parallel.pipeline_schedule=Interleaved1F1B",
     ),
     "a context cut in unequal chunks": (
         make_run({"seq_len": 252}, parallel=layout(context=2, tensor=2)),
@@ -248,7 +331,6 @@ def test_every_problem_at_once() -> None:
         plan(run, devices=Gpus(4, 80.0), problems=["data.files: no such file"])
     starts = [
         "data.files: no such file",
-        "parallel.pipeline=2",
         "parallel.tensor=3 does not divide model.n_heads=16",
         "parallel.tensor=3 does not divide model.n_kv_heads=16",
         "parallel.tensor=3 does not divide model.vocab_size=2048",
