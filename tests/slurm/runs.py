@@ -20,15 +20,21 @@ HOME = Path(__file__).parents[2]
 PARTS = ("src", "conf", "launch.py", "requirements.txt", "pyproject.toml")
 PATIENCE_SECONDS = 240.0
 FACTS: dict[str, str | int | float] = {
-    "partition": "low", "device": "cpu", "gpus_per_node": 1, "cpus_per_gpu": 1,
-    "minutes": 60, "grace_seconds": 60, "preflight_seconds": 90.0,
+    "partition": "low",
+    "device": "cpu",
+    "gpus_per_node": 1,
+    "cpus_per_gpu": 1,
+    "minutes": 60,
+    "grace_seconds": 60,
+    "preflight_seconds": 90.0,
 }
 STEPS = 20
 
 # Python runs this at the start of every rank. A rank that comes to the step that the file $BRAKE names waits there
 # until the file is gone or a signal has come, so that a test may take its time, however slow the machine.
+# $FAULT says what goes wrong: "late n2" (its ranks never come), "deaf" (no scontrol), "code 1 7", "kill 1 7" (rank, step).
 BRAKE = """
-import os, sys, time
+import os, signal, subprocess, sys, time
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
@@ -47,9 +53,13 @@ class Finder(MetaPathFinder):
 def brake(Loop):
     original = Loop._step
     def held(self, batches):
-        step = self.training.state.step
+        step, rank = self.training.state.step, os.environ["RANK"]
+        if FAULT == ["code", rank, str(step)]:
+            raise KeyError("a key that nobody set")
+        if FAULT == ["kill", rank, str(step)]:
+            os.kill(os.getpid(), signal.SIGKILL)
         while self.stop.seen is None and step == named(os.environ["BRAKE"]):
-            mark = f"{os.environ['BRAKE']}.rank_{os.environ['RANK']}"
+            mark = f"{os.environ['BRAKE']}.rank_{rank}"
             if not os.path.exists(mark):
                 open(mark, "w").write(str(os.getpid()))
             time.sleep(0.05)
@@ -62,8 +72,16 @@ def named(path):
     except FileNotFoundError:
         return -1
 
-if "BRAKE" in os.environ and "RANK" not in os.environ:
+def deaf(command, **_):
+    raise FileNotFoundError(2, "No such file or directory", command[0])
+
+if "SLURM_PROCID" in os.environ and "submitit.core._submit" in sys.orig_argv:
+    FAULT = os.environ.get("FAULT", "").split()
     sys.meta_path.insert(0, Finder())
+    if FAULT == ["late", os.environ["SLURMD_NODENAME"]]:
+        time.sleep(600)
+    if FAULT == ["deaf"]:
+        subprocess.check_call = deaf
 """
 
 
@@ -119,13 +137,22 @@ class Site:
         outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
         return {key: value for key, value in (os.environ | self.cluster.environment).items() if key not in outer}
 
-    def submit(self, name: str, *argv: str) -> "Held":
+    def submit(self, name: str, *argv: str, fault: str = "") -> "Held":
         """A run of two ranks on two nodes, which its brake may hold."""
-        brake = self.folder / f"{name}.brake"
-        setup = f"export BRAKE={brake} PYTHONPATH={self.folder / 'site'}"
-        done = self.launch(f"name={name}", f"cluster.setup=['{setup}']", *self.site(), *argv)
-        (told,) = told_by(done.stderr)
-        return Held(self.cluster, told, brake)
+        return self.told(name, self.launch(*self.named(name, fault), *argv).stderr)
+
+    def named(self, name: str, fault: str = "") -> tuple[str, ...]:
+        """Arguments of a run with a brake, and perhaps a fault, of its own."""
+        setup = f'export BRAKE={self.brake(name)} FAULT="{fault}" PYTHONPATH={self.folder / "site"}'
+        return (f"name={name}", f"cluster.setup=['{setup}']", *self.site())
+
+    def brake(self, name: str) -> Path:
+        return self.folder / f"{name}.brake"
+
+    def told(self, name: str, text: str) -> "Held":
+        """The run that launch.py has told of."""
+        (told,) = told_by(text)
+        return Held(self.cluster, told, self.brake(name))
 
     @staticmethod
     def site() -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def assert_whole(run: Held, straight: dict[int, float]) -> None:
 
 def held(site: Site, name: str, *argv: str) -> Held:
     """A run that waits after step 7, with a checkpoint of step 5."""
-    (site.folder / f"{name}.brake").write_text("7")
+    site.brake(name).write_text("7")
     run = site.submit(name, "checkpoint.every=5", *argv)
     run.until_held()
     return run

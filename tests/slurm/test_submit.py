@@ -15,7 +15,7 @@ from tests.slurm.runs import STEPS, Site, told_by, until
 
 def test_a_run_is_submitted_from_a_frozen_folder(site: Site, straight: dict[int, float]) -> None:
     """Held at step 3, while both conf/ and src/ change under it, and requeued: it ends as it was asked to."""
-    (site.folder / "frozen.brake").write_text("3")
+    site.brake("frozen").write_text("3")
     run = site.submit("frozen", "checkpoint.every=2")
     assert run.state() in ("PENDING", "CONFIGURING", "RUNNING"), "launch.py returned while the job was still to come"
     loop, defaults = site.repository / "src/train/loop.py", site.repository / "conf/task/pretrain.yaml"
@@ -40,7 +40,7 @@ def test_a_run_is_submitted_from_a_frozen_folder(site: Site, straight: dict[int,
 
 
 def test_a_queued_run_is_not_submitted_twice(site: Site) -> None:
-    (site.folder / "twice.brake").write_text("1")
+    site.brake("twice").write_text("1")
     run = site.submit("twice")
     again = site.launch("name=twice", *site.site(), check=False)
     assert again.returncode == 2
