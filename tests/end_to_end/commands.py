@@ -32,13 +32,15 @@ def command(*argv: str, **environment: str) -> tuple[int, str]:
     return process.returncode, out + err
 
 
-def wait_for_step(root: Path, pattern: str, step: int) -> Path:
-    """Until a run folder's metrics tell of this step."""
+def wait_for_step(process: "subprocess.Popen[str]", root: Path, pattern: str, step: int) -> Path:
+    """Until the metrics of the run folder that this command fills tell of a step."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         for file in root.glob(f"{pattern}/metrics.jsonl"):
             whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
             if any(json.loads(line).get("step", 0) >= step for line in whole):
                 return file.parent
         time.sleep(0.05)
-    raise AssertionError(f"{root}/{pattern}: no step {step} in {PATIENCE_SECONDS:g} s")
+    process.kill()
+    out, err = process.communicate()
+    raise AssertionError(f"{root}/{pattern}: no step {step} in {PATIENCE_SECONDS:g} s\n{out}{err}")

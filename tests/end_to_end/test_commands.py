@@ -29,7 +29,7 @@ def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ran
     root = Path(text[-1].partition("=")[2])
     argv = (*text, *LONG, "name=command")
     first = start(*argv)
-    folder = wait_for_step(root, "command-*", 60)
+    folder = wait_for_step(first, root, "command-*", 60)
     os.killpg(first.pid, signal.SIGINT)
     _, told = first.communicate(timeout=60)
     assert first.returncode == 0, told
@@ -38,7 +38,7 @@ def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ran
     stopped = max(series(folder))
     assert 60 <= stopped < 400
     second = start(*argv)
-    wait_for_step(root, "command-*", stopped + 60)
+    wait_for_step(second, root, "command-*", stopped + 60)
     second.kill()
     second.communicate(timeout=60)
     code, told = command(*argv)
@@ -53,7 +53,7 @@ def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
     root = Path(text[-1].partition("=")[2])
     slow = ("task.steps=400", "task.validate_every=1", "task.global_batch=256", "task.micro_batch=256")
     process = start(*text, *slow, "model.dim=256", "name=twice")
-    wait_for_step(root, "twice-*", 1)
+    wait_for_step(process, root, "twice-*", 1)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
         wait_until_heard(process)
