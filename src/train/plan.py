@@ -84,7 +84,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_layout_problems(run, devices),
         *_pipeline_problems(run, load.micro_batches),
         *_length_problems(run),
-        *_batch_problems(run),
+        *([] if _rehearses(run) else _batch_problems(run)),
         *_section_problems(run),
         *_rehearsal_problems(run),
         *_float8_problems(run, devices),
@@ -262,6 +262,11 @@ def _multiples(value: int, of: int) -> str:
     return f"{lower} or {lower + of} would do" if lower else f"{of} would do"
 
 
+def _rehearses(run: Run) -> bool:
+    """Then ranks are built and counted, and a batch that does not fit the layout is a warning: nobody trains on it."""
+    return isinstance(run.task, Rehearses) and run.task.rehearse
+
+
 def _rehearsal_problems(run: Run) -> list[str]:
     if not isinstance(run.task, Rehearses) or not run.task.rehearse:
         return []
@@ -318,6 +323,7 @@ def _epochs(run: Run, corpus: Corpus) -> float:
 def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
     found = list(run.schedule.warnings(run.task.steps))
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
+    found += _batch_problems(run) if _rehearses(run) else []
     if epochs is not None and epochs > 1:
         found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")
     if (float8 := run.precision.float8) is not None:

@@ -93,6 +93,16 @@ def test_the_command_ends_with_1_where_the_plan_is_wrong(
     assert ("rank 0 holds 2,040 bytes of optimizer, the plan says 2,000: +2.00%" in told.err) == (off > 1)
 
 
+def test_a_batch_that_nobody_trains_on_is_a_warning(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("src.train.rehearse.rehearse", lambda *_: [])
+    monkeypatch.setattr("sys.argv", [*command, "task.micro_batch=3"])
+    assert launch.main() == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith("task.global_batch=8 is no multiple of task.micro_batch=3 * 2 data ranks")
+
+
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
