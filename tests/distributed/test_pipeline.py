@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from src.distributed.gradients import Gradients
 from src.distributed.network import Network
 from src.train.step import Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import Rows, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
@@ -24,8 +25,10 @@ def trained(layout: str, keys: dict[str, Any], options: dict[str, Any]) -> dict[
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     found: dict[str, Any] = {"losses": [], "norms": [], "tokens": []}
     for step in range(STEPS):
-        batch = rows(8, 16, config.vocab_size, seed=step)
-        loss, norm, tokens, *_ = stepper(share(batch, network.mesh, 8 // network.mesh.data_ranks), stop=False).tolist()
+        batches = share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 8 // network.mesh.data_ranks)
+        if config.within_documents:
+            batches = [with_documents(batch) for batch in batches]
+        loss, norm, tokens, *_ = stepper(batches, stop=False).tolist()
         found["losses"].append(loss)
         found["norms"].append(norm)
         found["tokens"].append(tokens)
@@ -36,10 +39,19 @@ def trained(layout: str, keys: dict[str, Any], options: dict[str, Any]) -> dict[
     }
 
 
+def with_documents(batch: Rows) -> Rows:
+    """Borders that depend on the row's tokens, so that another micro-batch's mask would be a wrong one."""
+    starts = batch.tokens % 5 == 0
+    places = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    return Rows(batch.tokens, batch.labels, places - first, starts.cumsum(dim=1).int())
+
+
 def held_out(network: Network) -> float:
     words = network.parts[0].config.vocab_size
     with network.inference():
-        part = network.loss(share(rows(4, 16, words, seed=99), network.mesh, 4 // network.mesh.data_ranks))
+        batches = share(rows(4, 16, words, seed=99), network.mesh, 4 // network.mesh.data_ranks)
+        part = network.loss([with_documents(batch) for batch in batches])
     torch.distributed.all_reduce(part)
     return part.item() / network.mesh.loss_copies
 
@@ -124,3 +136,34 @@ def test_where_the_cut_is_changes_no_number(ranks: Ranks, single: dict[str, Any]
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
 def test_recompute_goes_with_stages(ranks: Ranks, single: dict[str, Any], schedule: str) -> None:
     assert_like(single, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, {"recompute": "full"}))
+
+
+def unscaled(layout: str, keys: dict[str, Any]) -> list[float]:
+    """Norms when the schedule's loss is left undivided: what `scale` is worth."""
+    config = tiny_llama(n_layers=LAYERS)
+    network = parallel_network(config, degrees(layout, **keys))
+    gradients = Gradients([parameter for _, parameter in network.named_parameters()], 1)
+    found = []
+    for scale in (1.0, 0.5):
+        network.backward(share(rows(4, 16, config.vocab_size), network.mesh, 4), torch.tensor(scale))
+        squares = gradients.squares()
+        torch.distributed.all_reduce(squares)
+        found.append(squares.sqrt().item())
+        for _, parameter in network.named_parameters():
+            parameter.grad = None
+    return found
+
+
+def test_the_loss_is_scaled_inside_the_schedule(ranks: Ranks) -> None:
+    whole_norm, half_norm = ranks(2, unscaled, "pp2", {})[0]
+    assert half_norm == pytest.approx(whole_norm / 2, rel=1e-5)
+    assert ranks(1, unscaled, "single", {})[0] == pytest.approx([whole_norm, half_norm], rel=1e-5)
+
+
+FLEX = {"model": {"attention": "flex", "mask": "block_causal"}}
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "InterleavedZeroBubble"])
+def test_each_micro_batch_has_its_own_documents(ranks: Ranks, schedule: str) -> None:
+    expected = ranks(1, trained, "single", {}, FLEX)[0]
+    assert_like(expected, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, FLEX))
