@@ -18,6 +18,7 @@ from src.cluster.folder import RunFolder
 from src.cluster.local import Outcome
 from src.cluster.queued import QueuedJob
 from src.cluster.resources import Resources, problems
+from src.cluster.watch import wandb_address
 from src.config.base import Config, Names
 from src.distributed.process import joined
 from src.errors import FolderError, PlanError
@@ -65,7 +66,8 @@ class Submitted:
 
     def text(self) -> str:
         """What a person wants to know once the terminal is free again."""
-        return f"job {self.job}: {self.folder}\nlog: {self.log}\n{self.tail}\n{self.cancel}"
+        lines = (f"log: {self.log}", f"wandb: {wandb_address(self.folder)}", self.tail, self.cancel)
+        return "\n".join((f"job {self.job}: {self.folder}", *lines))
 
     @property
     def tail(self) -> str:
