@@ -1,11 +1,11 @@
-# make demo | test | lint: each sets up what it needs, in .venv.
+# make demo | test | lint | slurm: each sets up what it needs, in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 READY = $(VENV)/installed
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint slurm clean
 
 # The GPUs that are there decide the layout; without any, two ranks share the CPU.
 demo: $(READY)
@@ -21,6 +21,10 @@ demo: $(READY)
 # One thread per process: ranks of a test share the cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+# A SLURM of three pretend nodes on this machine, until Ctrl-C; it says what to type. Needs root, slurm-wlm and munge.
+slurm: $(READY)
+	$(PY) -m tests.slurm.cluster
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -254,8 +254,11 @@ def main() -> None:
         print(
             "nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them"
         )
-        print("python launch.py cluster=slurm cluster.partition=low cluster.device=cpu experiment=demo")
+        print(
+            "python launch.py experiment=demo cluster=slurm cluster.partition=low cluster.device=cpu cluster.cpus_per_gpu=1"
+        )
         print("Ctrl-C ends the cluster and its jobs", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 
