@@ -3,8 +3,10 @@
 Parameters, optimizer state and checkpoints stay in `precision.storage`. The embedding and the head are never converted.
 """
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -103,7 +105,9 @@ class Float8(Config):
     def convert(self, model: "Decoder", tensor: int, device_type: str) -> None:
         """In place, on the meta device, before anything else is done to the model. Names do not change."""
         from torch import nn
-        from torchao.float8.float8_linear import Float8Linear
+
+        with _quiet():
+            from torchao.float8.float8_linear import Float8Linear
 
         if not self.emulate:
             _require(device_type)
@@ -143,6 +147,17 @@ def plain(tensor: "Tensor") -> "Tensor":
     return DTensor.from_local(
         inner, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchao warns on import of kernels of its own that this machine cannot load; float8 products are torch's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _require(device_type: str) -> None:

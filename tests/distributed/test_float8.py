@@ -18,6 +18,7 @@ from src.errors import PlanError
 from src.metrics.throughput import peak_flops
 from src.models.llama3.config import Llama3Config
 from src.optim.state import optimizer_state
+from src.optim.update import PlainAdamW
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
@@ -108,6 +109,28 @@ def test_losses_are_close_to_those_of_bfloat16(
         for scale, expected in result["scales"]:
             assert (scale > 0) == gather
             assert scale == pytest.approx(expected, rel=1e-6)
+
+
+def loaded_and_updated() -> bool:
+    """What a load writes into the state's tensors is in the weights; our own optimizer updates them too."""
+    network = parallel_network(tiny_llama(), degrees("tp2_fsdp2"), precision("tensorwise", gather=True))
+    (model,) = network.parts
+    for tensor in network.tensors().values():
+        _local(tensor).fill_(0.25)
+    weights = [_local(parameter) for parameter in model.parameters()]
+    loaded = all(bool((getattr(weight, "_tensor", weight) == 0.25).all()) for weight in weights)
+    optimizer = PlainAdamW(
+        [{"params": list(model.parameters())}], lr=1.0, betas=(0.9, 0.95), eps=1e-8, moments=torch.bfloat16
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    updated = all(torch.allclose(_local(tensor), torch.tensor(-0.75)) for tensor in network.tensors().values())
+    return loaded and updated
+
+
+def test_the_state_is_the_weights(ranks: Ranks) -> None:
+    assert all(ranks(4, loaded_and_updated))
 
 
 def exchanged(layout: str) -> list[float]:

@@ -71,7 +71,7 @@ def test_ranks_build_what_the_launcher_chose(tmp_path: Path) -> None:
 
 
 def test_a_budget_needs_the_compiler() -> None:
-    with pytest.raises(PlanError, match="recompute.mode=budget is kept by the compiler; pass compile=blocks"):
+    with pytest.raises(PlanError, match=r"recompute\.mode=budget is kept by the compiler; pass compile=blocks"):
         plan(run(recompute="budget", compile="off"))
     assert plan(run(recompute="budget")).recompute.budget == 0.5
 
@@ -92,7 +92,7 @@ def test_float8_of_the_launcher() -> None:
     block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     assert wide.memory.gathered - narrow.memory.gathered == 2 * block
     assert narrow.warnings == wide.warnings
-    with pytest.raises(PlanError, match="precision.float8.all_gather=true gathers nothing"):
+    with pytest.raises(PlanError, match=r"precision\.float8\.all_gather=true gathers nothing"):
         plan(make_run(model="llama3_debug", precision="fp8_gather"))
     with pytest.raises(PlanError, match="the CPU has no float8 products"):
         plan(make_run(model="llama3_debug", precision="fp8"), devices=Gpus(None, None))
