@@ -15,6 +15,7 @@ class Verify(Config):
     """Take the same `steps` in the layout and on a single device, and compare; the proof is certificate.json."""
 
     needs_corpus: ClassVar[bool] = False
+    trains_on_one_device: ClassVar[bool] = True
 
     steps: PositiveInt
     seq_len: PositiveInt

@@ -6,10 +6,10 @@ the layout's gradients are added up here, not by the train step.
 
 import gc
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from src.distributed.mesh import Mesh
 from src.distributed.network import forward_loss
 from src.distributed.process import Ranks, device_type
 from src.distributed.weights import seed_of
-from src.errors import VerdictError
+from src.errors import PlanError, VerdictError
 from src.models.cross_entropy import IGNORED
 from src.optim.state import set_learning_rate
 from src.tasks.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
 from src.tasks.verify import Verify
-from src.train.choice import NONE, settled
+from src.train.choice import settled
+from src.train.plan import one_device_problems
 from src.train.run import Run
 from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
 
@@ -46,6 +47,8 @@ SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
 def verify(task: Verify, run: Run, folder: Path) -> bool:
     """Collective. True when the layout trains like one device; VerdictError otherwise."""
     run = settled(run, folder)
+    if device_type() == "cpu" and (problems := one_device_problems(run, _host_bytes())):
+        raise PlanError(problems)
     ranks = Ranks.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
@@ -64,7 +67,8 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
 
 def certify(task: Verify, run: Run, ranks: Ranks, facts: dict[str, Any]) -> Certificate:
     """Collective. The same on every rank."""
-    single, alone = _single(run), Mesh(_single(run).parallel, ranks.device.type, copies=ranks.world)
+    single = run.on_one_device()
+    alone = Mesh(single.parallel, ranks.device.type, copies=ranks.world)
     reference = _train_alone(task, single, ranks, alone) if ranks.rank == 0 else None
     _release(ranks.device)
     layout = _train_together(task, run, ranks)
@@ -75,15 +79,9 @@ def certify(task: Verify, run: Run, ranks: Ranks, facts: dict[str, Any]) -> Cert
     return Certificate(facts | _facts(run, ranks), tolerances, shared[0])
 
 
-def _single(run: Run) -> Run:
-    """The same run on one device, without anything that is there for speed or memory."""
-    ones = dict.fromkeys((*run.parallel.axes, "expert"), 1) | {"stages": None, "layers_per_stage": None}
-    return replace(
-        run,
-        parallel=run.parallel.model_copy(update=ones),
-        recompute=NONE,
-        compile=run.compile.model_copy(update={"blocks": False, "loss": False}),
-    )
+def _host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _facts(run: Run, ranks: Ranks) -> dict[str, Any]:
@@ -142,7 +140,7 @@ def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
             loss.backward()
             losses[-1] += loss.item()
         if step == 0:
-            gradients = _read(_names(run), _measure(_names(run), model.named_parameters(), run.seed))
+            gradients = _read(_names(run), _measure(_names(run), model.named_parameters(), run.seed, ranks.device))
         grad_norms.append(_whole_norm(model))
         nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_norm or float("inf"))
         optimizer.step()
@@ -164,7 +162,8 @@ def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
     batches = rows(task, run, training.mesh.data_rank, training.mesh.data_ranks)
     set_learning_rate(training.state.optimizer, run.optim.lr)
     outcomes = []
-    with _first_gradients(training, lambda: _measure(names, training.network.named_parameters(), run.seed)) as measured:
+    held = training.network.named_parameters
+    with _first_gradients(training, lambda: _measure(names, held(), run.seed, ranks.device)) as measured:
         for _ in range(task.steps):
             outcomes.append(training.stepper(batches, stop=False).tolist())
     losses, grad_norms = [outcome[0] for outcome in outcomes], [outcome[1] for outcome in outcomes]
@@ -196,20 +195,22 @@ def _names(run: Run) -> list[str]:
 
 
 @torch.no_grad()
-def _measure(names: list[str], parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> Tensor:
+def _measure(
+    names: list[str], parameters: Iterable[tuple[str, nn.Parameter]], seed: int, device: torch.device
+) -> Tensor:
     """(parameters, 3) in float64: squared norm and direction of this rank's shard, and 1 / pieces.
 
     Sums over any set of ranks that holds every parameter give the figures of the whole, see `_read`.
     """
     held = dict(parameters)
-    device = next(iter(held.values())).device
     table = torch.zeros(len(names), 3, dtype=torch.float64, device=device)
     for index, name in enumerate(names):
         if (parameter := held.get(name)) is None:
             continue
         table[index, 2] = 1 / _pieces(parameter)
         if parameter.grad is not None:
-            gradient, direction = _local(parameter.grad).double(), _local(_direction(parameter, name, seed)).double()
+            gradient = _local(parameter.grad).to(device, torch.float64)
+            direction = _local(_direction(parameter, name, seed, device)).double()
             table[index, :2] = torch.stack((gradient.square().sum(), (gradient * direction).sum()))
     return table
 
@@ -223,10 +224,10 @@ def _read(names: list[str], table: Tensor, clipped: float = 1.0) -> dict[str, Gr
     return found
 
 
-def _direction(parameter: nn.Parameter, name: str, seed: int) -> Tensor:
-    """Normal numbers that depend on the name alone, cut as the parameter is."""
-    generator = torch.Generator(parameter.device).manual_seed(seed_of(seed, f"direction {name}"))
-    whole = torch.randn(parameter.shape, dtype=torch.float32, device=parameter.device, generator=generator)
+def _direction(parameter: nn.Parameter, name: str, seed: int, device: torch.device) -> Tensor:
+    """Normal numbers that depend on the name alone, cut as the parameter is; `device`: where ranks compute."""
+    generator = torch.Generator(device).manual_seed(seed_of(seed, f"direction {name}"))
+    whole = torch.randn(parameter.shape, dtype=torch.float32, device=device, generator=generator)
     if not isinstance(parameter, DTensor):
         return whole
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

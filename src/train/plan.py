@@ -18,7 +18,8 @@ from src.models.base import divisors
 from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
-from src.train.run import Devices, Nodes, Rehearses, Run, Validates
+from src.train.fit import told
+from src.train.run import Compares, Devices, Nodes, Rehearses, Run, Validates
 
 
 class Corpus(Protocol):
@@ -91,6 +92,8 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
         found.append(unfit)
+    if limit is not None:
+        found += one_device_problems(run, limit)
     if found:
         raise PlanError(found)
     return _answers(run, load, limit, corpus)
@@ -260,6 +263,21 @@ def _batch_problems(run: Run) -> list[str]:
 def _multiples(value: int, of: int) -> str:
     lower = value // of * of
     return f"{lower} or {lower + of} would do" if lower else f"{of} would do"
+
+
+def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
+    """Whether a task that needs the whole model on one device has the memory; only fewer layers make room there."""
+    if not isinstance(run.task, Compares):
+        return []
+    load = load_of(run.on_one_device())
+    if (peak := estimate(load).peak) <= limit_bytes:
+        return []
+    smaller = (run.model.model_copy(update={"n_layers": layers}) for layers in range(run.model.n_layers - 1, 0, -1))
+    fits = next((model for model in smaller if estimate(load.changed(model=model)).peak <= limit_bytes), None)
+    way_out = "pass a smaller model" if fits is None else f"pass model.n_layers={fits.n_layers}, or a smaller model"
+    return [
+        f"this task also trains the whole model on one device: {told(peak)}, there are {told(limit_bytes)}; {way_out}"
+    ]
 
 
 def _rehearses(run: Run) -> bool:

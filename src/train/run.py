@@ -1,7 +1,7 @@
 """One run's frozen sections, with their types: what every room above the config receives instead of a dict."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 
@@ -46,6 +46,14 @@ class Validates(Protocol):
     def validate_every(self) -> int: ...
     @property
     def validate_samples(self) -> int: ...
+
+
+@runtime_checkable
+class Compares(Protocol):
+    """A task that also trains the whole model on one device."""
+
+    @property
+    def trains_on_one_device(self) -> bool: ...
 
 
 @runtime_checkable
@@ -121,6 +129,17 @@ class Run:
         if problems:
             raise ConfigError(problems)
         return cls(**{field.name: sections[field.name] for field in fields(cls)})
+
+    def on_one_device(self) -> Self:
+        """The same run without a layout, and without anything that is there for speed or memory."""
+        whole = dict.fromkeys((*self.parallel.axes, "expert"), 1)
+        plain = {"stages": None, "layers_per_stage": None, "async_tensor": False, "cpu_offload": False}
+        return replace(
+            self,
+            parallel=self.parallel.model_copy(update=whole | plain),
+            recompute=self.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
+            compile=self.compile.model_copy(update={"blocks": False, "loss": False}),
+        )
 
     @property
     def cache(self) -> Path:

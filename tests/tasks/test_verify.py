@@ -18,15 +18,16 @@ import launch
 from src.cluster.folder import attempts
 from src.distributed.gradients import Gradients
 from src.distributed.process import Ranks as Process
-from src.errors import VerdictError
+from src.errors import PlanError, VerdictError
 from src.tasks.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
 from src.tasks.verify import Verify
 from src.tasks.verify_rank import certify, rows
+from src.train.plan import one_device_problems, plan
 from src.train.run import Run
 from src.train.step import Stepper
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
-from tests.train.runs import make_run, section
+from tests.train.runs import Here, make_run, section
 
 TASK = Verify(steps=2, seq_len=32, global_batch=8, micro_batch=1)
 TINY = (
@@ -199,6 +200,18 @@ def test_the_command_that_fails_leaves_the_proof_and_exit_code_1(
     assert certificate["verdict"] == "failed"
     assert {each["kind"] for each in certificate["figures"] if not each["passed"]} == {"grad_norm"}
     assert attempts(one_rank)[-1].ended == "failed"
+
+
+def test_a_model_that_no_device_holds_whole_is_refused() -> None:
+    run = replace(run_of("fsdp4"), model=section("model", "llama3_8b"), cluster=Here(gpu_memory_gib=80.0))
+    with pytest.raises(PlanError) as caught:
+        plan(run)
+    (line,) = (each for each in caught.value.problems if "one device" in each)
+    assert "pass model.n_layers=" in line
+    layers = int(line.split("model.n_layers=")[1].split(",")[0])
+    for number in (layers, layers + 1):
+        smaller = replace(run, model=run.model.model_copy(update={"n_layers": number}))
+        assert bool(one_device_problems(smaller, 80 * 2**30)) == (number > layers)
 
 
 def test_a_verdict_is_no_fault_of_the_command() -> None:
