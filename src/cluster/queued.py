@@ -26,6 +26,7 @@ SAVED_NOT_REQUEUED = 75  # what sendmail calls a temporary failure: the batch sc
 LOCK_SECONDS = 60.0  # the launcher holds the folder until sbatch has answered
 # Peers notice a dead rank within moments of each other; the first to leave makes srun end the others.
 LAST_WORDS_SECONDS = 3.0
+_POLL_SECONDS = 0.5
 # What decides about compiled kernels; they are kept by content below it, so more would only split the cache.
 _COMPILED = ("model", "parallel", "precision", "recompute", "compile")
 
@@ -82,14 +83,21 @@ class QueuedJob:
         return Job(self.folder, self.code)()
 
     def _hand_over(self, rank: int) -> NoReturn:
-        """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it."""
+        """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it.
+
+        Until then no rank may leave: it would count as done, and SLURM, which grants a job some time before it preempts
+        it, would not requeue what is done. After that all leave at once, instead of when SLURM's patience ends.
+        """
         from submitit.core.utils import UncompletedJobError
 
+        released = failures.place(self.folder) / "released"
         if rank == 0 and _running():
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit sets its handler before it calls us"
             try:
                 requeue(signal.SIGUSR2, None)
+            except SystemExit:
+                print("requeued", flush=True)
             except UncompletedJobError as error:
                 raise UserError(
                     f"{self.folder}: saved, and {error} Submit it again to go on, or raise cluster.requeues"
@@ -97,9 +105,12 @@ class QueuedJob:
             except (OSError, subprocess.SubprocessError) as error:
                 print(f"requeue failed: {error}", file=sys.stderr, flush=True)
                 os._exit(SAVED_NOT_REQUEUED)
-        # A rank that left now would count as done, and with grace time SLURM would not requeue what is done.
-        while True:
-            time.sleep(60)
+        if rank == 0:
+            released.parent.mkdir(parents=True, exist_ok=True)
+            released.touch()
+        while not released.exists():
+            time.sleep(_POLL_SECONDS)
+        os._exit(0)
 
 
 def _export(device: str) -> list[str]:

@@ -129,6 +129,8 @@ class Slurm(Config):
 
     def submit(self, folder: RunFolder, world: int) -> Outcome:
         """A single run: tells where it is, and returns at once, or when it has ended if `wait` is true."""
+        if folder.finished:
+            return Outcome("finished", 0)
         plan = json.loads((folder.path / "plan.json").read_text())
         assert plan["world"] == world, "the folder's own plan"
         submitted = self.submit_all([Prepared(folder, plan)])
@@ -153,9 +155,8 @@ class Slurm(Config):
         Every folder's lock is released: from here on the job is its writer.
         """
         asked = [Resources.of(self, point.plan) for point in points]
-        self._check(asked)
+        self._check(asked, [point.folder.path for point in points])
         for point in points:
-            _refuse_live(point.folder.path)
             if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
                 print(f"warning: {slow}", file=sys.stderr)
         done: dict[int, Submitted] = {}
@@ -164,15 +165,18 @@ class Slurm(Config):
             done |= zip(group, self._submit(folders, shape), strict=True)
         return [done[index] for index in range(len(points))]
 
-    def _check(self, asked: Sequence[Resources]) -> None:
+    def _check(self, asked: Sequence[Resources], folders: Sequence[Path]) -> None:
         if not queue.available():
             raise PlanError("cluster=slurm: no sbatch on this machine; go to a login node, or pass cluster=local")
         try:
             found = problems(self, asked, queue.nodes(self.partition), queue.partitions())
+            live = _live(folders)
         except queue.SilentError as error:
             raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
         if found:
             raise PlanError(found)
+        if live:
+            raise FolderError(live)
 
     def _submit(self, folders: Sequence[RunFolder], asked: Resources) -> list[Submitted]:
         from submitit.core.utils import FailedJobError
@@ -281,10 +285,15 @@ def slow_saves(folder: Path, grace_seconds: float) -> str | None:
     )
 
 
-def _refuse_live(folder: Path) -> None:
-    earlier = queue.submissions(folder)
-    if earlier and queue.live(job := earlier[-1]["job"]):
-        raise FolderError(f"{folder}: job {job} is queued or running it; wait for it, or scancel {job}")
+def _live(folders: Sequence[Path]) -> list[str]:
+    """A complaint for each folder whose newest job SLURM has not done with."""
+    jobs = {folder: earlier[-1]["job"] for folder in folders if (earlier := queue.submissions(folder))}
+    states = queue.states(jobs.values()) if jobs else {}
+    return [
+        f"{folder}: job {job} is queued or running it; wait for it, or scancel {job}"
+        for folder, job in jobs.items()
+        if states.get(job, "COMPLETED") not in queue.ENDED
+    ]
 
 
 def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources) -> Submitted:

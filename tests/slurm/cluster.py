@@ -22,6 +22,11 @@ HOSTS = Path("/etc/hosts")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATIENCE_SECONDS = 60.0
 
+HINTS = """export SLURM_CONF={folder}/slurm.conf
+python launch.py experiment=demo cluster=slurm cluster.partition=low cluster.device=cpu cluster.cpus_per_gpu=1
+Nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them.
+Ctrl-C ends the cluster and its jobs."""
+
 # config_overrides: the nodes have more cores than this machine. linuxproc and none: no cgroups in a container.
 CONFIG = """
 ClusterName=test
@@ -84,7 +89,7 @@ class TestCluster:
     __test__ = False
 
     folder: Path
-    kill_wait_seconds: int = 3
+    kill_wait_seconds: int = 30
     daemons: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     @property
@@ -233,7 +238,7 @@ def _name_nodes() -> None:
 
 
 @contextlib.contextmanager
-def cluster(kill_wait_seconds: int = 3) -> Iterator[TestCluster]:
+def cluster(kill_wait_seconds: int = 30) -> Iterator[TestCluster]:
     """Up inside the block."""
     folder = Path(tempfile.mkdtemp(prefix="slurm_", dir="/tmp"))
     running = TestCluster(folder, kill_wait_seconds)
@@ -249,15 +254,8 @@ def main() -> None:
     """`make slurm`."""
     if (reason := missing()) is not None:
         sys.exit(reason)
-    with cluster(kill_wait_seconds=30) as running:
-        print(f"export SLURM_CONF={running.folder}/slurm.conf")
-        print(
-            "nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them"
-        )
-        print(
-            "python launch.py experiment=demo cluster=slurm cluster.partition=low cluster.device=cpu cluster.cpus_per_gpu=1"
-        )
-        print("Ctrl-C ends the cluster and its jobs", flush=True)
+    with cluster() as running:
+        print(HINTS.format(folder=running.folder), flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
