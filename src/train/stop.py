@@ -40,11 +40,3 @@ class Stop:
             raise KeyboardInterrupt
         if self.seen is None:
             self.seen = signal.Signals(number).name
-
-    def hand_over(self) -> None:
-        """Call the handler that `.seen` would have met without us (a scheduler's own requeue), after the save."""
-        assert self.seen is not None, "hand_over() follows a signal"
-        number = signal.Signals[self.seen]
-        handler = self._previous.get(number)
-        if callable(handler):
-            handler(number, None)

@@ -26,16 +26,3 @@ def test_a_second_sigint_raises_at_once() -> None:
         assert stop.seen == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_hands_over_to_the_handler_that_was_there() -> None:
-    met: list[int] = []
-    previous = signal.signal(signal.SIGUSR2, lambda number, _: met.append(number))
-    try:
-        with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGUSR2)
-            assert met == [], "not before the save"
-            stop.hand_over()
-            assert met == [signal.SIGUSR2]
-    finally:
-        signal.signal(signal.SIGUSR2, previous)
