@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
@@ -62,6 +63,9 @@ class Pipeline(Network):
         self.group, ranks = mesh.pipeline.get_group(), self.degrees.pipeline
         name = self.degrees.pipeline_schedule
         self.rank_of = {stage: rank for rank in range(ranks) for stage in owned(rank, ranks, self.count, name)}
+        if self.degrees.splits_backward:
+            # The pass for inputs must leave what the pass for weights reads; compiled FlexAttention would reuse it.
+            torch._functorch.config.donated_buffer = False
         self._waiting: list[tuple[Tensor, dict[str, Any]]] = []
         self._scale = torch.ones((), device=device)
         self._shape: tuple[int, ...] | None = None

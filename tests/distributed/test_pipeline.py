@@ -1,13 +1,18 @@
 """Stages train like one device, under every schedule and next to every other cut."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from src.checkpoint.store import Store
 from src.distributed.gradients import Gradients
 from src.distributed.network import Network
+from src.optim.state import materialise
+from src.train.state import TrainState
 from src.train.step import Stepper
+from tests.checkpoint.options import options
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
@@ -17,10 +22,10 @@ STEPS = 3
 LAYERS = 6
 
 
-def trained(layout: str, keys: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def trained(layout: str, keys: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """Losses, norms, held-out loss, logits and last weights of a few steps."""
-    config = tiny_llama(n_layers=LAYERS, **options.get("model", {}))
-    network = parallel_network(config, degrees(layout, **keys), recompute=options.get("recompute", "none"))
+    config = tiny_llama(n_layers=LAYERS, **others.get("model", {}))
+    network = parallel_network(config, degrees(layout, **keys), recompute=others.get("recompute", "none"))
     optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     found: dict[str, Any] = {"losses": [], "norms": [], "tokens": []}
@@ -167,3 +172,40 @@ FLEX = {"model": {"attention": "flex", "mask": "block_causal"}}
 def test_each_micro_batch_has_its_own_documents(ranks: Ranks, schedule: str) -> None:
     expected = ranks(1, trained, "single", {}, FLEX)[0]
     assert_like(expected, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, FLEX))
+
+
+def checkpointed(layout: str, keys: dict[str, Any], source: Path | None, target: Path) -> dict[str, torch.Tensor]:
+    """Load `source`, or take one step; then save to `target`. Weights and moments of this rank by name."""
+    config = tiny_llama(n_layers=LAYERS)
+    network = parallel_network(config, degrees(layout, **keys), seed=0 if source is None else 1)
+    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    materialise(optimizer)
+    state = TrainState(network, optimizer, seed=0)
+    store = Store(target, options(asynchronous=False))
+    if source is None:
+        batches = share(rows(8, 16, config.vocab_size), network.mesh, 8 // network.mesh.data_ranks)
+        Stepper(network, optimizer, max_norm=1.0, skips=0)(batches, stop=False)
+    else:
+        state.adopt(store.load(source, state.tree(0.0)))
+    store.save(1, state.tree(0.0), {}, wait=True)
+    return {
+        f"{name} {key}": whole(tensor)
+        for name, parameter in network.named_parameters()
+        for key, tensor in (("", parameter), *optimizer.state[parameter].items())
+    }
+
+
+def test_stages_are_saved_and_loaded_bit_for_bit_by_any_layout(ranks: Ranks, tmp_path: Path) -> None:
+    path: Path | None = None
+    written: dict[str, torch.Tensor] = {}
+    layouts = [("pp2_fsdp2", "Interleaved1F1B"), ("fsdp2", "1F1B"), ("single", "1F1B"), ("pp2_fsdp2", "1F1B")]
+    for number, (layout, schedule) in enumerate(layouts):
+        keys = {"pipeline_schedule": schedule}
+        found: dict[str, torch.Tensor] = {}
+        for result in ranks(degrees(layout).world, checkpointed, layout, keys, path, tmp_path / str(number)):
+            found |= result
+        written = written or found
+        assert found.keys() == written.keys()
+        assert all(torch.equal(found[name], written[name]) for name in written), layout
+        path = tmp_path / str(number) / "step_00000001"
+    assert len(written) == 4 * (2 + 1 + 9 * LAYERS)  # weight, step and two moments of each parameter
