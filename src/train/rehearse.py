@@ -129,8 +129,8 @@ def planned(run: Run, stage_rank: int) -> Bytes:
 def render(rehearsals: list[Rehearsal]) -> Table:
     """For a terminal."""
     table = Table(title="ranks that were built, beside the plan", title_justify="left")
-    for heading in ("rank", "stages", "layers", *PARTS, "of the plan", "seconds"):
-        table.add_column(heading, justify="right")
+    for heading in ("rank", "stages", "layers", "weights", "gradients", "optimizer", "of plan", "s"):
+        table.add_column(heading, justify="right")  # 79 columns in all
     for each in rehearsals:
         shares = [getattr(each.built, part) / getattr(each.planned, part) for part in PARTS]
         share = max(shares, key=lambda share: abs(share - 1))
