@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from src.cluster.scripts import scripts
 from src.cluster.start import checked, start
 from src.cluster.sweep import sweep
 from src.config.compose import asked
@@ -60,8 +61,10 @@ def main() -> int:
         question = asked(sys.argv[1:])
         points = checked(question.trees)
         dry = [point for point in points if point[1].dry_run]
+        texts = scripts([point for point in points if point[1].dry_run])
         if disagreements := [line for _, run, plan in dry for line in show(run, plan)]:
             raise VerdictError(disagreements)
+        print(*texts, sep="\n", end="", file=sys.stderr)
         live = [point for point in points if point not in dry]
         code = sweep(live) if question.swept else max((start(tree, run)[1] for tree, run, _ in live), default=0)
     except UserError as error:

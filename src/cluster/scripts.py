@@ -1,0 +1,32 @@
+"""dry_run=true: what SLURM would be given."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from src.cluster.folder import place
+from src.config.tree import Tree, identity
+
+if TYPE_CHECKING:
+    from src.train.plan import Plan
+    from src.train.run import Run
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A cluster that is given a text."""
+
+    def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str: ...
+
+
+def scripts(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[str]:
+    """One text for each job or job array; none for points of this machine."""
+    texts: list[str] = []
+    left = [point for point in points if isinstance(point[1].cluster, Writes)]
+    while left:
+        cluster: Any = left[0][1].cluster
+        same = [point for point in left if point[1].cluster == cluster]
+        left = [point for point in left if point[1].cluster != cluster]
+        shapes = [(place(run.root, run.name, identity(tree), run.folder), plan.to_dict()) for tree, run, plan in same]
+        texts.append(cluster.script(shapes))
+    return texts
