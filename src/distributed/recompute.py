@@ -26,6 +26,7 @@ KEPT = (
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_attention_math",
     "aten._scaled_dot_product_fused_attention_overrideable",
+    "context_parallel.attention",  # of a cut sequence: src/distributed/exchange.py
     "_c10d_functional.reduce_scatter_tensor",
     "_c10d_functional.all_to_all_single",
     "aten.topk",

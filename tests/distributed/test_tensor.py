@@ -2,13 +2,22 @@
 
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.layouts import degrees, parallel_model, rows
+from src.distributed.compiling import Compile
+from src.distributed.mesh import Mesh
+from src.distributed.parallelize import parallelize
+from src.distributed.precision import Precision
+from src.distributed.symmetric import share_memory
+from src.distributed.weights import initialise, materialise
+from src.errors import PlanError
+from tests.distributed.layouts import degrees, parallel_model, recomputed, rows
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
 
@@ -68,3 +77,70 @@ def complaints(layout: str) -> list[str]:
 
 def test_a_pass_warns_of_nothing(ranks: Ranks) -> None:
     assert ranks(4, complaints, "tp2_fsdp2") == [[]] * 4
+
+
+def shared(layout: str) -> str:
+    """What asking ranks of the CPU for shared memory says."""
+    mesh = Mesh(degrees(layout), "cpu").tensor
+    assert mesh is not None
+    with pytest.raises(PlanError) as caught:
+        share_memory(mesh)
+    return str(caught.value)
+
+
+def test_ranks_that_share_no_memory_are_told(ranks: Ranks) -> None:
+    for said in ranks(2, shared, "tp2"):
+        assert "parallel.async_tensor=true needs GPUs" in said
+        assert "pass parallel.async_tensor=false" in said
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_blocks_alone_are_compiled_with_pipelined_products(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    asked: list[Any] = []
+
+    def compiler(function: Any, **how: Any) -> Any:
+        asked.append(how.get("options", {}).get("_micro_pipeline_tp"))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    model = tiny_llama().build()
+    Compile(blocks=True, loss=True, mode="default").apply(model, pipeline_products=wanted)
+    assert asked == [wanted] * 3 + [None] * 2  # three blocks, and the two kernels of the loss
+
+
+def products(overlapped: bool, store: str) -> tuple[float, list[str]]:
+    """Loss of one step of tp2 on GPUs, and which symmetric operators ran in it."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.destroy_process_group()  # of the test's workers, which is gloo's alone
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=2, device_id=device
+    )
+    config = tiny_llama(dim=1024, n_heads=8, n_kv_heads=4, vocab_size=1024, n_layers=2)
+    mesh = Mesh(degrees("tp2", async_tensor=overlapped), "cuda")
+    if overlapped:
+        assert mesh.tensor is not None
+        share_memory(mesh.tensor)
+    with torch.device("meta"):
+        model = config.build()
+    model.to(torch.bfloat16)
+    precision = Precision(storage="bfloat16", compute="bfloat16", reduce="float32", float8=None)
+    parallelize(model, mesh, precision, recomputed("none"), Compile(blocks=True, loss=False, mode="default"))
+    materialise(model, device)
+    initialise(model, 0)
+    batch = rows(8, 128, config.vocab_size)
+    with torch.profiler.profile() as profile:
+        loss = model(batch.tokens.cuda(), labels=batch.labels.cuda())
+        loss.backward()
+    ran = sorted({event.key for event in profile.key_averages() if "symm_mem" in event.key})
+    return float(loss), ran
+
+
+@pytest.mark.gpu
+def test_overlapped_products_are_the_same_products(ranks: Ranks, tmp_path: Path) -> None:
+    """NVLink multicast may be off: TORCH_SYMM_MEM_DISABLE_MULTICAST=1 changes nothing here."""
+    plain, overlapped = (ranks(2, products, wanted, str(tmp_path / f"{wanted}"))[0] for wanted in (False, True))
+    assert overlapped[0] == pytest.approx(plain[0], rel=2e-3)
+    assert plain[1] == []
+    assert overlapped[1] != []
