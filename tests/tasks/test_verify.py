@@ -1,6 +1,8 @@
 """The proof that a layout trains like one device: it passes, or names the culprit."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +31,7 @@ from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
 from tests.train.runs import Here, make_run, section
 
+HOME = Path(__file__).resolve().parents[2]
 TASK = Verify(steps=2, seq_len=32, global_batch=8, micro_batch=1)
 TINY = (
     *("task=verify", "task.steps=1", "task.seq_len=32", "task.global_batch=2", "cluster.gpus=0"),
@@ -76,6 +79,12 @@ def double_norm() -> Iterator[None]:
         yield
 
 
+GPUS = torch.cuda.device_count() or 4  # without any the tests are left out
+ON_GPUS = [
+    layout
+    for layout in ("single", "fsdp4", "tp2_fsdp2", "tp4", "cp2_fsdp2", "pp2_fsdp2", "hsdp2x2")
+    if section("parallel", layout).world <= GPUS
+]
 BREAKS = {"averaged": averaged, "unreduced": unreduced, "own_mean": own_mean}
 
 
@@ -212,6 +221,20 @@ def test_a_model_that_no_device_holds_whole_is_refused() -> None:
     for number in (layers, layers + 1):
         smaller = replace(run, model=run.model.model_copy(update={"n_layers": number}))
         assert bool(one_device_problems(smaller, 80 * 2**30)) == (number > layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+@pytest.mark.parametrize("layout", ON_GPUS)
+def test_bfloat16_on_gpus(layout: str, compile: str, tmp_path: Path) -> None:
+    argv = [f"parallel={layout}", f"compile={compile}", f"folder={tmp_path / 'run'}", "precision=bf16"]
+    argv += ["task=verify", "model=llama3_8b", "model.n_layers=4", "task.seq_len=1024", "task.global_batch=8"]
+    argv += ["schedule.warmup_steps=0", "schedule.decay_ratio=0"]
+    ended = subprocess.run([sys.executable, "launch.py", *argv], cwd=HOME, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
+    assert certificate["verdict"] == "passed"
+    assert certificate["device"] == torch.cuda.get_device_name(0)
 
 
 def test_a_verdict_is_no_fault_of_the_command() -> None:
