@@ -77,12 +77,17 @@ class Memory:
 
 def estimate(load: Load) -> Memory:
     """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
-    shares_of_ranks = shares(load.degrees, load.model.n_layers, load.micro_batches)
-    return max((_of_rank(load, share) for share in shares_of_ranks), key=lambda memory: memory.peak)
+    degrees = load.degrees
+    tensor, fsdp = degrees.tensor, degrees.fsdp
+    parts = [
+        (module_of(weight.name), weight.unit, weight.local_elements(tensor, fsdp), weight.local_elements(tensor, 1))
+        for weight in load.model.weights()
+    ]
+    ranks = shares(degrees, load.model.n_layers, load.micro_batches)
+    return max((_of_rank(load, share, _Weights(parts, share)) for share in ranks), key=lambda memory: memory.peak)
 
 
-def _of_rank(load: Load, share: Share) -> Memory:
-    weights = _Weights(load, share)
+def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
     optimizer = weights.local * MOMENTS * BYTES[load.moments]
     gradients, accumulated = _gradients(load, weights)
@@ -116,16 +121,14 @@ def _of_rank(load: Load, share: Share) -> Memory:
 class _Weights:
     """Elements on one rank: its share, and each FSDP unit when gathered."""
 
-    def __init__(self, load: Load, share: Share) -> None:
-        degrees = load.degrees
+    def __init__(self, parts: list[tuple[str, str, int, int]], share: Share) -> None:
+        """`parts`: module, unit, share and gathered elements of each weight."""
         self.local = 0
         self.units: dict[str, int] = {}
-        for weight in load.model.weights():
-            if module_of(weight.name) not in share.modules:
-                continue
-            self.local += weight.local_elements(degrees.tensor, degrees.fsdp)
-            whole = weight.local_elements(degrees.tensor, 1)
-            self.units[weight.unit] = self.units.get(weight.unit, 0) + whole
+        for module, unit, local, whole in parts:
+            if module in share.modules:
+                self.local += local
+                self.units[unit] = self.units.get(unit, 0) + whole
         blocks = [elements for unit, elements in self.units.items() if unit.startswith("layers.")]
         self.largest_block = max(blocks, default=0)
         self.largest = max(self.units.values())

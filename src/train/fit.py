@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from src.distributed import stages
 from src.train.choice import FULL, SELECTIVE
 from src.train.estimate import GIB, MIB, Load, Memory, estimate
 
@@ -62,13 +63,22 @@ def _together(load: Load, limit_bytes: int) -> str | None:
 
 
 def knobs(load: Load) -> Iterator[tuple[str, Load]]:
-    """Single changes that can free memory, in the words of the command line."""
+    """Single changes that can free memory, in the words of the command line; none that makes a pipeline impossible."""
+    already = _impossible(load)
+    return ((words, other) for words, other in _turns(load) if already or not _impossible(other))
+
+
+def _impossible(load: Load) -> bool:
+    return bool(stages.problems(load.degrees, load.model.n_layers, load.micro_batches))
+
+
+def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     degrees = load.degrees
     if load.recompute.mode == "none":
         yield "recompute=selective", load.changed(recompute=SELECTIVE)
     if load.recompute.mode != "full":
         yield "recompute=full", load.changed(recompute=FULL)
-    if not load.compiled_blocks:
+    if not load.compiled_blocks and not degrees.splits_backward:
         yield "compile=blocks", load.changed(compiled_blocks=True, compiled_loss=True)
     if load.micro_batch % 2 == 0:
         halved = load.changed(micro_batch=load.micro_batch // 2, micro_batches=2 * load.micro_batches)
@@ -79,9 +89,10 @@ def knobs(load: Load) -> Iterator[tuple[str, Load]]:
     tensor = degrees.model_copy(update={"tensor": 2 * degrees.tensor})
     if not load.model.problems(tensor):
         yield f"parallel.tensor={2 * degrees.tensor}", load.changed(degrees=tensor)
-    if degrees.reshard == "never":
-        again = degrees.model_copy(update={"reshard": "default"})
-        yield "parallel.reshard=default", load.changed(degrees=again)
+    if not degrees.lets_go:
+        policy = "always" if degrees.pipeline > 1 else "default"
+        again = degrees.model_copy(update={"reshard": policy})
+        yield f"parallel.reshard={policy}", load.changed(degrees=again)
     if load.micro_batches > 1 and not degrees.sync_each_micro_batch:
         synchronised = degrees.model_copy(update={"sync_each_micro_batch": True})
         yield "parallel.sync_each_micro_batch=true", load.changed(degrees=synchronised)

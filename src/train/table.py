@@ -42,6 +42,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("last learning rate", f"{plan.last_lr:.3g}"),
         ("recompute", str(plan.recompute)),
     ]
+    if plan.stages:
+        rows.append(("parameters of the smallest, largest stage", f"{min(plan.stages):,}, {max(plan.stages):,}"))
     if plan.active_parameters != plan.parameters:
         rows.append(("active parameters", f"{plan.active_parameters:,}"))
     if plan.epochs is not None:

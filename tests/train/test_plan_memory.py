@@ -215,3 +215,25 @@ def _kept_by_split_block(config: Any) -> int:
         result = forward(x, model.rotary, None)
     assert result.shape == x.shape
     return sum(size for pointer, size in kept.items() if pointer not in known)
+
+
+def test_the_fullest_rank_of_a_pipeline() -> None:
+    """Llama 3 8B on two ranks of 16 layers: the first keeps two micro-batches of each, the second one and the head."""
+    sixteen = EIGHT | {"global_batch": 16}
+    whole, halves = memory("single", sixteen), memory("pp2", sixteen)
+    block = whole.activations // 32
+    hidden = 8192 * 4096 * 2  # bytes
+    assert halves.activations == 2 * 16 * block + 16 * hidden  # and a buffer for each gradient that comes back
+    assert halves.loss == 0
+    assert halves.parameters == 4 * (128256 * 4096 + 16 * 218_112_000)
+    gpipe = changed(section("parallel", "pp2"), pipeline_schedule="GPipe")
+    # All sixteen wait, and on the rank of the head each with its gradient of the head and of the head's input.
+    heads = 15 * ((128256 * 4096 + 4096) * 2 + 2 * hidden)
+    assert memory(gpipe, sixteen).activations == 16 * 16 * block + 16 * hidden + heads
+
+
+def test_a_knob_leaves_enough_micro_batches() -> None:
+    turned = dict(knobs(load("pp2", EIGHT | {"global_batch": 2})))
+    assert "parallel.shard=2" not in turned  # it would leave one micro-batch for two stages
+    assert "parallel.sync_each_micro_batch=true" not in turned
+    assert turned["parallel.reshard=always"].degrees.reshard == "always"
