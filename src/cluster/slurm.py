@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -22,9 +22,6 @@ from src.cluster.watch import wandb_address
 from src.config.base import Config, Names
 from src.distributed.process import joined
 from src.errors import FolderError, PlanError
-
-if TYPE_CHECKING:
-    from submitit import SlurmExecutor
 
 Flags = dict[str, str | int | float | bool | None]
 
@@ -179,12 +176,14 @@ class Slurm(Config):
             raise FolderError(live)
 
     def _submit(self, folders: Sequence[RunFolder], asked: Resources) -> list[Submitted]:
+        from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
         jobs = [self._job(folder.path, folder.code, asked.world) for folder in folders]
         place = _place(jobs)
         place.mkdir(parents=True, exist_ok=True)
-        executor = self._executor(place, asked, jobs)
+        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=self._python)
+        executor.update_parameters(**self._parameters(asked, jobs))
         try:
             with _outside_of_jobs(), executor.batch():
                 handles = [executor.submit(job) for job in jobs]
@@ -201,17 +200,20 @@ class Slurm(Config):
         return QueuedJob(folder, code, world, Path.cwd(), self.device, self.preflight_seconds)
 
     def _text(self, place: Path, asked: Resources, jobs: Sequence[QueuedJob]) -> str:
-        executor = self._executor(place, asked, jobs)
-        if len(jobs) > 1:
-            executor.parameters["map_count"] = len(jobs)
-        text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+        """As submitit will write it; also where there is no SLURM."""
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        command = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(place))}"
+        count = len(jobs) if len(jobs) > 1 else None
+        text: str = _make_sbatch_string(command, place, map_count=count, **self._parameters(asked, jobs))
         return text
 
-    def _executor(self, place: Path, asked: Resources, jobs: Sequence[QueuedJob]) -> "SlurmExecutor":
-        from submitit import SlurmExecutor
+    @property
+    def _python(self) -> str:
+        return self.python or shlex.quote(sys.executable)
 
-        python = self.python or shlex.quote(sys.executable)
-        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=python)
+    def _parameters(self, asked: Resources, jobs: Sequence[QueuedJob]) -> dict[str, Any]:
+        """In submitit's words."""
         parameters: dict[str, Any] = {
             "job_name": jobs[0].folder.name if len(jobs) == 1 else f"{jobs[0].folder.name}+{len(jobs) - 1}",
             "partition": self.partition,
@@ -223,33 +225,28 @@ class Slurm(Config):
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
             "wckey": None,  # sites that know no keys refuse submitit's own
-            "setup": [*self.setup, *_setup(jobs, asked)],
+            "setup": [f"export OMP_NUM_THREADS={asked.cpus_per_task}", *self.setup, *_setup(jobs)],
             "srun_args": [*_flags({"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task} | self.srun)],
-            "teardown": self._teardown(python),
+            "teardown": self._teardown(),
         }
-        extra: Flags = {"requeue" if self.requeues else "no-requeue": True} | self.sbatch
-        if self.asks_gpus:
-            parameters["gpus_per_node"] = asked.tasks_per_node
-        if asked.memory_gib is not None and "mem" not in self.sbatch:
-            parameters["mem"] = asked.memory_gib
-        for key in ("account", "qos", "constraint", "exclude"):
-            parameters[key] = getattr(self, key)
-        parameters["additional_parameters"] = {key: value for key, value in extra.items() if value not in (None, False)}
-        executor.update_parameters(
-            **{key: value for key, value in parameters.items() if value is not None or key == "wckey"}
-        )
-        return executor
+        extra: Flags = {
+            **{key: getattr(self, key) for key in ("account", "qos", "constraint", "exclude")},
+            "gpus-per-node": asked.tasks_per_node,
+            "mem": None if asked.memory_gib is None else f"{int(1024 * asked.memory_gib)}M",
+            "requeue" if self.requeues else "no-requeue": True,
+        }
+        kept = {key: value for key, value in (extra | self.sbatch).items() if value not in (None, False)}
+        return parameters | {"additional_parameters": kept}
 
-    def _teardown(self, python: str) -> list[str]:
+    def _teardown(self) -> list[str]:
         """After the ranks: why they failed, and whether another start may help. The node's own scontrol acts on it."""
-        inside = (
-            shlex.join(["srun", "--overlap", "--nodes=1", "--ntasks=1", *_flags(self.srun)]) + " " if self.srun else ""
-        )
+        step = shlex.join(["srun", "--overlap", "--nodes=1", "--ntasks=1", *_flags(self.srun)])
+        judge = [f"{step} {self._python}" if self.srun else self._python, "-m", "src.cluster.verdict"]
         return [
             "code=$?",
             'if [ "$code" -ne 0 ]; then',
             "  trap '' TERM",
-            f'  answer=$({inside}{python} -m src.cluster.verdict "${{folders[$point]}}" --requeues {self.requeues})',
+            f'  answer=$({" ".join(judge)} "${{folders[$point]}}" --requeues {self.requeues})',
             '  case "$answer" in',
             '    requeue*) scontrol requeue "$SLURM_JOB_ID"',
             '      bad="${answer#requeue}"',
@@ -319,7 +316,7 @@ def _place(jobs: Sequence[QueuedJob]) -> Path:
     return first.parent / "slurm" / f"{first.name}+{len(jobs) - 1}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def _setup(jobs: Sequence[QueuedJob], asked: Resources) -> list[str]:
+def _setup(jobs: Sequence[QueuedJob]) -> list[str]:
     """Ranks import the frozen code of their own point, wherever they start."""
     folders = " ".join(shlex.quote(str(job.folder)) for job in jobs)
     codes = " ".join(job.code for job in jobs)
@@ -329,7 +326,6 @@ def _setup(jobs: Sequence[QueuedJob], asked: Resources) -> list[str]:
         "point=${SLURM_ARRAY_TASK_ID:-0}",
         'export PYTHONPATH="${folders[$point]}/code/${codes[$point]}${PYTHONPATH:+:$PYTHONPATH}"',
         "export PYTHONSAFEPATH=1",  # or `python -m` would find the work tree first
-        f"export OMP_NUM_THREADS={asked.cpus_per_task}",
     ]
 
 

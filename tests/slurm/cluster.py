@@ -89,7 +89,7 @@ class TestCluster:
     __test__ = False
 
     folder: Path
-    kill_wait_seconds: int = 30
+    kill_wait_seconds: int = 10
     daemons: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     @property
@@ -238,7 +238,7 @@ def _name_nodes() -> None:
 
 
 @contextlib.contextmanager
-def cluster(kill_wait_seconds: int = 30) -> Iterator[TestCluster]:
+def cluster(kill_wait_seconds: int = 10) -> Iterator[TestCluster]:
     """Up inside the block."""
     folder = Path(tempfile.mkdtemp(prefix="slurm_", dir="/tmp"))
     running = TestCluster(folder, kill_wait_seconds)

@@ -1,0 +1,115 @@
+"""What SLURM is asked for, and what a site's facts may not say; without a SLURM."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from src.cluster.queue import NodeFacts, minutes
+from src.cluster.resources import Resources, problems
+from src.cluster.slurm import Slurm, slow_saves
+from src.metrics.lines import Lines
+
+CONF = Path(__file__).parents[2] / "conf/cluster"
+TWO_NODES = {"nodes": 2, "ranks_per_node": 8, "world": 16}
+PART_OF_ONE = {"nodes": 1, "ranks_per_node": 2, "world": 2}
+
+
+def site(preset: str = "slurm", **changed: Any) -> Slurm:
+    facts = yaml.safe_load((CONF / "slurm.yaml").read_text()) | {"partition": "h100"}
+    facts |= yaml.safe_load((CONF / f"{preset}.yaml").read_text()) | {"partition": "h100"} | changed
+    return Slurm(**{key: value for key, value in facts.items() if key not in ("_target_", "defaults")})
+
+
+def flags(text: str) -> dict[str, str]:
+    """Of one script."""
+    lines = (line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH"))
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+
+def test_the_resources_are_the_plans(tmp_path: Path) -> None:
+    given = flags(site(memory_gib_per_gpu=12.5, exclude="n3").script([(tmp_path / "run", TWO_NODES)]))
+    derived = {"nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "12", "mem": "102400M"}
+    said = {"partition": "h100", "exclude": "n3", "time": "1440", "signal": "USR2@600", "requeue": ""}
+    where = {"job-name": "run", "output": f"{tmp_path}/run/logs/slurm/%j_0_log.out", "open-mode": "append"}
+    assert given == derived | said | where
+
+
+def test_points_of_one_shape_are_one_array(tmp_path: Path) -> None:
+    runs = [(tmp_path / name, shape) for name, shape in zip("abc", (TWO_NODES, PART_OF_ONE, TWO_NODES), strict=True)]
+    text = site(array_parallelism=5).script(runs)
+    array, single = text.split("#!/bin/bash")[1:]
+    assert flags(array)["array"] == "0-1%2"
+    assert f"folders=({tmp_path}/a {tmp_path}/c)" in array
+    assert (flags(array)["nodes"], flags(single)["nodes"], flags(single)["ntasks-per-node"]) == ("2", "1", "2")
+    assert "array" not in flags(single)
+
+
+def test_a_sites_own_flags_are_verbatim(tmp_path: Path) -> None:
+    own = {"gpus-per-node": None, "gres": "gpu:h100:8", "exclusive": True, "mail-type": "END", "wckey": "a"}
+    given = flags(site(sbatch=own, requeues=0).script([(tmp_path, TWO_NODES)]))
+    assert "gpus-per-node" not in given
+    assert "no-requeue" in given
+    assert {"gres": "gpu:h100:8", "exclusive": "", "mail-type": "END", "wckey": "a"}.items() <= given.items()
+
+
+def test_a_container_is_a_matter_of_flags(tmp_path: Path) -> None:
+    srun = {"container-image": "a.sqsh", "container-mounts": "/d:/d", "no-container-mount-home": True}
+    lines = site("slurm_container", srun=srun).script([(tmp_path, TWO_NODES)]).splitlines()
+    ours = "--container-image=a.sqsh --container-mounts=/d:/d --no-container-mount-home"
+    (ranks,) = (line for line in lines if line.startswith("srun "))
+    assert f"--cpus-per-task=12 {ours} python3 -u -m submitit.core._submit" in ranks
+    assert any(f"srun --overlap --nodes=1 --ntasks=1 {ours} python3 -m src.cluster.verdict" in line for line in lines)
+
+
+def test_setup_comes_before_the_path_to_the_frozen_code(tmp_path: Path) -> None:
+    lines = site("slurm_modules").script([(tmp_path, TWO_NODES)]).splitlines()
+    order = [lines.index(line) for line in ("export OMP_NUM_THREADS=12", "module load cuda", "export PYTHONSAFEPATH=1")]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sbatch": {"nodes": 3}}, "nodes follows from parallel and cluster; leave it out"),
+        ({"sbatch": {"signal": "USR1@9"}}, "signal is cluster.grace_seconds; leave it out"),
+        ({"minutes": 10}, "grace_seconds=600 is no part of minutes=10; at most 599 seconds"),
+        ({"grace_seconds": 70000}, "less than or equal to 65535"),
+    ],
+)
+def test_facts_that_contradict_each_other(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        site(**changed)
+
+
+def test_several_kinds_of_nodes() -> None:
+    """A layout must find enough nodes that can hold it, not enough nodes."""
+    there = [NodeFacts(f"n{number}", 96, 1000 * 1024, 8 if number < 2 else 4, 600) for number in range(6)]
+    asked = [Resources.of(site(minutes=60), shape) for shape in (TWO_NODES, PART_OF_ONE)]
+    assert problems(site(minutes=60), asked, there, ["h100"]) == []
+    four = Resources.of(site(), TWO_NODES | {"nodes": 4})
+    (line,) = problems(site(minutes=60), [four], there, ["h100"])
+    assert line == "parallel asks for 4 nodes of 8 GPUs: h100 has 2; choose a layout of at most 16 ranks"
+    (line,) = problems(site(minutes=601), [asked[0]], there, ["h100"])
+    assert line == "cluster.minutes=601: partition h100 allows at most 600"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30:00", 30), ("1:00:00", 60), ("4-00:00:00", 5760), ("1-12:30:00", 2190), ("infinite", None), ("2-06", 3240)],
+)
+def test_times(text: str, expected: int | None) -> None:
+    assert minutes(text) == expected
+
+
+def test_a_grace_that_hardly_holds_a_save_is_told(tmp_path: Path) -> None:
+    assert slow_saves(tmp_path, 60) is None
+    for seconds in (12.0, 41.0, 30.0):
+        Lines(tmp_path / "metrics.jsonl").append({"step": 1, "checkpoint/write_seconds": seconds})
+    assert slow_saves(tmp_path, 100) is None
+    warning = slow_saves(tmp_path, 60)
+    assert warning is not None
+    assert "a save took 41 s" in warning
+    assert warning.endswith("pass at least 82")
