@@ -53,9 +53,10 @@ def _together(load: Load, limit_bytes: int) -> str | None:
     """Knobs turned one after the other, the most freeing first, until the load fits."""
     turned: dict[str, str] = {}
     for _ in range(MOST_TURNS):
-        peak, words, load = min(
-            ((estimate(other).peak, words, other) for words, other in knobs(load)), key=lambda option: option[0]
-        )
+        options = [(estimate(other).peak, words, other) for words, other in knobs(load)]
+        if not options:
+            return None
+        peak, words, load = min(options, key=lambda option: option[0])
         turned[words.split("=")[0]] = words
         if peak <= limit_bytes:
             return " ".join(turned.values())
