@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from src.cluster.scripts import scripts
+from src.cluster.search import search
 from src.cluster.start import checked, start
-from src.cluster.sweep import sweep
+from src.cluster.sweep import in_group, sweep, title
 from src.config.compose import asked
 from src.errors import UserError, VerdictError
 
@@ -59,14 +60,19 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:
         question = asked(sys.argv[1:])
-        points = checked(question.trees)
-        dry = [point for point in points if point[1].dry_run]
+        if question.space:
+            return search(question, sys.argv[1:])
+        points = checked(in_group(question.trees, title(question.trees)) if question.swept else question.trees)
         texts = scripts([point for point in points if point[1].dry_run])
-        if disagreements := [line for _, run, plan in dry for line in show(run, plan)]:
+        if disagreements := [line for _, run, plan in points if run.dry_run for line in show(run, plan)]:
             raise VerdictError(disagreements)
         print(*texts, sep="\n", end="", file=sys.stderr)
-        live = [point for point in points if point not in dry]
-        code = sweep(live) if question.swept else max((start(tree, run)[1] for tree, run, _ in live), default=0)
+        asked_for = zip(points, question.points, strict=True)
+        live = [(tree, run, point.overrides) for (tree, run, _), point in asked_for if not run.dry_run]
+        if question.swept and live:
+            code = sweep(live, sys.argv[1:])
+        else:
+            code = max((start(tree, run)[1] for tree, run, _ in live), default=0)
     except UserError as error:
         return refused(error)
     if code == 0 and live and "RANK" not in os.environ:

@@ -4,13 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import launch
-from src.cluster import sweep as sweeps
 from src.cluster.start import checked
 from src.config.compose import asked
 from src.config.groups import CONF
@@ -229,44 +227,6 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str
     assert (answer["world"], answer["tokens_per_step"]) == (1, 8 * 256)
     assert "tokens per step" in result.stderr
     assert list(somewhere.iterdir()) == []
-
-
-def points(monkeypatch: pytest.MonkeyPatch, ends: list[Any]) -> list[Any]:
-    """Points of a sweep whose `start` gives or raises what `ends` says; returns what was started."""
-    started: list[Any] = []
-
-    def start(tree: Tree, run: Any) -> tuple[str, int]:
-        started.append(tree["seed"])
-        end: tuple[str, int] | Exception = ends[tree["seed"]]
-        if isinstance(end, Exception):
-            raise end
-        return end
-
-    monkeypatch.setattr(sweeps, "start", start)
-    return started
-
-
-class Named:
-    name = "a"
-
-
-@pytest.mark.parametrize(
-    ("ends", "started", "code"),
-    [
-        ([("finished", 0), ("finished", 0)], [0, 1], 0),
-        ([("finished", 0), ("failed", 3), ("finished", 0)], [0, 1, 2], 3),
-        ([UserError("live elsewhere"), ("finished", 0)], [0, 1], 2),
-        ([("failed", 1), ("failed", 4)], [0, 1], 1),
-        ([("stopped", 0), ("finished", 0)], [0], 0),
-        ([("killed", 130), ("finished", 0)], [0], 130),
-    ],
-)
-def test_a_failing_point_is_told_and_does_not_stop_the_later_ones(
-    monkeypatch: pytest.MonkeyPatch, ends: list[Any], started: list[int], code: int
-) -> None:
-    seen = points(monkeypatch, ends)
-    assert sweeps.sweep([({"seed": seed}, Named(), None) for seed in range(len(ends))]) == code  # type: ignore[list-item]
-    assert seen == started
 
 
 def test_conf_is_found_from_anywhere() -> None:

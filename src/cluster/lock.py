@@ -30,7 +30,7 @@ class Lock:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             free = _flock(file)
-            owner = self._owner()
+            owner = self.owner()
             if owner and (not free or not _gone(owner)):
                 raise FolderError(self._refusal(owner))
             if not free:
@@ -48,9 +48,24 @@ class Lock:
             os.close(self._file)
             self._file = None
 
-    def _owner(self) -> dict[str, Any] | None:
+    def held(self) -> bool:
+        """Whether another process holds it, as `take` would find; takes nothing."""
+        try:
+            file = os.open(self.path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            owner = self.owner()
+            return not _flock(file) or (owner is not None and not _gone(owner))
+        finally:
+            os.close(file)
+
+    def owner(self) -> dict[str, Any] | None:
+        """Process, host, time and job of who holds it; None when released."""
         try:
             owner = json.loads(self.path.read_text() or "null")
+        except FileNotFoundError:
+            return None
         except ValueError:  # cut off in the middle of a write: its writer is dead, or flock says that it is not
             return None
         return owner if isinstance(owner, dict) else None

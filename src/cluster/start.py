@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
+from src.cluster.folder import place
 from src.config.build import build
 from src.config.tree import Tree, identity
+from src.distributed.process import Facts, joined
 from src.errors import DataError, PlanError, UserError
 
 if TYPE_CHECKING:
@@ -99,32 +101,49 @@ def opening(folder: "RunFolder") -> str:
     return f"{'resumes' if folder.resumed else 'starts'} {folder.path}"
 
 
-def start(tree: Tree, run: "Run") -> tuple[str, int]:
-    """How the run ended, and the exit code that says so."""
-    from src.cluster.folder import RunFolder, place
-    from src.cluster.job import perform
-    from src.distributed.process import Facts, joined
+def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
+    """The run's folder, held by us, with all that its ranks read: config, code, plan and data."""
+    from src.cluster.folder import RunFolder
     from src.train.plan import plan
 
-    path = place(run.root, run.name, identity(tree), run.folder)
-    if joined():
-        outer = Facts.read()
-        if outer.world != run.parallel.world:
-            raise PlanError(f"WORLD_SIZE={outer.world}, but parallel asks for {run.parallel.world} ranks")
-        if run.cluster.devices().count is None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
-        if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
-            return "finished" if perform(tree, path) else "stopped", 0
     corpus = feed(run)
     answers = plan(run, corpus, run.cluster.devices())
     print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
+    path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
-    with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path) as folder:
+    folder = RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path)
+    try:
         print(opening(folder), file=sys.stderr)
         if corpus is not None:
             record(corpus, folder.path)
-        if joined():
-            folder.begin(run.parallel.world)
-            return "finished" if perform(tree, folder.path) else "stopped", 0
+    except BaseException:
+        folder.close()
+        raise
+    return folder, answers
+
+
+def start(tree: Tree, run: "Run") -> tuple[str, int]:
+    """How the run ended, and the exit code that says so."""
+    if joined():
+        return _join(tree, run), 0
+    folder, _ = prepare(tree, run)
+    with folder:
         outcome = cast(Cluster, run.cluster).submit(folder, run.parallel.world)
         return outcome.status, outcome.exit_code
+
+
+def _join(tree: Tree, run: "Run") -> str:
+    """Be a rank of an outer launcher."""
+    from src.cluster.job import perform
+
+    outer = Facts.read()
+    if outer.world != run.parallel.world:
+        raise PlanError(f"WORLD_SIZE={outer.world}, but parallel asks for {run.parallel.world} ranks")
+    if run.cluster.devices().count is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
+    if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
+        return "finished" if perform(tree, place(run.root, run.name, identity(tree), run.folder)) else "stopped"
+    folder, _ = prepare(tree, run)
+    with folder:
+        folder.begin(run.parallel.world)
+        return "finished" if perform(tree, folder.path) else "stopped"

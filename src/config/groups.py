@@ -19,6 +19,7 @@ SECTIONS = (
     "checkpoint",
     "tracker",
     "cluster",
+    "sweep",
 )
 # A group whose files change the other sections and leave none of their own.
 EXPERIMENT = "experiment"

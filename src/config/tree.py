@@ -15,7 +15,7 @@ from src.errors import ConfigError
 Tree = dict[str, Any]
 
 # Where and how a run is watched, not what it computes: these may differ between two starts of one run.
-SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker"})
+SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker", "sweep"})
 _ABSENT = object()
 
 

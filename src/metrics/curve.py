@@ -35,7 +35,7 @@ def plot(folder: Path) -> Path:
 def _draw(axes: Any, loss: Series, validation: Series, tokens: Series | None) -> None:
     from matplotlib.ticker import EngFormatter
 
-    horizontal = _at_tokens(loss, tokens)
+    horizontal = at_tokens(loss, tokens)
     if len(loss.values) >= 50:
         axes.plot(horizontal, loss.values, color=TRAIN_POINTS, linewidth=0.8, alpha=0.8)
         means = smoothed(loss.values)
@@ -44,7 +44,7 @@ def _draw(axes: Any, loss: Series, validation: Series, tokens: Series | None) ->
         axes.plot(horizontal, loss.values, color=TRAIN, linewidth=1.8, label=_label("train", loss.values))
     if validation.values:
         axes.plot(
-            _at_tokens(validation, tokens),
+            at_tokens(validation, tokens),
             validation.values,
             color=VALIDATION,
             linewidth=1.2,
@@ -60,7 +60,7 @@ def _draw(axes: Any, loss: Series, validation: Series, tokens: Series | None) ->
     axes.legend(frameon=False, fontsize=10.5)
 
 
-def _at_tokens(series: Series, tokens: Series | None) -> list[float]:
+def at_tokens(series: Series, tokens: Series | None) -> list[float]:
     """The tokens seen at each step of a series; without tokens the steps themselves."""
     if tokens is None:
         return [float(step) for step in series.steps]

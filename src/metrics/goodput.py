@@ -118,3 +118,11 @@ def _life(lines: list[dict[str, Any]], started: float, ended: float, kept_until:
     starting = max(0.0, told["time"] - started - compiling)
     other = max(0.0, ended - told["time"] - useful - data - lost - saving)
     return Goodput(useful, starting + lost, compiling, saving, data, other)
+
+
+def duration(seconds: float) -> str:
+    """3 h 12 min, 4 min 5 s, 12 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
