@@ -14,6 +14,7 @@ from src.distributed.stages import (
     owned,
     split,
     stage_count,
+    warnings,
 )
 from tests.distributed.layouts import degrees
 from tests.models.shapes import tiny_llama
@@ -114,3 +115,10 @@ def test_what_a_schedule_keeps_is_what_torch_keeps(schedule: Any, ranks: int, ea
         assert max(kept) == max(counted)
     else:
         assert kept == counted
+
+
+def test_few_micro_batches_are_told() -> None:
+    assert warnings(pipeline(4, "GPipe"), 30, 4) == []
+    (line,) = warnings(pipeline(4, "GPipe"), 30, 2)
+    assert line.startswith("2 micro-batches for 4 stages leave most ranks idle")
+    assert warnings(degrees("single"), 30, 1) == []
