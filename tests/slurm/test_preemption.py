@@ -23,8 +23,19 @@ def first_steps(run: Held) -> list[int]:
     return list(firsts.values())
 
 
+def seconds_between(run: Held) -> list[float]:
+    """From the last step of an attempt to the first one of the next: what an interruption costs."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for line in records(run):
+        first.setdefault(str(line["attempt"]), float(str(line["time"])))
+        last[str(line["attempt"])] = float(str(line["time"]))
+    return [round(begin - end, 1) for end, begin in zip(last.values(), list(first.values())[1:], strict=False)]
+
+
 def assert_whole(run: Held, straight: dict[int, float]) -> None:
     assert run.until_ended().ended == "finished", run.story()
+    print(f"{run.folder.name}: from step to step over an interruption {seconds_between(run)} s")  # pytest -rP
     assert run.losses() == straight
     assert list(run.losses()) == list(range(1, STEPS + 1))
     assert {attempt.job for attempt in attempts(run.folder)} == {run.job}, "one job for ever"
