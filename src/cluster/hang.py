@@ -1,5 +1,6 @@
 """Who kept the others waiting: read from the flight recorder's dumps, which NCCL's watchdog writes when it gives up."""
 
+import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,16 +40,14 @@ def find(traces: Path, since: float, nodes: Sequence[str]) -> Hang | None:
 def compare(dumps: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> Hang | None:
     """The earliest collective that a member of its group never entered; else the first rank without a dump."""
     found: list[tuple[int, Hang]] = []
-    entered, names = _entered(dumps)
-    for group, by_rank in entered.items():
-        members = _members(dumps, group) or sorted(by_rank)
-        last = {rank: max(by_rank.get(rank, {0: ""})) for rank in members if rank in dumps}
+    for group, by_rank in _entered(dumps).items():
+        last = {rank: max(by_rank.get(rank, {0: None})) for rank in group.members if rank in dumps}
         if len(set(last.values())) < 2:
             continue
         laggard = min(last, key=lambda rank: (last[rank], rank))
         sequence = last[laggard] + 1
         kind, when = next(each[sequence] for each in by_rank.values() if sequence in each)
-        words = f"rank {laggard} (node {nodes[laggard]}) never entered {kind} #{sequence} of group {names[group]}"
+        words = f"rank {laggard} (node {nodes[laggard]}) never entered {kind} #{sequence} of group {group.words}"
         found.append((when, Hang(laggard, words)))
     if found:
         return min(found, key=lambda pair: pair[0])[1]
@@ -59,30 +58,26 @@ def compare(dumps: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> Han
     return Hang(first, f"rank {first} (node {nodes[first]}) left no dump: it was dead or stuck before the timeout")
 
 
-Entered = dict[str, dict[int, dict[int, tuple[str, int]]]]
+@dataclass(frozen=True)
+class _Group:
+    """Disjoint groups of a mesh may share a name; the ranks tell them apart."""
+
+    name: str
+    words: str
+    members: tuple[int, ...]
 
 
-def _entered(dumps: Mapping[int, Mapping[str, Any]]) -> tuple[Entered, dict[str, str]]:
-    """group -> rank -> sequence number -> (collective, when); and how each group is called."""
-    entered: Entered = {}
-    names: dict[str, str] = {}
+def _entered(dumps: Mapping[int, Mapping[str, Any]]) -> dict[_Group, dict[int, dict[int, tuple[str, int]]]]:
+    """group -> rank -> sequence number -> (collective, when in nanoseconds)."""
+    entered: dict[_Group, dict[int, dict[int, tuple[str, int]]]] = {}
     for rank, dump in dumps.items():
-        for entry in dump.get("entries", ()):
+        for entry in dump["entries"]:
             if entry.get("is_p2p"):
                 continue
-            group, described = (str(part) for part in entry["process_group"])
-            names[group] = described if described not in ("", "undefined") else group
+            name, described = (str(part) for part in entry["process_group"])
+            members = tuple(json.loads(dump["pg_config"][name]["ranks"]))
+            group = _Group(name, described if described not in ("", "undefined") else name, members)
             kind = str(entry["profiling_name"]).removeprefix("nccl:")
-            entered.setdefault(group, {}).setdefault(rank, {})[int(entry["collective_seq_id"])] = (
-                kind,
-                int(entry["time_created_ns"]),
-            )
-    return entered, names
-
-
-def _members(dumps: Mapping[int, Mapping[str, Any]], group: str) -> list[int]:
-    for dump in dumps.values():
-        config = dump.get("pg_config", {}).get(group)
-        if config is not None:
-            return [int(rank) for rank in str(config["ranks"]).strip("[]").split(",") if rank.strip()]
-    return []
+            when = int(entry["time_created_ns"])
+            entered.setdefault(group, {}).setdefault(rank, {})[int(entry["collective_seq_id"])] = (kind, when)
+    return entered

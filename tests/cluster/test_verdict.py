@@ -82,7 +82,7 @@ def test_no_requeue_for_ever() -> None:
     assert capped(verdict, [], None, 0).action == "stop"
 
 
-def dump(*collectives: tuple[str, str, int], ranks: str = "[0, 1, 2, 3]") -> dict[str, object]:
+def dump(*collectives: tuple[str, str, int], inner: str = "[2, 3]") -> dict[str, object]:
     entries = [
         {
             "process_group": (group, "tensor" if group == "1" else "default_pg"),
@@ -93,7 +93,7 @@ def dump(*collectives: tuple[str, str, int], ranks: str = "[0, 1, 2, 3]") -> dic
         }
         for group, name, sequence in collectives
     ]
-    return {"entries": entries, "pg_config": {"0": {"ranks": "[0, 1, 2, 3]"}, "1": {"ranks": "[2, 3]"}}}
+    return {"entries": entries, "pg_config": {"0": {"ranks": "[0, 1, 2, 3]"}, "1": {"ranks": inner}}}
 
 
 def test_the_rank_that_never_came_is_named_with_node_and_collective() -> None:
@@ -107,5 +107,7 @@ def test_the_rank_that_never_came_is_named_with_node_and_collective() -> None:
     assert found == Hang(3, "rank 3 (node b) never entered reduce_scatter #1 of group tensor"), (
         "the earliest is the cause"
     )
+    pairs = {rank: dump(("1", "all_gather", 1 + rank // 2), inner=("[0, 1]", "[2, 3]")[rank // 2]) for rank in range(4)}
+    assert compare(pairs, NODES) is None, "two groups of one name"
     del dumps[3]
     assert compare(dumps, NODES) == Hang(3, "rank 3 (node b) left no dump: it was dead or stuck before the timeout")
