@@ -62,6 +62,15 @@ class ModelConfig(Config):
     def problems(self, layout: Layout) -> list[str]:
         """Why this family cannot run in this layout: key, value, rule, nearest legal value."""
 
+    def warnings(self) -> list[str]:
+        """What a reader of this run's figures must know."""
+        return []
+
+    @property
+    def routed(self) -> bool:
+        """Whether some weights meet some tokens only."""
+        return any(weight.active < 1 for weight in self.weights())
+
     def counts(self, seq_len: int) -> Counts:
         """Parameters and flops per token of the whole model, before any cut."""
         return count(self.weights(), self.attention_width(), seq_len)

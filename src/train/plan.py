@@ -306,6 +306,11 @@ def _section_problems(run: Run) -> list[str]:
         )
     if run.recompute.mode == "budget" and not run.compile.blocks:
         found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
+    if run.compile.blocks and run.model.routed and run.precision.compute != "bfloat16":
+        found.append(
+            f"compile.blocks=true with precision.compute={run.precision.compute}: grouped products of experts are "
+            "traced in bfloat16 only; pass precision=bf16 or compile=off"
+        )
     if run.model.within_documents and not run.data.document_masks:
         found.append("model.mask=block_causal needs to know the documents; pass data.document_masks=true")
     if run.data.document_masks and not run.model.within_documents:
@@ -341,6 +346,7 @@ def _epochs(run: Run, corpus: Corpus) -> float:
 def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
     found = list(run.schedule.warnings(run.task.steps))
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
+    found += run.model.warnings()
     found += _batch_problems(run) if _rehearses(run) else []
     if epochs is not None and epochs > 1:
         found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")

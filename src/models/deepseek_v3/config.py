@@ -190,6 +190,13 @@ class DeepseekV3Config(ModelConfig):
     def saved_by_block(self, cut: Slice) -> Saved:
         return saved_by_block(self, cut)
 
+    def warnings(self) -> list[str]:
+        if not self.moe.forced_balance:
+            return []
+        return [
+            "model.moe.forced_balance=true: experts in turn, not the best ones; its figures are of no real training"
+        ]
+
     def problems(self, layout: Layout) -> list[str]:
         return [
             f"parallel.{axis}={degree} is not built for model.family={self.family} yet; pass parallel.{axis}=1"
