@@ -128,7 +128,7 @@ class Search:
         done = [(standing.loss, each) for each, standing in known if standing.state == "finished" and standing.loss]
         others = [standing.state for _, standing in known if standing.state != "finished"]
         print(f"{len(known)} points: {len(known) - len(others)} finished", file=sys.stderr)
-        print(*(f"  {others.count(state)} {state}" for state in dict.fromkeys(others)), sep="\n", file=sys.stderr)
+        print(*(f"  {others.count(state)} {state}\n" for state in dict.fromkeys(others)), sep="", end="", file=sys.stderr)
         if not done:
             return 1
         loss, best = min(done, key=lambda pair: pair[0])

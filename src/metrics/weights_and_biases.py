@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, model_validator
 
 from src.config.base import Config, Names
+from src.metrics.lines import Lines
 
 logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id.txt"
+OFFLINE_FILE = "wandb_offline.jsonl"  # when a tracker was opened that no server hears; see src/metrics/sync.py
 
 
 class WeightsAndBiases(Config):
@@ -56,10 +59,20 @@ class WandbSink:
             try:
                 self._run = self._start_online()
             except (wandb.Error, TimeoutError) as error:
-                logger.warning("wandb: %s; logging offline, `wandb sync` in %s sends it", error, self._folder / "wandb")
+                logger.warning("wandb: %s; logging offline; python -m src.metrics.sync %s sends it", error, self._folder)
                 mode = "offline"
         if self._run is None:
             self._run = self._start(mode)
+        if mode == "offline":
+            Lines(self._folder / OFFLINE_FILE).append({"time": time.time()})
+        self._define()
+
+    def open_online(self) -> None:
+        """For points of the past; wandb.Error or TimeoutError instead of an offline run."""
+        self._run = self._start_online()
+        self._define()
+
+    def _define(self) -> None:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
