@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.05
 _MARGIN_SECONDS = 60.0
+# A rank arrives when it has imported torch, which a cold disk may stretch to a minute on one node and not on another.
+_ARRIVAL_SHARE = 3
 
 
 class PreflightError(RuntimeError):
@@ -48,7 +50,7 @@ def preflight(
     """Collective. PreflightError on every rank that arrived, instead of a hang; the ranks in order otherwise.
 
     `nodes`: names by node number. `address`: where rank 0 can open a rendezvous.
-    `seconds`: without one more rank arriving, and for the sum.
+    `seconds`: for the sum, and three times that without one more rank arriving.
     """
     if facts.world != world:
         raise PreflightError(f"{facts.world} ranks were started, but the plan has {world}", None)
@@ -56,8 +58,8 @@ def preflight(
     mine = Presence(facts.rank, node, _device(facts, device_type, node), facts.world)
     if world == 1:
         return [mine]
-    store = _store(facts, nodes, address, seconds)
-    present = _gather(store, mine, nodes, facts, seconds)
+    store = _store(facts, nodes, address, _ARRIVAL_SHARE * seconds)
+    present = _gather(store, mine, nodes, facts, _ARRIVAL_SHARE * seconds)
     _add_up(store, facts, device_type, nodes, seconds)
     return present
 
@@ -90,7 +92,7 @@ def _store(facts: Facts, nodes: Sequence[str], address: tuple[str, int], seconds
     host, port = address
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, is_master=facts.rank == 0, wait_for_workers=False, timeout=timedelta(seconds=3 * seconds)
+            host, port, is_master=facts.rank == 0, wait_for_workers=False, timeout=timedelta(seconds=seconds)
         )
     except (dist.DistError, RuntimeError) as error:
         if facts.rank == 0:

@@ -20,10 +20,10 @@ def test_an_error_of_the_code_stops_and_the_waiting_launcher_says_so(site: Site)
 
 
 def test_a_node_whose_ranks_never_arrive_is_named_and_left_out(site: Site, straight: dict[int, float]) -> None:
-    run = site.submit("late", "cluster.preflight_seconds=15", fault="late n2")
+    run = site.submit("late", "cluster.preflight_seconds=10", fault="late n2")
     run.until_restarted(2)
     assert run.fact("ExcNodeList") == "n2", run.story()
-    assert "no word for 15 s of 1 ranks; rank 1 on n2" in run.log.read_text()
+    assert "no word for 30 s of 1 ranks; rank 1 on n2" in run.log.read_text()
     assert run.until_ended().ended == "finished", run.story()
     assert run.losses() == straight
 
