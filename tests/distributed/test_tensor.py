@@ -1,5 +1,7 @@
 """What travels between the ranks that share every matrix."""
 
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -7,19 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.distributed.compiling import Compile
 from src.distributed.mesh import Mesh
-from src.distributed.parallelize import parallelize
-from src.distributed.precision import Precision
 from src.distributed.symmetric import share_memory
-from src.distributed.weights import initialise, materialise
 from src.errors import PlanError
-from tests.distributed.layouts import degrees, parallel_model, recomputed, rows
+from tests.distributed.layouts import degrees, parallel_model, rows
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
+
+HOME = Path(__file__).parents[2]
 
 # 2 rows of 16 tokens; no two of these numbers of elements are alike.
 STREAM = 2 * 16 * 64  # the hidden state of all tokens
@@ -108,39 +108,15 @@ def test_blocks_alone_are_compiled_with_pipelined_products(monkeypatch: pytest.M
     assert asked == [wanted] * 3 + [None] * 2  # three blocks, and the two kernels of the loss
 
 
-def products(overlapped: bool, store: str) -> tuple[float, list[str]]:
-    """Loss of one step of tp2 on GPUs, and which symmetric operators ran in it."""
-    rank = dist.get_rank()
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.destroy_process_group()  # of the test's workers, which is gloo's alone
-    dist.init_process_group(
-        "cuda:nccl,cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=2, device_id=device
-    )
-    config = tiny_llama(dim=1024, n_heads=8, n_kv_heads=4, vocab_size=1024, n_layers=2)
-    mesh = Mesh(degrees("tp2", async_tensor=overlapped), "cuda")
-    if overlapped:
-        assert mesh.tensor is not None
-        share_memory(mesh.tensor)
-    with torch.device("meta"):
-        model = config.build()
-    model.to(torch.bfloat16)
-    precision = Precision(storage="bfloat16", compute="bfloat16", reduce="float32", float8=None)
-    parallelize(model, mesh, precision, recomputed("none"), Compile(blocks=True, loss=False, mode="default"))
-    materialise(model, device)
-    initialise(model, 0)
-    batch = rows(8, 128, config.vocab_size)
-    with torch.profiler.profile() as profile:
-        loss = model(batch.tokens.cuda(), labels=batch.labels.cuda())
-        loss.backward()
-    ran = sorted({event.key for event in profile.key_averages() if "symm_mem" in event.key})
-    return float(loss), ran
-
-
 @pytest.mark.gpu
-def test_overlapped_products_are_the_same_products(ranks: Ranks, tmp_path: Path) -> None:
-    """NVLink multicast may be off: TORCH_SYMM_MEM_DISABLE_MULTICAST=1 changes nothing here."""
-    plain, overlapped = (ranks(2, products, wanted, str(tmp_path / f"{wanted}"))[0] for wanted in (False, True))
-    assert overlapped[0] == pytest.approx(plain[0], rel=2e-3)
-    assert plain[1] == []
-    assert overlapped[1] != []
+def test_overlapped_products_are_used_and_train_alike(tmp_path: Path) -> None:
+    """Through the command line, so that every process is fresh; NVLink multicast may be off."""
+    layout = ["parallel=tp2", "parallel.async_tensor=true", "compile=blocks", "precision=bf16", f"root={tmp_path}"]
+    verified = subprocess.run([sys.executable, "launch.py", "task=verify", "task.seq_len=256", *layout], cwd=HOME)
+    assert verified.returncode == 0
+    benched = subprocess.run(
+        [sys.executable, "launch.py", "task=bench", "task.profile=true", "task.seq_len=2048", *layout], cwd=HOME
+    )
+    assert benched.returncode == 0
+    (profile,) = tmp_path.glob("*/profile.txt")
+    assert "symm_mem" in profile.read_text()
