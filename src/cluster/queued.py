@@ -104,13 +104,19 @@ class QueuedJob:
                 ) from error
             except (OSError, subprocess.SubprocessError) as error:
                 print(f"requeue failed: {error}", file=sys.stderr, flush=True)
+                _release(released)
+                time.sleep(4 * _POLL_SECONDS)  # srun ends by force whoever is still there when this rank has left
                 os._exit(SAVED_NOT_REQUEUED)
         if rank == 0:
-            released.parent.mkdir(parents=True, exist_ok=True)
-            released.touch()
+            _release(released)
         while not released.exists():
             time.sleep(_POLL_SECONDS)
         os._exit(0)
+
+
+def _release(mark: Path) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def _export(device: str) -> list[str]:

@@ -188,7 +188,11 @@ class Held:
         self.brake.unlink()
 
     def until_restarted(self, attempt: int) -> Attempt:
-        """SLURM lets a requeued job wait two minutes; a test does not."""
+        """SLURM lets a requeued job wait two minutes; a test does not.
+
+        Only: what srun had ended by force is told to end once more after 60 s, and by then this is the new attempt. One
+        that starts after such an end must be done in a minute.
+        """
 
         def started() -> Attempt | None:
             self._hurry()
