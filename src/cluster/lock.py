@@ -77,6 +77,9 @@ class Lock:
         os.pwrite(file, json.dumps(record).encode(), 0)
 
     def _refusal(self, owner: dict[str, Any]) -> str:
+        if (job := owner.get("job")) is not None:
+            advice = f"wait for it, or scancel {job}"
+            return f"{self.path.parent}: job {job} runs it on {owner['host']} since {owner['since']}; {advice}"
         who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
         if owner["host"] == socket.gethostname():
             return (

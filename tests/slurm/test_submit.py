@@ -44,7 +44,7 @@ def test_a_queued_run_is_not_submitted_twice(site: Site) -> None:
     run = site.submit("twice")
     again = site.launch("name=twice", *site.site(), check=False)
     assert again.returncode == 2
-    assert f"job {run.job} is queued or running it; wait for it, or scancel {run.job}" in again.stderr
+    assert f"wait for it, or scancel {run.job}" in again.stderr, "whether it waits already or runs"
     site.cluster.run("scancel", run.job)
     run.until_ended()
     assert len(submissions(run.folder)) == 1
