@@ -17,6 +17,7 @@ from rich.table import Table
 from src.cluster import queue
 from src.cluster.ledger import Ledger, Point
 from src.cluster.lock import Lock
+from src.cluster.pack import CANCEL_FILE
 from src.cluster.standing import BROKEN, LIVE, OPEN, Standing, State
 from src.errors import FolderError, UserError
 from src.metrics.goodput import duration
@@ -124,6 +125,10 @@ def cancel(ledger: Ledger, numbers: Sequence[int]) -> int:
 def _end(point: Point, now: Standing) -> str | None:
     """What went wrong, if anything."""
     owner = Lock(point.folder / "lock").owner() or {}
+    handed = queue.submissions(point.folder)
+    if now.job is not None and handed[-1].get("packed"):
+        (point.folder / CANCEL_FILE).touch()  # its neighbours go on
+        return None
     job = now.job or owner.get("job")
     if job is not None and queue.available():
         done = subprocess.run(["scancel", job], capture_output=True, text=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 10.0
+DRAWS = 20  # for each new point; a space of few choices repeats itself
 Space = Mapping[str, Interval | Choices]
 
 
@@ -85,26 +86,30 @@ class Search:
                 break
             fresh = self._draw(known, min(self.options.batch, self.options.trials - len(known)))
             if not fresh:
-                print("every point of the space has been tried", file=sys.stderr)
+                print("nothing new was drawn: the space may be used up", file=sys.stderr)
                 break
             self._hand_over(fresh)
             self._wait()
         return self._conclude()
 
     def _draw(self, known: Sequence[tuple[Point, Standing]], count: int) -> list[Point]:
-        """New points, written down; a point drawn a second time is left out."""
+        """New points, written down; what was drawn before is drawn again, a few times."""
         study = remembered(self.options, self.space, known)
-        there = {each.identity for each, _ in known}
-        fresh: dict[str, Point] = {}
-        for _ in range(count):
+        there = [dict(each.proposal) for each, _ in known if each.proposal is not None]
+        fresh: list[Point] = []
+        for _ in range(DRAWS * count):
             drawn = study.ask(distributions(self.space)).params
             texts = {key: _text(self.space[key], value) for key, value in drawn.items()}
+            proposal = {key: _value(self.space[key], text) for key, text in texts.items()}
+            if proposal in there:
+                continue
+            there.append(proposal)
             composed = point(self.fixed, texts)
             (tree,) = in_group([composed.tree], self.ledger.path.name)
-            new = self.ledger.add(tree, composed.overrides, {key: _value(self.space[key], texts[key]) for key in texts})
-            if new.identity not in there:
-                fresh[new.identity] = new
-        return list(fresh.values())
+            fresh.append(self.ledger.add(tree, composed.overrides, proposal))
+            if len(fresh) == count:
+                break
+        return fresh
 
     def _hand_over(self, points: Sequence[Point]) -> None:
         hand_over(self.ledger, ready(self.ledger, points), wait=True)
@@ -128,7 +133,7 @@ class Search:
         done = [(standing.loss, each) for each, standing in known if standing.state == "finished" and standing.loss]
         others = [standing.state for _, standing in known if standing.state != "finished"]
         print(f"{len(known)} points: {len(known) - len(others)} finished", file=sys.stderr)
-        print(*(f"  {others.count(state)} {state}\n" for state in dict.fromkeys(others)), sep="", end="", file=sys.stderr)
+        print("".join(f"  {others.count(state)} {state}\n" for state in dict.fromkeys(others)), end="", file=sys.stderr)
         if not done:
             return 1
         loss, best = min(done, key=lambda pair: pair[0])

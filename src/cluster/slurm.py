@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from src.cluster import queue
 from src.cluster.folder import RunFolder
 from src.cluster.local import Outcome
+from src.cluster.pack import Share
+from src.cluster.packed import PackedJob, filled, left, small, whole_node
 from src.cluster.queued import QueuedJob
 from src.cluster.resources import Resources, problems
 from src.cluster.watch import wandb_address
@@ -98,6 +100,7 @@ class Slurm(Config):
     sbatch: Flags
     srun: Flags
     wait: bool
+    pack: bool
 
     @field_validator("sbatch")
     @classmethod
@@ -140,10 +143,15 @@ class Slurm(Config):
 
     def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         """What sbatch would be given: one text per shape of resources."""
+        shapes = [Resources.of(self, plan) for _, plan in points]
+        packs, groups = self._split(shapes)
         texts = []
-        for asked, group in _grouped([Resources.of(self, plan) for _, plan in points]).items():
+        for asked, group in groups.items():
             jobs = [self._job(points[index][0], "dry_run", asked.world) for index in group]
-            texts.append(self._text(_place(jobs), asked, jobs))
+            texts.append(self._text(_place(jobs), self._parameters(asked, jobs), len(jobs)))
+        for group in packs:
+            jobs = [self._job(points[index][0], "dry_run", shapes[index].world) for index in group]
+            texts.append(self._text(_place(jobs), self._pack_parameters(jobs, shapes[group[0]])))
         return "\n".join(texts)
 
     def submit_all(self, points: Sequence[Prepared]) -> list[Submitted]:
@@ -156,11 +164,23 @@ class Slurm(Config):
         for point in points:
             if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
                 print(f"warning: {slow}", file=sys.stderr)
+        packs, groups = self._split(asked)
         done: dict[int, Submitted] = {}
-        for shape, group in _grouped(asked).items():
+        for shape, group in groups.items():
             folders = [points[index].folder for index in group]
             done |= zip(group, self._submit(folders, shape), strict=True)
+        for group in packs:
+            folders = [points[index].folder for index in group]
+            done |= zip(group, self._submit_pack(folders, [asked[index] for index in group]), strict=True)
         return [done[index] for index in range(len(points))]
+
+    def _split(self, asked: Sequence[Resources]) -> tuple[list[list[int]], dict[Resources, list[int]]]:
+        """Indices of the points that share each whole node, and of those that are jobs of their own, by shape."""
+        together = [index for index, each in enumerate(asked) if self.pack and small(each, self.gpus_per_node)]
+        packs = filled({index: asked[index].world for index in together}, self.gpus_per_node)
+        alone = [index for index in range(len(asked)) if index not in together]
+        groups = _grouped([asked[index] for index in alone])
+        return packs, {shape: [alone[place] for place in places] for shape, places in groups.items()}
 
     def _check(self, asked: Sequence[Resources], folders: Sequence[Path]) -> None:
         if not queue.available():
@@ -176,36 +196,56 @@ class Slurm(Config):
             raise FolderError(live)
 
     def _submit(self, folders: Sequence[RunFolder], asked: Resources) -> list[Submitted]:
-        from submitit import SlurmExecutor
-        from submitit.core.utils import FailedJobError
-
         jobs = [self._job(folder.path, folder.code, asked.world) for folder in folders]
         place = _place(jobs)
         place.mkdir(parents=True, exist_ok=True)
-        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=self._python)
-        executor.update_parameters(**self._parameters(asked, jobs))
-        try:
-            with _outside_of_jobs(), executor.batch():
-                handles = [executor.submit(job) for job in jobs]
-        except FailedJobError as error:
-            words = str(error).partition("sbatch:")
-            said = (words[1] + words[2]).strip() or str(error)
-            raise PlanError([f"sbatch refused: {said}", "it was given:", self._text(place, asked, jobs)]) from error
+        handles = self._send(place, self._parameters(asked, jobs), jobs)
         return [
             _recorded(folder, Submitted(str(handle.job_id), folder.path, Path(handle.paths.stdout)), asked)
             for folder, handle in zip(folders, handles, strict=True)
         ]
 
+    def _submit_pack(self, folders: Sequence[RunFolder], asked: Sequence[Resources]) -> list[Submitted]:
+        """One job for all of them, on a node of their own."""
+        pairs = list(zip(folders, asked, strict=True))
+        jobs = [self._job(folder.path, folder.code, each.world) for folder, each in pairs]
+        shares = tuple(Share(job.folder, job.code, job.world) for job in jobs)
+        pack = PackedJob(shares, Path.cwd(), self.gpus_per_node, self.device == "cpu", self.grace_seconds)
+        place = _place(jobs)
+        place.mkdir(parents=True, exist_ok=True)
+        (handle,) = self._send(place, self._pack_parameters(jobs, asked[0]), [pack])
+        log = Path(handle.paths.stdout)
+        submitted = [Submitted(str(handle.job_id), folder.path, log) for folder in folders]
+        return [_recorded(*each, packed=True) for each in zip(folders, submitted, asked, strict=True)]
+
+    def _send(self, place: Path, parameters: dict[str, Any], jobs: Sequence[Callable[[], None]]) -> list[Any]:
+        """submitit's handles. PlanError with sbatch's words and what it was given."""
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError
+
+        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=self._python)
+        executor.update_parameters(**parameters)
+        try:
+            with _outside_of_jobs(), executor.batch():
+                return [executor.submit(job) for job in jobs]
+        except FailedJobError as error:
+            words = str(error).partition("sbatch:")
+            said = (words[1] + words[2]).strip() or str(error)
+            given = self._text(place, parameters, len(jobs))
+            raise PlanError([f"sbatch refused: {said}", "it was given:", given]) from error
+
+    def _pack_parameters(self, jobs: Sequence[QueuedJob], asked: Resources) -> dict[str, Any]:
+        return whole_node(self._parameters(asked, jobs[:1]), len(jobs), self.gpus_per_node, self.cpus_per_gpu)
+
     def _job(self, folder: Path, code: str, world: int) -> QueuedJob:
         return QueuedJob(folder, code, world, Path.cwd(), self.device, self.preflight_seconds)
 
-    def _text(self, place: Path, asked: Resources, jobs: Sequence[QueuedJob]) -> str:
+    def _text(self, place: Path, parameters: Mapping[str, Any], count: int = 1) -> str:
         """As submitit will write it; also where there is no SLURM."""
         from submitit.slurm.slurm import _make_sbatch_string
 
         command = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(place))}"
-        count = len(jobs) if len(jobs) > 1 else None
-        text: str = _make_sbatch_string(command, place, map_count=count, **self._parameters(asked, jobs))
+        text: str = _make_sbatch_string(command, place, map_count=count if count > 1 else None, **parameters)
         return text
 
     @property
@@ -284,7 +324,9 @@ def slow_saves(folder: Path, grace_seconds: float) -> str | None:
 
 def _live(folders: Sequence[Path]) -> list[str]:
     """A complaint for each folder whose newest job SLURM has not done with."""
-    jobs = {folder: earlier[-1]["job"] for folder in folders if (earlier := queue.submissions(folder))}
+    jobs = {
+        folder: earlier[-1]["job"] for folder in folders if (earlier := queue.submissions(folder)) and not left(folder)
+    }
     states = queue.states(jobs.values()) if jobs else {}
     return [
         f"{folder}: job {job} is queued or running it; wait for it, or scancel {job}"
@@ -293,10 +335,10 @@ def _live(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources) -> Submitted:
+def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources, *, packed: bool = False) -> Submitted:
     record = {"job": submitted.job, "submitted": round(time.time(), 3), "log": str(submitted.log)}
     with (folder.path / queue.SUBMISSIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record | {"resources": asdict(asked)}) + "\n")
+        file.write(json.dumps(record | {"resources": asdict(asked), "packed": packed}) + "\n")
     folder.close()
     return submitted
 

@@ -10,6 +10,7 @@ from typing import Literal
 from src.cluster import queue
 from src.cluster.folder import Attempt, attempts
 from src.cluster.lock import Lock
+from src.cluster.packed import left
 from src.metrics.goodput import Goodput, Span, goodput
 from src.metrics.history import History, Series, read
 
@@ -99,7 +100,7 @@ def _state(point: Handed, tried: list[Attempt], job: str | None, jobs: Mapping[s
     if any(each.ended == "finished" for each in tried):
         return "finished", ""
     word = (jobs or {}).get(job or "")
-    if word is not None and word not in queue.ENDED:
+    if word is not None and word not in queue.ENDED and not left(point.folder):
         return ("running" if word in _RUNNING else "queued"), word
     if Lock(point.folder / "lock").held():
         return "running", ""

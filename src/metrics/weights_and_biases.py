@@ -59,7 +59,8 @@ class WandbSink:
             try:
                 self._run = self._start_online()
             except (wandb.Error, TimeoutError) as error:
-                logger.warning("wandb: %s; logging offline; python -m src.metrics.sync %s sends it", error, self._folder)
+                later = f"python -m src.metrics.sync {self._folder} sends it"
+                logger.warning("wandb: %s; logging offline; %s", error, later)
                 mode = "offline"
         if self._run is None:
             self._run = self._start(mode)

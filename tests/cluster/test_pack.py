@@ -1,0 +1,96 @@
+"""Runs side by side: who gets what, in which order, and that no run's end is another's."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from src.cluster.pack import CANCEL_FILE, Node, Pack, Share
+from src.cluster.packed import filled, whole_node
+
+NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
+
+
+def test_nodes_are_filled_with_the_large_runs_first() -> None:
+    assert filled({0: 1, 1: 4, 2: 2, 3: 1, 4: 3, 5: 1}, 8) == [[1, 4, 0], [2, 3, 5]]
+    assert filled(dict.fromkeys(range(9), 1), 8) == [list(range(8)), [8]]
+    assert filled({}, 8) == []
+
+
+def test_a_whole_node_is_asked_for() -> None:
+    own = {
+        "job_name": "a",
+        "ntasks_per_node": 2,
+        "cpus_per_task": 12,
+        "srun_args": ["--kill-on-bad-exit=1", "--cpus-per-task=12", "--container-image=x"],
+        "teardown": ["code=$?"],
+        "additional_parameters": {"gpus-per-node": 2, "mem": "2048M", "requeue": True},
+    }
+    asked = whole_node(own, runs=4, gpus=8, cores_per_gpu=12)
+    assert asked["additional_parameters"] == {"gpus-per-node": 8, "mem": "8192M", "requeue": True}
+    assert (asked["ntasks_per_node"], asked["cpus_per_task"], asked["job_name"]) == (1, 96, "a+3")
+    assert asked["srun_args"] == ["--cpus-per-task=96", "--kill-on-bad-exit=1", "--container-image=x"]
+    assert asked["teardown"] == []
+
+
+def test_a_node_hands_out_the_gpus_that_the_scheduler_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6")
+    assert Node.here(2, cpu=False, grace_seconds=1.0).gpus == ("2", "3")
+    assert Node.here(4, cpu=True, grace_seconds=1.0).gpus == ("0", "1", "2", "3")
+
+
+def test_gpus_and_cores_are_cut_without_overlap() -> None:
+    pack = Pack(NODE, [])
+    assert [pack._cores([slot]) for slot in range(4)] == [[10, 11], [12, 13], [14, 15], [16, 17]]
+    assert pack._cores([1, 2]) == [12, 13, 14, 15]
+    few = Pack(Node(NODE.gpus, (3, 4), cpu=True, grace_seconds=1.0), [])
+    assert [few._cores([slot]) for slot in range(4)] == [[3], [4], [3], [4]]
+
+
+class Programs(Pack):
+    """Each run is a line of Python; what it was given is kept."""
+
+    lines: dict[str, str]
+    given: dict[str, tuple[int, ...]]
+
+    def _start(self, share: Share, slots: Sequence[int]) -> "subprocess.Popen[bytes]":
+        self.given[share.folder.name] = tuple(slots)
+        return subprocess.Popen([sys.executable, "-c", self.lines[share.folder.name]])
+
+
+def programs(folder: Path, lines: dict[str, str], worlds: dict[str, int]) -> Programs:
+    for name in lines:
+        (folder / name).mkdir()
+    pack = Programs(NODE, [Share(folder / name, "c", worlds.get(name, 1)) for name in lines])
+    pack.lines, pack.given = lines, {}
+    return pack
+
+
+def test_each_run_has_its_own_end_and_the_next_takes_its_place(tmp_path: Path) -> None:
+    wait = f"import pathlib, time\nwhile not pathlib.Path('{tmp_path}/go').exists(): time.sleep(0.05)"
+    lines = {"a": wait, "b": "raise SystemExit(3)", "c": f"open('{tmp_path}/go', 'w')"}
+    pack = programs(tmp_path, lines, {"a": 2, "b": 2, "c": 2})
+    told: list[str] = []
+    codes = pack.run(told.append)
+    assert {folder.name: code for folder, code in codes.items()} == {"a": 0, "b": 3, "c": 0}
+    assert pack.given == {"a": (0, 1), "b": (2, 3), "c": (2, 3)}, "c waited for b, and a for c"
+    assert told[:3] == ["a on GPUs 4,5", "b on GPUs 6,7", "b ended with code 3"]
+
+
+def test_a_cancelled_run_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    wait = f"import pathlib, time\nwhile not pathlib.Path('{tmp_path}/go').exists(): time.sleep(0.05)"
+    mark = f"import time\nopen('{tmp_path}/b/{CANCEL_FILE}', 'w')\n{wait}"
+    pack = programs(tmp_path, {"a": mark, "b": "import time\ntime.sleep(600)"}, {})
+    codes = pack.run(lambda line: (tmp_path / "go").touch() if line.startswith("b ended") else None)
+    assert {folder.name: code for folder, code in codes.items()} == {"a": 0, "b": -15}
+
+
+def test_a_stop_reaches_all_and_starts_nothing_more(tmp_path: Path) -> None:
+    script = "import os, signal, time\nos.kill(os.getppid(), signal.SIGUSR2)\ntime.sleep(600)"
+    pack = programs(tmp_path, {"a": script, "b": "import time\ntime.sleep(600)", "c": "pass"}, {"a": 2, "b": 2})
+    codes = pack.run(lambda _: None)
+    assert pack.stopped
+    assert {folder.name: code for folder, code in codes.items()} == {"a": -15, "b": -15}
+    assert [share.folder.name for share in pack.waiting] == ["c"]
