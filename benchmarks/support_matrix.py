@@ -1,0 +1,252 @@
+"""docs/support_matrix.md: which layout works with which feature, measured by task=verify on CPU ranks.
+
+python -m benchmarks.support_matrix                 fill in what is missing or out of date, then write the page
+python -m benchmarks.support_matrix --again         measure every cell again
+python -m benchmarks.support_matrix --only "pp2 |"  only cells whose name contains this
+python -m benchmarks.support_matrix --check         measure nothing but a sample; say what is out of date
+
+Stopped in between it goes on where it was: support_matrix.json beside this file keeps every cell with a hash of what
+it depends on. A cell that is broken makes the exit code 1.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from src.config.build import build
+from src.config.groups import CONF, options
+from src.config.tree import resolve
+from src.distributed.process import Ranks as Process
+from src.distributed.stages import SCHEDULES
+from src.errors import UserError
+from src.tasks.verify import Verify
+from src.tasks.verify_rank import certify
+from src.train.plan import plan
+from src.train.run import Run
+from tests.ranks import RankError, Ranks
+from tests.train.runs import section
+
+HOME = Path(__file__).resolve().parents[1]
+CELLS = Path(__file__).with_suffix(".json")
+PAGE = HOME / "docs" / "support_matrix.md"
+COMMAND = "python -m benchmarks.support_matrix"
+# What decides whether a layout trains like one device.
+SOURCES = ("conf/parallel/*.yaml", "src/distributed/*.py", "src/train/setup.py", "src/train/step.py")
+HARMLESS = ("process.py", "preflight.py")  # start ranks and look at machines; no number passes through them
+
+# Measured again by --check: one cell of each way to cut.
+SAMPLE = ("tp2 | plain", "cp2 | document masks", "pp2 | Interleaved1F1B", "hsdp2x2 | tied embeddings")
+
+MOST_RANKS = 8
+# 4 layers for two stages on each of two ranks, 4 key heads for tp4, 64 tokens for two pieces on each of 2 x 2 ranks.
+SMALL = (
+    *("task=verify", "task.steps=2", "task.seq_len=64", "task.global_batch=8", "task.micro_batch=1", "cluster.gpus=0"),
+    *("model.dim=64", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=4", "model.vocab_size=256"),
+    *("model.multiple_of=64", "model.max_seq_len=64", "schedule.warmup_steps=0", "schedule.decay_ratio=0"),
+)
+FEATURES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "recompute=full": ("recompute=full",),
+    "recompute=selective": ("recompute=selective",),
+    "compile=blocks": ("compile=blocks",),
+    "document masks": ("model.attention=flex", "model.mask=block_causal", "data.document_masks=true"),
+    "tied embeddings": ("model.tied_embeddings=true",),
+    "bf16": ("precision=bf16",),
+    "float8": ("precision=fp8", "precision.float8.emulate=true"),
+}
+INTRODUCTION = f"""# What works with what
+
+Every cell is a run of `task=verify` on CPU ranks: the layout and a single device take the same steps from the same
+weights on the same data, and are compared. `ok` comes with the largest relative difference of losses and norms / of any
+parameter's gradient in the first step; src/tasks/certificate.py has the tolerances. `refused` is the answer before
+anything starts, in the plan's own words, which are numbered below. fp32 where the column does not say otherwise.
+Compiled blocks are captured whole and run without generated kernels; float8 is emulated; document masks are the
+predicate of FlexAttention as a dense mask.
+
+Written by `{COMMAND}`; do not edit.
+"""
+
+Cell = dict[str, Any]  # sources, and {loss, gradient} or {refused: [...]} or {broken: ...}
+
+
+def fingerprint() -> str:
+    """8 hex digits of the files that a cell depends on."""
+    digest = hashlib.sha256()
+    files = (file for pattern in SOURCES for file in HOME.glob(pattern) if file.name not in HARMLESS)
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(HOME)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def layouts() -> list[str]:
+    """The presets that fit, the smallest first."""
+    worlds = {option: section("parallel", option).world for option in options("parallel")}
+    fitting = [option for option, world in worlds.items() if world <= MOST_RANKS]
+    return sorted(fitting, key=lambda option: (worlds[option], option))
+
+
+def pipelines() -> list[str]:
+    return [layout for layout in layouts() if section("parallel", layout).pipeline > 1]
+
+
+def wanted() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every cell: its name and its command line."""
+    for layout in layouts():
+        for feature, overrides in FEATURES.items():
+            yield f"{layout} | {feature}", (f"parallel={layout}", *overrides)
+    for layout in pipelines():
+        for schedule in SCHEDULES:
+            yield f"{layout} | {schedule}", (f"parallel={layout}", f"parallel.pipeline_schedule={schedule}")
+
+
+def composed(*overrides: str) -> Run:
+    """The run of this command line; UserError when it is refused."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", [*SMALL, *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        run = Run.from_sections(build(resolve(cfg)))
+    plan(run, None, run.cluster.devices())
+    return run
+
+
+def certified(run: Run) -> Cell:
+    """On one rank of the gloo world."""
+    assert isinstance(run.task, Verify)
+    # Kernels for the CPU take minutes to make and prove nothing about a layout; capturing a block whole does.
+    with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        certificate = certify(run.task, run, Process.join("cpu", run.parallel.world, timeout_seconds=600), {})
+    if certificate.failed:
+        return {"broken": certificate.problem()}
+    return {
+        "loss": certificate.worst("loss", "grad_norm"),
+        "gradient": certificate.worst("gradient", "direction"),
+    }
+
+
+def measured(ranks: Ranks, overrides: tuple[str, ...]) -> Cell:
+    """What became of one command line."""
+    try:
+        run = composed(*overrides)
+    except UserError as error:
+        return {"refused": list(error.problems)}
+    try:
+        cell: Cell = ranks(run.parallel.world, certified, run)[0]
+    except RankError as error:
+        return {"broken": str(error).strip().splitlines()[-1]}
+    return cell
+
+
+def stale(cells: dict[str, Cell]) -> list[str]:
+    """Cells that are missing or were measured with other sources."""
+    now = fingerprint()
+    return [name for name, _ in wanted() if cells.get(name, {}).get("sources") != now]
+
+
+def read() -> dict[str, Cell]:
+    """The cells that are known."""
+    return json.loads(CELLS.read_text()) if CELLS.exists() else {}
+
+
+def write(cells: dict[str, Cell]) -> None:
+    """In the order of the page; cells that nobody wants any more are dropped."""
+    kept = {name: cells[name] for name, _ in wanted() if name in cells}
+    CELLS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def page(cells: dict[str, Cell]) -> str:
+    """The whole text of docs/support_matrix.md."""
+    notes: dict[str, int] = {}
+    features = table("layout", layouts(), list(FEATURES), cells, notes)
+    schedules = table("layout", pipelines(), list(SCHEDULES), cells, notes)
+    reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
+    sources = " ".join(sorted({cell["sources"] for cell in cells.values()}))
+    parts = (
+        INTRODUCTION + f"Sources: {sources} (sha256 of {', '.join(SOURCES)}, without {', '.join(HARMLESS)}).",
+        f"## Layouts and features\n\n{features}",
+        f"## Pipelines and their schedules\n\n{schedules}",
+        f"## Reasons\n\n{reasons}",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def table(corner: str, rows: list[str], columns: list[str], cells: dict[str, Cell], notes: dict[str, int]) -> str:
+    """In Markdown; `notes` collects the reasons, numbered."""
+    lines = [f"| {' | '.join([corner, *columns])} |", f"|{'---|' * (1 + len(columns))}"]
+    for row in rows:
+        texts = [told(cells.get(f"{row} | {column}"), notes) for column in columns]
+        lines.append(f"| {' | '.join([row, *texts])} |")
+    return "\n".join(lines)
+
+
+def told(cell: Cell | None, notes: dict[str, int]) -> str:
+    """One cell."""
+    if cell is None:
+        return "not measured"
+    if "refused" in cell:
+        return f"refused ({', '.join(str(notes.setdefault(each, len(notes) + 1)) for each in cell['refused'])})"
+    if "broken" in cell:
+        return f"**broken** ({notes.setdefault(cell['broken'], len(notes) + 1)})"
+    return f"ok {cell['loss']:.0e} / {cell['gradient']:.0e}"
+
+
+def outdated() -> list[str]:
+    """Why the page is not what it would be now."""
+    cells = read()
+    found = []
+    if old := stale(cells):
+        found.append(f"{len(old)} cells were measured with other sources than {fingerprint()}, or not at all")
+    if not PAGE.exists() or PAGE.read_text() != page(cells):
+        found.append(f"{PAGE.relative_to(HOME)} is not written from {CELLS.relative_to(HOME)}")
+    commands, ranks = dict(wanted()), Ranks()
+    for name in SAMPLE:
+        if (now := verdict(measured(ranks, commands[name]))) != (before := verdict(cells.get(name, {}))):
+            found.append(f"{name}: {before} has become {now}")
+    ranks.close()
+    return found
+
+
+def verdict(cell: Cell) -> str:
+    return next((word for word in ("refused", "broken") if word in cell), "ok" if "loss" in cell else "not measured")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure every cell again")
+    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--check", action="store_true", help="only say what is out of date")
+    given = parser.parse_args()
+    if given.check:
+        problems = outdated()
+        print(*problems, *([f"run {COMMAND}"] if problems else []), sep="\n", file=sys.stderr)
+        return 1 if problems else 0
+    cells, now = read(), fingerprint()
+    todo = set(cells if given.again else ()) | set(stale(cells))
+    ranks = Ranks()
+    for name, overrides in wanted():
+        if name in todo and given.only in name:
+            cells[name] = {"sources": now} | measured(ranks, overrides)
+            print(f"{name:45} {told(cells[name], {})}", file=sys.stderr, flush=True)
+            write(cells)
+    ranks.close()
+    write(cells)
+    PAGE.write_text(page(read()))
+    broken = [f"{name}: {cell['broken']}" for name, cell in read().items() if "broken" in cell]
+    print(*broken, sep="\n", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
