@@ -1,6 +1,7 @@
 """What goes to sbatch, what comes back, and that nothing of the work tree matters afterwards."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -123,9 +124,12 @@ def test_two_shapes_are_two_jobs_of_their_own_size(
     assert [index for _, _, index in arrays] == ["0", "0", "1", "1"]
     assert arrays[0][0] == arrays[3][0] != arrays[1][0] == arrays[2][0]
     shown = [site.cluster.run("scontrol", "show", "job", each.job) for each in submitted]
-    assert ["NumNodes=2" in each for each in shown] == [True, False, False, True]
-    assert all("ArrayTaskThrottle=1" in each for each in shown)
+    assert [re.search(r"NumTasks=(\d)", each)[1] for each in shown] == ["2", "1", "1", "2"]
+    for each in submitted:
+        (script,) = each.log.parent.glob("*_submission.sh")
+        assert "#SBATCH --array=0-1%1\n" in script.read_text()
     until(lambda: all(tried and tried[-1].ended for tried in map(attempts, (each.folder for each in submitted))))
     assert [attempts(each.folder)[-1].ended for each in submitted] == ["finished"] * 4
+    assert [len(re.findall(r"^n\d: rank", each.log.read_text(), re.MULTILINE)) for each in submitted] == [2, 1, 1, 2]
     assert series(submitted[0].folder) == series(submitted[3].folder) == straight
     assert list(series(submitted[1].folder)) == list(range(1, STEPS + 1))
