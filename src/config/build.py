@@ -123,7 +123,7 @@ class _Builder:
 def _stranger(key: str, value: object, tree: Tree) -> str:
     """A top-level key that nobody knows: a misspelt section, or a key without its section."""
     names = [*Top.model_fields, *SECTIONS]
-    if wording.nearest(key, names) is None:
+    if not isinstance(value, Mapping) or wording.nearest(key, names) is None:
         inner = list(value) if isinstance(value, Mapping) else [key]
         groups = {section: tree[section] for section in SECTIONS if isinstance(tree.get(section), Mapping)}
         homes = [f"{section}.{leaf}" for leaf in inner for section, keys in groups.items() if leaf in keys]
