@@ -125,6 +125,7 @@ def composed(*overrides: str) -> Run:
 def certified(run: Run) -> Cell:
     """On one rank of the gloo world."""
     assert isinstance(run.task, Verify)
+    torch._dynamo.reset()  # graphs of the cell before hold the names of process groups that are gone
     # Kernels for the CPU take minutes to make and prove nothing about a layout; capturing a block whole does.
     with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
         certificate = certify(run.task, run, Process.join("cpu", run.parallel.world, timeout_seconds=600), {})
