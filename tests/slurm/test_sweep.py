@@ -100,10 +100,12 @@ def test_packed_runs_share_a_node_and_nothing_else(site: Site) -> None:
     assert len(jobs) == 1
     shown = site.cluster.run("scontrol", "show", "job", *jobs)
     assert "NumNodes=1" in shown
-    assert "gres/gpu=8" in shown
+    assert re.search(r"TresPerNode=gres[:/]gpu[:=]8\b", shown)
     until_ended([point.folder for point in points])
     until(lambda: states(site, path) == ["finished", "finished", "diverged", "diverged"])
-    shares = [json.loads((point.folder / "pack.json").read_text()) for point in points]
+    files = [point.folder / "pack.json" for point in points]
+    until(lambda: all("exit_code" in file.read_text() for file in files))
+    shares = [json.loads(file.read_text()) for file in files]
     gpus = [gpu for share in shares for gpu in share["gpus"].split(",")]
     assert sorted(gpus) == sorted(set(gpus))
     assert [len(share["gpus"].split(",")) for share in shares] == [1, 2, 1, 2]
