@@ -17,8 +17,8 @@ from src.metrics.history import History, Series, read
 
 REPORT_FILE = "report.html"
 STYLE = Path(__file__).with_suffix(".css")
-# Dark to light with rising values, legible on white and on black; and colours that most colour-blind people tell apart.
-RAMP = ("#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0c83a")
+# From cold to warm with rising values, legible on white and on black; and colours that the colour-blind tell apart.
+RAMP = ("#6b4fc3", "#3f78c8", "#1f97a6", "#22a884", "#5cb85c", "#b5b827")
 DISTINCT = ("#3366cc", "#e07b39", "#2a9d6f", "#c94f7c", "#8a63d2", "#b8930a", "#3fa7d6", "#7f7f7f")
 DASHES = ("", "7 4", "2 4", "10 4 2 4")
 PARTS = {

@@ -93,8 +93,11 @@ class _Seen:
             self._take(cfg)
 
         with TemporaryDirectory() as scratch:  # for the multirun.yaml that Hydra's sweeper insists on
-            sys.argv[1:] = [*given, f"hydra.sweep.dir={scratch}"]
-            take()
+            before, sys.argv = sys.argv, [sys.argv[0], *given, f"hydra.sweep.dir={scratch}"]
+            try:
+                take()
+            finally:
+                sys.argv = before
 
     def _take(self, cfg: DictConfig) -> None:
         ours = HydraConfig.get()

@@ -57,6 +57,7 @@ def test_what_a_command_line_asks_for(tmp_path: Path, monkeypatch: pytest.Monkey
             {"seed": seed, "optim.lr": "0.001"} for seed in ("3", "4")
         ]
         assert asked(["-m", "seed=3"]).swept
+        assert sys.argv == ["launch.py"], "the ledger keeps what was typed"
         file = tmp_path / "experiment" / "half.yaml"
         file.parent.mkdir()
         file.write_text('# @package _global_\nhydra: {sweeper: {params: {seed: "1,2"}}}\n')
