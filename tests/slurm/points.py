@@ -27,7 +27,7 @@ def prepared(site: Site, *argv: str) -> Prepared:
     """What launch.py makes of a command line, before it is submitted."""
     GlobalHydra.instance().clear()
     with patch.dict(os.environ, HYDRA_FULL_ERROR="1"), patch.object(sys, "argv", ["launch.py"]):
-        ((tree, run, _),) = checked(asked([*site.arguments, *argv]).trees)
+        ((tree, run, _),) = checked(asked([*site.arguments, *site.site(), *argv]).trees)
     corpus = feed(run)
     assert corpus is not None
     facts = plan(run, corpus).to_dict()
