@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,8 +147,13 @@ class Ledger:
         return sorted((Point(identity=key, **fact) for key, fact in found.items()), key=lambda point: point.number)
 
     def standings(self) -> list[tuple[Point, Standing]]:
-        """Every point with how it stands now; SLURM is asked once."""
+        """Every point with how it stands now; SLURM is asked once.
+
+        Keys that only others name, as after `extend`, are read from the point's config.
+        """
         points = self.points()
+        keys = list(dict.fromkeys(key for point in points for key in point.overrides))
+        points = [self._completed(point, keys) for point in points]
         jobs = job_states([point.folder for point in points])
         return [(point, stand(point.handed, jobs)) for point in points]
 
@@ -158,11 +163,27 @@ class Ledger:
         keys = list(dict.fromkeys(key for point in points for key in point.overrides))
         return [key for key in keys if len({point.overrides.get(key) for point in points}) > 1]
 
+    def _completed(self, point: Point, keys: Sequence[str]) -> Point:
+        absent = [key for key in keys if key not in point.overrides]
+        if not absent:
+            return point
+        tree = self.tree(point)
+        values = {key: value for key in absent if not isinstance(value := _at(tree, key), Mapping)}
+        return replace(point, overrides={**point.overrides, **{key: str(value) for key, value in values.items()}})
+
     def _about(self) -> dict[str, Any]:
         return dict(json.loads((self.path / SWEEP).read_text()))
 
     def _note(self, event: str, point: Point, **facts: object) -> None:
         self._events.append({"event": event, "time": round(time.time(), 3), "identity": point.identity, **facts})
+
+
+def _at(tree: trees.Tree, key: str) -> Any:
+    """The value at a dotted path; nothing where there is none."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part, "") if isinstance(value, Mapping) else ""
+    return value
 
 
 if __name__ == "__main__":

@@ -197,6 +197,14 @@ def test_the_table_has_every_number(ledger: Ledger, capsys: pytest.CaptureFixtur
     assert float(rows[0]["compile_seconds"]) == 9.0
 
 
+def test_a_key_that_only_later_points_name_is_read_from_the_config(ledger: Ledger) -> None:
+    root = Path(ledger.tree(ledger.points()[0])["root"])
+    ledger.add(tree(root, seed=0, optim={"lr": 1e-4}, task={"steps": 7}), {"optim.lr": "1e-4", "task.steps": "7"})
+    overrides = [point.overrides for point, _ in ledger.standings()]
+    assert overrides[-1] == {"optim.lr": "1e-4", "task.steps": "7", "seed": "0", "experiment": ""}
+    assert overrides[0] == {"experiment": "tiny", "optim.lr": "1e-4", "seed": "0", "task.steps": ""}
+
+
 def test_a_final_loss_is_the_newest_attempts(ledger: Ledger) -> None:
     point = ledger.points()[0]
     train(point.folder, steps=100, loss=3.5)
