@@ -171,6 +171,7 @@ class Held:
 
     def __init__(self, cluster: TestCluster, told: Told, brake: Path) -> None:
         self.cluster, self.job, self.folder, self.log, self.brake = cluster, told.job, told.folder, told.log, brake
+        self._hurried = -10.0
 
     def until_held(self) -> dict[int, int]:
         """rank -> pid, once both wait at the brake."""
@@ -238,8 +239,10 @@ class Held:
         return f"job {self.job} is {self.state()!r}, attempts {attempts(self.folder)}\n{log}"
 
     def _hurry(self) -> None:
-        if self.state() == "PENDING":
-            self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False)
+        # Not in the very second in which the nodes were told to forget the job: they would refuse it.
+        if self.state() == "PENDING" and time.monotonic() > self._hurried + 10:
+            self._hurried = time.monotonic()
+            self.cluster.run("scontrol", "update", f"JobId={self.job}", "StartTime=now+3", check=False)
 
 
 def _made(folder: Path) -> Path:
