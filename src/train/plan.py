@@ -344,7 +344,8 @@ def _epochs(run: Run, corpus: Corpus) -> float:
 
 
 def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
-    found = list(run.schedule.warnings(run.task.steps))
+    # A benchmark and a verification keep the learning rate; only a run over data follows the schedule.
+    found = list(run.schedule.warnings(run.task.steps)) if run.task.needs_corpus else []
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
     found += run.model.warnings()
     found += _batch_problems(run) if _rehearses(run) else []
