@@ -34,12 +34,16 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("command", [line for line in LINES if line.startswith("python launch.py")])
 def test_launch_command(command: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.getbasetemp() / "readme"  # one root: the corpus is tokenised once
-    more = [] if "dry_run=true" in command or "task=bench" in command else SHORT
+    more = [] if any(word in command for word in ("dry_run=true", "task=bench", "task=verify")) else SHORT
     ended = launched(command, root, *more)
     assert ended.returncode == 0, ended.stderr
     points = 2 if " -m " in command else 1
-    if "dry_run=true" in command:
+    if "cluster=slurm" in command:
+        assert "#SBATCH --partition=h100" in ended.stderr
+    elif "dry_run=true" in command:
         assert '"parameters": 405' in ended.stdout
+    elif "task=verify" in command:
+        assert "passed: " in ended.stdout
     elif "task=bench" in command:
         assert "tokens_per_second" in ended.stdout
     else:
