@@ -222,10 +222,13 @@ def test_the_lock_of_a_live_process_refuses_and_that_of_a_dead_one_does_not(tmp_
 def test_a_lock_of_another_machine_needs_a_person_or_the_same_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = {"pid": 1, "host": "elsewhere", "since": "2020", "job": "77"}
+    record = {"pid": 1, "host": "elsewhere", "since": "2020"}
     (tmp_path / "lock").write_text(json.dumps(record))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(FolderError, match="if that machine is gone, remove"):
+        Lock(tmp_path / "lock").take()
+    (tmp_path / "lock").write_text(json.dumps(record | {"job": "77"}))
+    with pytest.raises(FolderError, match="scancel 77"):
         Lock(tmp_path / "lock").take()
     monkeypatch.setenv("SLURM_JOB_ID", "77")  # requeued on another node
     Lock(tmp_path / "lock").take()

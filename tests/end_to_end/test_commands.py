@@ -93,7 +93,7 @@ def test_a_sweep_goes_on_past_a_point_that_fails(text: tuple[str, ...], tmp_path
     code, told = command("-m", *text, f"root={tmp_path}", "schedule.warmup_steps=0", "optim.lr=1e30,1e-3")
     assert code == 2, told
     bad, good = sorted(tmp_path.glob("tiny-*"), key=lambda folder: len(series(folder)))
-    assert "[1/2] tiny-" in told
-    assert f"[1/2] {bad.name} ended with code 2" in told
+    assert "[1/2] " in told
+    assert f"{bad.name} ended with code 2" in told
     assert "step 2: loss" in told
     assert list(series(good)) == list(range(1, 21))
