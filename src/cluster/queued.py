@@ -45,7 +45,7 @@ class QueuedJob:
     def __call__(self) -> None:
         os.chdir(self.home)
         end_with(os.getppid())  # a dead step daemon must not leave ranks on its GPUs
-        nodes = _export(self.device)
+        nodes = _export(self.device, self.folder)
         facts = Facts.read()
         node = nodes[facts.rank // facts.local_world]
         try:
@@ -119,15 +119,15 @@ def _release(mark: Path) -> None:
     mark.touch()
 
 
-def _export(device: str) -> list[str]:
+def _export(device: str, folder: Path) -> list[str]:
     """RANK and the rest from this job's own environment; returns the names of the nodes."""
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
     job = JobEnvironment()
-    # Another port at each start: the last one's may not be free yet.
-    seed = f"{job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    os.environ["MASTER_PORT"] = str(random.Random(seed).randrange(20000, 60000, 2))
+    # Another port for each run and start: the last one's may not be free yet. From 32768 on Linux gives ports away.
+    seed = f"{folder}.{job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    os.environ["MASTER_PORT"] = str(random.Random(seed).randrange(15000, 32000, 2))
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
