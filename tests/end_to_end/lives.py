@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,9 @@ def opened(*argv: str) -> Path:
         return folder.path
 
 
+PATIENCE_SECONDS = 60.0
+
+
 @dataclass(frozen=True)
 class Shot:
     """A signal that one rank gets at a chosen moment of its life."""
@@ -69,9 +73,20 @@ class Shot:
     number: int = signal.SIGTERM
     at: int = 1  # which step, which batch of validation
     rank: int = 0
+    saved: int | None = None  # not before the checkpoint of this step is complete: it is written beside the steps
+    told: int | None = None  # not before rank 0 has recorded this step
+
+    def _wait(self, folder: Path) -> None:
+        """A busy machine may be late with both."""
+        marker = folder / f"checkpoints/step_{self.saved or 0:08}/COMPLETE.json"
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            if (self.saved is None or marker.exists()) and (self.told is None or self.told in series(folder)):
+                return
+            time.sleep(0.05)
 
     @contextlib.contextmanager
-    def aimed(self) -> Iterator[None]:
+    def aimed(self, folder: Path) -> Iterator[None]:
         """While this is open, the signal comes; on other ranks nothing does."""
         if int(os.environ["RANK"]) != self.rank:
             yield
@@ -87,6 +102,7 @@ class Shot:
             nonlocal calls
             calls += 1
             if calls == self.at:
+                self._wait(folder)
                 os.kill(os.getpid(), self.number)
             return original(*args, **kwargs)
 
@@ -102,7 +118,7 @@ def live(folder: Path, shot: Shot | None = None) -> bool | tuple[str, ...]:
     """A rank's life: whether it came to the end of its task; the problems, where the user is told some."""
     import src.tasks.pretrain_rank  # noqa: F401  (aimed at by name)
 
-    with contextlib.nullcontext() if shot is None else shot.aimed():
+    with contextlib.nullcontext() if shot is None else shot.aimed(folder):
         try:
             return perform(trees.read(folder / "config.yaml"), folder)
         except UserError as error:
