@@ -13,7 +13,7 @@ HOME = Path(__file__).parents[1]
 README = (HOME / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-DIALOGUES = re.findall(r"^\$ (python launch.py .*)\n((?:(?!\$ ).+\n)+)", README, re.MULTILINE)
+DIALOGUES = re.findall(r"^\$ (python launch.py .*)\n((?:(?!\$ |```).+\n)+)", README, re.MULTILINE)
 SHORT = ["++task.steps=2", "++schedule.warmup_steps=1", "++schedule.decay_ratio=null"]
 
 

@@ -37,6 +37,7 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) ->
 
     `mesh`: where the world is not the layout's own.
     """
+    torch.manual_seed(run.seed)  # weights do not draw from it; what does, draws alike in every attempt
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
     if run.parallel.async_tensor and mesh.tensor is not None:
         share_memory(mesh.tensor)
