@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
 from src.models.accounting import Counts, Saved, Slice, Weight, count
@@ -36,6 +36,22 @@ class ModelConfig(Config):
     vocab_size: PositiveInt
     max_seq_len: PositiveInt
     attention: Literal["sdpa", "flex"]  # the kernel: torch's causal one, or FlexAttention, which takes masks
+    mask: Literal["causal", "block_causal"]
+    fixed_block: PositiveInt | None  # tokens
+
+    @field_validator("mask")
+    @classmethod
+    def _mask_of_backend(cls, mask: str, info: ValidationInfo) -> str:
+        if info.data.get("attention") == "sdpa" and mask != "causal":
+            raise ValueError(f"{mask} is beyond attention=sdpa, which is causal only; attention=flex does it")
+        return mask
+
+    @field_validator("fixed_block")
+    @classmethod
+    def _block_of_backend(cls, fixed_block: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("attention") == "sdpa" and fixed_block is not None:
+            raise ValueError(f"{fixed_block} is beyond attention=sdpa, which has no blocks; attention=flex does it")
+        return fixed_block
 
     @abstractmethod
     def build(self) -> "Decoder":
@@ -50,9 +66,9 @@ class ModelConfig(Config):
         """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
 
     @property
-    @abstractmethod
     def within_documents(self) -> bool:
         """Whether attention stops at the borders of documents."""
+        return self.mask == "block_causal"
 
     @abstractmethod
     def saved_by_block(self, cut: Slice) -> Saved:

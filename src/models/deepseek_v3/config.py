@@ -1,7 +1,7 @@
 """The shape of a DeepSeek-V3, or of a V2: conf/model/deepseek_v3_*.yaml hold the numbers."""
 
 from math import log, sqrt
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
@@ -57,9 +57,6 @@ class DeepseekV3Config(ModelConfig):
     rope_scaling: Yarn | None
     norm_eps: PositiveFloat
     moe: MixtureOfExperts
-    attention: Literal["sdpa", "flex"]
-    mask: Literal["causal", "block_causal"]
-    fixed_block: PositiveInt | None
 
     @field_validator("dim")
     @classmethod
@@ -92,20 +89,6 @@ class DeepseekV3Config(ModelConfig):
             if wrong:
                 raise ValueError(f"unbalanced_layers={wrong}: layers with experts are {first} to {end - 1}")
         return moe
-
-    @field_validator("mask")
-    @classmethod
-    def _mask_of_backend(cls, mask: str, info: ValidationInfo) -> str:
-        if info.data.get("attention") == "sdpa" and mask != "causal":
-            raise ValueError(f"{mask} is beyond attention=sdpa, which is causal only; attention=flex does it")
-        return mask
-
-    @field_validator("fixed_block")
-    @classmethod
-    def _block_of_backend(cls, fixed_block: int | None, info: ValidationInfo) -> int | None:
-        if info.data.get("attention") == "sdpa" and fixed_block is not None:
-            raise ValueError(f"{fixed_block} is beyond attention=sdpa, which has no blocks; attention=flex does it")
-        return fixed_block
 
     @property
     def qk_head_dim(self) -> int:
@@ -182,10 +165,6 @@ class DeepseekV3Config(ModelConfig):
 
     def attention_width(self) -> int:
         return self.n_layers * self.n_heads * (self.qk_head_dim + self.v_head_dim)
-
-    @property
-    def within_documents(self) -> bool:
-        return self.mask == "block_causal"
 
     def saved_by_block(self, cut: Slice) -> Saved:
         return saved_by_block(self, cut)

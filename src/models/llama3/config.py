@@ -1,7 +1,7 @@
 """The shape of a Llama 3: conf/model/llama3_*.yaml hold the numbers."""
 
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
@@ -44,9 +44,6 @@ class Llama3Config(ModelConfig):
     norm_eps: PositiveFloat
     tied_embeddings: bool
     depth_init: bool
-    attention: Literal["sdpa", "flex"]
-    mask: Literal["causal", "block_causal"]
-    fixed_block: PositiveInt | None
 
     @field_validator("n_kv_heads")
     @classmethod
@@ -66,20 +63,6 @@ class Llama3Config(ModelConfig):
         elif dim is not None and n_heads is not None and dim % (2 * n_heads):
             raise ValueError(f"null means dim // n_heads, but dim={dim} is not an even multiple of n_heads={n_heads}")
         return head_dim
-
-    @field_validator("mask")
-    @classmethod
-    def _mask_of_backend(cls, mask: str, info: ValidationInfo) -> str:
-        if info.data.get("attention") == "sdpa" and mask != "causal":
-            raise ValueError(f"{mask} is beyond attention=sdpa, which is causal only; attention=flex does it")
-        return mask
-
-    @field_validator("fixed_block")
-    @classmethod
-    def _block_of_backend(cls, fixed_block: int | None, info: ValidationInfo) -> int | None:
-        if info.data.get("attention") == "sdpa" and fixed_block is not None:
-            raise ValueError(f"{fixed_block} is beyond attention=sdpa, which has no blocks; attention=flex does it")
-        return fixed_block
 
     @property
     def head_width(self) -> int:
@@ -134,10 +117,6 @@ class Llama3Config(ModelConfig):
 
     def attention_width(self) -> int:
         return self.n_layers * self.n_heads * 2 * self.head_width
-
-    @property
-    def within_documents(self) -> bool:
-        return self.mask == "block_causal"
 
     def saved_by_block(self, cut: Slice) -> Saved:
         """Between blocks the sequence is cut by `tensor`; the inputs of column-wise linears are whole."""
