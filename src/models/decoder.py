@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from src.models.attention import block_mask
 from src.models.base import ModelConfig
 from src.models.cross_entropy import Output
 from src.models.init import Initializer
@@ -26,6 +27,7 @@ class Decoder(nn.Module):
     roles: ClassVar[Mapping[str, str]]
 
     config: ModelConfig
+    rotary: Tensor  # (max_seq_len, rotated width / 2, 2) fp32
     tok_embeddings: nn.Embedding | None
     layers: nn.ModuleDict  # keys are global layer numbers
     norm: nn.RMSNorm | None
@@ -43,9 +45,11 @@ class Decoder(nn.Module):
     def initializers(self) -> dict[str, Initializer]:
         """How each parameter starts, by name."""
 
-    @abstractmethod
     def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> "BlockMask | None":
         """The mask argument of `forward` for one batch; None where the kernel is causal by itself."""
+        if self.config.attention == "sdpa":
+            return None
+        return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, self.rotary.device)
 
     def after_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         """Collective, once per optimizer step: what a model changes by itself, such as biases that balance experts.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention import CausalAttention, FlexAttention, block_mask
+from src.models.attention import CausalAttention, FlexAttention
 from src.models.cross_entropy import Output
 from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config
@@ -143,11 +143,6 @@ class DeepseekV3(Decoder):
             else:
                 plan[name] = Normal(0.02)
         return plan
-
-    def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> BlockMask | None:
-        if self.config.attention == "sdpa":
-            return None
-        return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, self.rotary.device)
 
     def after_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         balance(self.mixtures(), summed, applied)

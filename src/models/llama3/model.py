@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention import CausalAttention, FlexAttention, block_mask
+from src.models.attention import CausalAttention, FlexAttention
 from src.models.cross_entropy import Output
 from src.models.decoder import Decoder
 from src.models.feed_forward import FeedForward
@@ -131,11 +131,6 @@ class Llama3(Decoder):
             else:
                 plan[name] = Normal(0.02)
         return plan
-
-    def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> BlockMask | None:
-        if self.config.attention == "sdpa":
-            return None
-        return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, self.rotary.device)
 
     def forward(
         self,
