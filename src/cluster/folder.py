@@ -20,6 +20,7 @@ from src.cluster.lock import Lock
 from src.cluster.snapshot import REPOSITORY, Git, freeze
 from src.config import tree as trees
 from src.errors import ConfigError, FolderError
+from src.metrics.launches import ATTEMPTS_FILE
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
 
@@ -176,7 +177,7 @@ def attempts(path: Path) -> list[Attempt]:
     """Every start of the run, oldest first; a line cut off by a crash is passed over."""
     found: dict[int, dict[str, Any]] = {}
     try:
-        lines = (path / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (path / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
@@ -200,7 +201,7 @@ def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     # One write of one whole line: O_APPEND keeps lines of two processes apart. A leading newline closes a torn line.
-    file = path / "attempts.jsonl"
+    file = path / ATTEMPTS_FILE
     torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
     with file.open("a", encoding="utf-8") as stream:
         stream.write(("\n" if torn else "") + json.dumps(record) + "\n")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUBMISSIONS = "slurm.jsonl"
+from src.metrics.launches import SUBMISSIONS_FILE
+
 _ANSWER_SECONDS = 60
 
 
@@ -93,7 +94,7 @@ def minutes(text: str) -> int | None:
 def submissions(folder: Path) -> list[dict[str, Any]]:
     """Every time the run was handed to SLURM, oldest first."""
     try:
-        lines = (folder / SUBMISSIONS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / SUBMISSIONS_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]

@@ -24,6 +24,7 @@ from src.cluster.watch import wandb_address
 from src.config.base import Config, Names
 from src.distributed.process import joined
 from src.errors import FolderError, PlanError
+from src.metrics.launches import SUBMISSIONS_FILE
 
 Flags = dict[str, str | int | float | bool | None]
 
@@ -337,7 +338,7 @@ def _live(folders: Sequence[Path]) -> list[str]:
 
 def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources, *, packed: bool = False) -> Submitted:
     record = {"job": submitted.job, "submitted": round(time.time(), 3), "log": str(submitted.log)}
-    with (folder.path / queue.SUBMISSIONS).open("a", encoding="utf-8") as file:
+    with (folder.path / SUBMISSIONS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record | {"resources": asdict(asked), "packed": packed}) + "\n")
     folder.close()
     return submitted

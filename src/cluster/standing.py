@@ -1,9 +1,7 @@
 """How a point of a sweep stands: what SLURM, its attempts and its metrics say together."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +9,7 @@ from src.cluster import queue
 from src.cluster.folder import Attempt, attempts
 from src.cluster.lock import Lock
 from src.cluster.packed import left
-from src.metrics.goodput import Goodput, Span, goodput
+from src.metrics.goodput import Goodput, goodput
 from src.metrics.history import History, Series, read
 
 State = Literal[
@@ -74,8 +72,6 @@ def stand(point: Handed, jobs: Mapping[str, str] | None) -> Standing:
     job = handed[-1]["job"] if handed else None
     state, detail = _state(point, tried, job, jobs)
     history = read(point.folder)
-    asked = min([each["submitted"] for each in handed[:1]] + [point.submitted or math.inf])
-    spans = [Span(_seconds(each.started), _ended(each)) for each in tried]
     return Standing(
         state,
         detail,
@@ -84,7 +80,7 @@ def stand(point: Handed, jobs: Mapping[str, str] | None) -> Standing:
         _last_step(history),
         score(history),
         _mean(history.series.get("tokens_per_second", Series()).values[1:]),  # the first holds the compilation
-        goodput(point.folder, spans, asked if math.isfinite(asked) else None),
+        goodput(point.folder, point.submitted),
     )
 
 
@@ -122,14 +118,6 @@ def _ending(newest: Attempt) -> tuple[State, str]:
     if newest.ended is None:
         return "lost", f"attempt {newest.number} on {newest.host} ended without a word"
     return "stopped", said
-
-
-def _seconds(moment: str) -> float:
-    return datetime.fromisoformat(moment).timestamp()
-
-
-def _ended(attempt: Attempt) -> float | None:
-    return None if attempt.ended is None else _seconds(attempt.detail.partition(" ")[0])
 
 
 def _last_step(history: History) -> int | None:

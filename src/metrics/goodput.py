@@ -1,21 +1,16 @@
-"""Where the time of a run went, over all its attempts: what trained, and what did not."""
+"""Where the time of a run went, over all its attempts: what trained, and what did not.
+
+`goodput` tells it of a folder, whoever asks; a `Meter` tells the same while the run goes on, for metrics.jsonl.
+"""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.metrics.lines import Lines
-from src.metrics.tracker import METRICS_FILE
-
-
-@dataclass(frozen=True)
-class Span:
-    """One attempt as its launcher saw it, in seconds since 1970; `ended` is None where nobody noted it."""
-
-    started: float
-    ended: float | None
+from src.metrics.launches import Span, asked, spans
+from src.metrics.lines import METRICS_FILE, Lines
 
 
 @dataclass(frozen=True)
@@ -47,20 +42,53 @@ class Goodput:
         """By part."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    def metrics(self) -> dict[str, float]:
+        """By part and as a share, for the log."""
+        values = {f"goodput/{part}_seconds": seconds for part, seconds in self.to_dict().items()}
+        return values if self.share is None else values | {"goodput/share": self.share}
 
-def goodput(folder: Path, spans: Sequence[Span] = (), submitted: float | None = None) -> Goodput:
-    """From metrics.jsonl; `spans` tell of what happened before a tracker was open and after it was closed."""
-    lives = _lives(folder)
-    whole = Goodput()
-    end = submitted
-    for span, lines in _paired(lives, list(spans)):
-        kept_until = min((_first_step(each) for each in lives if each and lines and _after(each, lines)), default=None)
-        last = max([line["time"] for line in lines], default=span.started)
-        ended = max(last, span.ended or last)
-        waited = max(0.0, span.started - end) if end is not None else 0.0
-        whole += _life(lines, span.started, ended, kept_until) + Goodput(queue=waited)
-        end = ended
-    return whole
+
+def goodput(folder: Path, submitted: float | None = None) -> Goodput:
+    """Of all attempts. `submitted`, seconds since 1970: when the run was asked for, if its folder does not know."""
+    return _sum(_lives(folder), spans(folder), asked(folder, submitted))
+
+
+class Meter:
+    """The account of a run while its newest attempt adds to it. Of the attempts before, it reads at the first step."""
+
+    def __init__(self, folder: Path, attempt: int, opened: float) -> None:
+        """`opened`: seconds since 1970, when this attempt's log was."""
+        self._folder, self._attempt = folder, attempt
+        known = spans(folder)
+        self._started = known[-1].started if known else opened
+        self._life = _Life(self._started)
+        self._before: Goodput | None = None
+        self._interruption: float | None = None
+
+    def metrics(self, line: Mapping[str, Any]) -> dict[str, float]:
+        """What the account says once this line of metrics.jsonl counts; empty for one that ends no steps.
+
+        The first after a restart also says how long the run stood still: from its last line before to now.
+        """
+        self._life.take(line)
+        if "step_seconds" not in line:
+            return {}
+        stood: dict[str, float] = {}
+        if self._before is None:
+            self._before, last = self._past(int(line["step"]))
+            stood = {} if last is None else {"goodput/interruption_seconds": line["time"] - last}
+        return (self._before + self._life.account(line["time"])).metrics() | stood
+
+    def last(self, now: float) -> dict[str, float]:
+        """What the account says at the end."""
+        return {} if self._before is None else (self._before + self._life.account(now)).metrics()
+
+    def _past(self, step: int) -> tuple[Goodput, float | None]:
+        """The attempts before, of which steps from `step` on are done again; and when the newest said its last word."""
+        lives = [life for life in _lives(self._folder) if life[0]["attempt"] < self._attempt]
+        earlier = [span for span in spans(self._folder) if span.started < self._started]
+        whole = _sum(lives, earlier, asked(self._folder), until=self._started, again=step)
+        return whole, lives[-1][-1]["time"] if lives else None
 
 
 def _lives(folder: Path) -> list[list[dict[str, Any]]]:
@@ -71,7 +99,36 @@ def _lives(folder: Path) -> list[list[dict[str, Any]]]:
     return [found[number] for number in sorted(found)]
 
 
-def _paired(lives: list[list[dict[str, Any]]], spans: list[Span]) -> list[tuple[Span, list[dict[str, Any]]]]:
+def _sum(
+    lives: list[list[dict[str, Any]]],
+    spans: list[Span],
+    since: float | None,
+    *,
+    until: float | None = None,
+    again: float = float("inf"),
+) -> Goodput:
+    """All attempts, and the waiting from `since` to the first, between two, and up to `until`.
+
+    Steps that a later attempt took, and those from `again` on, were not kept.
+    """
+    whole, end = Goodput(), since
+    for span, lines in _paired(lives, spans):
+        later = (_first_step(each) for each in lives if lines and each[0]["attempt"] > lines[-1]["attempt"])
+        life = _Life(span.started, min([*later, again]))
+        for line in lines:
+            life.take(line)
+        last = max([line["time"] for line in lines], default=span.started)
+        ended = max(last, span.ended or last)
+        whole += life.account(ended) + _waited(end, span.started)
+        end = ended
+    return whole + _waited(end, until)
+
+
+def _waited(since: float | None, until: float | None) -> Goodput:
+    return Goodput() if since is None or until is None else Goodput(queue=max(0.0, until - since))
+
+
+def _paired(lives: list[list[dict[str, Any]]], spans: Sequence[Span]) -> list[tuple[Span, list[dict[str, Any]]]]:
     """Each attempt with its lines: a span may have none, and lines may have no span."""
     pairs: list[tuple[Span, list[dict[str, Any]]]] = []
     left = list(lives)
@@ -93,31 +150,37 @@ def _first_step(life: list[dict[str, Any]]) -> float:
     return min((line["step"] for line in life if "step_seconds" in line), default=float("inf"))
 
 
-def _after(life: list[dict[str, Any]], lines: list[dict[str, Any]]) -> bool:
-    return bool(life[0]["attempt"] > lines[-1]["attempt"])
+class _Life:
+    """One attempt, line by line; steps from `kept_until` on were done again by a later one."""
 
+    def __init__(self, started: float, kept_until: float = float("inf")) -> None:
+        self._started, self._kept_until = started, kept_until
+        self._ready: float | None = None  # when the first step was done
+        self._step: int | None = None  # the last that was told
+        self._compile = self._useful = self._data = self._lost = self._saving = 0.0
 
-def _life(lines: list[dict[str, Any]], started: float, ended: float, kept_until: float | None) -> Goodput:
-    """One attempt; steps from `kept_until` on were done again by a later one."""
-    told = next((line for line in lines if "startup/total_seconds" in line), None)
-    if told is None:
-        return Goodput(restart=ended - started)
-    compiling = float(told.get("startup/compile_seconds", 0.0))
-    useful = data = lost = 0.0
-    before = _first_step(lines)  # its own time is part of the start
-    for line in lines:
-        if "step_seconds" not in line or line["step"] <= before:
-            continue
-        steps = line["step"] - before
-        again = min(steps, max(0.0, line["step"] - kept_until + 1)) if kept_until is not None else 0.0
-        useful += (steps - again) * (line["step_seconds"] - line["data_seconds"])
-        data += (steps - again) * line["data_seconds"]
-        lost += again * line["step_seconds"]
-        before = line["step"]
-    saving = float(sum(line.get("checkpoint/stall_seconds", 0.0) for line in lines))
-    starting = max(0.0, told["time"] - started - compiling)
-    other = max(0.0, ended - told["time"] - useful - data - lost - saving)
-    return Goodput(useful, starting + lost, compiling, saving, data, other)
+    def take(self, line: Mapping[str, Any]) -> None:
+        """The next line of metrics.jsonl."""
+        if "startup/total_seconds" in line and self._ready is None:
+            self._ready, self._compile = line["time"], float(line.get("startup/compile_seconds", 0.0))
+        self._saving += line.get("checkpoint/stall_seconds", 0.0)
+        if "step_seconds" not in line:
+            return
+        if self._step is not None:  # the first step's own time is part of the start
+            steps = line["step"] - self._step
+            again = min(steps, max(0.0, line["step"] - self._kept_until + 1))
+            self._useful += (steps - again) * (line["step_seconds"] - line["data_seconds"])
+            self._data += (steps - again) * line["data_seconds"]
+            self._lost += again * line["step_seconds"]
+        self._step = line["step"]
+
+    def account(self, ended: float) -> Goodput:
+        if self._ready is None:
+            return Goodput(restart=ended - self._started)
+        starting = max(0.0, self._ready - self._started - self._compile)
+        known = self._useful + self._data + self._lost + self._saving
+        other = max(0.0, ended - self._ready - known)
+        return Goodput(self._useful, starting + self._lost, self._compile, self._saving, self._data, other)
 
 
 def duration(seconds: float) -> str:

@@ -4,8 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.metrics.lines import Lines
-from src.metrics.tracker import METRICS_FILE
+from src.metrics.lines import METRICS_FILE, Lines
 
 RESERVED = {"step", "attempt", "time", "event"}
 

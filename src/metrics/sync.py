@@ -13,8 +13,7 @@ from typing import Any
 
 from src.config.tree import read
 from src.errors import FolderError, UserError
-from src.metrics.lines import Lines
-from src.metrics.tracker import METRICS_FILE
+from src.metrics.lines import METRICS_FILE, Lines
 from src.metrics.weights_and_biases import OFFLINE_FILE, WandbSink, WeightsAndBiases
 
 SENT_FILE = "wandb_sent.json"

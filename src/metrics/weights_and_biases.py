@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, model_validator
 
 from src.config.base import Config, Names
+from src.metrics.launches import jobs
 from src.metrics.lines import Lines
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class WandbSink:
     def _define(self) -> None:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if known := jobs(self._folder):  # of all attempts so far: a run may be of several jobs
+            self._run.config.update({"jobs": known}, allow_val_change=True)
 
     def _start_online(self) -> Any:
         """Asks the server whether it knows the key before a run is begun there; wandb.Error when nobody answers."""

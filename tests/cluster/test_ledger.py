@@ -16,6 +16,7 @@ from src.cluster.ledger_commands import main
 from src.cluster.lock import Lock
 from src.cluster.standing import State
 from src.errors import UserError
+from src.metrics.launches import SUBMISSIONS_FILE
 from tests.cluster.sweeps import START, attempt, failed, finished, grid, train, tree
 
 
@@ -60,7 +61,7 @@ def test_every_way_to_stand(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> 
     (points[5].folder).mkdir(exist_ok=True)
     for point in (points[3], points[5]):
         job = {"job": f"9_{point.number}", "submitted": START}
-        (point.folder / queue.SUBMISSIONS).write_text(json.dumps(job) + "\n")
+        (point.folder / SUBMISSIONS_FILE).write_text(json.dumps(job) + "\n")
     squeue(monkeypatch, {"9_4": "PENDING", "9_6": "RUNNING"})
     assert states(ledger) == ["finished", "diverged", "failed", "queued", "cancelled", "running"]
     squeue(monkeypatch, {"9_4": "COMPLETED"})
@@ -162,7 +163,7 @@ def test_cancel_ends_a_job_and_keeps_waiting_points_from_starting(
     for point in others[1:]:
         finished(point, loss=3.0)
     first.folder.mkdir(parents=True)
-    (first.folder / queue.SUBMISSIONS).write_text('{"job": "7_0", "submitted": 1.0}\n')
+    (first.folder / SUBMISSIONS_FILE).write_text('{"job": "7_0", "submitted": 1.0}\n')
     squeue(monkeypatch, {"7_0": "RUNNING"})
     monkeypatch.setattr(queue, "available", lambda: True)
     sent: list[list[str]] = []

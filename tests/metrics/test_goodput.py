@@ -1,12 +1,14 @@
 """Where the time went, on runs whose every second is known."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from src.metrics.goodput import Goodput, Span, goodput
+from src.metrics.goodput import Goodput, Meter, goodput
+from src.metrics.tracker import Log
 
 
 def life(attempt: int, began: float, first: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,10 +27,27 @@ def write(folder: Path, lines: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def note(folder: Path, *attempts: tuple[float, float | None], submitted: float | None = None) -> None:
+    """What launchers leave in a run folder."""
+    lines = []
+    for number, (started, ended) in enumerate(attempts, 1):
+        lines.append({"number": number, "started": moment(started)})
+        if ended is not None:
+            lines.append({"number": number, "ended": "failed", "detail": f"{moment(ended)} rank 0: dead"})
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if submitted is not None:
+        (folder / "slurm.jsonl").write_text(json.dumps({"job": "7", "submitted": submitted}) + "\n")
+
+
+def moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
 def test_one_attempt(tmp_path: Path) -> None:
     saved = {"attempt": 1, "time": 134.0, "step": 11, "checkpoint/stall_seconds": 4.0}
     write(tmp_path, life(1, 100.0, 1, [steps(1, 130.0, 11), saved]))
-    found = goodput(tmp_path, [Span(98.0, 140.0)], submitted=90.0)
+    note(tmp_path, (98.0, 140.0), submitted=90.0)
+    found = goodput(tmp_path)
     assert found == Goodput(useful=17.5, restart=9.0, compile=3.0, checkpoint=4.0, data=2.5, other=6.0, queue=8.0)
     assert (found.total, found.share) == (50.0, 17.5 / 50.0)
 
@@ -38,7 +57,8 @@ def test_steps_done_again_are_not_useful(tmp_path: Path) -> None:
     first = life(1, 100.0, 1, [steps(1, 130.0, 11), steps(1, 150.0, 21)])
     second = life(2, 200.0, 15, [steps(2, 222.0, 21)])
     write(tmp_path, first + second)
-    found = goodput(tmp_path, [Span(100.0, 155.0), Span(200.0, 222.0)], submitted=100.0)
+    note(tmp_path, (100.0, 155.0), (200.0, 222.0))
+    found = goodput(tmp_path, submitted=100.0)
     again = 7  # steps 15 to 21
     assert found.useful == pytest.approx((20 - again + 6) * 1.75)
     assert found.restart == pytest.approx(7.0 + 7.0 + again * 2.0)
@@ -49,8 +69,44 @@ def test_steps_done_again_are_not_useful(tmp_path: Path) -> None:
 
 def test_attempts_that_never_took_a_step_and_those_that_nobody_noted(tmp_path: Path) -> None:
     write(tmp_path, life(1, 100.0, 1, [steps(1, 130.0, 11)]))
-    died = goodput(tmp_path, [Span(50.0, 60.0), Span(99.0, None)], submitted=50.0)
-    assert (died.restart, died.queue, died.total) == (10.0 + 8.0, 39.0, 80.0)
     assert goodput(tmp_path).total == 30.0
+    note(tmp_path, (50.0, 60.0), (99.0, None))
+    died = goodput(tmp_path, submitted=50.0)
+    assert (died.restart, died.queue, died.total) == (10.0 + 8.0, 39.0, 80.0)
     assert goodput(tmp_path / "nothing") == Goodput()
     assert goodput(tmp_path / "nothing").share is None
+
+
+def test_the_meter_says_at_every_line_what_the_folder_says(tmp_path: Path) -> None:
+    """Three attempts: one that took steps, one that never did, one that takes some of the first one's steps again."""
+    first = life(1, 100.0, 1, [steps(1, 130.0, 11), steps(1, 150.0, 21)])
+    saved = {"attempt": 3, "time": 320.0, "step": 17, "checkpoint/stall_seconds": 4.0}
+    third = life(3, 300.0, 15, [steps(3, 314.0, 17), saved, steps(3, 330.0, 21)])
+    note(tmp_path, (100.0, 155.0), (200.0, 205.0), (300.0, None), submitted=90.0)
+    write(tmp_path, [*first, third[0]])
+    meter = Meter(tmp_path, 3, 304.0)
+    told = []
+    for index, line in enumerate(third[1:], 2):
+        told.append(meter.metrics(line))
+        write(tmp_path, [*first, *third[:index]])
+        if "step_seconds" in line:
+            own = {key: value for key, value in told[-1].items() if key != "goodput/interruption_seconds"}
+            assert own == pytest.approx(goodput(tmp_path).metrics())
+        else:
+            assert told[-1] == {}
+    assert told[1]["goodput/interruption_seconds"] == 160.0, "from second 150 to second 310"
+    assert "goodput/interruption_seconds" not in told[2]
+    assert told[-1]["goodput/queue_seconds"] == 10.0 + 45.0 + 95.0
+    assert meter.last(330.0) == pytest.approx(goodput(tmp_path).metrics())
+
+
+def test_the_log_writes_the_account_beside_the_steps_and_at_the_end(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    log.record(1, {"startup/total_seconds": 2.0, "startup/compile_seconds": 0.5})
+    log.record(1, {"loss": 3.0, "step_seconds": 1.0, "data_seconds": 0.1})
+    log.record(5, {"loss": 2.0, "step_seconds": 1.0, "data_seconds": 0.1})
+    log.finish("done")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("goodput/useful_seconds") for line in lines] == [None, None, 0.0, 3.6, 3.6, None]
+    assert lines[3]["goodput/data_seconds"] == pytest.approx(0.4)
+    assert (lines[4]["step"], lines[5]["event"]) == (5, "finish")

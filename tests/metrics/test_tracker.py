@@ -237,13 +237,15 @@ def test_wandb_offline_keeps_one_run_over_two_attempts(tmp_path: Path, monkeypat
     folder = tmp_path / "debug-1234abcd"
     folder.mkdir()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for step in (5, 6):  # the second attempt replays step 6
+    for step, job in ((5, "71"), (6, "72")):  # the second attempt replays step 6
+        with (folder / "attempts.jsonl").open("a") as file:
+            file.write(f'{{"number": {step}, "started": "2026-01-01T00:00:00+00:00", "job": "{job}"}}\n')
         subprocess.run([sys.executable, "-c", WANDB_RUN, str(folder), str(step)], check=True, timeout=120)
         assert Lines(folder / "metrics.jsonl").last()["lost"] == {"wandb": 0}  # type: ignore[index]
     minted = (folder / "wandb_id.txt").read_text()
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{minted}.wandb"] * 2
-    seen = []
+    seen, told = [], []
     for file in files:
         records = wandb_records(file)
         (run,) = {record.run.run_id for record in records if record.HasField("run")}
@@ -258,6 +260,9 @@ def test_wandb_offline_keeps_one_run_over_two_attempts(tmp_path: Path, monkeypat
                 values = {item.nested_key[0] if item.nested_key else item.key: item.value_json
                           for item in record.history.item}  # fmt: skip
                 seen.append((values["step"], values["attempt"], values["loss"]))
+        updates = {one.key: one.value_json for record in records for one in record.config.update}
+        told.append(updates["jobs"])
+    assert told == ['["71"]', '["71","72"]']
     assert seen == [("5", "1", "0.2"), ("6", "1", str(1 / 6)), ("6", "2", str(1 / 6)), ("7", "2", str(1 / 7))]
 
 
