@@ -22,6 +22,7 @@ class Degrees(Config):
     context: PositiveInt  # ranks over which one sequence is cut
     tensor: PositiveInt  # ranks over which every matrix is cut
     expert: PositiveInt  # ranks over which routed experts are spread; taken out of shard, context and tensor
+    expert_tensor: PositiveInt  # ranks over which every matrix of a routed expert is cut: 1, or as many as `tensor`
     pipeline: PositiveInt  # stages
     reshard: Literal["default", "always", "never"]
     rotate: Literal["allgather", "alltoall"]  # how keys and values reach the ranks of `context`
@@ -60,6 +61,16 @@ class Degrees(Config):
     def fsdp(self) -> int:
         """Ranks over which one parameter is cut: those of a cut sequence share the work too."""
         return self.shard * self.context
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether routed experts lie otherwise on the ranks than all other weights do."""
+        return self.expert > 1 or self.expert_tensor != self.tensor
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks over which FSDP cuts one routed expert: what its other axes leave of a model's ranks."""
+        return self.fsdp * self.tensor // (self.expert * self.expert_tensor)
 
     def problems(self, *, flex: bool, compiled_blocks: bool, gpu: bool) -> list[str]:
         """What these keys ask of others. `flex`: attention is FlexAttention; `gpu`: ranks have one, as far as known."""

@@ -26,6 +26,15 @@ class Mesh:
             # of one grid, and torch has no public way to join two axes of a grid.
             joined = {axis: size for axis, size in axes.items() if axis != "context"} | {"shard": degrees.fsdp}
             self.weights = init_device_mesh(device_type, tuple(joined.values()), mesh_dim_names=tuple(joined))
+        self._experts: DeviceMesh | None = None
+        if degrees.experts_apart:
+            # The same ranks in the same order. Those of `expert` are neighbours, and so are those of `expert_tensor`,
+            # who are the ranks of `tensor` where there are several.
+            others = {axis: size for axis, size in axes.items() if axis not in ("shard", "context", "tensor")}
+            mine = {axis: getattr(degrees, axis) for axis in ("expert_shard", "expert", "expert_tensor")}
+            self._experts = init_device_mesh(
+                device_type, tuple((others | mine).values()), mesh_dim_names=tuple(others | mine)
+            )
 
     @property
     def tensor(self) -> DeviceMesh | None:
@@ -41,6 +50,24 @@ class Mesh:
     def fsdp(self) -> DeviceMesh:
         """Where parameters are cut: 1-D (shard with context), or 2-D (replicate, shard) when there are copies."""
         return self.weights["replicate", "shard"] if self.degrees.replicate > 1 else self.weights["shard"]
+
+    @property
+    def experts_fsdp(self) -> DeviceMesh | None:
+        """Where FSDP cuts routed experts; None: where it cuts all other parameters."""
+        if self._experts is None:
+            return None
+        return self._experts["replicate", "expert_shard"] if self.degrees.replicate > 1 else self._experts["expert_shard"]
+
+    @property
+    def experts(self) -> DeviceMesh | None:
+        """The ranks that divide the routed experts (axis `expert`), the matrices of each (`expert_tensor`), or both.
+
+        None when every rank has all of all experts.
+        """
+        if self._experts is None:
+            return None if self.tensor is None else self.weights["tensor"]
+        axes = tuple(axis for axis in ("expert", "expert_tensor") if getattr(self.degrees, axis) > 1)
+        return self._experts[axes] if axes else None
 
     @property
     def pipeline(self) -> DeviceMesh:
@@ -69,5 +96,5 @@ class Mesh:
 
     def groups(self) -> list[dist.ProcessGroup]:
         """This rank's process group of every axis."""
-        meshes = [self.whole] if self.weights is self.whole else [self.whole, self.weights]
-        return [group for mesh in meshes for group in mesh.get_all_groups()]
+        meshes = [self.whole, *(mesh for mesh in (self.weights, self._experts) if mesh not in (None, self.whole))]
+        return [group for mesh in meshes if mesh is not None for group in mesh.get_all_groups()]

@@ -19,10 +19,15 @@ class Experts(nn.Module):
 
         bf16 on Hopper and later runs without a wait for the device; other dtypes and devices take torch's own loop.
         """
+        w1, w2, w3 = self.matrices()
         ends = counts.cumsum(0, dtype=torch.int32)
-        gate = F.grouped_mm(rows, self.w1.mT, offs=ends)
-        hidden = F.silu(gate) * F.grouped_mm(rows, self.w3.mT, offs=ends)
+        gate = F.grouped_mm(rows, w1.mT, offs=ends)
+        hidden = F.silu(gate) * F.grouped_mm(rows, w3.mT, offs=ends)
         if weights is not None:
             # w2 is linear: scaling what enters it scales the result, which then needs not be kept for the backward.
             hidden = (hidden * weights.unsqueeze(-1)).to(rows.dtype)
-        return F.grouped_mm(hidden, self.w2.mT, offs=ends)
+        return F.grouped_mm(hidden, w2.mT, offs=ends)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w2, w3 of the experts that are here; a layout that cuts the parameters puts its own in the place."""
+        return self.w1, self.w2, self.w3

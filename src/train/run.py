@@ -66,6 +66,14 @@ class Rehearses(Protocol):
     def rehearse_ranks(self) -> tuple[int, ...] | None: ...
 
 
+@runtime_checkable
+class Infers(Protocol):
+    """A task that only goes forward: nothing has a gradient or a moment, and a batch need not fill the layout."""
+
+    @property
+    def forward_only(self) -> bool: ...
+
+
 class Devices(Protocol):
     """What the ranks of one machine may use; None where nobody knows or there is no limit, such as ranks on a CPU."""
 
@@ -132,7 +140,7 @@ class Run:
 
     def on_one_device(self) -> Self:
         """The same run without a layout, and without anything that is there for speed or memory."""
-        whole = dict.fromkeys((*self.parallel.axes, "expert"), 1)
+        whole = dict.fromkeys((*self.parallel.axes, "expert", "expert_tensor"), 1)
         plain = {"stages": None, "layers_per_stage": None, "async_tensor": False, "cpu_offload": False}
         return replace(
             self,
