@@ -19,6 +19,7 @@ from src.cluster.start import checked, start
 from src.cluster.sweep import in_group, sweep, title
 from src.config.compose import asked
 from src.errors import UserError, VerdictError
+from src.tasks.source import completed
 
 if TYPE_CHECKING:
     from src.train.plan import Plan
@@ -59,7 +60,7 @@ def main() -> int:
     command = shlex.join(["python", *sys.argv])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:
-        question = asked(sys.argv[1:])
+        question = asked(sys.argv[1:], completed)
         if question.space:
             return search(question, sys.argv[1:])
         points = checked(in_group(question.trees, title(question.trees)) if question.swept else question.trees)

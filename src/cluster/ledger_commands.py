@@ -145,12 +145,13 @@ def extend(ledger: Ledger, more: Sequence[str]) -> int:
     from src.cluster.start import checked
     from src.cluster.sweep import enter, in_group
     from src.config.compose import asked
+    from src.tasks.source import completed
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.chdir(ledger.home)
     keys = {_key(each) for each in more}
     argv = [*(each for each in ledger.argv if _key(each) not in keys), *more]
-    question = asked(argv if "-m" in argv else ["-m", *argv])
+    question = asked(argv if "-m" in argv else ["-m", *argv], completed)
     if question.space:
         return search(question, argv, ledger)
     points = checked(in_group(question.trees, ledger.path.name))

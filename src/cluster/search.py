@@ -22,6 +22,7 @@ from src.config.compose import Asked, point
 from src.config.space import Choices, Interval, ranges
 from src.distributed.process import joined
 from src.errors import ConfigError, PlanError
+from src.tasks.source import completed
 
 if TYPE_CHECKING:
     import optuna
@@ -54,7 +55,7 @@ def search(asked: Asked, argv: Sequence[str], ledger: Ledger | None = None) -> i
         raise PlanError("a search starts its own ranks, one point after the other; leave the outer launcher out")
     space = ranges(asked.space)
     # Both ends of every range must make a run: a mistake is told before anything starts.
-    trees = [point(asked.fixed, {key: each.ends[end] for key, each in space.items()}).tree for end in (0, 1)]
+    trees = [point(asked.fixed, {key: each.ends[end] for key, each in space.items()}, completed).tree for end in (0, 1)]
     probes = checked(trees)
     if probes[0][1].dry_run:
         raise ConfigError("dry_run=true: a search has no plan before its points are drawn; give one value per key")
@@ -104,7 +105,7 @@ class Search:
             if proposal in there:
                 continue
             there.append(proposal)
-            composed = point(self.fixed, texts)
+            composed = point(self.fixed, texts, completed)
             (tree,) = in_group([composed.tree], self.ledger.path.name)
             fresh.append(self.ledger.add(tree, composed.overrides, proposal))
             if len(fresh) == count:

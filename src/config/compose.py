@@ -1,7 +1,7 @@
 """What a command line asks for: one run, the points of a sweep, or a space to search. Hydra begins and ends here."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,12 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.command_line import COMPOSITION_ERRORS, SWEEP_FLAGS, arguments, problem
-from src.config.groups import CONF
+from src.config.groups import CONF, SHORT
 from src.config.tree import Tree, resolve
 from src.errors import ConfigError, UserError
+
+# From a resolved tree and what was typed to the tree that is meant, where a key stands for a file elsewhere.
+Complete = Callable[[Tree, Mapping[str, str]], Tree]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,17 @@ class Asked:
         return [point.tree for point in self.points]
 
 
-def asked(argv: Sequence[str]) -> Asked:
+def as_typed(tree: Tree, _typed: Mapping[str, str]) -> Tree:
+    """For commands whose keys stand for nothing else."""
+    return tree
+
+
+def asked(argv: Sequence[str], complete: Complete = as_typed) -> Asked:
     """ConfigError for a mistake. The environment must hold HYDRA_FULL_ERROR=1, or Hydra prints and exits by itself."""
     given = arguments(argv)
     ranges = [each for each in given if _range(each) is not None]
     fixed = [each for each in given if each not in (*ranges, *SWEEP_FLAGS)]
-    seen = _Seen()
+    seen = _Seen(complete)
     try:
         seen.compose([*fixed, "hydra.mode=RUN"])
         space = seen.params | dict(_pair(each) for each in ranges)
@@ -58,7 +66,7 @@ def asked(argv: Sequence[str]) -> Asked:
             return Asked(seen.resolved(), swept=False)
         if seen.searches:
             return Asked([], swept=True, space=space, fixed=tuple(fixed))
-        sweep = _Seen()
+        sweep = _Seen(complete)
         sweep.compose(given)
         if sweep.mode == RunMode.RUN:
             raise ConfigError("hydra.sweeper.params without hydra.mode: MULTIRUN; write both, or pass -m")
@@ -67,9 +75,9 @@ def asked(argv: Sequence[str]) -> Asked:
         raise UserError(problem(error)) from error
 
 
-def point(fixed: Sequence[str], chosen: dict[str, str]) -> Point:
+def point(fixed: Sequence[str], chosen: dict[str, str], complete: Complete = as_typed) -> Point:
     """One point of a searched space."""
-    seen = _Seen()
+    seen = _Seen(complete)
     try:
         seen.compose([*fixed, *arguments([f"{key}={text}" for key, text in chosen.items()]), "hydra.mode=RUN"])
     except COMPOSITION_ERRORS as error:
@@ -80,7 +88,8 @@ def point(fixed: Sequence[str], chosen: dict[str, str]) -> Point:
 class _Seen:
     """The configs that Hydra hands to its main function; resolved later, since a base config may lack a swept key."""
 
-    def __init__(self) -> None:
+    def __init__(self, complete: Complete) -> None:
+        self.complete = complete
         self.configs: list[tuple[DictConfig, dict[str, str]]] = []
         self.points: list[Point] = []
         self.params: dict[str, str] = {}
@@ -106,7 +115,8 @@ class _Seen:
         self.mode = ours.mode
         self.params = {str(key): str(text) for key, text in (_plain(ours.sweeper).get("params") or {}).items()}
         try:  # here, because ${hydra:...} can be told only while Hydra runs this config
-            self.points.append(Point(resolve(cfg), overrides))
+            spell_out(cfg, overrides)
+            self.points.append(Point(self.complete(resolve(cfg), overrides), overrides))
         except UserError as error:
             if self.mode == RunMode.MULTIRUN:
                 raise
@@ -121,6 +131,17 @@ class _Seen:
         if self.error is not None:
             raise self.error
         return self.points
+
+
+def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:
+    """`run=...` becomes task.run where the task has such a key; elsewhere it stays, to be refused as a stranger."""
+    for key in SHORT:
+        if key not in cfg or not isinstance(cfg.get("task"), DictConfig) or key not in cfg.task:
+            continue
+        if f"task.{key}" in typed:
+            raise ConfigError(f"{key}={typed.get(key)}: task.{key} is given too; they are one key")
+        with open_dict(cfg):
+            cfg.task[key] = cfg.pop(key)
 
 
 def _range(argument: str) -> Override | None:

@@ -24,6 +24,8 @@ SECTIONS = (
 # A group whose files change the other sections and leave none of their own.
 EXPERIMENT = "experiment"
 GROUPS = (*SECTIONS, EXPERIMENT)
+# Keys that a task which has them takes without its section: `run=...` is `task.run=...`.
+SHORT = ("run", "step", "to", "dtype", "fp8", "push", "prompt")
 
 
 def options(group: str, conf: Path = CONF) -> list[str]:

@@ -41,6 +41,7 @@ class Load:
     seq_len: int
     micro_batch: int
     micro_batches: int
+    forward_only: bool
 
     def changed(self, **changes: object) -> "Load":
         return replace(self, **changes)  # type: ignore[arg-type]  # names and types are those of the fields above
@@ -96,6 +97,8 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
     gathered, reducing = _traffic(load, weights)
     activations, working = _activations(load, share)
     activations += _travelling(load, share) + _waiting_heads(load, share, weights)
+    if load.forward_only:  # one block at a time, and nothing is kept for a backward
+        optimizer = gradients = accumulated = reducing = activations = 0
     loss = _loss(load, weights) if share.has_head else 0
     resident = parameters + optimizer
     at_loss = resident + accumulated + gathered + activations + loss

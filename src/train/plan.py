@@ -19,7 +19,7 @@ from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
 from src.train.fit import told
-from src.train.run import Compares, Devices, Nodes, Rehearses, Run, Validates
+from src.train.run import Compares, Devices, Infers, Nodes, Rehearses, Run, Validates
 
 
 class Corpus(Protocol):
@@ -85,7 +85,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_layout_problems(run, devices),
         *_pipeline_problems(run, load.micro_batches),
         *_length_problems(run),
-        *([] if _rehearses(run) else _batch_problems(run)),
+        *([] if _rehearses(run) or _infers(run) else _batch_problems(run)),
         *_section_problems(run),
         *_rehearsal_problems(run),
         *_float8_problems(run, devices),
@@ -113,6 +113,7 @@ def load_of(run: Run) -> Load:
         seq_len=run.task.seq_len,
         micro_batch=run.task.micro_batch,
         micro_batches=max(1, ceil(run.task.global_batch / sequences_per_pass)),
+        forward_only=_infers(run),
     )
 
 
@@ -278,6 +279,10 @@ def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
     return [
         f"this task also trains the whole model on one device: {told(peak)}, there are {told(limit_bytes)}; {way_out}"
     ]
+
+
+def _infers(run: Run) -> bool:
+    return isinstance(run.task, Infers) and run.task.forward_only
 
 
 def _rehearses(run: Run) -> bool:

@@ -39,18 +39,24 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) ->
     """
     torch.manual_seed(run.seed)  # weights do not draw from it; what does, draws alike in every attempt
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
-    if run.parallel.async_tensor and mesh.tensor is not None:
-        share_memory(mesh.tensor)
-    parts = cut(run, mesh)
-    for part in parts.values():
-        materialise(part, ranks.device, offload=run.parallel.cpu_offload)
+    network = unfilled(run, ranks, mesh)
+    for part in network.parts:
         initialise(part, run.seed)
-    network = connect(parts, mesh, ranks.device, getattr(torch, run.precision.compute))
     optimizer = run.optim.build(network.named_parameters(), ranks.device)
     float8 = run.precision.float8
     after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.parts]
     stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update)
     return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed), stepper)
+
+
+def unfilled(run: Run, ranks: Ranks, mesh: Mesh) -> Network:
+    """Collective. The parallel model on its device; its weights are whatever was in memory."""
+    if run.parallel.async_tensor and mesh.tensor is not None:
+        share_memory(mesh.tensor)
+    parts = cut(run, mesh)
+    for part in parts.values():
+        materialise(part, ranks.device, offload=run.parallel.cpu_offload)
+    return connect(parts, mesh, ranks.device, getattr(torch, run.precision.compute))
 
 
 def cut(run: Run, mesh: Mesh) -> dict[int, Decoder]:
