@@ -27,6 +27,8 @@ KEPT = (
     "aten._scaled_dot_product_attention_math",
     "aten._scaled_dot_product_fused_attention_overrideable",
     "context_parallel.attention",  # of a cut sequence: src/distributed/exchange.py
+    "aten._grouped_mm",
+    "aten._scaled_grouped_mm",
     "_c10d_functional.reduce_scatter_tensor",
     "_c10d_functional.all_to_all_single",
     "aten.topk",
@@ -34,7 +36,7 @@ KEPT = (
 )
 KEPT_HIGHER_ORDER = ("flex_attention", "inductor_compiled_code")
 # One kernel by several names; of all of them together every second output is kept, the first one too.
-MATMULS = ("aten.mm", "aten.linear", "aten._scaled_mm")
+MATMULS = ("aten.mm", "aten.linear", "aten._scaled_mm", "router.product")
 
 
 class Recompute(Config):

@@ -41,9 +41,7 @@ class MoE(nn.Module):
         """
         rows = x.flatten(0, -2)
         routing = self.router(rows, self.expert_bias)
-        result = self.exchange(rows, routing, self.experts)
-        if self.shared_experts is not None:
-            result = result + self.shared_experts(rows)
+        result = self.exchange(rows, routing, self.experts, self.shared_experts)
         return result.view_as(x), routing.counts
 
 
@@ -54,22 +52,32 @@ class LocalExchange(nn.Module):
         super().__init__()
         self.score_before_experts = score_before_experts
 
-    def forward(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """x (tokens, dim) -> the weighted sum of each token's experts."""
-        order, places = sorting(routing.experts)
+    def forward(self, x: Tensor, routing: Routing, experts: Experts, shared: nn.Module | None = None) -> Tensor:
+        """x (tokens, dim) -> the weighted sum of each token's experts, and what all tokens meet, `shared(x)`."""
+        order, places = sorting(routing.experts, len(routing.counts))
         rows = dispatch(x, order, places)
         weights = routing.weights.flatten()[order]
+        scales: Tensor | None = weights
         if self.score_before_experts:
-            rows = (rows * weights.unsqueeze(-1)).to(x.dtype)
-            return combine(experts(rows, routing.counts), order, places)
-        return combine(experts(rows, routing.counts, weights), order, places)
+            rows, scales = (rows * weights.unsqueeze(-1)).to(x.dtype), None
+        result = combine(experts(rows, routing.counts, scales), order, places)
+        return result if shared is None else result + shared(x)
 
 
-def sorting(experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Of experts (tokens, top_k): which flat slot stands at each place once sorted, and the place of each slot."""
-    order = experts.flatten().argsort(stable=True)
-    numbers = torch.arange(len(order), device=order.device)
-    return order, torch.empty_like(order).scatter(0, order, numbers).view_as(experts)
+def sorting(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Of experts (tokens, top_k), different within a row: which flat slot stands at each place once sorted by expert,
+    and the place of each slot.
+
+    A counting sort: a slot's place is the number of choices that other experts before it, or other tokens before it of
+    the same expert, have made. One sum over a map of tokens * n_experts flags, where sorting 64-bit keys takes eight
+    passes over them; both keep the order of tokens.
+    """
+    flags = torch.zeros(len(experts), n_experts, dtype=torch.bool, device=experts.device)
+    chosen = flags.scatter(-1, experts, value=True).T  # (n_experts, tokens)
+    up_to = chosen.flatten().cumsum(0, dtype=torch.int32).view_as(chosen).T
+    places = up_to.gather(-1, experts).long() - 1
+    slots = torch.arange(places.numel(), device=places.device)
+    return torch.empty_like(slots).scatter(0, places.flatten(), slots), places
 
 
 def dispatch(x: Tensor, order: Tensor, places: Tensor) -> Tensor:

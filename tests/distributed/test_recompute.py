@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.distributed.compiling import Compile, within_budget
@@ -19,10 +20,11 @@ from src.distributed.pipeline import keep
 from src.distributed.recompute import Recompute
 from src.distributed.tensor import split_tensor
 from src.models.accounting import Slice
+from src.models.base import ModelConfig
 from src.models.llama3.config import Llama3Config
 from tests.distributed.layouts import degrees, parallel_network, recomputed, rows
 from tests.distributed.test_layouts import trained
-from tests.models.shapes import tiny_llama
+from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import Ranks
 
 # The compiler's own cut into forward and backward, without the time that it takes to generate kernels.
@@ -54,7 +56,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def block_of(config: Llama3Config, option: str) -> tuple[nn.Module, Tensor, Tensor]:
+def block_of(config: ModelConfig, option: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A block, its input and its rotary table."""
     torch.manual_seed(0)
     model = config.build()
@@ -77,6 +79,17 @@ def test_what_runs_again(option: str, matmuls: int, attentions: int) -> None:
         result.sum().backward()
     assert (forward.counts["mm"], forward.counts[ATTENTION]) == (7, 1)
     assert (backward.counts["mm"], backward.counts[ATTENTION]) == (2 * 7 + matmuls, attentions)
+
+
+@pytest.mark.parametrize(("option", "products", "choices"), [("none", 0, 0), ("selective", 0, 0), ("full", 3, 1)])
+def test_experts_are_chosen_once_and_multiply_once(option: str, products: int, choices: int) -> None:
+    block, x, rotary = block_of(tiny_deepseek(), option)
+    with Operators() as forward:
+        result, _ = block(x, rotary, None)
+    with Operators() as backward:
+        result.sum().backward()
+    assert (forward.counts["_grouped_mm"], forward.counts["topk"]) == (3, 1)
+    assert (backward.counts["_grouped_mm"], backward.counts["topk"]) == (2 * 3 + products, choices)
 
 
 def test_every_second_block_by_its_number_in_the_whole_model() -> None:
@@ -111,7 +124,8 @@ RANDOM_STATE_BYTES = torch.get_rng_state().nbytes
 def live_bytes() -> int:
     """Of all tensors that Python can reach, each storage once."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    # A tensor that a compiler only imagined holds nothing.
+    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and not isinstance(each, FakeTensor)]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from src.models.accounting import Slice
+from tests.distributed.test_recompute import PARTITIONER, RANDOM_STATE_BYTES, block_of, live_bytes
 from tests.models.shapes import tiny_deepseek
 from tests.models.test_accounting import kept_bytes
 
@@ -45,9 +46,29 @@ def test_a_compiled_block_keeps_what_the_partitioner_keeps(dense: int) -> None:
     block = model.layers["0"].to(torch.bfloat16)
     x = torch.randn(2, 96, config.dim, dtype=torch.bfloat16, requires_grad=True)
     cut = Slice(tokens=TOKENS, tensor=1, element_bytes=2, compiled=True)
-    forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
+    forward = torch.compile(block.forward, fullgraph=True, backend=PARTITIONER)
     measured = kept_bytes(block, x, model.rotary, lambda *args: forward(*args)[0])
     assert measured == pytest.approx(config.saved_by_block(cut).whole, rel=0.01)
+
+
+@pytest.mark.parametrize("dense", [3, 0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_selective_block_keeps_what_is_planned(dense: int, compiled: bool) -> None:
+    """Among it the products of all experts, which are dear, and the choice of experts, which must not differ."""
+    config = tiny_deepseek(n_dense_layers=dense)
+    block, x, rotary = block_of(config, "selective")
+    block.bfloat16()
+    x = x.detach().bfloat16().requires_grad_()
+    cut = Slice(tokens=TOKENS, tensor=1, element_bytes=2, compiled=compiled)
+    if compiled:
+        forward = torch.compile(block.forward, fullgraph=True, backend=PARTITIONER)
+        kept = kept_bytes(block, x, rotary, lambda *args: forward(*args)[0])
+    else:
+        before = live_bytes()
+        result, counts = block(x, rotary, None)
+        result_bytes = result.untyped_storage().nbytes() + (0 if counts is None else counts.untyped_storage().nbytes())
+        kept = live_bytes() - before - result_bytes + x.untyped_storage().nbytes() - RANDOM_STATE_BYTES
+    assert kept == pytest.approx(config.saved_by_block(cut).selective, rel=0.01)
 
 
 def test_blocks_of_two_kinds_are_averaged() -> None:

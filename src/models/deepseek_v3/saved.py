@@ -16,7 +16,7 @@ def saved_by_block(config: "DeepseekV3Config", cut: Slice) -> Saved:
     dense, experts = config.n_dense_layers, config.n_layers - config.n_dense_layers
     attention = _attention(config, cut)
     first = cut.element_bytes * config.dim  # the block's input
-    once = _casts(config, cut) * experts // config.n_layers
+    once = STATISTIC_BYTES * config.moe.n_experts * experts // config.n_layers  # where each expert's rows end
 
     def mean(of_dense: float, of_experts: float) -> int:
         return int(cut.tokens * (first + (dense * of_dense + experts * of_experts) / config.n_layers))
@@ -51,25 +51,14 @@ def _dense(config: "DeepseekV3Config", cut: Slice) -> int:
     return 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(config.ffn_dim, cut)
 
 
-def _casts(config: "DeepseekV3Config", cut: Slice) -> int:
-    """Bytes that do not grow with tokens: where each expert's rows end, and the router's matrix if cast."""
-    return STATISTIC_BYTES * config.moe.n_experts * (1 + (config.dim if _keeps_casts(cut) else 0))
-
-
-def _keeps_casts(cut: Slice) -> bool:
-    """A compiler keeps the router's inputs in fp32, since its matrix product reads them so in the backward too."""
-    return cut.compiled and cut.element_bytes < 4
-
-
 def _experts(config: "DeepseekV3Config", cut: Slice) -> int:
     """Bytes of a token: the stream, the norm of it, the routing, the rows of all its experts, the shared experts."""
     moe = config.moe
     streams = 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(moe.shared_dim, cut)
-    again = config.dim if _keeps_casts(cut) else 0
     normalising = moe.top_k + 1 if moe.normalise else 0
-    router = 4 * (again + moe.n_experts + normalising)
-    # Which experts, their order and its inverse, compiled also whose row each is; the weight at each place.
-    indices = moe.top_k * ((4 if cut.compiled else 3) * INDEX_BYTES + 4)
+    router = 4 * (moe.n_experts + normalising)
+    # Which experts, their order and its inverse, which a compiler keeps as counted; the weight at each place.
+    indices = moe.top_k * (2 * INDEX_BYTES + (4 if cut.compiled else INDEX_BYTES) + 4)
     # Beside what a SwiGLU keeps: what the weight multiplies.
     rows = moe.top_k * (cut.element_bytes * config.dim + _swiglu(moe.hidden_dim, cut))
     if not cut.compiled:
@@ -88,7 +77,9 @@ def _experts_working(config: "DeepseekV3Config") -> int:
 
 
 def _selective(config: "DeepseekV3Config", cut: Slice, *, dense: bool) -> int:
-    """Bytes of a token: every second plain matrix product from the first on, attention's result, what was routed."""
+    """Bytes of a token: every second plain matrix product from the first on, those of routed experts, attention's
+    result, what was routed.
+    """
     moe, queries = config.moe, config.n_heads * config.qk_head_dim
     widths = [queries] if config.q_lora_rank is None else [config.q_lora_rank, queries]
     widths += [config.kv_lora_rank + config.qk_rope_head_dim]
@@ -98,8 +89,9 @@ def _selective(config: "DeepseekV3Config", cut: Slice, *, dense: bool) -> int:
     else:
         widths += [2 * moe.n_experts]  # in fp32
         widths += [moe.shared_dim, moe.shared_dim, config.dim] if moe.n_shared else []
-    # A compiler drops what the backward does not read: w2's result.
+    # A compiler drops what the backward does not read: results of w2, the scores of what was chosen.
     kept = widths[:-1:2] if cut.compiled else widths[::2]
-    routed = 0 if dense else moe.top_k * (INDEX_BYTES + 4)
+    rows = 0 if dense else moe.top_k * (2 * moe.hidden_dim + (0 if cut.compiled else config.dim))
+    routed = 0 if dense else moe.top_k * (INDEX_BYTES + (0 if cut.compiled else 4))
     core = cut.element_bytes * config.n_heads * config.v_head_dim + STATISTIC_BYTES * config.n_heads
-    return cut.element_bytes * sum(kept) + core + routed
+    return cut.element_bytes * (sum(kept) + rows) + core + routed
