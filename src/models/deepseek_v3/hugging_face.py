@@ -1,0 +1,228 @@
+"""DeepSeek-V3 and V2 as transformers stores them: names, one key for each expert, config.json."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from src.models.deepseek_v3.config import DeepseekV3Config
+from src.models.stored import Facts, Stored
+
+MODEL_TYPES = {"sigmoid": "deepseek_v3", "softmax": "deepseek_v2"}
+ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+# transformers and the released code give the two norms inside of attention this, whatever rms_norm_eps says.
+NORM_EPS = 1e-6
+
+OUTSIDE = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+MATRIX = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+IN_BLOCK = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wq_a.weight": "self_attn.q_a_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.wq_b.weight": "self_attn.q_b_proj.weight",
+    "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "moe.router.gate.weight": "mlp.gate.weight",
+    **{f"feed_forward.{here}.weight": f"mlp.{there}.weight" for here, there in MATRIX.items()},
+    **{f"moe.shared_experts.{here}.weight": f"mlp.shared_experts.{there}.weight" for here, there in MATRIX.items()},
+}
+EXPERTS = "moe.experts."
+
+
+def stored(config: DeepseekV3Config) -> Iterator[Stored]:
+    """Every tensor of the model: the parameters, and the biases of the routers."""
+    for weight in config.weights():
+        if weight.name in OUTSIDE:
+            yield Stored(weight.name, weight.shape, (OUTSIDE[weight.name],))
+            continue
+        _, layer, inner = weight.name.split(".", 2)
+        unit = f"model.layers.{layer}"
+        if inner.startswith(EXPERTS):
+            matrix = MATRIX[inner.removeprefix(EXPERTS)]
+            keys = tuple(f"{unit}.mlp.experts.{expert}.{matrix}.weight" for expert in range(weight.shape[0]))
+            yield Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
+        else:
+            linear = len(weight.shape) == 2 and inner != "moe.router.gate.weight"
+            yield Stored(weight.name, weight.shape, (f"{unit}.{IN_BLOCK[inner]}",), linear=linear)
+    for layer in map(str, range(config.n_dense_layers, config.n_layers)):
+        key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        # A router with sigmoid scores always has it there, one with softmax scores never.
+        absent = config.moe.score == "softmax"
+        name = f"layers.{layer}.moe.expert_bias"
+        yield Stored(name, (config.moe.n_experts,), (key,), optional=absent, precise=True)
+
+
+def skipped(_config: DeepseekV3Config, key: str, facts: Facts) -> str | None:
+    """Why a key that is there is not read; None: it should be."""
+    if key.endswith(".rotary_emb.inv_freq"):
+        return "rotary frequencies, which are computed"
+    parts = key.split(".")
+    first, count = facts.whole("num_hidden_layers"), facts.whole("num_nextn_predict_layers", 0)
+    if parts[:2] == ["model", "layers"] and parts[2].isdecimal() and first <= int(parts[2]) < first + count:
+        return "multi-token prediction, which is not built"
+    return None
+
+
+def read(facts: Facts) -> dict[str, Any]:
+    """The keys of DeepseekV3Config that a config.json says."""
+    _refuse(facts)
+    theta, kind, numbers = facts.rope(10000.0, "default", "yarn")
+    return {
+        "dim": facts.whole("hidden_size"),
+        "n_layers": facts.whole("num_hidden_layers"),
+        "n_heads": facts.whole("num_attention_heads"),
+        "vocab_size": facts.whole("vocab_size"),
+        "max_seq_len": facts.whole("max_position_embeddings", 2048),
+        "ffn_dim": facts.whole("intermediate_size"),
+        "n_dense_layers": facts.whole("first_k_dense_replace", 0),
+        "q_lora_rank": facts.get("q_lora_rank", None),
+        "kv_lora_rank": facts.whole("kv_lora_rank"),
+        "qk_nope_head_dim": facts.whole("qk_nope_head_dim"),
+        "qk_rope_head_dim": facts.whole("qk_rope_head_dim"),
+        "v_head_dim": facts.whole("v_head_dim"),
+        "rope_theta": theta,
+        "rope_scaling": _yarn(numbers) if kind == "yarn" else None,
+        "norm_eps": facts.only("rms_norm_eps", legal=(NORM_EPS,)),
+        "moe": _mixture(facts),
+    }
+
+
+def _refuse(facts: Facts) -> None:
+    facts.only("attention_bias", legal=(False,))
+    facts.only("mlp_bias", legal=(False,))
+    facts.only("hidden_act", legal=("silu",))
+    facts.only("tie_word_embeddings", legal=(False,))
+    facts.only("rope_interleave", legal=(True,))
+    facts.only("moe_layer_freq", legal=(1,))
+    facts.only("sliding_window", legal=(None,))
+    facts.get("num_key_value_heads", None)  # all heads share one latent vector: it says nothing
+    facts.get("head_dim", None)  # transformers repeats qk_rope_head_dim in it
+    facts.get("qk_head_dim", None)
+
+
+def _yarn(numbers: Facts) -> dict[str, Any]:
+    mscale, all_dim = numbers.number("mscale", 1.0), numbers.number("mscale_all_dim", 0.0)
+    if mscale != all_dim:
+        numbers.problems.append(
+            f"{numbers.where}: mscale={mscale} and mscale_all_dim={all_dim} have no form here unless they are equal"
+        )
+    return {
+        "factor": numbers.number("factor"),
+        "original": numbers.whole("original_max_position_embeddings"),
+        "beta_fast": numbers.number("beta_fast", 32.0),
+        "beta_slow": numbers.number("beta_slow", 1.0),
+        "mscale": mscale,
+    }
+
+
+def _mixture(facts: Facts) -> dict[str, Any]:
+    third = facts.get("model_type") == "deepseek_v3"
+    score = facts.only("scoring_func", legal=("sigmoid" if third else "softmax",))
+    if third:
+        method = facts.only("topk_method", legal=("noaux_tc",))
+    else:
+        method = facts.only("topk_method", legal=("greedy", "group_limited_greedy"))
+    grouped = method != "greedy"
+    groups = facts.whole("n_group", 1) if grouped else 1
+    kept = facts.whole("topk_group", groups) if grouped else 1
+    if not grouped:
+        facts.seen |= {"n_group", "topk_group"}
+    return {
+        "n_experts": facts.whole("n_routed_experts"),
+        "groups": groups,
+        "groups_kept": kept,
+        "top_k": facts.whole("num_experts_per_tok"),
+        "n_shared": facts.whole("n_shared_experts"),
+        "hidden_dim": facts.whole("moe_intermediate_size"),
+        "score": score,
+        "group_score": "top2sum" if third else "max",
+        "normalise": facts.get("norm_topk_prob", True) if third else facts.only("norm_topk_prob", legal=(False,)),
+        "scale": facts.number("routed_scaling_factor", 1.0),
+        "score_before_experts": False,
+    }
+
+
+def write(config: DeepseekV3Config) -> dict[str, Any]:
+    """config.json without what only a run knows (token ids, dtype)."""
+    moe, yarn = config.moe, config.rope_scaling
+    kind = MODEL_TYPES[moe.score]
+    rope = None
+    if yarn is not None:
+        rope = {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale,
+        }
+    plain = moe.groups_kept == moe.groups
+    if kind == "deepseek_v3":
+        routing: dict[str, Any] = {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0, "rope_interleave": True}
+    else:
+        routing = {"topk_method": "greedy" if plain else "group_limited_greedy"}
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "moe_intermediate_size": moe.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "first_k_dense_replace": config.n_dense_layers,
+        "moe_layer_freq": 1,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "n_routed_experts": moe.n_experts,
+        "n_shared_experts": moe.n_shared,
+        "num_experts_per_tok": moe.top_k,
+        "n_group": 1 if plain else moe.groups,
+        "topk_group": 1 if plain else moe.groups_kept,
+        "scoring_func": moe.score,
+        "norm_topk_prob": moe.normalise,
+        "routed_scaling_factor": moe.scale,
+        **routing,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
+
+
+def problems(config: DeepseekV3Config) -> list[str]:
+    """What transformers' DeepSeek of this score does not have."""
+    moe, kind, found = config.moe, MODEL_TYPES[config.moe.score], []
+    if config.fixed_block is not None:
+        found.append(f"model.fixed_block={config.fixed_block}: transformers' {kind} attends to all that came before")
+    if config.norm_eps != NORM_EPS:
+        found.append(f"model.norm_eps={config.norm_eps}: transformers' {kind} has {NORM_EPS} in its inner norms")
+    if config.dim % config.n_heads and kind == "deepseek_v2":
+        found.append(f"model.n_heads={config.n_heads} does not divide model.dim={config.dim}, as transformers asks")
+    if moe.score_before_experts:
+        found.append(f"model.moe.score_before_experts=true: transformers' {kind} weighs what leaves an expert")
+    if moe.n_shared == 0:
+        found.append(f"model.moe.n_shared=0: transformers' {kind} has at least one shared expert")
+    if moe.forced_balance:
+        found.append(f"model.moe.forced_balance=true: transformers' {kind} takes the best experts")
+    if moe.score == "softmax" and moe.normalise:
+        found.append("model.moe.normalise=true with model.moe.score=softmax: transformers' deepseek_v2 never does")
+    wanted = "top2sum" if moe.score == "sigmoid" else "max"
+    if moe.groups_kept < moe.groups and moe.group_score != wanted:
+        found.append(f"model.moe.group_score={moe.group_score}: transformers' {kind} has {wanted}")
+    return found

@@ -1,0 +1,130 @@
+"""Llama 3 as transformers stores it: names, the order of rotary rows, config.json (model_type llama)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from src.models.llama3.config import Llama3Config
+from src.models.stored import Facts, Stored
+
+MODEL_TYPE = "llama"
+ARCHITECTURE = "LlamaForCausalLM"
+
+OUTSIDE = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+IN_BLOCK = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+
+
+def stored(config: Llama3Config) -> Iterator[Stored]:
+    """Every tensor of the model; a tied head is the embedding and has no key of its own."""
+    heads = {"attention.wq.weight": config.n_heads, "attention.wk.weight": config.n_kv_heads}
+    for weight in config.weights():
+        if weight.name in OUTSIDE:
+            yield Stored(weight.name, weight.shape, (OUTSIDE[weight.name],))
+            continue
+        _, layer, inner = weight.name.split(".", 2)
+        key = f"model.layers.{layer}.{IN_BLOCK[inner]}"
+        yield Stored(weight.name, weight.shape, (key,), heads=heads.get(inner), linear=len(weight.shape) == 2)
+
+
+def skipped(config: Llama3Config, key: str, _facts: Facts) -> str | None:
+    """Why a key that is there is not read; None: it should be."""
+    if key.endswith(".rotary_emb.inv_freq"):
+        return "rotary frequencies, which are computed"
+    return "a head that is the embedding" if config.tied_embeddings and key == OUTSIDE["output.weight"] else None
+
+
+def read(facts: Facts) -> dict[str, Any]:
+    """The keys of Llama3Config that a config.json says."""
+    for key in ("attention_bias", "mlp_bias"):
+        facts.only(key, legal=(False,))
+    facts.only("hidden_act", legal=("silu",))
+    facts.only("sliding_window", legal=(None,))
+    facts.only("partial_rotary_factor", legal=(None, 1.0))
+    theta, kind, numbers = facts.rope(10000.0, "default", "llama3")
+    dim, heads = facts.whole("hidden_size"), facts.whole("num_attention_heads")
+    width = facts.whole("head_dim", dim // heads)
+    scaling = None
+    if kind == "llama3":
+        scaling = {
+            "factor": numbers.number("factor"),
+            "low": numbers.number("low_freq_factor"),
+            "high": numbers.number("high_freq_factor"),
+            "original": numbers.whole("original_max_position_embeddings"),
+        }
+    return {
+        "dim": dim,
+        "n_layers": facts.whole("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": facts.whole("num_key_value_heads", heads),
+        "head_dim": None if width * heads == dim else width,
+        **_feed_forward(dim, facts.whole("intermediate_size")),
+        "vocab_size": facts.whole("vocab_size"),
+        "max_seq_len": facts.whole("max_position_embeddings", 2048),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": facts.number("rms_norm_eps", 1e-6),
+        "tied_embeddings": facts.only("tie_word_embeddings", legal=(False, True)),
+        "depth_init": True,
+    }
+
+
+def _feed_forward(dim: int, width: int) -> dict[str, Any]:
+    """The keys that come out as `width`: two thirds of 4 dim, scaled to at most `width`, rounded up to one of it."""
+    before = int(2 * (4 * dim) / 3)
+    return {"multiple_of": width, "ffn_dim_multiplier": None if before <= width else width / before}
+
+
+def write(config: Llama3Config) -> dict[str, Any]:
+    """config.json without what only a run knows (token ids, dtype)."""
+    scaling = config.rope_scaling
+    rope = None
+    if scaling is not None:
+        rope = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original,
+        }
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "tie_word_embeddings": config.tied_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def problems(config: Llama3Config) -> list[str]:
+    """What transformers' Llama does not have."""
+    found = []
+    if config.fixed_block is not None:
+        found.append(f"model.fixed_block={config.fixed_block}: transformers' llama attends to all that came before")
+    if config.dim % config.n_heads:
+        found.append(f"model.n_heads={config.n_heads} does not divide model.dim={config.dim}, as transformers asks")
+    return found
