@@ -69,8 +69,10 @@ class Border:
         return cut(x, self.rank, self.ranks)
 
 
-def rows_of(mask: BlockMask, queries: Tensor) -> BlockMask:
-    """The same mask for some of its queries, by their positions, and for all keys."""
+def rows_of(mask: BlockMask | Tensor, queries: Tensor) -> BlockMask | Tensor:
+    """The same mask for some of its queries, by their positions, and for all keys; a dense one is of a cache."""
+    if isinstance(mask, Tensor):
+        return mask[:, :, queries]
     batch, heads, _, keys = mask.shape
     allowed = mask.mask_mod
 

@@ -58,8 +58,11 @@ class Network(ABC):
         """Collective. This rank's part of the summed cross entropy; forward passes only."""
 
     @abstractmethod
-    def logits(self, tokens: Tensor, position: int) -> Tensor:
-        """Collective. (vocabulary) after `position` of the one row `tokens`, the same on all ranks."""
+    def logits(self, tokens: Tensor, column: int, positions: Tensor, mask: Tensor) -> Tensor:
+        """Collective. (rows, vocabulary) after that column of tokens (rows, length), on all ranks of these rows.
+
+        `positions`, `mask`: of src/models/cache.py, whose attention cores the parts have.
+        """
 
 
 class Whole(Network):
@@ -82,11 +85,10 @@ class Whole(Network):
         (model,) = self.parts
         return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
 
-    def logits(self, tokens: Tensor, position: int) -> Tensor:
+    def logits(self, tokens: Tensor, column: int, positions: Tensor, mask: Tensor) -> Tensor:
         (model,) = self.parts
-        documents = torch.zeros_like(tokens, dtype=torch.int32)
-        result: Tensor = model(tokens, mask=model.attention_mask(documents, *tokens.shape))
-        return result[0, position]
+        result: Tensor = model(tokens, positions=positions, mask=mask)
+        return result[:, column]
 
 
 def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:

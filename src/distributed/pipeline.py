@@ -86,15 +86,14 @@ class Pipeline(Network):
         losses = self._forward(self._ready(batches))
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
-    def logits(self, tokens: Tensor, position: int) -> Tensor:
-        config, documents = self.parts[0].config, torch.zeros_like(tokens, dtype=torch.int32)
-        mask = self.parts[0].attention_mask(documents, *tokens.shape)
-        results = self._forward([(tokens, {"mask": mask})])
-        row = torch.empty(config.vocab_size, dtype=self.hidden, device=self.device)
+    def logits(self, tokens: Tensor, column: int, positions: Tensor, mask: Tensor) -> Tensor:
+        results = self._forward([(tokens, {"positions": positions, "mask": mask})])
+        shape = (len(tokens), self.parts[0].config.vocab_size)
+        rows = torch.empty(shape, dtype=self.hidden, device=self.device)
         if results:
-            row.copy_(results[0][0, position])
-        dist.broadcast(row, group=self.group, group_src=self.rank_of[self.count - 1])
-        return row
+            rows.copy_(results[0][:, column])
+        dist.broadcast(rows, group=self.group, group_src=self.rank_of[self.count - 1])
+        return rows
 
     def _ready(self, batches: Sequence[Batch]) -> list[tuple[Tensor, dict[str, Any]]]:
         return [ready(self.parts[0], batch, self.device) for batch in batches]

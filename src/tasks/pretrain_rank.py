@@ -17,12 +17,13 @@ from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
 from src.tasks.pretrain import Pretrain
 from src.train.choice import settled
+from src.train.draw import Rule
+from src.train.generate import generate
 from src.train.loop import Loop
 from src.train.plan import Plan, plan
 from src.train.report import Report
 from src.train.resume import resume
 from src.train.run import Run
-from src.train.sample import sample
 from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble, make_deterministic
 from src.train.stop import Stop
 
@@ -125,8 +126,23 @@ def _farewell(
         report.say(f"stopped after step {training.state.step}; {then}")
         return
     if task.sample_prompt is not None:
-        prompt = corpus.tokenizer.prompt(task.sample_prompt)
-        ids = sample(training, prompt, task.sample_tokens, task.sample_temperature, training.state.seed)
-        report.say(f"sample: {corpus.tokenizer.decode([*prompt, *ids])}")
+        report.say(_sample(task, run, corpus, training, task.sample_prompt))
     if training.ranks.rank == 0:
         report.say(f"curve: {plot(folder)}")
+
+
+def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt: str) -> str:
+    """Collective. The prompt and what the model goes on with."""
+    ids = corpus.tokenizer.prompt(prompt)
+    if (room := run.model.max_seq_len - len(ids)) < 1:
+        return f"sample: none, task.sample_prompt fills the {run.model.max_seq_len} tokens of model.max_seq_len"
+    (written,) = generate(
+        training.network,
+        [ids],
+        count=min(task.sample_tokens, room),
+        rule=Rule(task.sample_temperature),
+        seed=training.state.seed,
+        end=corpus.eos_id,
+        batch=1,
+    )
+    return f"sample: {corpus.tokenizer.decode([*ids, *written])}"

@@ -183,7 +183,7 @@ class Loop:
     def _validate(self, step: int) -> None:
         if self._stopping or not self.cadence.validate_every:
             return
-        loss = validate(self.training, self.batches, self.cadence.validate_samples, self._stopped)
+        loss = validate(self.training.network, self.batches, self.cadence.validate_samples, self._stopped)
         if loss is None:
             self._stopping = True
             return

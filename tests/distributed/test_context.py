@@ -14,7 +14,8 @@ from torch import Tensor
 from src.distributed.exchange import attention, by_rank, cut, in_order
 from src.distributed.mesh import Mesh
 from src.models.llama3.config import Llama3Config
-from src.train.sample import sample
+from src.train.draw import Rule
+from src.train.generate import generate
 from src.train.step import Stepper
 from src.train.validate import validate
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows
@@ -103,15 +104,14 @@ def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> di
     documents, mesh = changes.get("mask") == "block_causal", network.mesh
     steps = [batch_of(config, step, documents=documents) for step in range(3)]
     outcomes = [stepper([part(batch, mesh)], stop=False).tolist() for batch in steps]  # type: ignore[list-item]
-    training: Any = SimpleNamespace(network=network, mesh=mesh, ranks=SimpleNamespace(device=network.device))
     held: Any = SimpleNamespace(validation=lambda _: iter([part(batch_of(config, 9, documents=documents), mesh)]))
     return {
         "losses": [outcome[0] for outcome in outcomes],
         "norms": [outcome[1] for outcome in outcomes],
         "tokens": [outcome[2] for outcome in outcomes],
         "weights": {name: whole(parameter) for name, parameter in network.named_parameters()},
-        "validation": validate(training, held, 4, lambda: False),
-        "sample": sample(training, [5, 7, 11], 3, 0.0, 0),
+        "validation": validate(network, held, 4, lambda: False),
+        "sample": generate(network, [[5, 7, 11]], count=3, rule=Rule(0.0), seed=0, end=None, batch=1),
     }
 
 

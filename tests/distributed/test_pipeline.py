@@ -1,5 +1,6 @@
 """Stages train like one device, under every schedule and next to every other cut."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from src.checkpoint.store import Store
 from src.distributed.gradients import Gradients
 from src.distributed.network import Network
+from src.models.cache import Cache, attending
 from src.optim.state import materialise
 from src.train.state import TrainState
 from src.train.step import Stepper
@@ -63,8 +65,11 @@ def held_out(network: Network) -> float:
 
 def logits(network: Network) -> torch.Tensor:
     tokens = rows(1, 16, network.parts[0].config.vocab_size, seed=98).tokens
-    with network.inference():
-        return network.logits(tokens, position=5)
+    cache = Cache(network.parts[0].config, [0], 16, network.device)
+    with network.inference(), ExitStack() as stack:
+        for part in network.parts:
+            stack.enter_context(attending(part, cache))
+        return network.logits(tokens, 5, cache.positions(16), cache.mask(16))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,96 @@
+"""Keys and values of the text so far, so that one more token costs one token's work.
+
+A model is not told: while `attending` lasts, its attention cores remember what they are given. That is the expanded
+keys and values of every head, for latent attention too, where the narrow vectors would be up to 70 times smaller: like
+this a core sees what it sees in training, to the bit of its inputs, under any cut of the heads, and no step expands all
+earlier tokens again. Text for a person to read, not a server's memory, is what this is for.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.models.attention import CausalAttention, FlexAttention
+from src.models.base import ModelConfig
+
+
+class Cache:
+    """How far the rows of a batch are. Column c holds position c - padding[row] of a row, which starts with padding.
+
+    `filled` columns are known to every attention core; a pass brings the next ones.
+    """
+
+    def __init__(self, config: ModelConfig, padding: Sequence[int], columns: int, device: torch.device) -> None:
+        self.padding = torch.tensor(padding, device=device).unsqueeze(1)  # (batch, 1)
+        self.last_position, self.fixed_block = config.max_seq_len - 1, config.fixed_block
+        self.columns, self.filled = columns, 0
+
+    def positions(self, length: int) -> Tensor:
+        """(batch, length): of the next columns. Padding on either side gets one that exists: nobody looks at it."""
+        columns = torch.arange(self.filled, self.filled + length, device=self.padding.device)
+        return (columns - self.padding).clamp(0, self.last_position)
+
+    def mask(self, length: int) -> Tensor:
+        """(batch, 1, length, filled + length), true where the next columns (queries) see a column (key).
+
+        Padding sees itself: a softmax over nothing would be no number, and spread.
+        """
+        keys = torch.arange(self.filled + length, device=self.padding.device)
+        queries = keys[self.filled :].unsqueeze(1)
+        seen = (keys <= queries) & (keys >= self.padding.unsqueeze(1))  # (batch, length, keys)
+        if self.fixed_block is not None:
+            block = (keys - self.padding) // self.fixed_block  # (batch, keys)
+            seen = seen & (block[:, self.filled :].unsqueeze(2) == block.unsqueeze(1))
+        return (seen | (keys == queries)).unsqueeze(1)
+
+
+class CachedAttention(nn.Module):
+    """In the place of an attention core: queries see the keys and values of all passes, as far as the mask lets them.
+
+    q, k, v: of the next columns, as src/models/attention.py has them; what a pass wrote beyond `cache.filled`, the next
+    one writes over.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+        keys, values = self._room(k, v)
+        end = self.cache.filled + k.shape[2]
+        keys[:, :, self.cache.filled : end] = k
+        values[:, :, self.cache.filled : end] = v
+        return F.scaled_dot_product_attention(
+            q, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=True
+        )
+
+    def _room(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, kv heads, columns, width) each, made when the first pass shows how many heads are here."""
+        if self.keys is None or self.values is None:
+            columns = self.cache.columns
+            self.keys = k.new_zeros((*k.shape[:2], columns, k.shape[3]))
+            self.values = v.new_zeros((*v.shape[:2], columns, v.shape[3]))
+        return self.keys, self.values
+
+
+@contextmanager
+def attending(model: nn.Module, cache: Cache) -> Iterator[None]:
+    """Within, every attention core of `model` is a CachedAttention of its own; afterwards it is the old one again."""
+    places = [
+        (parent, name, core)
+        for parent in model.modules()
+        for name, core in parent.named_children()
+        if isinstance(core, CausalAttention | FlexAttention)
+    ]
+    for parent, name, _ in places:
+        setattr(parent, name, CachedAttention(cache))
+    try:
+        yield
+    finally:
+        for parent, name, core in places:
+            setattr(parent, name, core)
