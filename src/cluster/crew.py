@@ -6,12 +6,13 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
+from src.cluster import hang
 from src.cluster.folder import Attempt, log_folder
 from src.cluster.job import Job
 from src.distributed.process import host_store
@@ -74,6 +75,7 @@ class Crew:
         self.killed: str = ""  # why, if the ranks were ended by force
         self._attempt = attempt
         self._grace_seconds = grace_seconds
+        self._began = time.time()
         self._deadline = float("inf")
         self._logs = log_folder(job.folder, attempt.number)
         self._files = ErrorFiles(self._logs)
@@ -166,7 +168,9 @@ class Crew:
         if not failed:
             return None
         rank = min(failed, key=self._when)
-        return self._describe(rank, codes[rank])
+        found = hang.find(self._job.folder / "traces", self._began, [self._attempt.host] * self._attempt.world)
+        told = self._describe(rank, codes[rank])
+        return told if found is None else replace(told, text=f"{told.text}\n\n{found.words}")
 
     def _when(self, rank: int) -> int:
         """Nanoseconds: when it wrote its error; a rank that could not write one died before the others noticed."""

@@ -71,6 +71,16 @@ def classify(error: BaseException) -> Kind:
     return "peer" if isinstance(error, RuntimeError) and _LOST_PEER.search(text) else "code"
 
 
+def gather_traces(error: BaseException, folder: Path) -> None:
+    """After a collective that gloo gave up: have all ranks say which ones they entered. NCCL sees to that itself."""
+    from src.distributed import recorder
+    from src.distributed.process import Facts, device_type
+
+    world = Facts.read().world
+    if world > 1 and classify(error) == "peer" and device_type() == "cpu" and (folder / "traces").exists():
+        recorder.ask(folder / "traces", world)
+
+
 def place(folder: Path) -> Path:
     """Of this start of this job; every rank and the batch script know it without asking each other."""
     job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")

@@ -1,7 +1,11 @@
-"""Who kept the others waiting: read from the flight recorder's dumps, which NCCL's watchdog writes when it gives up."""
+"""Who kept the others waiting: read from the flight recorder's dumps.
+
+NCCL's watchdog writes them when it gives up; on the CPU src/distributed/recorder.py does.
+"""
 
 import json
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ class Hang:
 
     rank: int
     words: str
+    silent: bool = False  # it left no dump: dead rather than late
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -23,12 +28,18 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a dump")
 
 
-def find(traces: Path, since: float, nodes: Sequence[str]) -> Hang | None:
-    """None without fresh dumps or without a laggard. `since`: seconds since 1970; `nodes`: by rank."""
+def find(traces: Path, since: float, nodes: Sequence[str], keep: Path | None = None) -> Hang | None:
+    """None without fresh dumps or without a laggard. `since`: seconds since 1970; `nodes`: by rank.
+
+    The dumps are copied to the folder `keep`: the next attempt would overwrite them.
+    """
     dumps: dict[int, Mapping[str, Any]] = {}
     for file in traces.glob("rank_*"):
         rank = file.name.removeprefix("rank_")
         if rank.isdecimal() and file.stat().st_mtime >= since:
+            if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, keep / file.name)
             try:
                 with file.open("rb") as stream:
                     dumps[int(rank)] = _PlainUnpickler(stream).load()
@@ -48,14 +59,21 @@ def compare(dumps: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> Han
         sequence = last[laggard] + 1
         kind, when = next(each[sequence] for each in by_rank.values() if sequence in each)
         words = f"rank {laggard} (node {nodes[laggard]}) never entered {kind} #{sequence} of group {group.words}"
-        found.append((when, Hang(laggard, words)))
+        found.append((when, Hang(laggard, words + _whereabouts(dumps[laggard]))))
     if found:
         return min(found, key=lambda pair: pair[0])[1]
     silent = [rank for rank in range(len(nodes)) if rank not in dumps]
     if not silent:
         return None
     first = silent[0]
-    return Hang(first, f"rank {first} (node {nodes[first]}) left no dump: it was dead or stuck before the timeout")
+    words = f"rank {first} (node {nodes[first]}) left no dump: it was dead or stuck before the timeout"
+    return Hang(first, words, silent=True)
+
+
+def _whereabouts(dump: Mapping[str, Any]) -> str:
+    """What its main thread was doing, where the dump says so."""
+    stack = dump.get("stack", [])
+    return f"; it was at {stack[-1]}" if stack else ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ def _entered(dumps: Mapping[int, Mapping[str, Any]]) -> dict[_Group, dict[int, d
             name, described = (str(part) for part in entry["process_group"])
             members = tuple(json.loads(dump["pg_config"][name]["ranks"]))
             group = _Group(name, described if described not in ("", "undefined") else name, members)
-            kind = str(entry["profiling_name"]).removeprefix("nccl:")
+            kind = str(entry["profiling_name"]).partition(":")[2]
             when = int(entry["time_created_ns"])
             entered.setdefault(group, {}).setdefault(rank, {})[int(entry["collective_seq_id"])] = (kind, when)
     return entered

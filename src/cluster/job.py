@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from src.cluster.console import keep_log, only_log
+from src.cluster.failures import gather_traces
 from src.cluster.folder import end, log_folder
 from src.cluster.snapshot import verify
 from src.config import tree as trees
@@ -92,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Exception:  # noqa: BLE001 (the last word of a rank: any error goes to its log and to the launcher)
+    except Exception as error:  # noqa: BLE001 (the last word of a rank: any error goes to its log and to the launcher)
         only_log()
         traceback.print_exc()
+        gather_traces(error, given.folder)
         return 1
     only_log()
     return 0

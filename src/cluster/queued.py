@@ -53,7 +53,7 @@ class QueuedJob:
             if not finished:
                 self._hand_over(facts.rank)
         except Exception as error:  # noqa: BLE001 (the last word of a rank, whatever it is)
-            _leave(failures.Failure.of(error, facts.rank, node), failures.place(self.folder), error)
+            _leave(failures.Failure.of(error, facts.rank, node), self.folder, error)
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit starts at the requeue."""
@@ -175,11 +175,12 @@ def _running() -> bool:
         return True
 
 
-def _leave(failure: failures.Failure, place: Path, error: Exception) -> NoReturn:
+def _leave(failure: failures.Failure, folder: Path, error: Exception) -> NoReturn:
     """Say it, keep it, and go without waiting for threads or process groups, which may wait for other ranks."""
-    failure.write(place)
+    failure.write(failures.place(folder))
     text = "\n".join(error.problems) if isinstance(error, UserError) else failure.traceback
     print(f"rank {failure.rank} on {failure.node} failed\n{text}", file=sys.stderr, flush=True)
+    failures.gather_traces(error, folder)
     if failure.kind == "peer":
         time.sleep(LAST_WORDS_SECONDS)
     os._exit(error.exit_code if isinstance(error, UserError) else 1)

@@ -77,17 +77,22 @@ def judge(evidence: Evidence) -> Verdict:
     for failure in evidence.failures:
         if failure.kind == "node":
             return Verdict("node", "requeue", failure.bad_node, f"{_ADVICE['node']}: {failure.error}")
-    if evidence.hang is not None:
-        node = evidence.nodes[evidence.hang.rank]
-        return Verdict("hang", "requeue", node, f"{_ADVICE['hang']}: {evidence.hang.words}")
+    if evidence.hang is not None and not evidence.hang.silent:
+        return _hung(evidence.hang, evidence.nodes)
     if (down := _NODE_FAILURE.search(evidence.log)) is not None:
         return Verdict("node", "requeue", down[1].rstrip(".,"), f"{_ADVICE['node']}: {down[0]}")
     if (died := _DIED.search(evidence.log)) is not None:
         return Verdict("died", "requeue", died[1], f"{_ADVICE['died']}: {died[0]}")
+    if evidence.hang is not None:
+        return _hung(evidence.hang, evidence.nodes)
     quiet = _silent_node(evidence)
     first = evidence.failures[0].error if evidence.failures else "no rank left a word"
     silent = "" if quiet is None else f"; nothing was heard of node {quiet}"
     return Verdict("peer", "requeue", quiet, f"{_ADVICE['peer']}: {first}{silent}")
+
+
+def _hung(found: hang.Hang, nodes: Sequence[str]) -> Verdict:
+    return Verdict("hang", "requeue", nodes[found.rank], f"{_ADVICE['hang']}: {found.words}")
 
 
 def _silent_node(evidence: Evidence) -> str | None:
@@ -124,7 +129,7 @@ def gather(folder: Path) -> Evidence:
     return Evidence(
         failures=failures.read(failures.place(folder)),
         log=_log(folder),
-        hang=hang.find(folder / "traces", since, nodes),
+        hang=hang.find(folder / "traces", since, nodes, keep=failures.place(folder)),
         nodes=nodes,
         saved=mine and tried[-1].ended == "stopped",
     )

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from src.distributed.recorder import watch
 from src.errors import PlanError
 
 if TYPE_CHECKING:
@@ -72,6 +73,25 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Replica:
+    """Which of the replica groups of src/fault_tolerance this process belongs to, and where they meet."""
+
+    group: int
+    lighthouse: str  # URL
+
+    @classmethod
+    def read(cls) -> Self:
+        """From REPLICA_GROUP_ID and TORCHFT_LIGHTHOUSE, which whoever starts the groups has set."""
+        group, lighthouse = os.environ.get("REPLICA_GROUP_ID"), os.environ.get("TORCHFT_LIGHTHOUSE")
+        if group is None or not group.isdecimal() or not lighthouse:
+            raise PlanError(
+                f"REPLICA_GROUP_ID={group} and TORCHFT_LIGHTHOUSE={lighthouse}: replica groups need a number and the "
+                "address of their lighthouse; start through launch.py, or pass fault_tolerance=none"
+            )
+        return cls(int(group), lighthouse)
+
+
+@dataclass(frozen=True)
 class Ranks:
     """One rank among all of them, with the default process group up."""
 
@@ -109,6 +129,9 @@ class Ranks:
             torch.cuda.set_device(device)
             if owner:
                 _prepare_nccl(traces, first=facts.rank == 0)
+        elif owner and traces is not None and facts.world > 1:
+            os.environ["TORCH_FR_BUFFER_SIZE"] = str(_FLIGHT_RECORDER_ENTRIES)
+            watch(traces, facts.rank)
         if owner:
             _initialise(facts, device, timedelta(seconds=timeout_seconds))
         return cls(facts.rank, facts.world, facts.local_rank, facts.local_world, device, owner)

@@ -97,7 +97,8 @@ sys.exit(outcome.exit_code)
 
 def repository(into: Path) -> Path:
     """A copy of the rooms under test, with stand-ins for those above and beside them."""
-    for name in ("__init__.py", "errors.py", "config/tree.py", "distributed/process.py", "train/stop.py"):
+    floors = ("errors.py", "config/tree.py", "metrics/launches.py", "metrics/lines.py", "train/stop.py")
+    for name in ("__init__.py", *floors, "distributed/process.py", "distributed/recorder.py"):
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "src" / name, into / "src" / name)
     shutil.copytree(HERE / "src/cluster", into / "src/cluster", ignore=shutil.ignore_patterns("__pycache__"))
@@ -105,7 +106,7 @@ def repository(into: Path) -> Path:
     for name, text in written.items():
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         (into / "src" / name).write_text(text)
-    for folder in ("config", "distributed", "train", "tasks"):
+    for folder in ("config", "distributed", "metrics", "train", "tasks"):
         (into / "src" / folder / "__init__.py").write_text("")
     (into / "conf").mkdir()
     (into / "conf/config.yaml").write_text("seed: 0\n")

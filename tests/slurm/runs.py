@@ -32,7 +32,8 @@ STEPS = 20
 
 # Python runs this at the start of every rank. A rank that comes to the step that the file $BRAKE names waits there
 # until the file is gone or a signal has come, so that a test may take its time, however slow the machine.
-# $FAULT says what goes wrong: "late n2" (ranks never come), "deaf" (no scontrol), "code 1 7", "kill 1 7" (rank, step).
+# $FAULT says what goes wrong: "late n2" (ranks never come), "deaf" (no scontrol), "code 1 7", "kill 1 7" (rank, step),
+# "hang n2 7" (node, step: a rank that forgets the others, who wait 10 s for it).
 BRAKE = """
 import os, signal, subprocess, sys, time
 from importlib.abc import MetaPathFinder
@@ -47,6 +48,8 @@ class Finder(MetaPathFinder):
         def exec_module(module):
             original(module)
             brake(module.Loop)
+            if FAULT[:1] == ["hang"]:
+                module.STEP_TIMEOUT_SECONDS = 10.0
         spec.loader.exec_module = exec_module
         return spec
 
@@ -58,6 +61,8 @@ def brake(Loop):
             raise KeyError("a key that nobody set")
         if FAULT == ["kill", rank, str(step)]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == ["hang", os.environ["SLURMD_NODENAME"], str(step)]:
+            forget_the_others()
         while self.stop.seen is None and step == named(os.environ["BRAKE"]):
             mark = f"{os.environ['BRAKE']}.rank_{rank}"
             if not os.path.exists(mark):
@@ -65,6 +70,9 @@ def brake(Loop):
             time.sleep(0.05)
         return original(self, batches)
     Loop._step = held
+
+def forget_the_others():
+    time.sleep(600)
 
 def named(path):
     try:

@@ -1,5 +1,7 @@
 """A broken machine is left behind, a broken program is not started again."""
 
+import re
+
 from src.cluster.folder import attempts
 from tests.slurm.runs import Site, until
 
@@ -38,6 +40,21 @@ def test_a_death_without_a_word_is_tried_elsewhere_but_not_for_ever(site: Site) 
     assert last["action"] == "stop"
     assert "cluster.requeues=1 are used up" in last["words"]
     assert len(attempts(run.folder)) == 2
+
+
+def test_a_collective_that_one_rank_never_enters(site: Site, straight: dict[int, float]) -> None:
+    """gloo's timeout, the dumps of both ranks, and a start without the node of the one that kept the other waiting."""
+    run = site.submit("hangs", "checkpoint.every=5", fault="hang n2 7")
+    run.until_restarted(2)
+    (verdict,) = run.verdicts()
+    assert (verdict["kind"], verdict["action"], verdict["node"]) == ("hang", "requeue", "n2"), run.story()
+    assert re.search(r"rank 1 \(node n2\) never entered \w+ #\d+ of group \w+; it was at ", verdict["words"])
+    assert verdict["words"].endswith(" in forget_the_others")
+    assert verdict["words"] in run.log.read_text()
+    kept = [file.name for file in (run.folder / "logs" / f"job_{run.job}.0").glob("rank_?")]
+    assert sorted(kept) == ["rank_0", "rank_1"]
+    assert run.until_ended().ended == "finished", run.story()
+    assert run.losses() == straight
 
 
 def test_the_batch_script_requeues_where_ranks_have_no_scontrol(site: Site, straight: dict[int, float]) -> None:
