@@ -1,6 +1,7 @@
 """Weights & Biases: one run for a run folder for ever, on our own step axis, offline when it must be."""
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from src.metrics.lines import Lines
 logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id.txt"
+LAYERS_OF_A_SECTION = 8
 OFFLINE_FILE = "wandb_offline.jsonl"  # when a tracker was opened that no server hears; see src/metrics/sync.py
 
 
@@ -114,7 +116,7 @@ class WandbSink:
         )
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
+        self._run.log({"step": step, **{_in_sections(name): value for name, value in values.items()}})
 
     def image(self, step: int, name: str, path: Path) -> None:
         import wandb
@@ -123,6 +125,15 @@ class WandbSink:
 
     def finish(self, succeeded: bool, /) -> None:
         self._run.finish(exit_code=0 if succeeded else 1)
+
+
+def _in_sections(name: str) -> str:
+    """experts/layer_13/dead -> experts_of_layers_08-15/dead/layer_13: panels of eight layers make a section."""
+    found = re.fullmatch(r"experts/layer_(\d+)/(\w+)", name)
+    if found is None:
+        return name
+    first = int(found[1]) // LAYERS_OF_A_SECTION * LAYERS_OF_A_SECTION
+    return f"experts_of_layers_{first:02}-{first + LAYERS_OF_A_SECTION - 1:02}/{found[2]}/layer_{found[1]}"
 
 
 def run_id(folder: Path) -> str:

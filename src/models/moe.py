@@ -17,6 +17,7 @@ class MoE(nn.Module):
 
     expert_bias: Tensor  # (n_experts) fp32: a weight in all but its update
     tokens_per_expert: Tensor  # (n_experts) int64: of this rank, since the last optimizer step
+    load: Tensor  # (n_experts) int64: of all ranks, in the last optimizer step
 
     def __init__(self, dim: int, config: MixtureOfExperts, *, balanced: bool) -> None:
         super().__init__()
@@ -27,12 +28,14 @@ class MoE(nn.Module):
         self.shared_experts = FeedForward(dim, config.shared_dim) if config.n_shared else None
         self.register_buffer("expert_bias", torch.empty(config.n_experts))
         self.register_buffer("tokens_per_expert", torch.empty(config.n_experts), persistent=False)
+        self.register_buffer("load", torch.empty(config.n_experts), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Back to zero, and to the dtypes that a cast of the whole model does not respect."""
         self.expert_bias = torch.zeros_like(self.expert_bias, dtype=torch.float32)
         self.tokens_per_expert = torch.zeros_like(self.tokens_per_expert, dtype=torch.int64)
+        self.load = torch.zeros_like(self.load, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, length, dim) -> the same, and the counts of `Routing`.
@@ -129,7 +132,8 @@ class _Combine(torch.autograd.Function):
 
 @torch.no_grad()
 def balance(layers: Sequence[MoE], summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
-    """Once per optimizer step: make experts that got fewer tokens than the mean easier to choose, and count anew.
+    """Once per optimizer step: make experts that got fewer tokens than the mean easier to choose; keep the counts as
+    `load`, and count anew.
 
     `summed` adds a tensor over all ranks with other tokens; `applied` (scalar) is 0 where the step was skipped.
     Biases move by rate * sign(mean - count), less the mean of that over the layer's experts.
@@ -142,4 +146,5 @@ def balance(layers: Sequence[MoE], summed: Callable[[Tensor], Tensor], applied: 
     for moe, row in zip(layers, change, strict=True):
         if moe.balance_rate is not None:
             moe.expert_bias += moe.balance_rate * row
-        moe.tokens_per_expert.zero_()
+    torch._foreach_copy_([moe.load for moe in layers], counts.unbind())
+    torch._foreach_zero_([moe.tokens_per_expert for moe in layers])

@@ -13,12 +13,14 @@ from src.distributed.collectives import any_rank
 from src.distributed.compiling import compile_seconds
 from src.errors import DivergedError
 from src.metrics.console import format_startup, format_validation
+from src.metrics.expert_load import ExpertLoad
 from src.metrics.memory import memory
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput
 from src.optim.adamw import AdamW
 from src.optim.schedule import Schedule
 from src.optim.state import set_learning_rate
+from src.train.expert_load import expert_load
 from src.train.plan import Plan
 from src.train.report import Report
 from src.train.setup import Training
@@ -170,8 +172,13 @@ class Loop:
             **self.throughput.report(),
             **memory(self.training.ranks.device),
             **self._shares(),
+            **({} if (load := self._load()) is None else load.values()),
         }
         self.report.record(step, values)
+
+    def _load(self) -> ExpertLoad | None:
+        """Collective. Where the last step's tokens went, in a model with experts."""
+        return expert_load(self.training.network, self.plan.tokens_per_step)
 
     def _shares(self) -> dict[str, float]:
         """What each source of a mixture has given so far."""
@@ -190,6 +197,7 @@ class Loop:
         self._validated = step
         self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
         self.report.say(format_validation(step, loss))
+        self.report.picture(step, self._load())
 
     def _save(self, *, last: bool) -> None:
         state = self.training.state

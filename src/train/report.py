@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from src.metrics.console import Console
+from src.metrics.expert_load import ExpertLoad
 from src.metrics.incidents import write_incident
 from src.metrics.tracker import Log, Status
 from src.train.step import Outcome
@@ -26,9 +27,10 @@ class Report:
         if self._log is not None:
             self._log.record(step, values)
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        if self._log is not None:
-            self._log.image(step, name, path)
+    def picture(self, step: int, load: ExpertLoad | None) -> None:
+        """A heat map of experts, where the model has any."""
+        if self._log is not None and load is not None:
+            self._log.image(step, "experts/load", load.draw(self._folder, step))
 
     def say(self, text: str) -> None:
         """A line for a person."""

@@ -33,6 +33,7 @@ def test_record_line() -> None:
     assert format_record(VALUES) == (
         "loss 3.2146  12,346 tok/s  MFU 41.2%  (35.0% causal)  grad norm 0.521  lr 8.00e-04  data 0.001 s  31.2 GiB"
     )
+    assert format_record({"lr": 1.0, "experts/load_max_over_mean": 1.71}) == "lr 1.00e+00  busiest expert 1.7x"
     assert format_record({"loss": float("nan"), "step_seconds": 1.0}) == "loss nan"
 
 

@@ -85,6 +85,20 @@ def test_offline_attempts_are_sent_once_into_the_runs_own_run(tmp_path: Path, se
     assert {each["id"] for each in server.begun} == {begun["id"]}
 
 
+def test_layers_with_experts_are_shown_in_groups(tmp_path: Path, server: Server) -> None:
+    folder = run(tmp_path / "a", [100.5])
+    values = {"experts/dead": 3.0, "experts/layer_07/dead": 1.0, "experts/layer_08/entropy": 0.5}
+    log(folder, {"attempt": 1, "time": 110.0, "step": 9, **values})
+    assert main([str(folder)]) == 0
+    assert server.points[-1] == {
+        "step": 9,
+        "attempt": 1,
+        "experts/dead": 3.0,
+        "experts_of_layers_00-07/dead/layer_07": 1.0,
+        "experts_of_layers_08-15/entropy/layer_08": 0.5,
+    }
+
+
 def test_a_silent_server_loses_nothing(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "a", [200.5])
     server.down = True

@@ -166,6 +166,10 @@ class DeepseekV3Config(ModelConfig):
     def attention_width(self) -> int:
         return self.n_layers * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
+    @property
+    def mixture(self) -> MixtureOfExperts:
+        return self.moe
+
     def saved_by_block(self, cut: Slice) -> Saved:
         return saved_by_block(self, cut)
 

@@ -1,0 +1,85 @@
+"""How evenly the tokens of one optimizer step were spread over the routed experts of each layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+FOLDER = "expert_load"  # pictures, in the run folder
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """One layer, over all ranks."""
+
+    rows: Sequence[int]  # that each expert got
+    bias_norm: float  # of the biases that balance loads; 2-norm
+
+    def values(self, asked: int) -> dict[str, float]:
+        """`asked`: rows that the router was to place; a difference were tokens dropped, or counted twice."""
+        total, experts = sum(self.rows), len(self.rows)
+        shares = [count / total for count in self.rows if count] if total else []
+        return {
+            "load_max_over_mean": max(self.rows) * experts / total if total else 0.0,
+            "dead": float(sum(count == 0 for count in self.rows)),
+            "entropy": -sum(share * log(share) for share in shares) / log(experts) if experts > 1 else 1.0,
+            "bias_norm": self.bias_norm,
+            "dropped": float(asked - total),
+        }
+
+
+# Of a whole model, the layer that a person would look at.
+WORST: Mapping[str, Callable[[list[float]], float]] = {
+    "load_max_over_mean": max,
+    "dead": sum,
+    "entropy": min,
+    "bias_norm": max,
+    "dropped": sum,
+}
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """All layers with experts, by their numbers in the whole model."""
+
+    layers: Mapping[int, LayerLoad]
+    asked: int  # rows that each layer's router was to place: tokens * top_k
+    forced: bool  # experts took turns; these figures are of no real training
+
+    def values(self) -> dict[str, float]:
+        """`experts/dead` of the model and `experts/layer_07/dead` of each layer.
+
+        load_max_over_mean: rows of the busiest expert over the mean. dead: experts without a row. entropy: of the
+        shares of rows, over that of equal ones: 1 is even, 0 is one expert for all.
+        """
+        layers = {number: layer.values(self.asked) for number, layer in sorted(self.layers.items())}
+        worst = {key: float(of([values[key] for values in layers.values()])) for key, of in WORST.items()}
+        named = {f"layer_{number:02}/{key}": one for number, values in layers.items() for key, one in values.items()}
+        return {f"experts/{key}": one for key, one in (worst | {"forced_balance": float(self.forced)} | named).items()}
+
+    def draw(self, folder: Path, step: int) -> Path:
+        """A heat map: layers down, experts across, each cell an expert's rows over the mean of its layer."""
+        from matplotlib.figure import Figure
+
+        numbers = sorted(self.layers)
+        cells = [_over_mean(self.layers[number].rows) for number in numbers]
+        size = (5.5 + min(12.0, 0.12 * len(cells[0])), 1.5 + 0.17 * len(cells))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(cells, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
+        places = range(0, len(numbers), 1 + len(numbers) // 16)
+        axes.set_yticks(places, labels=[str(numbers[place]) for place in places])
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        label = "forced balance, " if self.forced else ""
+        axes.set_title(f"{label}step {step}", loc="left", fontsize=11, fontweight="bold")
+        figure.colorbar(image, label="rows / mean", extend="max")
+        path = folder / FOLDER / f"step_{step:08}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=100)
+        return path
+
+
+def _over_mean(rows: Sequence[int]) -> list[float]:
+    mean = sum(rows) / len(rows)
+    return [count / mean if mean else 0.0 for count in rows]

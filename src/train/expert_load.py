@@ -1,0 +1,38 @@
+"""The load of the experts of a whole model, wherever its layers are."""
+
+import torch
+import torch.distributed as dist
+
+from src.distributed.network import Network
+from src.metrics.expert_load import ExpertLoad, LayerLoad
+from src.models.moe import MoE
+
+
+def expert_load(network: Network, tokens: int) -> ExpertLoad | None:
+    """Collective. Of the last optimizer step, over `tokens` tokens of all ranks; None where no token chooses experts.
+
+    Waits for the device. The step summed the counts over ranks already; here only a pipeline's stages are joined.
+    """
+    mixture = network.parts[0].config.mixture
+    if mixture is None:
+        return None
+    layers = _layers(network)
+    if network.mesh.degrees.pipeline > 1:
+        group = network.mesh.pipeline.get_group()
+        stages: list[dict[int, LayerLoad]] = [{}] * network.mesh.degrees.pipeline
+        dist.all_gather_object(stages, layers, group=group)
+        layers = {number: layer for stage in stages for number, layer in stage.items()}
+    if not any(any(layer.rows) for layer in layers.values()):
+        return None  # no step was made since the start
+    return ExpertLoad(layers, tokens * mixture.top_k, mixture.forced_balance)
+
+
+def _layers(network: Network) -> dict[int, LayerLoad]:
+    """Those of this rank."""
+    named = [(int(number), block) for part in network.parts for number, block in part.layers.items()]
+    mixtures = {number: moe for number, block in named if isinstance(moe := getattr(block, "moe", None), MoE)}
+    if not mixtures:
+        return {}
+    rows = torch.stack([moe.load for moe in mixtures.values()]).tolist()
+    norms = torch.stack([moe.expert_bias for moe in mixtures.values()]).norm(dim=-1).tolist()
+    return {number: LayerLoad(*layer) for number, *layer in zip(mixtures, rows, norms, strict=True)}
