@@ -22,10 +22,10 @@ INHERITED = ("model", "tokenizer", "data", "precision", "seed")
 
 
 class Reads(Protocol):
-    """A task with these keys starts from the weights that they name."""
+    """A task with these keys starts from the weights that they name; `source` is called `run` in conf and commands."""
 
     @property
-    def run(self) -> str: ...
+    def source(self) -> str: ...
     @property
     def step(self) -> int | None: ...
 
@@ -68,7 +68,7 @@ def load(task: Reads, run: "Run", network: "Network", folder: Path) -> Path:
     """
     from src.checkpoint.store import Store
 
-    path = find(Path(task.run), task.step)
+    path = find(Path(task.source), task.step)
     store = Store(folder / "checkpoints", run.checkpoint.model_copy(update={"trusted": True}))
     store.load(path, {"model": network.tensors()})
     return path
