@@ -29,7 +29,14 @@ FENCES = {
     "wandb": ("src.metrics",),
     "tensorboard": ("src.metrics",),
     "torch.utils.tensorboard": ("src.metrics",),
-    "torch.distributed": ("src.distributed", "src.checkpoint", "src.metrics", "src.train", "src.tasks"),
+    "torch.distributed": (
+        "src.distributed",
+        "src.checkpoint",
+        "src.hugging_face",
+        "src.metrics",
+        "src.train",
+        "src.tasks",
+    ),
     "torch.distributed.elastic": ("src.cluster",),  # starts processes; no collective
     "os.environ": ("src.distributed.process", "src.cluster", "launch"),
     "os.getenv": (),

@@ -10,6 +10,9 @@ from src.config.base import Config, PathField
 from src.errors import CheckpointError
 
 
+FOREIGN = "hf:"
+
+
 class Checkpoint(Config):
     every: PositiveInt | None
     keep: Annotated[int, Field(ge=2)] | None
@@ -34,15 +37,23 @@ class Checkpoint(Config):
         """Whether to save after `step`; `last` means that nothing follows: the end of the run or a stop."""
         return self.every is not None and (last or step % self.every == 0)
 
+    @property
+    def foreign(self) -> str | None:
+        """Behind `hf:` in `initial`: weights in Hugging Face layout, which src/hugging_face reads."""
+        text = str(self.initial)
+        return text.removeprefix(FOREIGN) if self.initial is not None and text.startswith(FOREIGN) else None
+
     def origin(self, checkpoints: Path) -> Path | None:
         """What a run with this folder of checkpoints starts from: its own newest, else `initial`, else None.
+
+        None too where `initial` is `foreign`: that is no checkpoint.
 
         Raises CheckpointError when `initial` is needed but is not there, or lies outside the run without `trusted`.
         """
         own = complete(checkpoints)
         if own:
             return own[-1]
-        if self.initial is None:
+        if self.initial is None or self.foreign is not None:
             return None
         found = read_initial(self.initial)
         self.check_trust(found, checkpoints)

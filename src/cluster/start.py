@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from src.cluster.folder import RunFolder
     from src.cluster.local import Outcome
     from src.data.corpus import Corpus
+    from src.hugging_face.hub import Fetched
     from src.train.plan import Plan
     from src.train.run import Run
 
@@ -52,6 +53,7 @@ def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
 
     runs = every(Run.from_sections, sections)
     plans = every(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
+    every(lambda pair: examine(*pair), zip(trees, runs, strict=True))
     return list(zip(trees, runs, plans, strict=True))
 
 
@@ -60,6 +62,38 @@ def unfit(run: "Run") -> list[str]:
     from src.data.tokenizer import vocabulary_problems
 
     return vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+
+
+def examine(tree: Tree, run: "Run") -> None:
+    """Whether weights in Hugging Face layout that are on this machine fit the run that starts from them."""
+    from src.hugging_face.hub import is_local
+
+    if (source := wanted(tree, run)) is not None and is_local(source):
+        fetched(source, run)
+
+
+def wanted(tree: Tree, run: "Run") -> str | None:
+    """Weights in Hugging Face layout that this run still needs: one that has saved never reads them again."""
+    from src.checkpoint.folder import complete
+    from src.hugging_face.load import pinned
+
+    folder, source = place(run.root, run.name, identity(tree), run.folder), run.checkpoint.foreign
+    return None if source is None or complete(folder / "checkpoints") else pinned(folder, source)
+
+
+def fetched(source: str, run: "Run") -> "Fetched":
+    """Weights on this machine, downloaded if need be; CheckpointError when they do not fit the run."""
+    from src.hugging_face.hub import fetch
+    from src.hugging_face.load import examine as look
+
+    found = fetch(source, weights=True)
+    print(
+        *(f"warning: hf:{source}: {line}\n" for line in look(Path(found.folder), run.model)),
+        sep="",
+        end="",
+        file=sys.stderr,
+    )
+    return found
 
 
 def feed(run: "Run") -> "Corpus | None":
@@ -102,10 +136,13 @@ def opening(folder: "RunFolder") -> str:
 
 
 def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
-    """The run's folder, held by us, with all that its ranks read: config, code, plan and data."""
+    """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie."""
     from src.cluster.folder import RunFolder
+    from src.hugging_face.load import note
     from src.train.plan import plan
 
+    source = wanted(tree, run)
+    weights = None if source is None else fetched(source, run)
     corpus = feed(run)
     answers = plan(run, corpus, run.cluster.devices())
     print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
@@ -116,6 +153,8 @@ def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
         print(opening(folder), file=sys.stderr)
         if corpus is not None:
             record(corpus, folder.path)
+        if weights is not None:
+            note(folder.path, weights)
     except BaseException:
         folder.close()
         raise

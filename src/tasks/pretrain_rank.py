@@ -11,6 +11,7 @@ from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.process import Ranks, device_type
+from src.hugging_face.load import noted
 from src.metrics.console import Console
 from src.metrics.curve import plot
 from src.metrics.startup import Startup
@@ -87,7 +88,7 @@ def _loop(
         micro_batches=planned.micro_batches,
     )
     store = Store(folder / "checkpoints", run.checkpoint)
-    report.say(resume(training.state, store, batches, task.steps))
+    report.say(resume(training.state, store, batches, task.steps, noted(folder)))
     startup.done("load")
     return Loop(
         training=training,

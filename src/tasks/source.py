@@ -1,17 +1,23 @@
 """Whose weights a task reads: `run=` names the folder of an earlier run and `step=` one of its checkpoints.
 
 On the launcher `completed` puts that run's sections in the place of conf's defaults, so that ranks see a plain config;
-on the ranks `load` fills a network.
+on the ranks `load` fills a network. `run=hf:<folder or hub id>` names weights in Hugging Face layout instead, which
+become the `checkpoint.initial` of the task's own run.
 """
 
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import complete, is_complete, step_folder, step_of
+from src.config.groups import CONF
 from src.config.tree import Tree, read
 from src.errors import CheckpointError
+from src.hugging_face.hub import fetch
+from src.hugging_face.load import model_section, noted
 
 if TYPE_CHECKING:
     from src.distributed.network import Network
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
 
 # Sections that say what the weights are and what they were trained on.
 INHERITED = ("model", "tokenizer", "data", "precision", "seed")
+AUTO = "src.models.auto.Auto"
+TOKENIZER = "src.data.tokenizer.File"
 
 
 class Reads(Protocol):
@@ -31,19 +39,65 @@ class Reads(Protocol):
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """The tree with what `run=` stands for; what was typed wins. CheckpointError when it names nothing to read."""
+    """The tree with what `run=` and model=auto stand for; what was typed wins. CheckpointError when that is nothing."""
     task = tree.get("task")
-    if not isinstance(task, dict) or not isinstance(task.get("run"), str):
-        return tree
+    if isinstance(task, dict) and isinstance(task.get("run"), str):
+        foreign = task["run"].startswith(FOREIGN)
+        tree = _of_elsewhere(tree, typed) if foreign else _of_run(tree, typed)
+        if "name" not in typed:
+            kind, source = str(task["_target_"]).rpartition(".")[2].lower(), tree["task"]["run"].rstrip("/")
+            tree["name"] = f"{kind}-{source.rpartition('/')[2].partition('@')[0]}"
+    model = tree.get("model")
+    return _with_model(tree, typed) if isinstance(model, dict) and model.get("_target_") == AUTO else tree
+
+
+def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
+    """With the sections of an earlier run, and its newest step where none is given."""
+    task = tree["task"]
     folder = Path(task["run"]).expanduser().absolute()
     checkpoint = find(folder, task.get("step"))
     _check_trust(folder, tree)
     earlier = read(folder / "config.yaml")
     sections = {key: _overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
-    found = tree | sections | {"task": task | {"run": str(folder), "step": step_of(checkpoint)}}
-    if "name" not in typed:
-        found["name"] = f"{str(task['_target_']).rpartition('.')[2].lower()}-{folder.name}"
+    return tree | sections | {"task": task | {"run": str(folder), "step": step_of(checkpoint)}}
+
+
+def _of_elsewhere(tree: Tree, typed: Mapping[str, str]) -> Tree:
+    """With the model and the tokenizer of a folder or hub id in Hugging Face layout."""
+    task = tree["task"]
+    if task.get("step") is not None:
+        raise CheckpointError(f"task.step={task['step']}: {task['run']} has no steps; leave it out")
+    folder = fetch(task["run"].removeprefix(FOREIGN), weights=False).folder
+    found = tree | {"checkpoint": tree["checkpoint"] | {"initial": task["run"]}}
+    if "model" not in typed:
+        found["model"] = _overlaid("model", read(CONF / "model" / "auto.yaml"), tree, typed)
+    if "tokenizer" not in typed:
+        found["tokenizer"] = {"_target_": TOKENIZER, "path": folder, "bos": None, "eos": None}
     return found
+
+
+def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
+    """With the model that config.json says in the place of model=auto."""
+    initial = tree["checkpoint"]["initial"]
+    if not str(initial).startswith(FOREIGN):
+        shown = "null" if initial is None else initial
+        raise CheckpointError(
+            f"model=auto reads config.json of checkpoint.initial=hf:<folder or hub id>, which is {shown}"
+        )
+    folder = Path(fetch(str(initial).removeprefix(FOREIGN), weights=False).folder)
+    there, unread = model_section(folder)
+    ours = tree["model"]
+    merged = ours | there | {"max_seq_len": ours["max_seq_len"] or there["max_seq_len"]}
+    if isinstance(mixture := there.get("moe"), dict):
+        merged["moe"] = ours["moe"] | mixture
+    else:
+        merged.pop("moe")
+    model = _overlaid("model", merged, tree, typed)
+    print(f"model=auto: {folder / 'config.json'}", file=sys.stderr)
+    print(*(f"  {key}: {value}" for key, value in model.items()), sep="\n", file=sys.stderr)
+    if unread:
+        print(f"  keys of it that say nothing here: {', '.join(unread)}", file=sys.stderr)
+    return tree | {"model": model}
 
 
 def find(folder: Path, step: object) -> Path:
@@ -62,12 +116,18 @@ def find(folder: Path, step: object) -> Path:
 
 
 def load(task: Reads, run: "Run", network: "Network", folder: Path) -> Path:
-    """Collective. Fill the network with the weights that the task names; `folder`: of this run. Returns the checkpoint.
+    """Collective. Fill the network with the weights that the task names; `folder`: of this run. Returns where they lie.
 
-    The launcher has settled the step and whether to trust it.
+    The launcher has settled the step, what to trust, and where a hub id lies on this machine.
     """
     from src.checkpoint.store import Store
+    from src.train.resume import adopt
 
+    if task.source.startswith(FOREIGN):
+        path = noted(folder)
+        assert path is not None, "the launcher notes it before a rank starts"
+        adopt(network, path)
+        return path
     path = find(Path(task.source), task.step)
     store = Store(folder / "checkpoints", run.checkpoint.model_copy(update={"trusted": True}))
     store.load(path, {"model": network.tensors()})

@@ -1,16 +1,27 @@
-"""Where a run goes on: its own newest checkpoint, else the one it was told to start from, else step 0."""
+"""Where a run goes on: its own newest checkpoint, else what it was told to start from, else step 0."""
+
+from pathlib import Path
 
 from src.checkpoint.store import Store
+from src.checkpoint.team import Team
 from src.data.batches import Batches
+from src.distributed.network import Network
 from src.errors import CheckpointError, DataError
+from src.hugging_face.load import load
 from src.train.state import TrainState
 
 
-def resume(state: TrainState, store: Store, batches: Batches, steps: int) -> str:
-    """Collective. Fill `state`; returns a line that says from where."""
+def adopt(network: Network, foreign: Path) -> str:
+    """Collective. Fill the network from a folder in Hugging Face layout; what is wrong on one rank is raised on all."""
+    lines = Team().each(lambda: load(foreign, network.tensors(), network.parts[0].config))
+    return f"the weights of {foreign}: {lines[0]}"
+
+
+def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreign: Path | None = None) -> str:
+    """Collective. Fill `state`; returns a line that says from where. `foreign`: weights where nothing was saved yet."""
     origin = store.origin()
     if origin is None:
-        return "starts at step 0"
+        return "starts at step 0" if foreign is None else f"starts at step 0 with {adopt(state.network, foreign)}"
     state.adopt(store.load(origin, state.tree(0.0)))
     digest = batches.digest(state.position)
     if digest != state.digest:

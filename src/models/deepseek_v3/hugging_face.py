@@ -145,6 +145,7 @@ def _mixture(facts: Facts) -> dict[str, Any]:
         "normalise": facts.get("norm_topk_prob", True) if third else facts.only("norm_topk_prob", legal=(False,)),
         "scale": facts.number("routed_scaling_factor", 1.0),
         "score_before_experts": False,
+        **({} if third else {"balance_rate": None}),  # V2 has no biases to balance with
     }
 
 

@@ -1,0 +1,80 @@
+"""Weights in Hugging Face layout as a run's beginning: the launcher looks at them and notes where, ranks read them."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from src.hugging_face.archive import Archive, read_json
+from src.hugging_face.check import check
+from src.hugging_face.hub import Fetched
+from src.models.base import ModelConfig
+from src.models.hugging_face import section, stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "initial.json"
+# Keys of a model that a run may choose anew, and those that another form of the same numbers would change.
+OURS = frozenset({"max_seq_len", "attention", "mask", "fixed_block", "depth_init", "multiple_of", "ffn_dim_multiplier"})
+
+
+def examine(folder: Path, config: ModelConfig) -> list[str]:
+    """Lines for people, from headers alone. CheckpointError when the folder does not hold this model."""
+    archive = Archive.open(folder)
+    lines = check(archive, config)
+    there, _ = section(archive.config, str(folder / "config.json"))
+    return [*lines, *_differences(config, there)]
+
+
+def _differences(config: ModelConfig, there: Mapping[str, object]) -> list[str]:
+    """Where a model that was chosen by hand is not the one of config.json, though every shape fits."""
+    ours = config.model_dump(mode="json")
+    pairs = ((key, ours.get(key), value) for key, value in there.items() if key not in OURS and key in ours)
+    lines = []
+    for key, here, value in pairs:
+        if isinstance(here, dict) and isinstance(value, dict):
+            lines += [
+                f"model.{key}.{inner}={here[inner]}, and config.json says {each}"
+                for inner, each in value.items()
+                if inner in here and here[inner] != each
+            ]
+        elif here != value:
+            lines.append(f"model.{key}={here}, and config.json says {value}")
+    return lines
+
+
+def note(folder: Path, fetched: Fetched) -> None:
+    """In the run folder: where its weights come from, at which revision, and where they lie on this machine."""
+    (folder / FILE).write_text(json.dumps(fetched.to_dict(), indent=2) + "\n")
+
+
+def noted(folder: Path) -> Path | None:
+    """Where the weights lie that `note` told of in this run folder; None: it has none."""
+    return Path(read_json(folder / FILE)["folder"]) if (folder / FILE).is_file() else None
+
+
+def pinned(folder: Path, source: str) -> str:
+    """`source` at the revision of this run folder's first start, if it has had one."""
+    facts = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    again = facts.get("source") == source and facts.get("revision") is not None
+    return f"{source.partition('@')[0]}@{facts['revision']}" if again else source
+
+
+def load(folder: Path, tensors: "Mapping[str, Tensor]", config: ModelConfig) -> str:
+    """Fill this rank's part of every tensor; no other byte is read. Returns a line for people."""
+    from src.hugging_face.read import Reader
+
+    began = time.perf_counter()
+    archive = Archive.open(folder)
+    check(archive, config)
+    reader = Reader(archive)
+    reader.fill(tensors, stored(config))
+    seconds = time.perf_counter() - began
+    return f"{reader.bytes_read / 1e9:.2f} of {archive.bytes / 1e9:.2f} GB read in {seconds:.1f} s by this rank"
+
+
+def model_section(folder: Path) -> tuple[dict[str, object], list[str]]:
+    """What config.json says of the model, and its keys that say nothing here."""
+    return section(read_json(folder / "config.json"), str(folder / "config.json"))
