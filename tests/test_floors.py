@@ -19,7 +19,7 @@ LONGEST_TEST_FILE = 500
 NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
 
 # What src.distributed may know of models: the contract, never a family.
-CONTRACTS = ("src.models.decoder", "src.models.cross_entropy")
+CONTRACTS = tuple(f"src.models.{name}" for name in ("base", "cross_entropy", "decoder", "experts", "moe", "router"))
 
 # Library -> the places that may name it.
 FENCES = {
@@ -29,11 +29,13 @@ FENCES = {
     "wandb": ("src.metrics",),
     "tensorboard": ("src.metrics",),
     "torch.utils.tensorboard": ("src.metrics",),
+    "torchft": ("src.fault_tolerance",),
     "torch.distributed": (
         "src.distributed",
         "src.checkpoint",
         "src.hugging_face",
         "src.metrics",
+        "src.fault_tolerance",
         "src.train",
         "src.tasks",
     ),

@@ -25,6 +25,7 @@ class Compile(Config):
         budget: float | None = None,
         round_each_step: bool = False,
         pipeline_products: bool = False,
+        experts_apart: bool = False,
     ) -> None:
         """Before FSDP, whose hooks stay outside the graphs; names of parameters do not change.
 
@@ -32,6 +33,7 @@ class Compile(Config):
         `round_each_step`: fused kernels round to the compute dtype wherever eager ones do, so float8 scales agree.
         `pipeline_products`: a matrix of tensor parallelism multiplies the parts of its input as they come, and sends
         the parts of its result as they are ready; the group must share memory: src/distributed/symmetric.py.
+        `experts_apart`: between router and experts all stays eager, for tokens travel by sizes read on the way.
         """
         import torch
 
@@ -41,9 +43,9 @@ class Compile(Config):
                 "_micro_pipeline_tp": pipeline_products,
             }
             how = {"options": options} if budget is None else {"backend": within_budget(_inductor(options), budget)}
-            for block in model.blocks():
+            for owner, method in model.graphs(experts_apart=experts_apart):
                 # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.
-                block.forward = torch.compile(block.forward, fullgraph=True, **how)
+                setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, **how))
         if self.loss and model.output is not None:
             model.output.statistics = torch.compile(model.output.statistics, fullgraph=True)
             model.output.gradient = torch.compile(model.output.gradient, fullgraph=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import NonNegativeInt, PositiveInt, Strict
 
 from src.config.base import Config, Names
+from src.models.base import divisors
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -72,6 +73,10 @@ class Degrees(Config):
         """Ranks over which FSDP cuts one routed expert: what its other axes leave of a model's ranks."""
         return self.fsdp * self.tensor // (self.expert * self.expert_tensor)
 
+    def cuts_inside(self, n_experts: int) -> bool:
+        """Whether FSDP must cut each expert's matrices, because a rank's experts cannot be dealt out whole."""
+        return n_experts % (self.expert * self.expert_shard) > 0
+
     def problems(self, *, flex: bool, compiled_blocks: bool, gpu: bool) -> list[str]:
         """What these keys ask of others. `flex`: attention is FlexAttention; `gpu`: ranks have one, as far as known."""
         found = []
@@ -81,6 +86,18 @@ class Degrees(Config):
             found.append(
                 "parallel.rotate=alltoall joins parts of causal attention, and model.attention=flex has a mask; "
                 "pass parallel.rotate=allgather or model.attention=sdpa"
+            )
+        ranks = self.fsdp * self.tensor
+        if self.expert_tensor not in (1, self.tensor):
+            found.append(
+                f"parallel.expert_tensor={self.expert_tensor} is neither 1 nor parallel.tensor={self.tensor}; "
+                "pass one of the two"
+            )
+        elif ranks % (self.expert * self.expert_tensor):
+            found.append(
+                f"parallel.expert={self.expert} * parallel.expert_tensor={self.expert_tensor} does not divide the "
+                f"{ranks} ranks of shard * context * tensor (parallel.expert: "
+                f"{divisors(ranks // self.expert_tensor, self.expert)})"
             )
         if self.async_tensor and self.tensor == 1:
             found.append(

@@ -26,15 +26,20 @@ class Mesh:
             # of one grid, and torch has no public way to join two axes of a grid.
             joined = {axis: size for axis, size in axes.items() if axis != "context"} | {"shard": degrees.fsdp}
             self.weights = init_device_mesh(device_type, tuple(joined.values()), mesh_dim_names=tuple(joined))
-        self._experts: DeviceMesh | None = None
-        if degrees.experts_apart:
-            # The same ranks in the same order. Those of `expert` are neighbours, and so are those of `expert_tensor`,
-            # who are the ranks of `tensor` where there are several.
-            others = {axis: size for axis, size in axes.items() if axis not in ("shard", "context", "tensor")}
-            mine = {axis: getattr(degrees, axis) for axis in ("expert_shard", "expert", "expert_tensor")}
-            self._experts = init_device_mesh(
-                device_type, tuple((others | mine).values()), mesh_dim_names=tuple(others | mine)
-            )
+        self._spread: DeviceMesh | None = None
+
+    def spread_experts(self) -> None:
+        """Collective. Make the grid of routed experts, where they lie otherwise than all other weights.
+
+        The same ranks in the same order. Those of `expert` are neighbours, and so are those of `expert_tensor`, who
+        are the ranks of `tensor` where there are several.
+        """
+        if not self.degrees.experts_apart or self._spread is not None:
+            return
+        names = [name for name in self.whole.mesh_dim_names or () if name not in ("shard", "context", "tensor")]
+        axes = {name: self.whole[name].size() for name in names}
+        axes |= {name: getattr(self.degrees, name) for name in ("expert_shard", "expert", "expert_tensor")}
+        self._spread = init_device_mesh(self.whole.device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
     @property
     def tensor(self) -> DeviceMesh | None:
@@ -54,9 +59,10 @@ class Mesh:
     @property
     def experts_fsdp(self) -> DeviceMesh | None:
         """Where FSDP cuts routed experts; None: where it cuts all other parameters."""
-        if self._experts is None:
+        grid = self._spread
+        if grid is None:
             return None
-        return self._experts["replicate", "expert_shard"] if self.degrees.replicate > 1 else self._experts["expert_shard"]
+        return grid["replicate", "expert_shard"] if self.degrees.replicate > 1 else grid["expert_shard"]
 
     @property
     def experts(self) -> DeviceMesh | None:
@@ -64,10 +70,10 @@ class Mesh:
 
         None when every rank has all of all experts.
         """
-        if self._experts is None:
-            return None if self.tensor is None else self.weights["tensor"]
+        if self._spread is None:
+            return self.tensor
         axes = tuple(axis for axis in ("expert", "expert_tensor") if getattr(self.degrees, axis) > 1)
-        return self._experts[axes] if axes else None
+        return self._spread[axes] if axes else None
 
     @property
     def pipeline(self) -> DeviceMesh:
@@ -96,5 +102,6 @@ class Mesh:
 
     def groups(self) -> list[dist.ProcessGroup]:
         """This rank's process group of every axis."""
-        meshes = [self.whole, *(mesh for mesh in (self.weights, self._experts) if mesh not in (None, self.whole))]
-        return [group for mesh in meshes if mesh is not None for group in mesh.get_all_groups()]
+        meshes = [self.whole] if self.weights is self.whole else [self.whole, self.weights]
+        meshes += [] if self._spread is None else [self._spread]
+        return [group for mesh in meshes for group in mesh.get_all_groups()]

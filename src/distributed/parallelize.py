@@ -4,6 +4,7 @@ were.
 
 from src.distributed.compiling import Compile
 from src.distributed.context import split_context
+from src.distributed.expert import split_experts
 from src.distributed.mesh import Mesh
 from src.distributed.precision import Precision
 from src.distributed.recompute import Recompute
@@ -13,10 +14,13 @@ from src.models.decoder import Decoder
 
 
 def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Recompute, compile: Compile) -> None:
-    """In place, on the meta device: cut matrices and sequences, choose what to recompute, compile, cut parameters."""
+    """In place, on the meta device: cut matrices, experts, sequences, choose recomputation, compile, cut parameters."""
     if (float8 := precision.float8) is not None:
         float8.convert(model, mesh.degrees.tensor, mesh.whole.device_type)
     split_tensor(model, mesh.tensor, float8=float8 is not None and float8.exchanged)
+    if model.config.routed:
+        mesh.spread_experts()  # by all ranks, also where a stage of a pipeline has no expert
+        split_experts(model, mesh)
     split_context(model, mesh.context, mesh.degrees)
     recompute.apply(model)
     compile.apply(
@@ -24,5 +28,6 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         budget=recompute.budget,
         round_each_step=float8 is not None and float8.recipe != "tensorwise",
         pipeline_products=mesh.degrees.async_tensor,
+        experts_apart=mesh.degrees.expert > 1,
     )
-    shard(model, mesh.fsdp, mesh.degrees, precision)
+    shard(model, mesh, precision)

@@ -7,9 +7,26 @@ that `build` makes.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Protocol
 
 # Rows of logits that exist at a time: src/models/cross_entropy.py works through the head in such chunks.
 HEAD_CHUNK_ROWS = 4096
+
+
+class Grid(Protocol):
+    """Over how many ranks a weight is cut; `src.distributed.degrees.Degrees` is one."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def fsdp(self) -> int: ...
+    @property
+    def expert(self) -> int: ...
+    @property
+    def expert_tensor(self) -> int: ...
+    @property
+    def expert_shard(self) -> int: ...
+    def cuts_inside(self, n_experts: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -23,21 +40,27 @@ class Weight:
     embedding: bool = False  # looked up, not multiplied: no flops
     multiplications: int = 1  # uses as a matrix in one forward; 0 for a lookup alone
     active: float = 1.0  # share of it that one token meets (routed experts: k / n_experts)
+    experts: bool = False  # dimension 0 counts routed experts, which have axes of their own
 
     @property
     def elements(self) -> int:
         return prod(self.shape)
 
-    def local_rows(self, tensor: int) -> int:
-        """Length of dimension 0, which FSDP cuts, on one tensor rank."""
-        return ceil(self.shape[0] / tensor) if self.tensor_dim == 0 else self.shape[0]
-
-    def local_elements(self, tensor: int, fsdp: int) -> int:
-        """Elements on the fullest rank: tensor parallelism cuts first, FSDP then cuts dimension 0, rounding up."""
+    def gathered_shape(self, grid: Grid) -> tuple[int, ...]:
+        """What the fullest rank computes with: tensor and expert parallelism cut, FSDP does not."""
         shape = list(self.shape)
+        if self.experts:
+            shape[0] = ceil(shape[0] / grid.expert)
         if self.tensor_dim is not None:
+            tensor = grid.expert_tensor if self.experts else grid.tensor
             shape[self.tensor_dim] = ceil(shape[self.tensor_dim] / tensor)
-        shape[0] = ceil(shape[0] / fsdp)
+        return tuple(shape)
+
+    def local_elements(self, grid: Grid) -> int:
+        """Elements at rest on the fullest rank: FSDP cuts last, and rounds up."""
+        shape = list(self.gathered_shape(grid))
+        inside = self.experts and grid.cuts_inside(self.shape[0])
+        shape[inside] = ceil(shape[inside] / (grid.expert_shard if self.experts else grid.fsdp))
         return prod(shape)
 
 

@@ -6,22 +6,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from pydantic import PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
-from src.models.accounting import Counts, Saved, Slice, Weight, count
+from src.models.accounting import Counts, Grid, Saved, Slice, Weight, count
 
 if TYPE_CHECKING:
     from src.models.decoder import Decoder
     from src.models.moe_config import MixtureOfExperts
 
 
-class Layout(Protocol):
-    """The degrees that cut a model itself; `src.distributed.degrees.Degrees` is one."""
+class Layout(Grid, Protocol):
+    """All degrees that a model may refuse; `src.distributed.degrees.Degrees` is one."""
 
     @property
     def context(self) -> int: ...
-    @property
-    def tensor(self) -> int: ...
-    @property
-    def expert(self) -> int: ...
     @property
     def pipeline(self) -> int: ...
 

@@ -51,6 +51,10 @@ class Decoder(nn.Module):
             return None
         return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, self.rotary.device)
 
+    def counters(self) -> list[Tensor]:
+        """What this rank counted since the last `after_step`, which adds it up over ranks and counts anew."""
+        return []
+
     def after_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         """Collective, once per optimizer step: what a model changes by itself, such as biases that balance experts.
 
@@ -66,6 +70,13 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         mask: "BlockMask | None" = None,
     ) -> Tensor: ...
+
+    def graphs(self, *, experts_apart: bool) -> list[tuple[nn.Module, str]]:
+        """What a compiler may make one graph of: a module and the name of its method.
+
+        `experts_apart`: routed experts cannot be traced together with what surrounds them.
+        """
+        return [(block, "forward") for block in self.blocks()]
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of this part, first to last."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationInfo, field_validator
 
 from src.config.base import Config
+from src.models.accounting import Grid
 from src.models.base import divisors
 
 # The grouped matrix product reads 16 bytes at a time: 8 numbers of bf16.
@@ -65,6 +66,29 @@ class MixtureOfExperts(Config):
         if group_score == "top2sum" and n_experts and groups and groups > 1 and n_experts // groups < 2:
             raise ValueError(f"top2sum needs two experts in each of groups={groups}; group_score=max does with one")
         return group_score
+
+    def problems(self, grid: Grid, dim: int) -> list[str]:
+        """Why experts between vectors of `dim` features cannot lie on these ranks."""
+        found = []
+        if self.n_experts % grid.expert:
+            legal = divisors(self.n_experts, grid.expert)
+            found.append(
+                f"parallel.expert={grid.expert} does not divide model.moe.n_experts={self.n_experts} ({legal})"
+            )
+        width, remainder = divmod(self.hidden_dim, grid.expert_tensor)
+        if remainder or width % WIDTH_MULTIPLE:
+            legal = divisors(self.hidden_dim // WIDTH_MULTIPLE, grid.expert_tensor)
+            found.append(
+                f"parallel.expert_tensor={grid.expert_tensor} cuts model.moe.hidden_dim={self.hidden_dim} into parts "
+                f"that are no multiples of {WIDTH_MULTIPLE} ({legal})"
+            )
+        if not found and grid.cuts_inside(self.n_experts) and (width % grid.expert_shard or dim % grid.expert_shard):
+            found.append(
+                f"FSDP cannot deal {self.n_experts // grid.expert} experts out to the {grid.expert_shard} ranks that "
+                f"share them, nor cut {width} x {dim} features by as many; pass parallel.expert as "
+                f"{divisors(self.n_experts, grid.expert)}, or more ranks as parallel.replicate"
+            )
+        return found
 
     @property
     def shared_dim(self) -> int:

@@ -5,6 +5,7 @@ Every coefficient that is a judgement and not arithmetic is a named constant her
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 from src.distributed.degrees import Degrees
@@ -79,9 +80,8 @@ class Memory:
 def estimate(load: Load) -> Memory:
     """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
     degrees = load.degrees
-    tensor, fsdp = degrees.tensor, degrees.fsdp
     parts = [
-        (module_of(weight.name), weight.unit, weight.local_elements(tensor, fsdp), weight.local_elements(tensor, 1))
+        (module_of(weight.name), weight.unit, weight.local_elements(degrees), prod(weight.gathered_shape(degrees)))
         for weight in load.model.weights()
     ]
     ranks = shares(degrees, load.model.n_layers, load.micro_batches)

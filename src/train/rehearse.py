@@ -121,7 +121,7 @@ def planned(run: Run, stage_rank: int) -> Bytes:
     mine = owned(stage_rank, degrees.pipeline, len(stages), degrees.pipeline_schedule) if len(stages) > 1 else (0,)
     modules = {module for stage in mine for module in stages[stage]}
     weights = (weight for weight in run.model.weights() if module_of(weight.name) in modules)
-    elements = sum(weight.local_elements(degrees.tensor, degrees.fsdp) for weight in weights)
+    elements = sum(weight.local_elements(degrees) for weight in weights)
     stored = elements * BYTES[run.precision.storage]
     return Bytes(parameters=stored, gradients=stored, optimizer=elements * MOMENTS * BYTES[run.optim.moments])
 

@@ -6,7 +6,7 @@ from src.distributed.degrees import Degrees
 from src.distributed.precision import BYTES, Precision
 from tests.train.runs import CONF, changed, section
 
-AXES = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline"}
+AXES = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert"}
 LAYOUTS = sorted(file.stem for file in (CONF / "parallel").glob("*.yaml"))
 
 
@@ -24,7 +24,8 @@ def named(preset: str) -> dict[str, int]:
 @pytest.mark.parametrize("preset", LAYOUTS)
 def test_the_name_of_a_layout_says_the_truth(preset: str) -> None:
     degrees: Degrees = section("parallel", preset)
-    assert {axis: degree for axis, degree in degrees.axes.items() if degree > 1} == named(preset)
+    told = degrees.axes | {"expert": degrees.expert}
+    assert {axis: degree for axis, degree in told.items() if degree > 1} == named(preset)
 
 
 def test_derived_sizes() -> None:

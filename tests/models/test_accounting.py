@@ -10,6 +10,7 @@ from src.models.accounting import HEAD_CHUNK_ROWS, Slice
 from src.models.base import divisors
 from src.models.cross_entropy import CHUNK_ROWS
 from src.models.llama3.config import Llama3Config
+from tests.distributed.layouts import degrees
 from tests.models.shapes import tiny_llama
 from tests.train.runs import section
 
@@ -130,8 +131,8 @@ def test_chunks_of_the_head_are_those_of_the_model() -> None:
 def test_a_share_is_rounded_up() -> None:
     rows = next(weight for weight in tiny_llama().weights() if weight.name == "layers.0.attention.wk.weight")
     assert rows.shape == (32, 64)
-    assert rows.local_elements(tensor=1, fsdp=5) == 7 * 64
-    assert rows.local_elements(tensor=2, fsdp=3) == 6 * 64
+    assert rows.local_elements(degrees("fsdp5")) == 7 * 64
+    assert rows.local_elements(degrees("tp2_fsdp3")) == 6 * 64
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,10 @@ def test_a_plan_needs_no_torch() -> None:
 LAYERS = [f"layers.{layer}" for layer in range(6)]
 
 REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
-    "expert is not built": (
-        make_run(parallel=layout(expert=2)),
+    "experts of a dense model": (
+        make_run(parallel=layout(shard=2, expert=2)),
         {},
-        "parallel.expert=2 is not built yet; pass parallel.expert=1",
+        "parallel.expert=2: llama3 has no routed experts; pass parallel.expert=1",
     ),
     "fewer micro-batches than stages": (
         make_run({"global_batch": 8, "micro_batch": 8}, parallel="pp2"),

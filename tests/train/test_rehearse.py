@@ -16,7 +16,7 @@ from src.train.run import Run
 from src.train.setup import cut
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
-from tests.train.runs import make_run, section
+from tests.train.runs import changed, make_run, section
 
 
 def run_of(layout: str) -> Run:
@@ -57,7 +57,7 @@ def test_a_rank_of_405b_fits_this_machine() -> None:
 def test_a_wrong_formula_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Weight.local_elements
     built = planned(run_of("fsdp2"), 0)
-    monkeypatch.setattr(Weight, "local_elements", lambda self, tensor, fsdp: right(self, tensor, 2 * fsdp))
+    monkeypatch.setattr(Weight, "local_elements", lambda each, grid: right(each, changed(grid, shard=2 * grid.shard)))
     wrong = planned(run_of("fsdp2"), 0)
     problems = Rehearsal(0, (0,), 4, built, wrong, seconds=1.0).problems
     assert [line.split(" bytes of ")[1].split(",")[0] for line in problems] == ["parameters", "gradients", "optimizer"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from src.models.deepseek_v3.model import DeepseekV3
 
 # Axes whose room is not built for this family; the commit that builds one deletes its name.
-UNBUILT = ("tensor", "expert")
+UNBUILT = ("tensor",)
 
 
 class Yarn(Config):
@@ -157,9 +157,9 @@ class DeepseekV3Config(ModelConfig):
         shared = self._swiglu(unit, "moe.shared_experts", moe.shared_dim) if moe.n_shared else ()
         return (
             Weight(f"{unit}.moe.router.gate.weight", (moe.n_experts, self.dim), unit),
-            Weight(f"{unit}.moe.experts.w1", up, unit, tensor_dim=1, active=share),
-            Weight(f"{unit}.moe.experts.w2", down, unit, tensor_dim=2, active=share),
-            Weight(f"{unit}.moe.experts.w3", up, unit, tensor_dim=1, active=share),
+            Weight(f"{unit}.moe.experts.w1", up, unit, tensor_dim=1, active=share, experts=True),
+            Weight(f"{unit}.moe.experts.w2", down, unit, tensor_dim=2, active=share, experts=True),
+            Weight(f"{unit}.moe.experts.w3", up, unit, tensor_dim=1, active=share, experts=True),
             *shared,
         )
 
@@ -181,8 +181,9 @@ class DeepseekV3Config(ModelConfig):
         ]
 
     def problems(self, layout: Layout) -> list[str]:
-        return [
+        unbuilt = [
             f"parallel.{axis}={degree} is not built for model.family={self.family} yet; pass parallel.{axis}=1"
             for axis in UNBUILT
             if (degree := getattr(layout, axis)) > 1
         ]
+        return [*unbuilt, *self.moe.problems(layout, self.dim)]

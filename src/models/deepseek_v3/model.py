@@ -77,11 +77,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
         """The hidden state, and how many tokens each expert got."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask)
+        x, normed = self.attend(x, rotary, mask)
         if self.dense:
-            return x + self.feed_forward(self.ffn_norm(x)), None
-        routed, counts = self.moe(self.ffn_norm(x))
+            return x + self.feed_forward(normed), None
+        routed, counts = self.moe(normed)
         return x + routed, counts
+
+    def attend(self, x: Tensor, rotary: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
+        """The stream behind the attention, and its norm: all that comes before the tokens part."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask)
+        return x, self.ffn_norm(x)
 
 
 class DeepseekV3(Decoder):
@@ -143,6 +148,21 @@ class DeepseekV3(Decoder):
             else:
                 plan[name] = Normal(0.02)
         return plan
+
+    def graphs(self, *, experts_apart: bool) -> list[tuple[nn.Module, str]]:
+        found: list[tuple[nn.Module, str]] = []
+        for block in self.layers.values():
+            assert isinstance(block, Block)
+            if block.dense or not experts_apart:
+                found.append((block, "forward"))
+                continue
+            moe = block.moe
+            found += [(block, "attend"), (moe.router, "forward"), (moe.experts, "forward")]
+            found += [(moe.shared_experts, "forward")] if moe.shared_experts is not None else []
+        return found
+
+    def counters(self) -> list[Tensor]:
+        return [moe.tokens_per_expert for moe in self.mixtures()]
 
     def after_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         balance(self.mixtures(), summed, applied)

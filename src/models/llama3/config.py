@@ -161,6 +161,9 @@ class Llama3Config(ModelConfig):
             if value % layout.tensor:
                 legal = divisors(value, layout.tensor)
                 found.append(f"parallel.tensor={layout.tensor} does not divide model.{key}={value} ({legal})")
+        for axis in ("expert", "expert_tensor"):
+            if (degree := getattr(layout, axis)) > 1:
+                found.append(f"parallel.{axis}={degree}: {self.family} has no routed experts; pass parallel.{axis}=1")
         if self.tied_embeddings and layout.pipeline > 1:
             found.append(
                 f"parallel.pipeline={layout.pipeline} would part model.tied_embeddings=true over two stages; "

@@ -1,0 +1,107 @@
+"""Expert parallelism (arXiv 2006.16668): routed experts are spread over ranks, and tokens travel to them and back.
+
+How many rows go where is known to the device only, and a transfer wants to know it on the host: one reading a layer.
+While the host waits for it the device sorts rows; while rows travel it computes the shared experts.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from src.distributed.mesh import Mesh
+from src.distributed.travel import Flight, Journey, Sizes, transposed
+from src.models.experts import Experts
+from src.models.moe import MoE, combine, dispatch, sorting
+from src.models.router import Routing
+
+
+def split_experts(model: nn.Module, mesh: Mesh) -> None:
+    """In place, on the meta device: cut the parameters of every mixture's experts, and let its tokens travel."""
+    cut, moes = mesh.experts, [module for module in model.modules() if isinstance(module, MoE)]
+    for moe in moes if cut is not None else []:
+        assert cut is not None
+        _cut(moe.experts, cut)
+        if mesh.degrees.expert > 1:
+            moe.register_module("exchange", Exchange(cut["expert"], moe.exchange.score_before_experts))
+
+
+def _cut(experts: Experts, mesh: DeviceMesh) -> None:
+    """Whole experts over the axis `expert`; the hidden features of each over the other axis."""
+    assert mesh.mesh_dim_names is not None
+    for name, hidden in (("w1", 1), ("w2", 2), ("w3", 1)):
+        placements = [Shard(0 if axis == "expert" else hidden) for axis in mesh.mesh_dim_names]
+        weight = distribute_tensor(getattr(experts, name).detach(), mesh, placements, src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(weight))
+    experts.matrices = partial(_local, experts)  # type: ignore[method-assign]
+
+
+def _local(experts: Experts) -> tuple[Tensor, Tensor, Tensor]:
+    def mine(weight: Tensor) -> Tensor:
+        assert isinstance(weight, DTensor)
+        return weight.to_local()
+
+    return mine(experts.w1), mine(experts.w2), mine(experts.w3)
+
+
+class Exchange(nn.Module):
+    """In the place of `LocalExchange`: each rank of a group holds n_experts / ranks neighbouring experts."""
+
+    def __init__(self, mesh: DeviceMesh, score_before_experts: bool) -> None:
+        super().__init__()
+        self.ranks, self.group = mesh.size(), mesh.get_group().group_name
+        self.score_before_experts = score_before_experts
+
+    def forward(self, x: Tensor, routing: Routing, experts: Experts, shared: nn.Module | None = None) -> Tensor:
+        """Collective. As `LocalExchange`."""
+        going = routing.counts.view(self.ranks, -1)  # (rank, its expert): rows of mine
+        coming = transposed(going, self.group)  # (rank, my expert): rows of that rank
+        sizes = Sizes(going, coming)
+        order, places = sorting(routing.experts, routing.counts.numel())
+        rows, weights = dispatch(x, order, places), routing.weights.flatten()[order]
+        scales: Tensor | None = weights
+        if self.score_before_experts:
+            rows, scales = (rows * weights.unsqueeze(-1)).to(x.dtype), None
+        out = Journey(self.group, *sizes.read())
+        flight, second = Flight(rows, out), None if scales is None else Flight(scales, out)
+        beside = None if shared is None else shared(x)
+        index, inverse = grouping(coming, sum(out.receives))
+        rows = permute(flight.land(), index, inverse)
+        scales = None if second is None else permute(second.land(), index, inverse)
+        torch._dynamo.maybe_mark_dynamic(rows, 0)  # every number of rows is one graph's, in the recomputation too
+        rows = permute(experts(rows, coming.sum(0), scales), inverse, index)
+        result = combine(Flight(rows, out.reversed()).land(), order, places)
+        return result if beside is None else result + beside
+
+
+def grouping(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Of `rows` rows ordered by rank, then expert, with their counts (ranks, experts): where each place of the order by
+    expert, then rank, finds its row, and the inverse.
+    """
+    ends, lengths = counts.flatten().cumsum(0).view_as(counts).T.flatten(), counts.T.flatten()
+    shifts = ends - lengths.cumsum(0)  # from a run's place by expert to its place by rank
+    places = torch.arange(rows, device=counts.device)
+    index = places + shifts.repeat_interleave(lengths, output_size=rows)  # told its length, the host need not wait
+    return index, torch.empty_like(index).scatter(0, index, places)
+
+
+def permute(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """rows[index], whose gradient gathers as well: no atomic addition."""
+    apply: Callable[..., Tensor] = _Permute.apply
+    return apply(rows, index, inverse)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
