@@ -46,16 +46,18 @@ class ExpertLoad:
     asked: int  # rows that each layer's router was to place: tokens * top_k
     forced: bool  # experts took turns; these figures are of no real training
 
-    def values(self) -> dict[str, float]:
-        """`experts/dead` of the model and `experts/layer_07/dead` of each layer.
+    def values(self, *, layers: bool = True) -> dict[str, float]:
+        """`experts/dead` of the model and, if `layers` are wanted, `experts/layer_07/dead` of each.
 
         load_max_over_mean: rows of the busiest expert over the mean. dead: experts without a row. entropy: of the
         shares of rows, over that of equal ones: 1 is even, 0 is one expert for all.
         """
-        layers = {number: layer.values(self.asked) for number, layer in sorted(self.layers.items())}
-        worst = {key: float(of([values[key] for values in layers.values()])) for key, of in WORST.items()}
-        named = {f"layer_{number:02}/{key}": one for number, values in layers.items() for key, one in values.items()}
-        return {f"experts/{key}": one for key, one in (worst | {"forced_balance": float(self.forced)} | named).items()}
+        each = {number: layer.values(self.asked) for number, layer in sorted(self.layers.items())}
+        found = {key: float(of([values[key] for values in each.values()])) for key, of in WORST.items()}
+        found["forced_balance"] = float(self.forced)
+        if layers:
+            found |= {f"layer_{number:02}/{key}": one for number, values in each.items() for key, one in values.items()}
+        return {f"experts/{key}": one for key, one in found.items()}
 
     def draw(self, folder: Path, step: int) -> Path:
         """A heat map: layers down, experts across, each cell an expert's rows over the mean of its layer."""
