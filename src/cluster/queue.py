@@ -56,6 +56,19 @@ def live(job: str) -> bool:
     return state is not None and state not in ENDED
 
 
+def seconds_left(job: str) -> float | None:
+    """Until the job's time limit; None without one, or when nobody can say."""
+    try:
+        text = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip()
+    except SilentError:
+        return None
+    if not re.fullmatch(r"-?(\d+-)?(\d+:)?\d+:\d+", text):
+        return None  # UNLIMITED, NOT_SET, INVALID
+    days, _, clock = text.lstrip("-").rpartition("-")
+    hours, minutes, seconds = [0, *map(int, clock.split(":"))][-3:]
+    return float(int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds) * (-1 if text[0] == "-" else 1)
+
+
 # What squeue --states=all may still show of a job that will not run again.
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster import failures, queue
+from src.cluster.deadline import Deadline
 from src.cluster.folder import RunFolder
 from src.cluster.job import Job, end_with
 from src.config import tree as trees
@@ -70,7 +71,9 @@ class QueuedJob:
         with _rejoin(self.folder, self.code) as folder:
             attempt = folder.begin(self.world)
             print(f"attempt {attempt.number} of {self.folder} as job {attempt.job}", flush=True)
-            return self._run(facts, nodes)
+            site = tree["cluster"]
+            with Deadline(self.folder, site["requeues"], site["grace_seconds"]):
+                return self._run(facts, nodes)
 
     def _run(self, facts: Facts, nodes: list[str]) -> bool:
         from src.distributed.preflight import preflight, table

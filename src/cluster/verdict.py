@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from src.checkpoint.folder import complete
 from src.cluster import failures, hang, queue
 from src.cluster.folder import attempts, end
 
@@ -23,9 +24,9 @@ FILE = "verdicts.jsonl"
 # A failure that comes back at the same checkpoint is no accident, whatever it looks like.
 FAILURES_WITHOUT_PROGRESS = 3
 
-Kind = Literal["memory", "user", "code", "node", "peer", "died", "hang", "saved"]
+Kind = Literal["memory", "user", "code", "node", "peer", "died", "hang", "saved", "late"]
 
-_ADVICE: dict[Kind, str] = {
+ADVICE: dict[Kind, str] = {
     "memory": "a smaller task.micro_batch, recompute=full or more parallel.shard takes less memory; not started again",
     "user": "starting again would end the same way; change what it says, and submit again to go on",
     "code": "an error of the code: starting again would end the same way; submit again once it is mended, to go on",
@@ -34,6 +35,7 @@ _ADVICE: dict[Kind, str] = {
     "died": "a process died without a word",
     "hang": "a collective never came to its end",
     "saved": "saved, and only the requeue failed",
+    "late": "the save did not end before the time limit; pass a larger cluster.grace_seconds",
 }
 _HOST_MEMORY = re.compile(r"oom-kill|Out Of Memory|OUT_OF_MEMORY")
 # srun: error: n2: task 5: Killed     srun: error: n2: tasks 4-7: Bus error
@@ -66,33 +68,33 @@ def judge(evidence: Evidence) -> Verdict:
     """What failed first decides: a rank that lost a peer only says that another one was in trouble."""
     for failure in evidence.failures:
         if failure.kind in ("memory", "user", "code"):
-            words = f"rank {failure.rank} (node {failure.node}): {failure.error}\n{_ADVICE[failure.kind]}"
+            words = f"rank {failure.rank} (node {failure.node}): {failure.error}\n{ADVICE[failure.kind]}"
             return Verdict(failure.kind, "stop", None, words)
     if _HOST_MEMORY.search(evidence.log):
         return Verdict(
             "memory", "stop", None, "the node ran out of host memory; pass a larger cluster.memory_gib_per_gpu"
         )
     if evidence.saved and not evidence.failures:
-        return Verdict("saved", "requeue", None, _ADVICE["saved"])
+        return Verdict("saved", "requeue", None, ADVICE["saved"])
     for failure in evidence.failures:
         if failure.kind == "node":
-            return Verdict("node", "requeue", failure.bad_node, f"{_ADVICE['node']}: {failure.error}")
+            return Verdict("node", "requeue", failure.bad_node, f"{ADVICE['node']}: {failure.error}")
     if evidence.hang is not None and not evidence.hang.silent:
         return _hung(evidence.hang, evidence.nodes)
     if (down := _NODE_FAILURE.search(evidence.log)) is not None:
-        return Verdict("node", "requeue", down[1].rstrip(".,"), f"{_ADVICE['node']}: {down[0]}")
+        return Verdict("node", "requeue", down[1].rstrip(".,"), f"{ADVICE['node']}: {down[0]}")
     if (died := _DIED.search(evidence.log)) is not None:
-        return Verdict("died", "requeue", died[1], f"{_ADVICE['died']}: {died[0]}")
+        return Verdict("died", "requeue", died[1], f"{ADVICE['died']}: {died[0]}")
     if evidence.hang is not None:
         return _hung(evidence.hang, evidence.nodes)
     quiet = _silent_node(evidence)
     first = evidence.failures[0].error if evidence.failures else "no rank left a word"
     silent = "" if quiet is None else f"; nothing was heard of node {quiet}"
-    return Verdict("peer", "requeue", quiet, f"{_ADVICE['peer']}: {first}{silent}")
+    return Verdict("peer", "requeue", quiet, f"{ADVICE['peer']}: {first}{silent}")
 
 
 def _hung(found: hang.Hang, nodes: Sequence[str]) -> Verdict:
-    return Verdict("hang", "requeue", nodes[found.rank], f"{_ADVICE['hang']}: {found.words}")
+    return Verdict("hang", "requeue", nodes[found.rank], f"{ADVICE['hang']}: {found.words}")
 
 
 def _silent_node(evidence: Evidence) -> str | None:
@@ -115,6 +117,24 @@ def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], checkpoint: s
     else:
         return verdict
     return replace(verdict, action="stop", words=f"{verdict.words}\nnot started again: {why}")
+
+
+def settle(folder: Path, job: str, verdict: Verdict, requeues: int) -> Verdict:
+    """Capped, and kept in verdicts.jsonl."""
+    checkpoint = newest(folder)
+    file = folder / FILE
+    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    verdict = capped(verdict, [each for each in earlier if each["job"] == job], checkpoint, requeues)
+    record = {"job": job, "time": round(time.time(), 3), "checkpoint": checkpoint} | asdict(verdict)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    return verdict
+
+
+def newest(folder: Path) -> str | None:
+    """The name of the newest complete checkpoint."""
+    found = complete(folder / "checkpoints")
+    return found[-1].name if found else None
 
 
 def gather(folder: Path) -> Evidence:
@@ -158,15 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0  # cancelled, at its time limit, or requeued already: SLURM's own affair
     except queue.SilentError as error:
         print(f"squeue does not answer ({error}); judged without it", file=sys.stderr)
-    newest = max((each.name for each in (given.folder / "checkpoints").glob("step_*[0-9]")), default=None)
-    file = given.folder / FILE
-    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    verdict = capped(
-        judge(gather(given.folder)), [each for each in earlier if each["job"] == job], newest, given.requeues
-    )
-    record = {"job": job, "time": round(time.time(), 3), "checkpoint": newest} | asdict(verdict)
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
+    verdict = settle(given.folder, job, judge(gather(given.folder)), given.requeues)
     if verdict.kind != "saved" and attempts(given.folder):
         end(given.folder, "failed", verdict.words.partition("\n")[0], overrule=True)
     leaving = f", without node {verdict.node}" if verdict.node and verdict.action == "requeue" else ""

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from src.cluster import queue
 from src.cluster.queue import NodeFacts, minutes
 from src.cluster.resources import Resources, problems
 from src.cluster.slurm import Slurm, slow_saves
@@ -102,6 +103,15 @@ def test_several_kinds_of_nodes() -> None:
 )
 def test_times(text: str, expected: int | None) -> None:
     assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0:31", 31), ("9:59:00", 35940), ("1-00:00:01", 86401), ("-0:05", -5), ("UNLIMITED", None), ("", None)],
+)
+def test_time_left(text: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "_ask", lambda *_: f"{text}\n")
+    assert queue.seconds_left("7") == expected
 
 
 def test_a_grace_that_hardly_holds_a_save_is_told(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ STEPS = 20
 # Python runs this at the start of every rank. A rank that comes to the step that the file $BRAKE names waits there
 # until the file is gone or a signal has come, so that a test may take its time, however slow the machine.
 # $FAULT says what goes wrong: "late n2" (ranks never come), "deaf" (no scontrol), "code 1 7", "kill 1 7" (rank, step),
-# "hang n2 7" (node, step: a rank that forgets the others, who wait 10 s for it).
+# "hang n2 7" (node, step: a rank that forgets the others, who wait 10 s for it), "slow" (the save after a signal).
 BRAKE = """
 import os, signal, subprocess, sys, time
 from importlib.abc import MetaPathFinder
@@ -70,6 +70,12 @@ def brake(Loop):
             time.sleep(0.05)
         return original(self, batches)
     Loop._step = held
+    save = Loop._save
+    def slow(self, *, last):
+        if FAULT == ["slow"] and self.stop.seen:
+            time.sleep(600)
+        save(self, last=last)
+    Loop._save = slow
 
 def forget_the_others():
     time.sleep(600)

@@ -41,10 +41,10 @@ def assert_whole(run: Held, straight: dict[int, float]) -> None:
     assert {attempt.job for attempt in attempts(run.folder)} == {run.job}, "one job for ever"
 
 
-def held(site: Site, name: str, *argv: str) -> Held:
+def held(site: Site, name: str, *argv: str, fault: str = "") -> Held:
     """A run that waits after step 7, with a checkpoint of step 5."""
     site.brake(name).write_text("7")
-    run = site.submit(name, "checkpoint.every=5", *argv)
+    run = site.submit(name, "checkpoint.every=5", *argv, fault=fault)
     run.until_held()
     return run
 
@@ -58,6 +58,32 @@ def test_a_time_limit(site: Site, straight: dict[int, float]) -> None:
     assert attempts(run.folder)[0].ended == "stopped"
     assert first_steps(run) == [1, 9], "the step in which the signal was agreed on is saved"
     assert "this job is" in run.log.read_text(), "submitit's handler had the last word"
+
+
+def test_a_save_that_does_not_fit_before_the_time_limit(site: Site) -> None:
+    """It is given up in time, and the run goes on from its last checkpoint; but not when nothing new was saved."""
+    run = held(site, "slow", "cluster.grace_seconds=3000", fault="slow")
+    limit(run)
+    run.hold(9)
+    until(run.verdicts, run.story)
+    site.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
+    run.until_restarted(2)
+    run.until_held()
+    limit(run)
+    until(lambda: len(run.verdicts()) == 2, run.story)
+    given_up, last = run.verdicts()
+    assert (given_up["kind"], given_up["action"], given_up["checkpoint"]) == ("late", "requeue", "step_00000005")
+    assert (last["action"], last["checkpoint"]) == ("stop", "step_00000005")
+    assert "pass a larger cluster.grace_seconds. This attempt has saved nothing" in run.log.read_text()
+    site.cluster.run("scancel", run.job)
+    assert first_steps(run) == [1, 6]
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["killed", "killed"]
+
+
+def limit(run: Held) -> None:
+    """A time limit 40 to 100 s from now, which is within the grace; SLURM counts in minutes."""
+    hours, minutes, seconds = map(int, run.fact("RunTime").split(":"))
+    run.cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 1 + (seconds > 20)}")
 
 
 def test_preemption_and_two_requeues(site: Site, straight: dict[int, float]) -> None:
