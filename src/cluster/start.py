@@ -58,10 +58,12 @@ def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
 
 
 def unfit(run: "Run") -> list[str]:
-    """What is wrong with the tokenizer, before it has read a text."""
+    """What is wrong with the tokenizer, before it has read a text, and with the task's own inputs."""
     from src.data.tokenizer import vocabulary_problems
+    from src.train.run import Checks
 
-    return vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+    found = vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+    return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
 
 
 def examine(tree: Tree, run: "Run") -> None:

@@ -20,6 +20,8 @@ from src.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
 SWEEP_FLAGS = ("-m", "--multirun")
+# A prompt is any text but null, with the commas, quotes and brackets that mean something elsewhere.
+TEXTS = ("prompt", "task.prompt", "task.sample_prompt")
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, MarkedYAMLError)
 
 
@@ -36,7 +38,15 @@ def _settable(argument: str) -> str:
     match = _ASSIGNMENT.match(argument)
     if match is None or match["key"] in GROUPS or match["key"].startswith("hydra."):
         return argument
+    if match["key"] in TEXTS and (text := argument[match.end() :]) != "null":
+        return f"++{match[0]}{_literal(text)}"
     return f"++{argument}"
+
+
+def _literal(text: str) -> str:
+    """In Hydra's quotes, where backslashes before a quote and at the end count twice."""
+    doubled = re.sub(r"(\\+)(?='|\Z)", r"\1\1", text)
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def _refused(key: str, value: str | None = None) -> str | None:

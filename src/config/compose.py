@@ -135,8 +135,9 @@ class _Seen:
 
 def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:
     """`run=...` becomes task.run where the task has such a key; elsewhere it stays, to be refused as a stranger."""
+    theirs = set(cfg.task) if isinstance(cfg.get("task"), DictConfig) else set()  # with those that must be given yet
     for key in SHORT:
-        if key not in cfg or not isinstance(cfg.get("task"), DictConfig) or key not in cfg.task:
+        if key not in cfg or key not in theirs:
             continue
         if f"task.{key}" in typed:
             raise ConfigError(f"{key}={typed.get(key)}: task.{key} is given too; they are one key")

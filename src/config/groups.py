@@ -25,7 +25,20 @@ SECTIONS = (
 EXPERIMENT = "experiment"
 GROUPS = (*SECTIONS, EXPERIMENT)
 # Keys that a task which has them takes without its section: `run=...` is `task.run=...`.
-SHORT = ("run", "step", "to", "dtype", "fp8", "push", "prompt")
+SHORT = (
+    "run",
+    "step",
+    "to",
+    "dtype",
+    "fp8",
+    "push",
+    "prompt",
+    "prompts",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 
 
 def options(group: str, conf: Path = CONF) -> list[str]:

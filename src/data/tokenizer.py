@@ -139,6 +139,25 @@ class File(TokenizerConfig):
         return read_backend(self.path, self.bos, self.eos)
 
 
+class Kept(TokenizerConfig):
+    """The tokenizer of an earlier run, in the folder where that run's cache has it."""
+
+    path: PathField
+
+    def vocabulary(self) -> int:
+        return open_kept(self.path).vocab_size
+
+    def open(self, cache: Path, data: Data) -> Tokenizer:
+        theirs, ours = open_kept(self.path), cache / "tokenizers" / self.path.name
+        if not (ours / "marks.json").is_file():
+            ours.mkdir(parents=True, exist_ok=True)
+            for name in ("tokenizer.json", "marks.json"):
+                temporary = temporary_beside(ours / name)
+                temporary.write_bytes((theirs.folder / name).read_bytes())
+                temporary.replace(ours / name)
+        return open_kept(ours)
+
+
 class Bpe(TokenizerConfig):
     """Byte-level, so that every text can be written; held-out documents do not take part in training it."""
 

@@ -18,13 +18,14 @@ from src.config.tree import Tree, read
 from src.errors import CheckpointError
 from src.hugging_face.hub import fetch
 from src.hugging_face.load import model_section, noted
+from src.tasks.earlier import check_typed, sections
 
 if TYPE_CHECKING:
     from src.distributed.network import Network
     from src.train.run import Run
 
 # Sections that say what the weights are and what they were trained on.
-INHERITED = ("model", "tokenizer", "data", "precision", "seed")
+INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")
 AUTO = "src.models.auto.Auto"
 TOKENIZER = "src.data.tokenizer.File"
 
@@ -42,6 +43,7 @@ def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
     """The tree with what `run=` and model=auto stand for; what was typed wins. CheckpointError when that is nothing."""
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("run"), str):
+        check_typed(typed)
         foreign = task["run"].startswith(FOREIGN)
         tree = _of_elsewhere(tree, typed) if foreign else _of_run(tree, typed)
         if "name" not in typed:
@@ -57,9 +59,9 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     folder = Path(task["run"]).expanduser().absolute()
     checkpoint = find(folder, task.get("step"))
     _check_trust(folder, tree)
-    earlier = read(folder / "config.yaml")
-    sections = {key: _overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
-    return tree | sections | {"task": task | {"run": str(folder), "step": step_of(checkpoint)}}
+    earlier = sections(folder)
+    inherited = {key: _overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
+    return tree | inherited | {"task": task | {"run": str(folder), "step": step_of(checkpoint)}}
 
 
 def _of_elsewhere(tree: Tree, typed: Mapping[str, str]) -> Tree:

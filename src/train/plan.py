@@ -102,6 +102,9 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
 def load_of(run: Run) -> Load:
     """What the memory estimate depends on; legal or not."""
     sequences_per_pass = run.task.micro_batch * run.parallel.data_ranks
+    micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))
+    if _infers(run):  # a forward pass follows no schedule: as many as any schedule likes
+        micro_batches = stages.stage_count(run.parallel, run.model.n_layers)
     return Load(
         model=run.model,
         degrees=run.parallel,
@@ -112,7 +115,7 @@ def load_of(run: Run) -> Load:
         compiled_loss=run.compile.loss,
         seq_len=run.task.seq_len,
         micro_batch=run.task.micro_batch,
-        micro_batches=max(1, ceil(run.task.global_batch / sequences_per_pass)),
+        micro_batches=micro_batches,
         forward_only=_infers(run),
     )
 

@@ -74,6 +74,13 @@ class Infers(Protocol):
     def forward_only(self) -> bool: ...
 
 
+@runtime_checkable
+class Checks(Protocol):
+    """A task with inputs of its own, which it looks at on the launcher."""
+
+    def problems(self, run: "Run") -> list[str]: ...
+
+
 class Devices(Protocol):
     """What the ranks of one machine may use; None where nobody knows or there is no limit, such as ranks on a CPU."""
 

@@ -1,6 +1,7 @@
 """What reaches Hydra, and what its errors become."""
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from src.config.command_line import arguments, problem
@@ -19,10 +20,21 @@ from src.errors import ConfigError
         (["--cfg", "job"], ["--cfg", "job"]),
         (["seed=0,1", "-m", "optim.lr=1,2"], ["-m", "++seed=0,1", "++optim.lr=1,2"]),
         (["nonsense"], ["nonsense"]),
+        (["prompt=a, b", "task.sample_prompt="], ["++prompt='a, b'", "++task.sample_prompt=''"]),
+        (["prompt=null"], ["++prompt=null"]),
     ],
 )
 def test_assignments_may_name_any_key_so_that_build_can_judge_them(typed: list[str], passed: list[str]) -> None:
     assert arguments(typed) == passed
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Once, twice", 'it\'s "so"', "a\\b\\", "back\\'s", "x=1,2 [a] {b: c}", "two\nlines", "ünï", "3"]
+)
+def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
+    (passed,) = arguments([f"prompt={text}"])
+    read = OverridesParser.create().parse_override(passed)
+    assert (read.key_or_group, str(read.value()), read.is_sweep_override()) == ("prompt", text, False)
 
 
 @pytest.mark.parametrize(

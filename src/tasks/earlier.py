@@ -1,0 +1,39 @@
+"""What an earlier run's config means to a task that trains nothing."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from src.config.tree import Tree, read
+from src.errors import ConfigError
+
+KEPT = "src.data.tokenizer.Kept"
+IDLE = ("optim", "schedule", "recompute")
+
+
+def sections(folder: Path) -> Tree:
+    """Of a run folder: its very tokenizer, since one that was trained cannot be made again from other data, and its
+    precision without float8, which is for the products of training.
+    """
+    tree = read(folder / "config.yaml")
+    if (kept := _tokenizer(folder, tree)) is not None:
+        tree["tokenizer"] = {"_target_": KEPT, "path": str(kept)}
+    tree["precision"] = tree["precision"] | {"float8": None}
+    return tree
+
+
+def _tokenizer(folder: Path, tree: Tree) -> Path | None:
+    """Where the run's cache has the tokenizer; the folder may have moved together with its root. None: bytes."""
+    recipe = folder / "data.json"
+    name = json.loads(recipe.read_text())["tokenizer"] if recipe.is_file() else None
+    if name is None:
+        return None
+    places = [root / "cache" / "tokenizers" / name for root in (Path(tree["root"]).absolute(), folder.parent)]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def check_typed(typed: Mapping[str, str]) -> None:
+    """ConfigError for keys of sections that only training reads."""
+    idle = [f"{key}={text}" for key, text in typed.items() if key.partition(".")[0] in IDLE]
+    if idle:
+        raise ConfigError([f"{each}: says how to train, and this task trains nothing; leave it out" for each in idle])
