@@ -56,7 +56,8 @@ class Store:
     Failures of a save in the background are raised by the next call; the checkpoints before it stay as they are.
     """
 
-    def __init__(self, folder: Path, options: Checkpoint) -> None:
+    def __init__(self, folder: Path, options: Checkpoint, *, shared: bool = False) -> None:
+        """`shared`: others may be writing here now; what looks half-written is tidied up by the next `save`."""
         self.folder = folder
         self.options = options
         self.last: Saved | None = None  # the last save that was finished
@@ -65,7 +66,8 @@ class Store:
         self._failure: Exception | None = None
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
-        self._team.first(lambda: files.clean(folder))
+        if not shared:
+            self._team.first(lambda: files.clean(folder))
 
     def save(self, step: int, state: dict[str, Any], facts: dict[str, Any], *, wait: bool = False) -> None:
         """Write `state` as the checkpoint of `step`; when it returns, the state may change.

@@ -22,7 +22,7 @@ POLL_SECONDS = 0.1
 # A failed rank's companions fail in a moment or wait for it for ever; in this time they write down which.
 ABANDON_SECONDS = 5.0
 # A closed terminal asks for the same as a polite kill.
-_FORWARDED = {
+FORWARDED = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
@@ -87,9 +87,9 @@ class Crew:
     def run(self) -> Failure | None:
         """Returns when every rank has ended; None when all ended well."""
         store, port = host_store()
-        previous = {number: signal.getsignal(number) for number in (*_FORWARDED, signal.SIGQUIT)}
+        previous = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGQUIT)}
         context = self._start(port)
-        for number in _FORWARDED:
+        for number in FORWARDED:
             if previous[number] != signal.SIG_IGN:  # nohup, or a script's background job: meant not to hear it
                 signal.signal(number, self._on_signal)
         signal.signal(signal.SIGQUIT, previous[signal.SIGQUIT])
@@ -125,7 +125,7 @@ class Crew:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.signal is None:
-            self.signal, self.sent = name, _FORWARDED[signal.Signals(number)]
+            self.signal, self.sent = name, FORWARDED[signal.Signals(number)]
             self._deadline = time.monotonic() + self._grace_seconds
             tell(
                 f"\n{name}: the ranks save and stop (at most {self._grace_seconds:g} s); Ctrl-C again ends them at once"

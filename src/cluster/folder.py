@@ -41,6 +41,16 @@ OPERATIONAL: Mapping[str, str] = {
     "task.sample_temperature": "a sample is text for a person, made after the last step",
     "task.gc_every": "when Python tidies up",
     "task.deterministic": "the same mathematics, other kernels",
+    "fault_tolerance.groups": "the samples of a step do not depend on how many groups share them",
+    "fault_tolerance.min_groups": "who is waited for, not what is computed",
+    "fault_tolerance.process_group": "the same sums, over another network",
+    "fault_tolerance.lighthouse": "where groups meet",
+    "fault_tolerance.heartbeat_seconds": "when a group counts as gone",
+    "fault_tolerance.join_seconds": "how long groups wait for each other",
+    "fault_tolerance.sum_seconds": "when a sum over groups is given up",
+    "fault_tolerance.heal_seconds": "how long healing may take",
+    "fault_tolerance.restarts": "how often a group is started again",
+    "fault_tolerance.backoff_seconds": "when a group is started again",
     "data.processes": "how many processes tokenise, not what they write",
 }
 
@@ -119,6 +129,15 @@ class RunFolder:
         lock.take()
         git = json.loads((path / "git.json").read_text())
         return cls(path, lock, code, Git(**git, diff=""), ())
+
+    def group(self, number: int) -> Path:
+        """The folder of a replica group: its own lock, logs and attempts, and the run's everything else."""
+        path = self.path / "groups" / str(number)
+        path.mkdir(parents=True, exist_ok=True)
+        for shared in ("config.yaml", "git.json", "code"):
+            if not (path / shared).is_symlink():
+                (path / shared).symlink_to(Path("..", "..", shared))
+        return path
 
     def begin(self, world: int) -> Attempt:
         """Record the start of an attempt and make the folder of its logs."""

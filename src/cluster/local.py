@@ -20,6 +20,7 @@ from src.errors import PlanError
 
 if TYPE_CHECKING:
     from src.cluster.crew import Crew, Failure
+    from src.cluster.groups import Options
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,23 @@ class Local(Config):
             )
         job = Job(folder.path, folder.code)
         crew = Crew(job, folder.begin(world), self._environment(job, world, devices), self.grace_seconds)
-        return _conclude(crew, crew.run(), folder.path)
+        return conclude(crew, crew.run(), folder.path)
+
+    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> Outcome:
+        """The same for replica groups of `world` ranks each, on GPUs of its own; one that fails is started again."""
+        from src.cluster.groups import Groups
+
+        devices, total = self.devices(), world * options.groups
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(devices.count or 0)]
+        environment = self._environment(Job(folder.path, folder.code), total, devices)
+        environments = [dict(environment) for _ in range(options.groups)]
+        if devices.kind == "cuda":
+            if len(names) < total:
+                raise PlanError(f"{total} ranks need a GPU each, but {len(names)} are visible here")
+            for number, each in enumerate(environments):
+                each["CUDA_VISIBLE_DEVICES"] = ",".join(names[number * world : (number + 1) * world])
+        return Groups(folder, options, environments, world, self.grace_seconds).run()
 
     def _environment(self, job: Job, world: int, devices: Devices) -> dict[str, str]:
         """What every rank inherits on top of this process's environment."""
@@ -85,7 +102,7 @@ class Local(Config):
         return environment | {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 
 
-def _conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
+def conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
     """Record the end and say it: the failing rank's error first."""
     from src.cluster.crew import tell
 

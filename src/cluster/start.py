@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from src.cluster.folder import place
+from src.cluster.groups import Options
 from src.config.build import build
 from src.config.tree import Tree, identity
 from src.distributed.process import Facts, joined
@@ -29,6 +30,7 @@ class Cluster(Protocol):
     """What every class of the group cluster can do."""
 
     def submit(self, folder: "RunFolder", world: int) -> "Outcome": ...
+    def submit_groups(self, folder: "RunFolder", world: int, options: Options) -> "Outcome": ...
 
 
 def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
@@ -169,7 +171,11 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
         return _join(tree, run), 0
     folder, _ = prepare(tree, run)
     with folder:
-        outcome = cast(Cluster, run.cluster).submit(folder, run.parallel.world)
+        cluster, world = cast(Cluster, run.cluster), run.parallel.world
+        if isinstance(run.fault_tolerance, Options):
+            outcome = cluster.submit_groups(folder, world, run.fault_tolerance)
+        else:
+            outcome = cluster.submit(folder, world)
         return outcome.status, outcome.exit_code
 
 

@@ -18,6 +18,7 @@ SECTIONS = (
     "schedule",
     "checkpoint",
     "tracker",
+    "fault_tolerance",
     "cluster",
     "sweep",
 )

@@ -74,10 +74,11 @@ class Batches:
     def global_batch(self) -> int:
         return self._micro_batches * self._ranks * self._micro_batch
 
-    def step(self, position: int) -> list[Batch]:
-        """The micro-batches of the step that starts at global sample `position`."""
+    def step(self, position: int, share: range | None = None) -> list[Batch]:
+        """The micro-batches of the step that starts at global sample `position`; `share`: only those."""
         rows = np.arange(self._micro_batch)
-        firsts = [position + (m * self._ranks + self._rank) * self._micro_batch for m in range(self._micro_batches)]
+        numbers = range(self._micro_batches) if share is None else share
+        firsts = [position + (m * self._ranks + self._rank) * self._micro_batch for m in numbers]
         return [self._batch("train", first + rows) for first in firsts]
 
     def prefetch(self, position: int, steps: int) -> Iterator[list[Batch]]:

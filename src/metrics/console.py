@@ -14,6 +14,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("mfu_full_percent", "MFU {:.1f}%"),
     ("mfu_causal_percent", "({:.1f}% causal)"),
+    ("groups/participants", "{:.0f} groups"),
     ("grad_norm", "grad norm {:.3f}"),
     ("lr", "lr {:.2e}"),
     ("experts/load_max_over_mean", "busiest expert {:.1f}x"),
@@ -44,9 +45,10 @@ def format_left(steps: int, step_seconds: float) -> str:
 class Console:
     """Draws only when told something, so that it costs nothing between two records."""
 
-    def __init__(self, steps: int, terminal: Terminal | None = None) -> None:
-        self._steps = steps
-        self._terminal = terminal or Terminal(soft_wrap=True)
+    def __init__(self, steps: int, terminal: Terminal | None = None, *, title: str = "") -> None:
+        """`title`: of one among several consoles on one terminal, which then have whole lines only."""
+        self._steps, self._title = steps, title
+        self._terminal = terminal or Terminal(soft_wrap=True, force_terminal=False if title else None)
         self._progress: Progress | None = None
         if self._terminal.is_terminal:
             self._progress = Progress(
@@ -63,13 +65,13 @@ class Console:
         if "step_seconds" in values:
             text = f"{format_left(self._steps - step, values['step_seconds'])}  {text}"
         if self._progress is None:
-            self._terminal.print(f"step {step}/{self._steps}  {text}", markup=False, highlight=False)
+            self._terminal.print(f"{self._title}step {step}/{self._steps}  {text}", markup=False, highlight=False)
         else:
             self._progress.update(self._task, completed=step, description=text, refresh=True)
 
     def say(self, text: str) -> None:
         """A line that stays, above the live one."""
-        self._terminal.print(text, markup=False, highlight=False)
+        self._terminal.print(f"{self._title}{text}", markup=False, highlight=False)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -1,6 +1,7 @@
 """What each rank of task=pretrain does, in order."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.process import Ranks, device_type
+from src.fault_tolerance.peers import Peers
 from src.hugging_face.load import noted
 from src.metrics.console import Console
 from src.metrics.curve import plot
@@ -39,18 +41,20 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         )
         if task.deterministic:
             make_deterministic()
-        asked, run = run.recompute, settled(run, folder)
-        training = assemble(run, ranks, skips=task.skips)
+        peers, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)
+        asked, run = run.recompute, settled(run, home)
+        training = assemble(run, ranks, skips=task.skips, peers=peers)
         startup.done("init")
-        report = _report(task, run, folder, ranks)
+        report = _report(task, run, home, ranks, peers)
         if run.recompute != asked:
             report.say(f"recompute: {run.recompute}, the cheapest that fits")
         status: Literal["done", "stopped", "failed"] = "failed"
         try:
-            corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)
-            loop = _loop(task, run, folder, corpus, training, startup, report, stop)
+            corpus = reopen(json.loads((home / "data.json").read_text()), run.cache)
+            loop = _loop(task, run, home, corpus, training, startup, report, stop, peers)
             finished = loop.run()
-            _farewell(task, run, folder, corpus, training, report, finished)
+            peers.leave()
+            _farewell(task, run, home, corpus, training, report, finished)
             status = "done" if finished else "stopped"
         finally:
             report.close(status)
@@ -58,11 +62,14 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         return finished
 
 
-def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks) -> Report:
-    """Rank 0 speaks for all."""
+def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks, peers: Peers) -> Report:
+    """Rank 0 speaks for all, and rank 0 of one group for all groups."""
     if ranks.rank != 0:
         return Report(None, None, folder)
-    return Report(run.tracker.open(folder, read(folder / "config.yaml")), Console(task.steps), folder)
+    open_log = partial(run.tracker.open, folder, read(folder / "config.yaml"))
+    if peers.alone:
+        return Report(open_log(), Console(task.steps), folder)
+    return Report(None, Console(task.steps, title=f"group {peers.group}: "), folder, open_log)
 
 
 def _loop(
@@ -74,6 +81,7 @@ def _loop(
     startup: Startup,
     report: Report,
     stop: Stop,
+    peers: Peers,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
     planned = plan(run, corpus)
@@ -87,7 +95,7 @@ def _loop(
         micro_batch=task.micro_batch,
         micro_batches=planned.micro_batches,
     )
-    store = Store(folder / "checkpoints", run.checkpoint)
+    store = Store(folder / "checkpoints", run.checkpoint, shared=not peers.alone)
     report.say(resume(training.state, store, batches, task.steps, noted(folder)))
     startup.done("load")
     return Loop(
@@ -103,6 +111,7 @@ def _loop(
         startup=startup,
         report=report,
         stop=stop,
+        peers=peers,
         facts={"run": folder.name, "layout": planned.axes},
     )
 

@@ -12,6 +12,7 @@ from src.data.batches import Batch, Batches
 from src.distributed.collectives import any_rank
 from src.distributed.compiling import compile_seconds
 from src.errors import DivergedError
+from src.fault_tolerance.peers import Carried, Peers
 from src.metrics.console import format_startup, format_validation
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.memory import memory
@@ -60,22 +61,28 @@ class Loop:
     startup: Startup
     report: Report
     stop: Stop
+    peers: Peers
     facts: dict[str, Any]  # of the run, for each checkpoint's marker
 
     def run(self) -> bool:
         """Collective. True when every step is done; false when a signal stopped the run, after saving."""
         state, steps = self.training.state, self.plan.steps
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
-        self._first, self._told, self._validated = state.step + 1, self.store.last, 0
+        self._first: int | None = None  # step of this attempt, once it is done
+        self._told, self._validated = self.store.last, 0
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
             gc.collect(1)
+        self.peers.carry(Carried(self._state, self._adopt))
         self.throughput.restart()
-        for batches, waited in self._fetched(steps - state.step):
+        for batches, waited in self._fetched() if self.peers.alone else self._met():
             if self._stopping:
                 break
             outcomes = self._step(batches)
+            if not self.peers.counted:
+                continue
+            self._first = self._first or state.step
             self.throughput.step(self.plan.tokens_per_step, waited)
             self._take(outcomes)
             if self._due(state.step):
@@ -89,7 +96,7 @@ class Loop:
             self._validate(steps)  # a stop had cut it short
         return state.step == steps and not self._stopping
 
-    def _fetched(self, steps: int) -> Iterator[tuple[list[Batch], float]]:
+    def _fetched(self) -> Iterator[tuple[list[Batch], float]]:
         """The steps' batches and how long each was waited for, in seconds."""
         steps_batches = self.batches.prefetch(self.training.state.position, steps)
         while True:
@@ -100,14 +107,39 @@ class Loop:
             yield batches, time.perf_counter() - began
 
     def _step(self, batches: list[Batch]) -> list[Outcome]:
+    def _met(self) -> Iterator[tuple[list[Batch], float]]:
+        """The same, of this group's share of each step; one that did not count comes again."""
+        state = self.training.state
+        while state.step < self.plan.steps and not self._stopping:
+            share = self.peers.meet(state.step, self.plan.micro_batches)
+            self.report.lead(self.peers.leads)
+            for line in self.peers.news():
+                self.report.tell(f"step {state.step + 1}: {line}")
+            if share is not None:
+                began = time.perf_counter()
+                yield self.batches.step(state.position, share), time.perf_counter() - began
+
+    def _state(self) -> dict[str, Any]:
+        """What a group that comes back must get; the tensors are the live ones."""
+        stepper = self.training.stepper
+        streak = {"in_a_row": stepper.in_a_row, "dead": stepper.dead}
+        return {"state": self.training.state.tree(0.0), "streak": streak}
+
+    def _adopt(self, tree: dict[str, Any]) -> None:
+        self.training.state.adopt(tree["state"])
+
         state = self.training.state
         set_learning_rate(state.optimizer, self._learning_rate(state.step))
         outcome = self.training.stepper(batches, stop=self.stop.seen is not None)
         state.step += 1
+        if not self.peers.counted:
+            return []
         state.position += self.plan.sequences_per_step
         if self.cadence.gc_every and state.step % self.cadence.gc_every == 0:
             gc.collect(1)
-        return self._readback.push(state.step, outcome)
+        outcomes = self._readback.push(state.step, outcome)
+        # A group that heals takes over what this one has counted; the vote has waited for the device already.
+        return outcomes if self.peers.alone else outcomes + self._readback.flush()
 
     def _learning_rate(self, step: int) -> float:
         return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)
@@ -117,7 +149,7 @@ class Loop:
         for outcome in outcomes:
             self._last = outcome
             self.training.state.tokens += outcome.tokens
-            self._stopping = self._stopping or outcome.stop
+            self._stopping = self._stopping or self.peers.may_leave(outcome.stop)
             if outcome.skipped:
                 self._not_finite(outcome)
 
@@ -173,6 +205,7 @@ class Loop:
             **memory(self.training.ranks.device),
             **self._shares(),
             **({} if (load := self._load()) is None else load.values()),
+            **self.peers.metrics(),
         }
         self.report.record(step, values)
 
@@ -204,9 +237,11 @@ class Loop:
         if not self.checkpoint.due(state.step, last=last) or state.step == self._saved:
             return
         state.digest = self.batches.digest(state.position)
+        self._saved = state.step
+        if not self.peers.saves:
+            return
         tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
         self.store.save(state.step, tree, self.facts, wait=last)
-        self._saved = state.step
 
     def _tell_save(self) -> None:
         """What the last save cost, once it is on the disk: at the step that it holds."""

@@ -87,6 +87,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_length_problems(run),
         *([] if _rehearses(run) or _infers(run) else _batch_problems(run)),
         *_section_problems(run),
+        *_group_problems(run, devices, load.micro_batches),
         *_rehearsal_problems(run),
         *_float8_problems(run, devices),
     ]
@@ -278,6 +279,24 @@ def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
 
 def _infers(run: Run) -> bool:
     return isinstance(run.task, Infers) and run.task.forward_only
+
+
+def _group_problems(run: Run, devices: Devices | None, micro_batches: int) -> list[str]:
+    """What several groups ask of the batch, the machine and the layout, whichever of them are there."""
+    options, world = run.fault_tolerance, run.parallel.world
+    if not options.on:
+        return []
+    found = options.problems(micro_batches)
+    if not isinstance(run.task, Validates):
+        found.append("fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none")
+    if devices is not None and devices.count is not None and options.copies * world > devices.count:
+        found.append(
+            f"fault_tolerance.groups={options.copies} of {world} ranks ask for {options.copies * world} GPUs, there "
+            f"are {devices.count}; at most {devices.count // world} groups of this layout"
+        )
+    shares = {micro_batches // there + more for there in range(2, options.copies + 1) for more in (0, 1)}
+    found += [line for each in sorted(shares) if each for line in _pipeline_problems(run, each)]
+    return list(dict.fromkeys(found))
 
 
 def _rehearses(run: Run) -> bool:

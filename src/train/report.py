@@ -1,6 +1,6 @@
 """What rank 0 tells, and the other ranks do not."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from src.metrics.console import Console
@@ -13,8 +13,21 @@ from src.train.step import Outcome
 class Report:
     """The log and the console of a run; `Report(None, None, ...)` on ranks that only compute."""
 
-    def __init__(self, log: Log | None, console: Console | None, folder: Path) -> None:
-        self._log, self._console, self._folder = log, console, folder
+    def __init__(
+        self, log: Log | None, console: Console | None, folder: Path, open_log: Callable[[], Log] | None = None
+    ) -> None:
+        """`open_log`: of a rank that may come to speak for other groups too."""
+        self._log, self._console, self._folder, self._open_log = log, console, folder, open_log
+        self._quiet = False
+
+    def lead(self, wanted: bool) -> None:
+        """Speak for the run and keep its log from now on, or leave it to another group."""
+        self._quiet = not wanted
+        if self._open_log is None or wanted == (self._log is not None):
+            return
+        if self._log is not None:
+            self._log.finish("stopped")
+        self._log = self._open_log() if wanted else None
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, to every tracker and to the line that a person watches."""
@@ -33,7 +46,12 @@ class Report:
             self._log.image(step, "experts/load", load.draw(self._folder, step))
 
     def say(self, text: str) -> None:
-        """A line for a person."""
+        """A line for a person, about the run."""
+        if not self._quiet:
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """A line for a person, about this group."""
         if self._console is not None:
             self._console.say(text)
 

@@ -13,6 +13,7 @@ from src.distributed.degrees import Degrees
 from src.distributed.precision import Precision
 from src.distributed.recompute import Recompute
 from src.errors import ConfigError
+from src.fault_tolerance.config import FaultTolerance
 from src.metrics.tracker import Tracker
 from src.models.base import ModelConfig
 from src.optim.adamw import AdamW
@@ -125,6 +126,7 @@ class Run:
     schedule: Schedule
     checkpoint: Checkpoint
     tracker: Tracker
+    fault_tolerance: FaultTolerance
     cluster: Cluster
     name: str
     seed: int

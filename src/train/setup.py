@@ -12,6 +12,7 @@ from src.distributed.pipeline import build, connect
 from src.distributed.process import Ranks
 from src.distributed.symmetric import share_memory
 from src.distributed.weights import initialise, materialise
+from src.fault_tolerance.peers import Peers
 from src.models.decoder import Decoder
 from src.train.run import Run
 from src.train.state import TrainState
@@ -32,10 +33,10 @@ class Training:
     stepper: Stepper
 
 
-def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) -> Training:
+def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None, peers: Peers | None = None) -> Training:
     """Collective. The parallel model with its name-seeded weights, its optimizer, and a state at step 0.
 
-    `mesh`: where the world is not the layout's own.
+    `mesh`: where the world is not the layout's own. `peers`: the run's other groups.
     """
     torch.manual_seed(run.seed)  # weights do not draw from it; what does, draws alike in every attempt
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
@@ -45,7 +46,7 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None) ->
     optimizer = run.optim.build(network.named_parameters(), ranks.device)
     float8 = run.precision.float8
     after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.parts]
-    stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update)
+    stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update, peers)
     return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed), stepper)
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from src.data.batches import Batch
 from src.distributed.collectives import mesh_sum, world_sum
 from src.distributed.gradients import Gradients
+from src.fault_tolerance.peers import Peers
 from src.distributed.network import Network
 from src.models.cross_entropy import IGNORED
 
@@ -43,26 +44,36 @@ class Stepper:
         optimizer: Optimizer,
         max_norm: float | None,
         skips: int,
+        peers: Peers | None = None,
         after_update: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """`after_update`: what follows from new weights, in order; collective."""
+        """`after_update`: what follows from new weights, in order; collective. `peers`: other groups of this run."""
         self.network, self.optimizer, self.max_norm, self.skips = network, optimizer, max_norm, skips
         self.mesh, self.device = network.mesh, network.device
         parameters = [parameter for _, parameter in network.named_parameters() if parameter.requires_grad]
         self.gradients = Gradients(parameters, self.mesh.world // self.mesh.degrees.pipeline)
-        self.after_update = after_update
+        self.after_update, self.peers = after_update, peers or Peers()
         self.in_a_row = torch.zeros((), device=self.device)
         self.dead = torch.zeros((), device=self.device)
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> Tensor:
-        """Collective. [loss, norm, tokens, skipped, dead, stop] on the device: see `Outcome`."""
-        tokens = self._valid_tokens(batches)
+        """Collective. [loss, norm, tokens, skipped, dead, stop] on the device: see `Outcome`.
+
+        Nothing has changed where `peers.counted` is false afterwards.
+        """
+        tokens = self.peers.total(self._valid_tokens(batches))
+        counters = [counter for part in self.network.parts for counter in part.counters()]
+        self.peers.add([*self.gradients.local(), loss, *counters])
         loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
         vote = torch.full((), float(stop), device=self.device)  # a tensor made from data would wait for the device
         facts = torch.stack((self.gradients.squares().to(self.device), loss / self.mesh.loss_copies, vote))
         squares, loss, votes = world_sum(facts).unbind()
         norm = squares.sqrt()
-        skipped = self._decide(torch.isfinite(loss) & torch.isfinite(norm))
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if not self.peers.agree(finite):
+            self._forget(counters)
+            return torch.stack((loss, norm, tokens.float(), torch.ones_like(loss), self.dead, votes)).double()
+        skipped = self._decide(finite)
         if self.max_norm is not None:
             self.gradients.clip(norm, self.max_norm)
         still = torch.maximum(skipped, self.dead).to(self.gradients.device)  # where the optimizer works
@@ -74,6 +85,11 @@ class Stepper:
         for act in self.after_update:
             act()
         return torch.stack((loss, norm, tokens.float(), skipped, self.dead, votes)).double()
+    def _forget(self, counters: Sequence[Tensor]) -> None:
+        self.optimizer.zero_grad()
+        for counter in counters:
+            counter.zero_()
+
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""

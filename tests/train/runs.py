@@ -97,6 +97,7 @@ CHOICE = {
     "schedule": "wsd",
     "checkpoint": "every_500",
     "tracker": "jsonl",
+    "fault_tolerance": "none",
 }
 
 

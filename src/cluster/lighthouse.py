@@ -1,0 +1,62 @@
+"""The lighthouse of a run on this machine: a child process, started again at the same port when it is gone."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
+
+from src.cluster.crew import tell
+from src.cluster.folder import RunFolder
+
+if TYPE_CHECKING:
+    from src.cluster.groups import Options
+
+
+class Lighthouse:
+    """`address` is a URL; of one that somebody else keeps, nothing is started and nothing is watched."""
+
+    def __init__(self, options: "Options", folder: RunFolder) -> None:
+        self._options, self._log = options, folder.path / "logs" / "lighthouse.log"
+        self._source = folder.path / "code" / folder.code
+        self._process: subprocess.Popen[str] | None = None
+        self.address = options.lighthouse or ""
+
+    def __enter__(self) -> Self:
+        if self._options.lighthouse is None:
+            self.address = self._start(0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def watch(self) -> None:
+        """Start it again if it is gone; groups wait meanwhile."""
+        if self._process is not None and self._process.poll() is not None:
+            tell("the lighthouse is gone: groups wait for it at their next step; it starts again")
+            self._start(urlsplit(self.address).port or 0)
+
+    def _start(self, port: int) -> str:
+        options = {
+            "--port": port,
+            "--min-groups": self._options.min_groups,
+            "--join-seconds": self._options.join_seconds,
+            "--heartbeat-seconds": self._options.heartbeat_seconds,
+        }
+        command = [sys.executable, "-m", "src.fault_tolerance.lighthouse"]
+        with Path(self._log).open("a") as log:
+            self._process = subprocess.Popen(
+                [*command, *(str(each) for pair in options.items() for each in pair)],
+                cwd=self._source,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()

@@ -1,0 +1,89 @@
+"""The group fault_tolerance: how many copies of the layout train together, and what happens when one is gone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from src.config.base import Config
+
+if TYPE_CHECKING:
+    from src.distributed.process import Ranks
+    from src.fault_tolerance.peers import Peers
+
+
+class FaultTolerance(Config):
+    """What every class of the group answers."""
+
+    on: ClassVar[bool]
+
+    @property
+    def copies(self) -> int:
+        """How many groups of ranks a whole run has."""
+        return 1
+
+    def home(self, folder: Path) -> Path:
+        """The run's folder, of the one that a rank was given: a group has its own inside."""
+        return folder
+
+    def join(self, ranks: "Ranks") -> "Peers":
+        """This group's view of the others; nothing is sent before the first step."""
+        raise NotImplementedError
+
+    def problems(self, shares: int) -> list[str]:
+        """What cannot work; `shares`: how many micro-batches a step has to give away."""
+        return []
+
+
+class Off(FaultTolerance):
+    """fault_tolerance=none: one group, and no other to hear of."""
+
+    on: ClassVar[bool] = False
+
+    def join(self, ranks: "Ranks") -> "Peers":
+        from src.fault_tolerance.peers import Peers
+
+        return Peers()
+
+
+class TorchFT(FaultTolerance):
+    """fault_tolerance=torchft: every step is one step of all groups that are there."""
+
+    on: ClassVar[bool] = True
+
+    groups: PositiveInt
+    min_groups: PositiveInt
+    process_group: Literal["gloo", "nccl"] | None
+    lighthouse: Annotated[str, Field(pattern=r"^https?://[^/\s]+:\d+$")] | None
+    heartbeat_seconds: PositiveFloat
+    join_seconds: PositiveFloat
+    sum_seconds: PositiveFloat
+    heal_seconds: PositiveFloat
+    restarts: NonNegativeInt
+    backoff_seconds: PositiveFloat
+
+    @property
+    def copies(self) -> int:
+        return self.groups
+
+    def home(self, folder: Path) -> Path:
+        return folder.parents[1]
+
+    def join(self, ranks: "Ranks") -> "Peers":
+        from src.fault_tolerance.synchronous import Synchronous
+
+        return Synchronous(self, ranks)
+
+    def problems(self, shares: int) -> list[str]:
+        found = []
+        if self.min_groups > self.groups:
+            found.append(
+                f"fault_tolerance.min_groups={self.min_groups} of fault_tolerance.groups={self.groups} would wait for "
+                f"ever; at most {self.groups}"
+            )
+        if shares < self.groups:
+            found.append(
+                f"fault_tolerance.groups={self.groups}: a step has {shares} micro-batches to divide, so a group would "
+                f"have none; at most {shares} groups, a larger task.global_batch or a smaller task.micro_batch"
+            )
+        return found

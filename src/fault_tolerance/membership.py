@@ -1,0 +1,190 @@
+"""One group among the others, through torchft: who is there, who must be healed, sums over groups, and the vote.
+
+Of torchft its lighthouse, manager server, process groups and transport are used; what a step makes of them is ours.
+After the first failure of a step its further sums do nothing: the ranks of a group go on together to the vote, which
+then says no, so no rank waits for another that has already given up.
+"""
+
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllreduceCoalescedOptions
+from torchft.checkpointing.http_transport import HTTPTransport
+from torchft.coordination import ManagerClient, ManagerServer
+from torchft.process_group import ProcessGroup, ProcessGroupGloo, ProcessGroupNCCL
+
+from src.distributed.collectives import any_rank
+from src.distributed.process import Ranks, Replica
+from src.fault_tolerance.carry import fill, shards
+from src.fault_tolerance.config import TorchFT
+from src.fault_tolerance.peers import Carried
+
+CONNECT_SECONDS = 10.0
+HEARTBEATS_PER_LIMIT = 10  # so that one that is late means nothing
+# The manager's server asks the lighthouse again and again, so its own clients may wait: ranks that gave up at different
+# moments would ask for different quorums.
+LONG = timedelta(days=7)
+AGAIN = 1_000_000
+
+
+def _nothing(*_: object) -> None:
+    """Instead of a line on stderr."""
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """The groups of one step; equal on all ranks of all of them but for `rank`."""
+
+    id: int
+    rank: int
+    size: int
+    healed: bool  # this group was behind and has taken over another's state
+
+
+class Membership:
+    def __init__(self, options: TorchFT, ranks: Ranks) -> None:
+        """Collective in the group. From here on the lighthouse counts this group as alive."""
+        replica = Replica.read()
+        self.options, self.ranks, self.replica = options, ranks, replica
+        self.error: Exception | None = None  # of this step, on this rank
+        self.failures = 0  # steps in a row that did not count
+        self.heal_seconds = 0.0  # of the last time
+        self._quorum: tuple[int, tuple[str, ...]] | None = None
+        nccl = options.process_group == "nccl" or (options.process_group is None and ranks.device.type == "cuda")
+        limit = timedelta(seconds=options.sum_seconds)
+        self.device = ranks.device if nccl else torch.device("cpu")  # of small sums
+        self.group: ProcessGroup = ProcessGroupNCCL(limit) if nccl else ProcessGroupGloo(limit)
+        self._transport = HTTPTransport[Any](timedelta(seconds=options.heal_seconds), num_chunks=0)
+        self._transport._server.RequestHandlerClass.log_message = _nothing  # each request would be a line of the log
+        self._serve()
+
+    def _serve(self) -> None:
+        """Rank 0 hosts the group's store and its manager; the others learn the address."""
+        address: list[str | None] = [None]
+        if self.ranks.rank == 0:
+            host = socket.gethostname()
+            # Other groups meet this one in its store, which must listen before the manager tells of it.
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+            self._server = ManagerServer(
+                replica_id=f"{self.replica.group:04d}:{uuid.uuid4()}",
+                lighthouse_addr=self.replica.lighthouse,
+                hostname=host,
+                bind="[::]:0",
+                store_addr=f"{host}:{self._store.port}",
+                world_size=self.ranks.world,
+                heartbeat_interval=timedelta(seconds=self.options.heartbeat_seconds / HEARTBEATS_PER_LIMIT),
+                connect_timeout=timedelta(seconds=CONNECT_SECONDS),
+                quorum_retries=AGAIN,
+            )
+            address = [self._server.address()]
+        dist.broadcast_object_list(address, device=torch.device("cpu"))
+        assert address[0] is not None
+        self._client = ManagerClient(address[0], connect_timeout=timedelta(seconds=CONNECT_SECONDS))
+
+    def meet(self, version: int, carried: Carried) -> Quorum:
+        """Collective. Wait for the others, and be healed or heal: `version` says who is ahead.
+
+        A failure is kept in `error`: the step must still be voted on.
+        """
+        self.error = None
+        answer = self._client._quorum(
+            group_rank=self.ranks.rank,
+            step=version,
+            checkpoint_metadata=self._transport.metadata(),
+            shrink_only=False,
+            timeout=LONG,
+            init_sync=False,  # weights are functions of the seed, or of the same checkpoint
+            commit_failures=self.failures,
+        )
+        self._version = answer.max_step
+        members = (answer.quorum_id, tuple(answer.replica_ids))
+        if members != self._quorum or self.failures:
+            self._quorum = members
+            # A lighthouse that was started again counts from 1 again; the step keeps the meeting places apart.
+            place = f"torchft/{answer.quorum_id}/{answer.max_step}/{self.ranks.rank}"
+            self._try(lambda: self._connect(f"{answer.store_address}/{place}", answer))
+        if answer.recover_dst_replica_ranks:
+            self._try(lambda: self._give(answer, carried))
+        healed = answer.heal and self._heal(answer, carried)
+        return Quorum(answer.quorum_id, answer.replica_rank, answer.replica_world_size, healed)
+
+    def _connect(self, address: str, answer: Any) -> None:
+        self.group.configure(address, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
+
+    def _give(self, answer: Any, carried: Carried) -> None:
+        """Serve this rank's shards until the vote, before which they do not change."""
+        limit = timedelta(seconds=self.options.heal_seconds)
+        self._transport.send_checkpoint(
+            answer.recover_dst_replica_ranks, answer.max_step, shards(carried.give()), limit
+        )
+
+    def _heal(self, answer: Any, carried: Carried) -> bool:
+        """All ranks of the group take over what they fetched, or none does."""
+        began, fetched = time.perf_counter(), list[dict[str, Any]]()
+        self._try(lambda: fetched.append(self._fetch(answer)))
+        if any_rank(not fetched, torch.device("cpu")):
+            self.error = self.error or RuntimeError("another rank of this group could not be healed")
+            return False
+        carried.take(fill(carried.give(), fetched[0]))
+        self.heal_seconds = time.perf_counter() - began
+        return True
+
+    def _fetch(self, answer: Any) -> dict[str, Any]:
+        limit = timedelta(seconds=self.options.heal_seconds)
+        source = ManagerClient(answer.recover_src_manager_address, connect_timeout=timedelta(seconds=CONNECT_SECONDS))
+        place = source._checkpoint_metadata(self.ranks.rank, timeout=limit)
+        fetched: dict[str, Any] = self._transport.recv_checkpoint(
+            answer.recover_src_replica_rank, place, answer.max_step, limit
+        )
+        return fetched
+
+    def sum_(self, tensors: Sequence[Tensor], seconds: float | None = None) -> None:
+        """Collective over groups. In place; waits for the device only where the library does."""
+        kinds = {(tensor.device, tensor.dtype): list[Tensor]() for tensor in tensors if tensor.numel()}
+        for tensor in tensors:
+            if tensor.numel():
+                kinds[tensor.device, tensor.dtype].append(tensor)
+        for alike in kinds.values():
+            self._try(lambda alike=alike: self._sum(alike, seconds or self.options.sum_seconds))  # type: ignore[misc]
+
+    def _sum(self, tensors: list[Tensor], seconds: float) -> None:
+        options = AllreduceCoalescedOptions()
+        options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
+        options.timeout = timedelta(seconds=seconds)
+        if not self.group.allreduce_coalesced(tensors, options).wait():
+            raise RuntimeError("a sum over groups was given up")
+
+    def _try(self, act: Callable[[], None]) -> None:
+        """Nothing after the first failure: what torchft raises when a peer is gone is a RuntimeError or an OSError."""
+        if self.error is not None:
+            return
+        try:
+            act()
+        except (RuntimeError, OSError, TimeoutError, AssertionError) as error:
+            self.error = error
+
+    def vote(self, *, fine: bool) -> bool:
+        """Collective in the group: whether all its ranks say yes. Groups that come to another verdict heal."""
+        if (broken := self.group.errored()) is not None:
+            self.error = broken
+        self._try(self._transport.disallow_checkpoint)  # waits for those who still read
+        yes = bool(
+            self._client.should_commit(self.ranks.rank, self._version, fine and self.error is None, timeout=LONG)
+        )
+        self.failures = 0 if yes else self.failures + 1
+        return yes
+
+    def leave(self) -> None:
+        """The others need not wait for this group's heartbeat to fall silent."""
+        self._transport.shutdown(wait=False)
+        if self.ranks.rank == 0:
+            self._server.shutdown()
+        self.group.shutdown()

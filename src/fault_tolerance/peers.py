@@ -1,0 +1,71 @@
+"""The other replica groups, as the training loop sees them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a group that comes back must get from one that stayed: nested dicts of tensors and plain values."""
+
+    give: Callable[[], Tree]  # the live tensors
+    take: Callable[[Tree], None]  # the plain values, after the tensors were filled in place
+
+
+class Peers:
+    """There are none: every question has the answer of a run of one group. The classes beside this one know others.
+
+    A step is `meet`, the sums `total` and `add`, and `agree`, which says whether it counts. A step that does not count
+    has changed nothing and is met for again.
+    """
+
+    alone = True
+    group = 0
+    leads = True  # whether this group writes for all: metrics, checkpoints
+    counted = True  # what the last `agree` said
+
+    def carry(self, carried: Carried) -> None:
+        """Tell what healing is about, before the first meeting."""
+
+    def meet(self, step: int, micro_batches: int) -> range | None:
+        """Collective. Which of the step's micro-batches are this group's; None: the meeting failed, ask again.
+
+        The state may be another one afterwards: that of a group that was ahead.
+        """
+        return range(micro_batches)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Collective. The element-wise sum over groups, in place."""
+        return values
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Collective. Each tensor becomes its sum over groups, in place."""
+
+    def agree(self, finite: Tensor) -> bool:
+        """Collective. Whether the step counts; `finite` is this step's verdict (0-dim, bool) on the device."""
+        return True
+
+    def may_leave(self, asked: bool) -> bool:
+        """After a step that counted: whether the loop may end. `asked`: a signal wants it to."""
+        return asked
+
+    @property
+    def saves(self) -> bool:
+        """Whether this group writes a checkpoint now."""
+        return self.leads
+
+    def metrics(self) -> Mapping[str, float]:
+        """Of the whole and of each group."""
+        return {}
+
+    def news(self) -> list[str]:
+        """Lines for a person since the last call."""
+        return []
+
+    def leave(self) -> None:
+        """Not on the way out of an error: then the others are to see it as dead."""

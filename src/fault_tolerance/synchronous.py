@@ -1,0 +1,140 @@
+"""fault_tolerance=torchft: each optimizer step is one of all groups that are there, as if they were one run.
+
+A step's micro-batches are divided over the groups of its quorum, so the samples of a step follow from its position
+alone. Gradients, loss and tokens are summed over groups before anything is decided; every group then takes the same
+step. One that fails does not count for the groups that noticed: they meet again for the same samples, and a group that
+fell behind another takes over its state.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from src.distributed.collectives import any_rank
+from src.distributed.process import Ranks, Replica
+from src.fault_tolerance.config import TorchFT
+from src.fault_tolerance.membership import Membership, Quorum
+from src.fault_tolerance.peers import Carried, Peers, Tree
+from src.fault_tolerance.table import HISTORY_BITS, Row, Table, share
+
+
+class Synchronous(Peers):
+    alone = False
+
+    def __init__(self, options: TorchFT, ranks: Ranks) -> None:
+        self.options, self.ranks = options, ranks
+        self.group = Replica.read().group
+        self.leads = False
+        self.table = Table()
+        self._membership: Membership | None = None
+        self._quorum: Quorum | None = None
+        self._carried: Carried | None = None
+        self._history = 0  # a number that groups share exactly when they have counted the same steps
+        self._led = False  # the last step that counted
+        self._leaving = self._stale = self._retried = False
+        self._lost = 0  # steps of this group's work that did not count
+        self._news: list[str] = []
+
+    def carry(self, carried: Carried) -> None:
+        def give() -> Tree:
+            return {"run": carried.give(), "history": self._history}
+
+        def take(tree: Tree) -> None:
+            carried.take(tree["run"])
+            self._history, self._stale = tree["history"], False
+
+        self._carried = Carried(give, take)
+
+    @property
+    def members(self) -> Membership:
+        """Made at the first meeting: a group that is still loading is not waited for."""
+        if self._membership is None:
+            self._membership = Membership(self.options, self.ranks)
+        return self._membership
+
+    def meet(self, step: int, micro_batches: int) -> range | None:
+        assert self._carried is not None, "carry() comes first"
+        members, before, began = self.members, self._quorum, time.perf_counter()
+        # A group with another past than its peers is behind them, however many steps it has done.
+        self._quorum = quorum = members.meet(2 * step + (not self._stale), self._carried)
+        own = Row(self.group, self._led, self._leaving, self._history, self._lost, members.heal_seconds)
+        table = Table.exchange(own, quorum, members, self.options.heal_seconds)
+        failed = any_rank(members.error is not None, torch.device("cpu"))
+        if failed or table.split:
+            self._stale = self._stale or (not failed and table.astray(own))
+            self._vote(fine=False)
+            return None
+        self.table, self.leads = table, table.leader() == self.group
+        if before is None or before.id != quorum.id:
+            self._news.append(self._described(quorum, time.perf_counter() - began))
+        return share(quorum.rank, quorum.size, micro_batches)
+
+    def total(self, values: Tensor) -> Tensor:
+        self.add([values])
+        return values
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        assert self._quorum is not None, "meet() comes first"
+        if self._quorum.size > 1:
+            self.members.sum_(tensors)
+
+    def agree(self, finite: Tensor) -> bool:
+        # A broken device makes numbers that are not finite as well as bad data do: the same samples are tried once
+        # more before the run's own rule for such steps holds.
+        fine = bool(finite) or self._retried
+        if not fine:
+            self._news.append("a step was not finite: it is tried once more")
+        counts = self._vote(fine=fine)
+        self._retried = not fine and not counts
+        return counts
+
+    def _vote(self, *, fine: bool) -> bool:
+        members, quorum = self.members, self._quorum
+        assert quorum is not None, "meet() comes first"
+        self.counted = members.vote(fine=fine)
+        if self.counted:
+            self._history = hash((self._history, quorum.id, quorum.size)) % 2**HISTORY_BITS
+            self._led = self.leads
+            return True
+        self._lost += 1
+        if members.error is not None:
+            self._news.append(f"a step did not count ({_short(members.error)}): the groups meet again")
+        return False
+
+    def may_leave(self, asked: bool) -> bool:
+        # One step later than asked: a signal to all groups reaches them within a step of each other, and the last ones
+        # must know whether somebody stays who has the state.
+        told, self._leaving = self._leaving, self._leaving or asked
+        return told
+
+    @property
+    def saves(self) -> bool:
+        return self.leads and (not self._leaving or self.table.all_leave)
+
+    def metrics(self) -> Mapping[str, float]:
+        assert self._quorum is not None
+        found = {"groups/participants": float(len(self.table.rows)), "groups/quorum": float(self._quorum.id)}
+        found["groups/lost_steps"] = float(sum(row.lost for row in self.table.rows))
+        for row in self.table.rows:
+            found[f"group_{row.group}/lost_steps"] = float(row.lost)
+            found[f"group_{row.group}/heal_seconds"] = row.heal_seconds
+        return found
+
+    def _described(self, quorum: Quorum, seconds: float) -> str:
+        there = ", ".join(str(row.group) for row in self.table.rows)
+        healed = f"; healed in {self.members.heal_seconds:.1f} s" if quorum.healed else ""
+        return f"quorum {quorum.id}: groups {there} of {self.options.groups}, met in {seconds:.1f} s{healed}"
+
+    def news(self) -> list[str]:
+        told, self._news = self._news, []
+        return told
+
+    def leave(self) -> None:
+        if self._membership is not None:
+            self._membership.leave()
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:160]

@@ -1,0 +1,69 @@
+"""What the groups of a quorum tell each other before a step, and what all of them conclude from it alike."""
+
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from src.fault_tolerance.membership import Membership, Quorum
+
+HISTORY_BITS = 48  # rows travel as float64, which is exact to 2^53
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group. Numbers only: a table is a sum over groups, each of which fills its own row."""
+
+    group: int
+    led: bool  # it spoke for all at the last step that counted
+    leaving: bool  # it was told to stop
+    history: int
+    lost: int  # its steps that did not count
+    heal_seconds: float  # of the last time that it was healed
+
+
+@dataclass(frozen=True)
+class Table:
+    """By rank in the quorum."""
+
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def exchange(cls, own: Row, quorum: "Quorum", members: "Membership", seconds: float) -> Self:
+        """Collective over groups; it waits for those that are being healed. After a failure nobody reads it."""
+        cells = torch.zeros(quorum.size, len(astuple(own)), dtype=torch.float64)
+        cells[quorum.rank] = torch.tensor([float(value) for value in astuple(own)], dtype=torch.float64)
+        if quorum.size > 1:
+            cells = cells.to(members.device)
+            members.sum_([cells], seconds)
+        return cls(tuple(_row(values) for values in cells.tolist()))
+
+    @property
+    def split(self) -> bool:
+        """Whether groups have different pasts: two of them went on without each other, and met again."""
+        return len({row.history for row in self.rows}) > 1
+
+    def astray(self, own: Row) -> bool:
+        """Whether this group must take over another's state. The past of the first group stands."""
+        return own.history != self.rows[0].history
+
+    def leader(self) -> int:
+        """The group that speaks for all: the one that did so far, if it is there."""
+        return next((row.group for row in self.rows if row.led), self.rows[0].group)
+
+    @property
+    def all_leave(self) -> bool:
+        return all(row.leaving for row in self.rows)
+
+
+def _row(values: list[float]) -> Row:
+    group, led, leaving, history, lost, heal_seconds = values
+    return Row(int(group), led > 0, leaving > 0, int(history), int(lost), heal_seconds)
+
+
+def share(rank: int, size: int, micro_batches: int) -> range:
+    """Neighbouring micro-batches for each of `size` groups; the first ones take one more where they do not divide."""
+    each, more = divmod(micro_batches, size)
+    first = rank * each + min(rank, more)
+    return range(first, first + each + (rank < more))
