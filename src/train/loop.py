@@ -98,7 +98,8 @@ class Loop:
 
     def _fetched(self) -> Iterator[tuple[list[Batch], float]]:
         """The steps' batches and how long each was waited for, in seconds."""
-        steps_batches = self.batches.prefetch(self.training.state.position, steps)
+        state = self.training.state
+        steps_batches = self.batches.prefetch(state.position, self.plan.steps - state.step)
         while True:
             began = time.perf_counter()
             batches = next(steps_batches, None)
