@@ -107,7 +107,6 @@ class Loop:
                 return
             yield batches, time.perf_counter() - began
 
-    def _step(self, batches: list[Batch]) -> list[Outcome]:
     def _met(self) -> Iterator[tuple[list[Batch], float]]:
         """The same, of this group's share of each step; one that did not count comes again."""
         state = self.training.state
@@ -129,12 +128,13 @@ class Loop:
     def _adopt(self, tree: dict[str, Any]) -> None:
         self.training.state.adopt(tree["state"])
 
+    def _step(self, batches: list[Batch]) -> list[Outcome]:
         state = self.training.state
         set_learning_rate(state.optimizer, self._learning_rate(state.step))
         outcome = self.training.stepper(batches, stop=self.stop.seen is not None)
-        state.step += 1
         if not self.peers.counted:
             return []
+        state.step += 1
         state.position += self.plan.sequences_per_step
         if self.cadence.gc_every and state.step % self.cadence.gc_every == 0:
             gc.collect(1)
@@ -205,8 +205,8 @@ class Loop:
             **self.throughput.report(),
             **memory(self.training.ranks.device),
             **self._shares(),
-            **({} if (load := self._load()) is None else load.values()),
             **self.peers.metrics(),
+            **({} if (load := self._load()) is None else load.values()),
         }
         self.report.record(step, values)
 
@@ -237,10 +237,10 @@ class Loop:
         state = self.training.state
         if not self.checkpoint.due(state.step, last=last) or state.step == self._saved:
             return
-        state.digest = self.batches.digest(state.position)
         self._saved = state.step
         if not self.peers.saves:
             return
+        state.digest = self.batches.digest(state.position)
         tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
         self.store.save(state.step, tree, self.facts, wait=last)
 

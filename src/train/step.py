@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from src.data.batches import Batch
 from src.distributed.collectives import mesh_sum, world_sum
 from src.distributed.gradients import Gradients
-from src.fault_tolerance.peers import Peers
 from src.distributed.network import Network
+from src.fault_tolerance.peers import Peers
 from src.models.cross_entropy import IGNORED
 
 
@@ -44,8 +44,8 @@ class Stepper:
         optimizer: Optimizer,
         max_norm: float | None,
         skips: int,
-        peers: Peers | None = None,
         after_update: Sequence[Callable[[], None]] = (),
+        peers: Peers | None = None,
     ) -> None:
         """`after_update`: what follows from new weights, in order; collective. `peers`: other groups of this run."""
         self.network, self.optimizer, self.max_norm, self.skips = network, optimizer, max_norm, skips
@@ -62,9 +62,9 @@ class Stepper:
         Nothing has changed where `peers.counted` is false afterwards.
         """
         tokens = self.peers.total(self._valid_tokens(batches))
+        loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
         counters = [counter for part in self.network.parts for counter in part.counters()]
         self.peers.add([*self.gradients.local(), loss, *counters])
-        loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
         vote = torch.full((), float(stop), device=self.device)  # a tensor made from data would wait for the device
         facts = torch.stack((self.gradients.squares().to(self.device), loss / self.mesh.loss_copies, vote))
         squares, loss, votes = world_sum(facts).unbind()
@@ -85,11 +85,11 @@ class Stepper:
         for act in self.after_update:
             act()
         return torch.stack((loss, norm, tokens.float(), skipped, self.dead, votes)).double()
+
     def _forget(self, counters: Sequence[Tensor]) -> None:
         self.optimizer.zero_grad()
         for counter in counters:
             counter.zero_()
-
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""
