@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import product
-from math import prod
 from pathlib import Path
 
 import torch
@@ -19,40 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from src.errors import CheckpointError
 from src.hugging_face.archive import Archive, quantisation
+from src.hugging_face.box import Box, blocks, runs, spans
 from src.hugging_face.check import FLOAT8, SCALE
 from src.hugging_face.header import Entry
 from src.models.stored import Stored, rotary_row
 
-PIECE_BYTES = 16 * 2**20  # of a file, per thread
+PIECE_BYTES = 32 * 2**20  # per thread, counted in float32
 THREADS = 8
-
-
-@dataclass(frozen=True)
-class Box:
-    """Part of a tensor: [start, start + size) in each dimension."""
-
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return prod(self.sizes)
-
-    def rows(self, first: int, count: int) -> "Box":
-        """Those of its rows, counted within the box."""
-        return Box((self.starts[0] + first, *self.starts[1:]), (count, *self.sizes[1:]))
-
-    def inner(self) -> "Box":
-        """Without dimension 0."""
-        return Box(self.starts[1:], self.sizes[1:])
-
-    @classmethod
-    def held(cls, tensor: Tensor) -> "Box":
-        """What this rank holds of a tensor."""
-        if not isinstance(tensor, DTensor):
-            return cls((0,) * tensor.dim(), tuple(tensor.shape))
-        (chunk,) = tensor.__create_chunk_list__()
-        return cls(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 @dataclass(frozen=True)
@@ -100,7 +71,7 @@ class Reader:
 
     def _cut(self, piece: Piece) -> Iterator[Piece]:
         """By rows, so that none needs more than `piece_bytes` of memory."""
-        row_bytes = piece.box.elements // piece.box.sizes[0] * self.archive.entries[piece.key].item_bytes
+        row_bytes = piece.box.elements // piece.box.sizes[0] * max(4, self.archive.entries[piece.key].item_bytes)
         step = max(1, self.piece_bytes // max(row_bytes, 1))
         for first in range(0, piece.box.sizes[0], step):
             count = min(step, piece.box.sizes[0] - first)
@@ -121,8 +92,8 @@ class Reader:
         box = piece.box
         there = [rotary_row(box.starts[0] + row, entry.shape[0], heads) for row in range(box.sizes[0])]
         order = torch.tensor(there).argsort()
-        runs = [Box((start, *box.starts[1:]), (size, *box.sizes[1:])) for start, size in _runs(sorted(there))]
-        parts, counts = zip(*(self._read(piece.key, entry, run) for run in runs), strict=True)
+        boxes = [box.at(start, size) for start, size in runs(sorted(there))]
+        parts, counts = zip(*(self._read(piece.key, entry, each) for each in boxes), strict=True)
         return torch.cat(parts)[order.argsort()], sum(counts)
 
     def _read(self, key: str, entry: Entry, box: Box) -> tuple[Tensor, int]:
@@ -143,46 +114,6 @@ class Reader:
             _read_into(self._files[entry.file], entry.file, into[done : done + size], start)
             done += size
         return values
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks that [start, start + size) of one dimension meets, and for each element which of them it is in."""
-
-    first: int
-    count: int
-    of_each: Tensor
-
-
-def blocks(start: int, size: int, step: int) -> Blocks:
-    """By global index: a shard may begin anywhere in a block."""
-    numbers = torch.arange(start, start + size) // step
-    first = start // step
-    return Blocks(first, (start + size - 1) // step + 1 - first, numbers - first)
-
-
-def spans(entry: Entry, box: Box) -> Iterator[tuple[int, int]]:
-    """(start, bytes) in the file of each stretch without a gap, in the order of the box's elements."""
-    whole = len(box.sizes)
-    while whole > 0 and box.sizes[whole - 1] == entry.shape[whole - 1]:
-        whole -= 1  # dimensions from here on are whole
-    cut = max(whole - 1, 0)  # the last that is not, if any
-    strides = [prod(entry.shape[place + 1 :]) for place in range(len(entry.shape))]
-    size = prod(box.sizes[cut:]) * entry.item_bytes
-    for outer in product(
-        *(range(start, start + count) for start, count in zip(box.starts[:cut], box.sizes[:cut], strict=True))
-    ):
-        place = sum(index * stride for index, stride in zip((*outer, *box.starts[cut:]), strides, strict=True))
-        yield entry.start + place * entry.item_bytes, size
-
-
-def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
-    """(start, length) of each stretch of neighbours; `rows` ascend."""
-    begin = 0
-    for place in range(1, len(rows) + 1):
-        if place == len(rows) or rows[place] != rows[place - 1] + 1:
-            yield rows[begin], place - begin
-            begin = place
 
 
 def _read_into(descriptor: int, path: Path, into: memoryview, start: int) -> None:
