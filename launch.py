@@ -71,12 +71,11 @@ def main() -> int:
         asked_for = zip(points, question.points, strict=True)
         live = [(tree, run, point.overrides) for (tree, run, _), point in asked_for if not run.dry_run]
         if question.swept and live:
-            code = sweep(live, sys.argv[1:])
-        else:
-            code = max((start(tree, run)[1] for tree, run, _ in live), default=0)
+            return sweep(live, sys.argv[1:])
+        status, code = start(*live[0][:2]) if live else ("shown", 0)
     except UserError as error:
         return refused(error)
-    if code == 0 and live and "RANK" not in os.environ:
+    if status == "stopped" and "RANK" not in os.environ:
         print(f"to go on from there: {command}", file=sys.stderr)
     return code
 

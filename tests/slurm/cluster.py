@@ -22,8 +22,11 @@ HOSTS = Path("/etc/hosts")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATIENCE_SECONDS = 60.0
 
-HINTS = """export SLURM_CONF={folder}/slurm.conf
-python launch.py experiment=demo cluster=slurm cluster.partition=low cluster.device=cpu cluster.cpus_per_gpu=1
+HINTS = """In another terminal, in this folder:
+
+export SLURM_CONF={folder}/slurm.conf
+{python} launch.py experiment=demo cluster=slurm cluster.partition=low cluster.device=cpu cluster.cpus_per_gpu=1
+
 Nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them.
 Ctrl-C ends the cluster and its jobs."""
 
@@ -255,7 +258,9 @@ def main() -> None:
     if (reason := missing()) is not None:
         sys.exit(reason)
     with cluster() as running:
-        print(HINTS.format(folder=running.folder), flush=True)
+        python = Path(sys.executable)
+        known = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+        print(HINTS.format(folder=running.folder, python=known), flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
