@@ -55,22 +55,32 @@ def stage_count(degrees: Degrees, n_layers: int) -> int:
 def split(degrees: Degrees, n_layers: int) -> tuple[tuple[str, ...], ...]:
     """The modules of each stage: `parallel.stages`, or even shares where embedding and head count as some layers.
 
-    Of `units = layers + first_stage_less + last_stage_less`, early stages take what does not divide evenly. ValueError
-    when there is no such split.
+    ValueError when there is no such split.
     """
     if degrees.stages is not None:
         return tuple(tuple(stage) for stage in degrees.stages)
-    count, units = stage_count(degrees, n_layers), _units(degrees, n_layers)
+    return even(stage_count(degrees, n_layers), n_layers, degrees.first_stage_less, degrees.last_stage_less)
+
+
+def even(count: int, n_layers: int, first_less: int = 1, last_less: int = 1) -> tuple[tuple[str, ...], ...]:
+    """The modules of each of `count` parts; the first and the last have so many layers less than their share.
+
+    Of `units = layers + first_less + last_less`, early parts take what does not divide evenly. ValueError when there
+    is no such split.
+    """
     if count == 1:
         return (modules(n_layers),)
-    share, rest = divmod(units, count)
+    share, rest = divmod(n_layers + first_less + last_less, count)
     if share == 0:
-        raise ValueError(f"{count} stages for {units} units (layers, and what the first and last stage hold less)")
-    if max(degrees.first_stage_less, degrees.last_stage_less) > share:
+        raise ValueError(
+            f"{count} stages for {n_layers + first_less + last_less} units (layers, and what the first and last stage "
+            "hold less)"
+        )
+    if max(first_less, last_less) > share:
         raise ValueError(f"each of the {count} stages has only {share} units to give away")
     layers = [share + (stage < rest) for stage in range(count)]
-    layers[0] -= degrees.first_stage_less
-    layers[-1] -= degrees.last_stage_less
+    layers[0] -= first_less
+    layers[-1] -= last_less
     blocks = iter(f"layers.{layer}" for layer in range(n_layers))
     found = [tuple(next(blocks) for _ in range(number)) for number in layers]
     return ((EMBEDDING, *found[0]), *found[1:-1], (*found[-1], *HEAD))
