@@ -69,6 +69,11 @@ class Degrees(Config):
         return self.expert > 1 or self.expert_tensor != self.tensor
 
     @property
+    def divides_tokens(self) -> bool:
+        """Whether the ranks of `tensor` send different tokens to whole experts, instead of cutting each expert."""
+        return self.tensor > 1 and self.expert_tensor == 1
+
+    @property
     def expert_shard(self) -> int:
         """Ranks over which FSDP cuts one routed expert: what its other axes leave of a model's ranks."""
         return self.fsdp * self.tensor // (self.expert * self.expert_tensor)

@@ -1,8 +1,10 @@
 """Who talks to whom. Every question about groups and data ranks is asked here."""
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from src.distributed.collectives import mesh_sum
 from src.distributed.degrees import Degrees
 
 
@@ -74,6 +76,13 @@ class Mesh:
             return self.tensor
         axes = tuple(axis for axis in ("expert", "expert_tensor") if getattr(self.degrees, axis) > 1)
         return self._spread[axes] if axes else None
+
+    def sum_over_tokens(self, counts: Tensor) -> Tensor:
+        """Collective: counts of tokens at routers, added up in place over the ranks whose routers saw other tokens."""
+        meshes = [self.fsdp] if not self.degrees.divides_tokens else [self.fsdp, self.weights["tensor"]]
+        for mesh in meshes:
+            mesh_sum(counts, mesh)
+        return counts
 
     @property
     def pipeline(self) -> DeviceMesh:

@@ -17,7 +17,8 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
     """In place, on the meta device: cut matrices, experts, sequences, choose recomputation, compile, cut parameters."""
     if (float8 := precision.float8) is not None:
         float8.convert(model, mesh.degrees.tensor, mesh.whole.device_type)
-    split_tensor(model, mesh.tensor, float8=float8 is not None and float8.exchanged)
+    divided, exchanged = mesh.degrees.divides_tokens, float8 is not None and float8.exchanged
+    split_tensor(model, mesh.tensor, divided_tokens=divided, float8=exchanged)
     if model.config.routed:
         mesh.spread_experts()  # by all ranks, also where a stage of a pipeline has no expert
         split_experts(model, mesh)

@@ -10,6 +10,8 @@ which module, and the words mean:
     columns      output features are cut; the result stays on this rank
     rows         input features are cut; partial results are summed and scattered by sequence
     vocabulary   the head: words are cut, and so is the cross entropy; logits never meet on one rank
+
+plain_tensor.py has more of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,8 +31,10 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from src.distributed.plain_tensor import style
 from src.models.cross_entropy import Output
 from src.models.decoder import Decoder
+from src.models.experts import Experts
 
 
 class _Embedding(ParallelStyle):
@@ -99,7 +103,9 @@ class _Vocabulary(ParallelStyle):
         return result.full_tensor() if isinstance(result, DTensor) else result
 
 
-def _style(role: str) -> ParallelStyle:
+def _style(role: str, divided: bool) -> ParallelStyle:
+    if (found := style(role, divided)) is not None:
+        return found
     match role:
         case "embedding":
             return _Embedding()
@@ -122,20 +128,24 @@ def _modules(model: nn.Module, pattern: str) -> Iterator[str]:
     return (name for name, _ in model.named_modules() if name.count(".") == depth and fnmatchcase(name, pattern))
 
 
-def split_tensor(model: Decoder, mesh: DeviceMesh | None, *, float8: bool = False) -> None:
-    """Cut every module that has a role over `mesh`; every parameter becomes a DTensor there.
+def split_tensor(
+    model: Decoder, mesh: DeviceMesh | None, *, divided_tokens: bool = False, float8: bool = False
+) -> None:
+    """Cut every module that has a role over `mesh`; every parameter but those of routed experts becomes a DTensor.
 
+    `divided_tokens`: the ranks divide the tokens of a mixture, not each of its experts.
     `float8`: ranks exchange float8 activations where every matrix that reads them is float8 too.
     """
     if mesh is None:
         return
     roles = {name: role for pattern, role in model.roles.items() for name in _modules(model, pattern)}
-    plan = {name: _style(role) for name, role in roles.items()}
+    plan = {name: _style(role, divided_tokens) for name, role in roles.items()}
     if float8:
         from src.distributed.float8_tensor import float8_styles
 
         plan |= float8_styles(model, roles)
     parallelize_module(model, mesh, plan)
-    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    routed = {each for module in model.modules() if isinstance(module, Experts) for each in module.parameters()}
+    whole = [name for name, each in model.named_parameters() if not isinstance(each, DTensor) and each not in routed]
     assert not whole, f"no role cuts {whole}"
     model.tie_weights()

@@ -23,12 +23,11 @@ class Router(nn.Module):
     def __init__(self, dim: int, config: MixtureOfExperts) -> None:
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(dim, config.n_experts, bias=False)
+        self.gate = Gate(dim, config.n_experts)
 
     def forward(self, x: Tensor, bias: Tensor) -> Routing:
         """x (tokens, dim); `bias` (n_experts) fp32 moves the choice, never the weights or a gradient."""
-        project: Callable[..., Tensor] = _PreciseLinear.apply
-        logits = project(x, self.gate.weight)
+        logits = self.gate(x)
         scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
         experts = self._in_turn(scores) if self.config.forced_balance else self._best(scores.detach() + bias)
         weights = scores.gather(-1, experts)
@@ -53,6 +52,17 @@ class Router(nn.Module):
         """Expert p mod n_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
         places = torch.arange(len(scores) * self.config.top_k, device=scores.device)
         return (places % self.config.n_experts).view(len(scores), -1)
+
+
+class Gate(nn.Linear):
+    """x (tokens, dim) -> logits (tokens, n_experts) fp32."""
+
+    def __init__(self, dim: int, n_experts: int) -> None:
+        super().__init__(dim, n_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        project: Callable[..., Tensor] = _PreciseLinear.apply
+        return project(x, self.weight)
 
 
 @torch.library.custom_op("router::product", mutates_args=())

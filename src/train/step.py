@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from src.data.batches import Batch
-from src.distributed.collectives import mesh_sum, world_sum
+from src.distributed.collectives import world_sum
 from src.distributed.gradients import Gradients
 from src.distributed.network import Network
 from src.fault_tolerance.peers import Peers
@@ -81,7 +80,7 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         for part in self.network.parts:
-            part.after_step(partial(mesh_sum, mesh=self.mesh.fsdp), 1.0 - torch.maximum(skipped, self.dead))
+            part.after_step(self.mesh.sum_over_tokens, 1.0 - torch.maximum(skipped, self.dead))
         for act in self.after_update:
             act()
         return torch.stack((loss, norm, tokens.float(), skipped, self.dead, votes)).double()

@@ -29,7 +29,8 @@ def degrees(name: str, **changes: Any) -> Degrees:
     """`tp2_fsdp2`, `hsdp2x2`, ... as its file in conf/parallel says."""
     values = yaml.safe_load(SINGLE.read_text())
     del values["_target_"]
-    axis = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert"}
+    axis = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline"}
+    axis |= {"ep": "expert", "etp": "expert_tensor"}
     for part in [] if name == "single" else name.split("_"):
         if match := re.fullmatch(r"hsdp(\d)x(\d)", part):
             values |= {"replicate": int(match[1]), "shard": int(match[2])}

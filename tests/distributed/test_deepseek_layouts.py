@@ -13,6 +13,7 @@ from tests.ranks import Ranks
 
 LAYOUTS = ["ddp2", "fsdp2", "hsdp2x2", "cp2_fsdp2", "pp2", "pp2_fsdp2"]
 LAYOUTS += ["fsdp2_ep2", "fsdp4_ep2", "fsdp4_ep4", "hsdp2x2_ep2", "cp2_fsdp2_ep2", "pp2_fsdp2_ep2"]
+LAYOUTS += ["tp2", "tp2_etp2", "tp2_fsdp2_ep2", "tp2_fsdp2_ep2_etp2", "pp2_tp2_ep2"]
 STEPS = 3
 MOE = {"score": "sigmoid", "normalise": True, "scale": 2.5, "groups": 4, "groups_kept": 2, "balance_rate": 1e-2}
 

@@ -7,15 +7,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from src.config.base import Config
 from src.models.accounting import Saved, Slice, Weight
-from src.models.base import Layout, ModelConfig
+from src.models.base import Layout, ModelConfig, divisors
 from src.models.deepseek_v3.saved import saved_by_block
 from src.models.moe_config import MixtureOfExperts, aligned
 
 if TYPE_CHECKING:
     from src.models.deepseek_v3.model import DeepseekV3
-
-# Axes whose room is not built for this family; the commit that builds one deletes its name.
-UNBUILT = ("tensor",)
 
 
 class Yarn(Config):
@@ -181,9 +178,11 @@ class DeepseekV3Config(ModelConfig):
         ]
 
     def problems(self, layout: Layout) -> list[str]:
-        unbuilt = [
-            f"parallel.{axis}={degree} is not built for model.family={self.family} yet; pass parallel.{axis}=1"
-            for axis in UNBUILT
-            if (degree := getattr(layout, axis)) > 1
+        cut = {"n_heads": self.n_heads, "vocab_size": self.vocab_size, "ffn_dim": self.ffn_dim}
+        cut |= {"moe.n_shared * model.moe.hidden_dim": self.moe.shared_dim} if self.moe.n_shared else {}
+        indivisible = [
+            f"parallel.tensor={layout.tensor} does not divide model.{key}={size} ({divisors(size, layout.tensor)})"
+            for key, size in cut.items()
+            if size % layout.tensor
         ]
-        return [*unbuilt, *self.moe.problems(layout, self.dim)]
+        return [*indivisible, *self.moe.problems(layout, self.dim)]

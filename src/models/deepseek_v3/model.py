@@ -92,7 +92,32 @@ class Block(nn.Module):
 class DeepseekV3(Decoder):
     """The whole model, or a part of its pipeline: see `Decoder`."""
 
-    roles: ClassVar[Mapping[str, str]] = {}  # no cut over tensor ranks yet: see UNBUILT in config.py
+    roles: ClassVar[Mapping[str, str]] = {
+        "tok_embeddings": "embedding",
+        "layers.*.attention_norm": "sequence",
+        "layers.*.attention": "together",
+        "layers.*.attention.wq": "outputs",
+        "layers.*.attention.wq_a": "alike",
+        "layers.*.attention.q_norm": "alike",
+        "layers.*.attention.wq_b": "outputs",
+        "layers.*.attention.wkv_a": "alike",
+        "layers.*.attention.kv_norm": "alike",
+        "layers.*.attention.wkv_b": "outputs",
+        "layers.*.attention.wo": "inputs",
+        "layers.*.ffn_norm": "sequence",
+        "layers.*.feed_forward": "together",
+        "layers.*.feed_forward.w1": "outputs",
+        "layers.*.feed_forward.w3": "outputs",
+        "layers.*.feed_forward.w2": "inputs",
+        "layers.*.moe": "mixture",
+        "layers.*.moe.router.gate": "alike",
+        "layers.*.moe.shared_experts": "shared",
+        "layers.*.moe.shared_experts.w1": "outputs",
+        "layers.*.moe.shared_experts.w3": "outputs",
+        "layers.*.moe.shared_experts.w2": "shared inputs",
+        "norm": "sequence",
+        "output": "vocabulary",
+    }
 
     config: DeepseekV3Config
     rotary: Tensor  # (max_seq_len, qk_rope_head_dim / 2, 2) fp32
