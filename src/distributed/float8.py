@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import model_validator
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MULTIPLE = 16  # the kernels want both sides of a matrix, as one rank holds it, to be multiples of this
 NEEDED_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+HOPPER = (9, 0)  # has grouped products of float8
+EXPERT_KERNELS = "prototype/moe_training/fp8_grouped_mm.py"
 NO_GPU = "precision.float8: the CPU has no float8 products; pass precision.float8.emulate=true, or precision=bf16"
 
 
@@ -38,10 +41,11 @@ class Matrix(Protocol):
 
 
 class Float8(Config):
-    """How the matrices of the blocks are multiplied."""
+    """How the matrices of the blocks are multiplied; `experts`: those of routed experts too, always by rows."""
 
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
     exclude: Names
+    experts: bool
     all_gather: bool
     emulate: bool
 
@@ -58,6 +62,7 @@ class Float8(Config):
 
     def problems(self, weights: Iterable[Matrix], degrees: "Degrees", *, compiled: bool, gpu: bool) -> list[str]:
         """Why this cannot be had: key, value, rule, what would do. `gpu`: whether ranks have one, as far as known."""
+        weights = tuple(weights)
         found, names = [], _linears(weights)
         for entry in self.exclude:
             if not any(_within(entry, name) for name in names):
@@ -69,6 +74,8 @@ class Float8(Config):
             found.append(
                 f"precision.float8: no matrix is left to convert; each side must be a multiple of {MULTIPLE} on a rank"
             )
+        if self.experts:
+            found += _expert_problems(weights, degrees, gpu=gpu and not self.emulate)
         if self.all_gather and degrees.fsdp == 1:
             found.append(
                 f"precision.float8.all_gather=true gathers nothing: parallel.shard={degrees.shard}; "
@@ -106,17 +113,26 @@ class Float8(Config):
         """In place, on the meta device, before anything else is done to the model. Names do not change."""
         from torch import nn
 
+        from src.models.experts import Experts
+
         with _quiet():
             from torchao.float8.float8_linear import Float8Linear
 
         if not self.emulate:
-            _require(device_type)
+            _require(device_type, HOPPER if self.experts else NEEDED_CAPABILITY)
         config = self._torchao()
         chosen = self._chosen(_linears(model.config.weights()), tensor)
         for name, module in list(model.named_modules()):
             if name in chosen:
                 assert isinstance(module, nn.Linear)
                 model.set_submodule(name, Float8Linear.from_float(module, config=config))
+        if self.experts:
+            from src.distributed import float8_experts
+
+            with _quiet():
+                product = float8_experts.emulated if self.emulate else float8_experts.kernels()
+            for experts in (module for module in model.modules() if isinstance(module, Experts)):
+                experts.product, experts.multiple = product, MULTIPLE
 
     def _torchao(self) -> Any:
         from dataclasses import replace
@@ -132,6 +148,31 @@ class Float8(Config):
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
             precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def _expert_problems(weights: Iterable[Matrix], degrees: "Degrees", *, gpu: bool) -> list[str]:
+    """Why grouped products cannot be float8. `gpu`: whether kernels will run, rather than their emulation."""
+    experts = [weight for weight in weights if len(weight.shape) == 3]
+    if not experts:
+        return ["precision.float8.experts=true: this model has no routed experts; pass precision.float8.experts=false"]
+    found = []
+    for side in sorted({side for weight in experts for side in _expert_sides(weight, degrees.expert_tensor)}):
+        if side % MULTIPLE:
+            found.append(
+                f"precision.float8.experts=true: experts have a side of {side} on a rank, which is no multiple of "
+                f"{MULTIPLE}; pass precision.float8.experts=false, or a width that is"
+            )
+    package = find_spec("torchao")
+    places = [] if package is None else package.submodule_search_locations or []
+    if gpu and places and not any((Path(place) / EXPERT_KERNELS).exists() for place in places):
+        found.append("precision.float8.experts=true: this torchao has no kernels for them; pip install torchao==0.17.0")
+    return found
+
+
+def _expert_sides(weight: Matrix, ranks: int) -> tuple[int, ...]:
+    """Of one expert's matrix, as a rank holds it where `ranks` cut each."""
+    cut = weight.tensor_dim
+    return tuple(size // ranks if dim == cut else size for dim, size in enumerate(weight.shape) if dim > 0)
 
 
 def plain(tensor: "Tensor") -> "Tensor":
@@ -160,16 +201,16 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _require(device_type: str) -> None:
+def _require(device_type: str, needed: tuple[int, int]) -> None:
     import torch
 
     if device_type != "cuda":
         raise PlanError(NO_GPU)
     capability = torch.cuda.get_device_capability()
-    if capability < NEEDED_CAPABILITY:
+    if capability < needed:
         raise PlanError(
             f"precision.float8: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
-            f"float8 products need {NEEDED_CAPABILITY[0]}.{NEEDED_CAPABILITY[1]}; pass precision=bf16"
+            f"this needs {needed[0]}.{needed[1]}; pass precision=bf16"
         )
 
 

@@ -29,4 +29,6 @@ class Precision(Config):
     @property
     def arithmetic(self) -> str:
         """What the matrices are multiplied in, as a name for people."""
-        return self.compute if self.float8 is None else f"float8 {self.float8.recipe}"
+        if self.float8 is None:
+            return self.compute
+        return f"float8 {self.float8.recipe}" + (" with experts" if self.float8.experts else "")

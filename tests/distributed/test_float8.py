@@ -32,7 +32,7 @@ def precision(recipe: str | None, *, gather: bool = False, exclude: tuple[str, .
     """bf16, or what conf/precision/fp8*.yaml say, emulated."""
     float8 = None
     if recipe is not None:
-        float8 = Float8(recipe=recipe, exclude=exclude, all_gather=gather, emulate=True)  # type: ignore[arg-type]
+        float8 = Float8(recipe=recipe, exclude=exclude, experts=False, all_gather=gather, emulate=True)  # type: ignore[arg-type]
     return Precision(storage="float32", compute="bfloat16", reduce="float32", float8=float8)
 
 
@@ -165,7 +165,7 @@ def _losses_by_hand(layout: str, *, exchange: bool) -> list[float]:
     assert chosen.float8 is not None
     chosen.float8.convert(model, mesh.degrees.tensor, "cpu")
     split_tensor(model, mesh.tensor, float8=exchange)
-    shard(model, mesh.fsdp, mesh.degrees, chosen)
+    shard(model, mesh, chosen)
     materialise(model, torch.device("cpu"))
     initialise(model, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -191,7 +191,9 @@ def problems(float8: Float8, layout: str = "fsdp2", *, compiled: bool = False, g
 
 
 def config(**changes: Any) -> Float8:
-    return Float8(**({"recipe": "tensorwise", "exclude": (), "all_gather": False, "emulate": False} | changes))
+    return Float8(
+        **({"recipe": "tensorwise", "exclude": (), "experts": False, "all_gather": False, "emulate": False} | changes)
+    )
 
 
 MATRICES = (
