@@ -1,0 +1,109 @@
+"""What lies beside the weights: config.json, generation_config.json, the tokenizer's files, a card with facts."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.data.tokenizer import BEGIN, END, ByteTokenizer, File, JsonTokenizer, Tokenizer, TokenizerConfig
+from src.hugging_face.write import BLOCK
+from src.models.base import ModelConfig
+from src.models.hugging_face import config_json
+
+# As released tokenizers come; the folder that a run was given may have any of them.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+
+
+def describe(config: ModelConfig, tokenizer: Tokenizer, dtype: str, *, fp8: bool) -> dict[str, bytes]:
+    """config.json and generation_config.json; CheckpointError where transformers has no such model."""
+    marks = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    values = config_json(config) | marks | {"torch_dtype": dtype, "use_cache": True}
+    if fp8:
+        values["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+    return {"config.json": _text(values), "generation_config.json": _text(marks)}
+
+
+def tokenizer_files(tokenizer: Tokenizer, config: TokenizerConfig, max_seq_len: int) -> dict[str, bytes]:
+    """The files that a run was given, if they still are what it was trained with; else made from what it keeps."""
+    original = _original(tokenizer, config)
+    if original is not None:
+        there = {name: original / name for name in TOKENIZER_FILES}
+        return {name: path.read_bytes() for name, path in there.items() if path.is_file()}
+    backend = _byte_backend() if isinstance(tokenizer, ByteTokenizer) else _kept_backend(tokenizer)
+    bos, eos = (None if mark is None else backend.id_to_token(mark) for mark in (tokenizer.bos_id, tokenizer.eos_id))
+    if backend.post_processor is None and bos is not None and tokenizer.add_bos:
+        from tokenizers.processors import TemplateProcessing
+
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return {"tokenizer.json": backend.to_str(pretty=False).encode(), "tokenizer_config.json": _text(facts)}
+
+
+def _original(tokenizer: Tokenizer, config: TokenizerConfig) -> Path | None:
+    """The folder of tokenizer=file, if it has a tokenizer.json with the very tokens of `tokenizer`."""
+    if not isinstance(config, File) or not isinstance(tokenizer, JsonTokenizer):
+        return None
+    folder = config.path if config.path.is_dir() else config.path.parent
+    if not (folder / "tokenizer.json").is_file() or config.path.name not in (folder.name, "tokenizer.json"):
+        return None
+    from src.data.tokenizer import vocabulary_of
+    from src.data.tokenizer_files import read_backend
+
+    backend, marks = read_backend(config.path, config.bos, config.eos)
+    same = backend.to_str() == (tokenizer.folder / "tokenizer.json").read_text()
+    return folder if same and marks.eos is not None and vocabulary_of(backend) == tokenizer.vocab_size else None
+
+
+def _kept_backend(tokenizer: Tokenizer) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    assert isinstance(tokenizer, JsonTokenizer), "there are two kinds"
+    return Backend.from_file(str(tokenizer.folder / "tokenizer.json"))
+
+
+def _byte_backend() -> Any:
+    """tokenizer=bytes as a BPE without merges: every byte's letter has the byte as its id."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # The letters that byte-level BPE writes bytes with: printable ones stand for themselves.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    backend = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in (BEGIN, END)])
+    return backend
+
+
+def card(name: str, facts: Mapping[str, Any]) -> bytes:
+    """README.md of the folder."""
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {name}\n\nPretrained weights, exported from a run:\n\n| | |\n|---|---|\n{rows}\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")\n```\n'
+    ).encode()
+
+
+def _text(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -1,0 +1,89 @@
+"""A folder in Hugging Face layout, written by all ranks beside its place and put there when it is whole."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from src.errors import CheckpointError
+from src.hugging_face.archive import INDEX
+from src.hugging_face.write import Files, Held, block_scales, put_scales, write
+from src.models.base import ModelConfig
+from src.models.hugging_face import stored
+from src.models.stored import Stored
+
+T = TypeVar("T")
+FACTS = "export.json"  # also says that the folder was written here, and may be written anew
+
+
+class Team(Protocol):
+    """Agreements between all ranks: src.checkpoint.team.Team."""
+
+    def each(self, action: Callable[[], T]) -> list[T]: ...
+    def first(self, action: Callable[[], T]) -> T: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """How weights are written."""
+
+    dtype: str  # torch's name
+    fp8: bool  # linear weights in float8 with a scale for each block of 128 x 128
+    biases: bool  # also those of routers whose form there has none
+    shard_bytes: int  # largest file, unless one tensor is larger
+
+    def table(self, config: ModelConfig) -> tuple[Stored, ...]:
+        """What is written of a model."""
+        return tuple(each for each in stored(config) if self.biases or not each.optional)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """CheckpointError for a place that holds anything but an earlier export."""
+    if folder.exists() and not (folder / FACTS).is_file():
+        raise CheckpointError(f"task.to={folder}: is there and was not written by an export; pass another to=...")
+
+
+def save(
+    team: Team,
+    folder: Path,
+    parts: Mapping[str, Held],
+    config: ModelConfig,
+    form: Form,
+    beside: Mapping[str, bytes],
+    facts: Mapping[str, Any],
+    largest: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> Files:
+    """Collective. `beside`: the other files; `largest`: element-wise maximum over all ranks of a tensor on `device`."""
+    table, draft = form.table(config), folder.with_name(f"{folder.name}.partial")
+    files = Files.plan(draft, table, form.dtype, fp8=form.fp8, shard_bytes=form.shard_bytes)
+    team.first(lambda: _begin(folder, draft, files))
+    scales = block_scales(parts, table, largest, device) if form.fp8 else None
+    team.each(lambda: write(files, parts, table, scales))
+
+    def end() -> None:
+        if scales is not None:
+            put_scales(files, scales)
+        index = files.index()
+        texts = {} if index is None else {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
+        for name, content in {**texts, **beside, FACTS: (json.dumps(facts, indent=2) + "\n").encode()}.items():
+            (draft / name).write_bytes(content)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+
+    team.first(end)
+    return files
+
+
+def _begin(folder: Path, draft: Path, files: Files) -> None:
+    refuse_foreign(folder)
+    if draft.exists():
+        shutil.rmtree(draft)
+    draft.mkdir(parents=True)
+    files.make()
