@@ -32,6 +32,7 @@ PARTS = {
 }
 FEW = 6  # whole numbers, such as seeds, stand side by side
 LOGARITHMIC = 8.0  # times the smallest: values that far apart were meant so
+MANY = 50  # points of a curve: more are smoothed
 CUT = 0.15  # of the tokens: the first fall of the loss would flatten all that follows
 
 
@@ -123,7 +124,7 @@ def _facts(shown: Sequence[Shown], swept: Sequence[str]) -> str:
         found.insert(0, (f"{best.now.loss:.4f}", f"best loss, point {best.point.number}: {values}"))
     rates = sorted(each.now.tokens_per_second for each in shown if each.now.tokens_per_second)
     if rates:
-        found.append((number(rates[len(rates) // 2]), "tokens/s per device, median"))
+        found.append((f"{rates[len(rates) // 2]:,.0f}", "tokens/s per device, median"))
     total = sum((each.now.goodput for each in shown), Goodput())
     if total.share is not None:
         found.append((f"{100 * total.share:.0f}%", f"of {duration(total.total)} trained: goodput"))
@@ -143,13 +144,14 @@ def _finite(value: float | None) -> bool:
 
 
 def _losses(shown: Sequence[Shown]) -> str:
-    curves, heights = [], []
+    curves, heights, long = [], [], False
     for each in shown:
         series, tokens = each.history.series, each.history.series.get("tokens")
         loss = series.get("loss", Series())
         if not loss.values:
             continue
-        xs, ys = at_tokens(loss, tokens), smoothed(loss.values) if len(loss.values) >= 50 else loss.values
+        long = long or len(loss.values) >= MANY
+        xs, ys = at_tokens(loss, tokens), smoothed(loss.values) if len(loss.values) >= MANY else loss.values
         curves.append(Curve(xs, ys, each.colour, each.dash, each.title))
         finite = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
         if finite and each.now.state != "diverged":
@@ -158,7 +160,8 @@ def _losses(shown: Sequence[Shown]) -> str:
         return ""
     room = (max(heights) - min(heights)) * 0.05 or 0.1
     drawn = lines(curves, x="tokens", y="training loss", y_range=(min(heights) - room, max(heights) + room))
-    return _section("Loss against tokens", "Smoothed; the first fall is cut off.", drawn + _legend(shown), "wide")
+    note = f"{'Smoothed; the' if long else 'The'} first fall is cut off."
+    return _section("Loss against tokens", note, drawn + _legend(shown), "wide")
 
 
 def _legend(shown: Sequence[Shown]) -> str:
