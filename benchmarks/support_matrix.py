@@ -55,7 +55,7 @@ CONCERNS = {
     "recompute.py": "recompute",
     "compiling.py": "compile",
     # They start ranks, look at machines and spread experts, of which this model has none.
-    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "expert.py"), "no cell"),
+    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "expert.py", "float8_experts.py"), "no cell"),
 }
 
 MOST_RANKS = 8
