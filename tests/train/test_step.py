@@ -13,7 +13,7 @@ from src.optim.adamw import AdamW
 from src.train.setup import assemble
 from src.train.step import Readback, Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
-from tests.models.shapes import tiny_llama
+from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import Ranks
 from tests.train.runs import make_run
 
@@ -103,15 +103,24 @@ def test_the_loss_is_a_mean_over_all_labels_of_the_step(ranks: Ranks) -> None:
             assert found[3] == pytest.approx(alone[3], abs=1e-5)
 
 
+# FlexAttention's kernel takes heads of 16 elements and more.
+WITHOUT_WAITS = {
+    "dense": {"model": tiny_llama()},
+    "documents": {"model": tiny_llama(attention="flex", mask="block_causal", head_dim=16)},
+    "experts": {"model": tiny_deepseek()},
+    "compiled experts": {"model": tiny_deepseek(moe={"score": "sigmoid", "normalise": True}), "compile": "blocks"},
+    "recomputed experts": {"model": tiny_deepseek(), "compile": "blocks", "recompute": "selective"},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("documents", [False, True])
-def test_no_step_waits_for_the_device(documents: bool) -> None:
+@pytest.mark.parametrize("kind", WITHOUT_WAITS)
+def test_no_step_waits_for_the_device(kind: str) -> None:
     """torch raises at any call that would; the outcome of a step is read while the next one runs."""
     from src.distributed.process import Ranks as Process
 
-    # FlexAttention's kernel takes heads of 16 elements and more.
-    model = tiny_llama(attention="flex", mask="block_causal", head_dim=16) if documents else tiny_llama()
-    run = make_run(model=model, precision="bf16", parallel="single")
+    documents = kind == "documents"
+    run = make_run(precision="bf16", parallel="single", **WITHOUT_WAITS[kind])
     process = Process.join("cuda", 1, timeout_seconds=60)
     training = assemble(run, process, skips=0)
     made = rows(8, 128, WORDS)
