@@ -9,9 +9,11 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,9 +27,10 @@ from src.distributed.collectives import any_rank
 from src.distributed.process import Ranks, Replica
 from src.fault_tolerance.carry import fill, shards
 from src.fault_tolerance.config import TorchFT
-from src.fault_tolerance.peers import Carried
+from src.fault_tolerance.peers import Own
 
 CONNECT_SECONDS = 10.0
+FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 3.0, 60.0  # of waiting, before it is told
 HEARTBEATS_PER_LIMIT = 10  # so that one that is late means nothing
 # The manager's server asks the lighthouse again and again, so its own clients may wait: ranks that gave up at different
 # moments would ask for different quorums.
@@ -64,6 +67,7 @@ class Membership:
         self.group: ProcessGroup = ProcessGroupNCCL(limit) if nccl else ProcessGroupGloo(limit)
         self._transport = HTTPTransport[Any](timedelta(seconds=options.heal_seconds), num_chunks=0)
         self._transport._server.RequestHandlerClass.log_message = _nothing  # each request would be a line of the log
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quorum")
         self._serve()
 
     def _serve(self) -> None:
@@ -89,21 +93,13 @@ class Membership:
         assert address[0] is not None
         self._client = ManagerClient(address[0], connect_timeout=timedelta(seconds=CONNECT_SECONDS))
 
-    def meet(self, version: int, carried: Carried) -> Quorum:
+    def meet(self, version: int, own: Own) -> Quorum:
         """Collective. Wait for the others, and be healed or heal: `version` says who is ahead.
 
         A failure is kept in `error`: the step must still be voted on.
         """
         self.error = None
-        answer = self._client._quorum(
-            group_rank=self.ranks.rank,
-            step=version,
-            checkpoint_metadata=self._transport.metadata(),
-            shrink_only=False,
-            timeout=LONG,
-            init_sync=False,  # weights are functions of the seed, or of the same checkpoint
-            commit_failures=self.failures,
-        )
+        answer = self._ask(version, own.tell)
         self._version = answer.max_step
         members = (answer.quorum_id, tuple(answer.replica_ids))
         if members != self._quorum or self.failures:
@@ -112,28 +108,57 @@ class Membership:
             place = f"torchft/{answer.quorum_id}/{answer.max_step}/{self.ranks.rank}"
             self._try(lambda: self._connect(f"{answer.store_address}/{place}", answer))
         if answer.recover_dst_replica_ranks:
-            self._try(lambda: self._give(answer, carried))
-        healed = answer.heal and self._heal(answer, carried)
+            self._try(lambda: self._give(answer, own))
+        healed = answer.heal and self._heal(answer, own)
         return Quorum(answer.quorum_id, answer.replica_rank, answer.replica_world_size, healed)
+
+    def _ask(self, version: int, tell: Callable[[str], None]) -> Any:
+        """The lighthouse's answer, however long it takes; who waits is told what for."""
+        future = self._thread.submit(
+            self._client._quorum,
+            group_rank=self.ranks.rank,
+            step=version,
+            checkpoint_metadata=self._transport.metadata(),
+            shrink_only=False,
+            timeout=LONG,
+            init_sync=False,  # weights are functions of the seed, or of the same checkpoint
+            commit_failures=self.failures,
+        )
+        patience = FIRST_WORD_SECONDS
+        while True:
+            try:
+                return future.result(patience)
+            except TimeoutError:
+                tell(self._waits_for())
+                patience = NEXT_WORD_SECONDS
+
+    def _waits_for(self) -> str:
+        address = urlsplit(self.replica.lighthouse)
+        try:
+            socket.create_connection((address.hostname, address.port or 80), CONNECT_SECONDS).close()
+        except OSError:
+            return (
+                f"waits for the lighthouse: nothing answers at {self.replica.lighthouse}; training goes on when it does"
+            )
+        needed = f"fault_tolerance.min_groups={self.options.min_groups}"
+        return f"waits for other groups: the lighthouse has no quorum yet ({needed}, and more than half of those alive)"
 
     def _connect(self, address: str, answer: Any) -> None:
         self.group.configure(address, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
 
-    def _give(self, answer: Any, carried: Carried) -> None:
+    def _give(self, answer: Any, own: Own) -> None:
         """Serve this rank's shards until the vote, before which they do not change."""
         limit = timedelta(seconds=self.options.heal_seconds)
-        self._transport.send_checkpoint(
-            answer.recover_dst_replica_ranks, answer.max_step, shards(carried.give()), limit
-        )
+        self._transport.send_checkpoint(answer.recover_dst_replica_ranks, answer.max_step, shards(own.give()), limit)
 
-    def _heal(self, answer: Any, carried: Carried) -> bool:
+    def _heal(self, answer: Any, own: Own) -> bool:
         """All ranks of the group take over what they fetched, or none does."""
         began, fetched = time.perf_counter(), list[dict[str, Any]]()
         self._try(lambda: fetched.append(self._fetch(answer)))
         if any_rank(not fetched, torch.device("cpu")):
             self.error = self.error or RuntimeError("another rank of this group could not be healed")
             return False
-        carried.take(fill(carried.give(), fetched[0]))
+        own.take(fill(own.give(), fetched[0]))
         self.heal_seconds = time.perf_counter() - began
         return True
 
@@ -185,6 +210,7 @@ class Membership:
     def leave(self) -> None:
         """The others need not wait for this group's heartbeat to fall silent."""
         self._transport.shutdown(wait=False)
+        self._thread.shutdown()
         if self.ranks.rank == 0:
             self._server.shutdown()
         self.group.shutdown()

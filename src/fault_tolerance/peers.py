@@ -10,11 +10,12 @@ Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What a group that comes back must get from one that stayed: nested dicts of tensors and plain values."""
+class Own:
+    """This group's state, which one that comes back must get, and its voice."""
 
-    give: Callable[[], Tree]  # the live tensors
+    give: Callable[[], Tree]  # nested dicts of live tensors and plain values
     take: Callable[[Tree], None]  # the plain values, after the tensors were filled in place
+    tell: Callable[[str], None]  # a line for a person
 
 
 class Peers:
@@ -29,8 +30,8 @@ class Peers:
     leads = True  # whether this group writes for all: metrics, checkpoints
     counted = True  # what the last `agree` said
 
-    def carry(self, carried: Carried) -> None:
-        """Tell what healing is about, before the first meeting."""
+    def introduce(self, own: Own) -> None:
+        """Before the first meeting."""
 
     def meet(self, step: int, micro_batches: int) -> range | None:
         """Collective. Which of the step's micro-batches are this group's; None: the meeting failed, ask again.
@@ -62,10 +63,6 @@ class Peers:
     def metrics(self) -> Mapping[str, float]:
         """Of the whole and of each group."""
         return {}
-
-    def news(self) -> list[str]:
-        """Lines for a person since the last call."""
-        return []
 
     def leave(self) -> None:
         """Not on the way out of an error: then the others are to see it as dead."""

@@ -16,7 +16,7 @@ from src.distributed.collectives import any_rank
 from src.distributed.process import Ranks, Replica
 from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.membership import Membership, Quorum
-from src.fault_tolerance.peers import Carried, Peers, Tree
+from src.fault_tolerance.peers import Own, Peers, Tree
 from src.fault_tolerance.table import HISTORY_BITS, Row, Table, share
 
 
@@ -30,22 +30,21 @@ class Synchronous(Peers):
         self.table = Table()
         self._membership: Membership | None = None
         self._quorum: Quorum | None = None
-        self._carried: Carried | None = None
+        self._own: Own | None = None
         self._history = 0  # a number that groups share exactly when they have counted the same steps
         self._led = False  # the last step that counted
         self._leaving = self._stale = self._retried = False
         self._lost = 0  # steps of this group's work that did not count
-        self._news: list[str] = []
 
-    def carry(self, carried: Carried) -> None:
+    def introduce(self, own: Own) -> None:
         def give() -> Tree:
-            return {"run": carried.give(), "history": self._history}
+            return {"run": own.give(), "history": self._history}
 
         def take(tree: Tree) -> None:
-            carried.take(tree["run"])
+            own.take(tree["run"])
             self._history, self._stale = tree["history"], False
 
-        self._carried = Carried(give, take)
+        self._own = Own(give, take, own.tell)
 
     @property
     def members(self) -> Membership:
@@ -55,20 +54,20 @@ class Synchronous(Peers):
         return self._membership
 
     def meet(self, step: int, micro_batches: int) -> range | None:
-        assert self._carried is not None, "carry() comes first"
+        assert self._own is not None, "introduce() comes first"
         members, before, began = self.members, self._quorum, time.perf_counter()
         # A group with another past than its peers is behind them, however many steps it has done.
-        self._quorum = quorum = members.meet(2 * step + (not self._stale), self._carried)
-        own = Row(self.group, self._led, self._leaving, self._history, self._lost, members.heal_seconds)
-        table = Table.exchange(own, quorum, members, self.options.heal_seconds)
+        self._quorum = quorum = members.meet(2 * step + (not self._stale), self._own)
+        row = Row(self.group, self._led, self._leaving, self._history, self._lost, members.heal_seconds)
+        table = Table.exchange(row, quorum, members, self.options.heal_seconds)
         failed = any_rank(members.error is not None, torch.device("cpu"))
         if failed or table.split:
-            self._stale = self._stale or (not failed and table.astray(own))
+            self._stale = self._stale or (not failed and table.astray(row))
             self._vote(fine=False)
             return None
         self.table, self.leads = table, table.leader() == self.group
         if before is None or before.id != quorum.id:
-            self._news.append(self._described(quorum, time.perf_counter() - began))
+            self._own.tell(self._described(quorum, time.perf_counter() - began))
         return share(quorum.rank, quorum.size, micro_batches)
 
     def total(self, values: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ class Synchronous(Peers):
         # more before the run's own rule for such steps holds.
         fine = bool(finite) or self._retried
         if not fine:
-            self._news.append("a step was not finite: it is tried once more")
+            self._tell("this step was not finite: it is tried once more")
         counts = self._vote(fine=fine)
         self._retried = not fine and not counts
         return counts
@@ -100,7 +99,7 @@ class Synchronous(Peers):
             return True
         self._lost += 1
         if members.error is not None:
-            self._news.append(f"a step did not count ({_short(members.error)}): the groups meet again")
+            self._tell(f"this step did not count ({_short(members.error)}): the groups meet again")
         return False
 
     def may_leave(self, asked: bool) -> bool:
@@ -127,9 +126,9 @@ class Synchronous(Peers):
         healed = f"; healed in {self.members.heal_seconds:.1f} s" if quorum.healed else ""
         return f"quorum {quorum.id}: groups {there} of {self.options.groups}, met in {seconds:.1f} s{healed}"
 
-    def news(self) -> list[str]:
-        told, self._news = self._news, []
-        return told
+    def _tell(self, text: str) -> None:
+        assert self._own is not None, "introduce() comes first"
+        self._own.tell(text)
 
     def leave(self) -> None:
         if self._membership is not None:

@@ -12,7 +12,7 @@ from src.data.batches import Batch, Batches
 from src.distributed.collectives import any_rank
 from src.distributed.compiling import compile_seconds
 from src.errors import DivergedError
-from src.fault_tolerance.peers import Carried, Peers
+from src.fault_tolerance.peers import Own, Peers
 from src.metrics.console import format_startup, format_validation
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.memory import memory
@@ -74,7 +74,7 @@ class Loop:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
             gc.collect(1)
-        self.peers.carry(Carried(self._state, self._adopt))
+        self.peers.introduce(Own(self._state, self._adopt, self._tell))
         self.throughput.restart()
         for batches, waited in self._fetched() if self.peers.alone else self._met():
             if self._stopping:
@@ -113,8 +113,6 @@ class Loop:
         while state.step < self.plan.steps and not self._stopping:
             share = self.peers.meet(state.step, self.plan.micro_batches)
             self.report.lead(self.peers.leads)
-            for line in self.peers.news():
-                self.report.tell(f"step {state.step + 1}: {line}")
             if share is not None:
                 began = time.perf_counter()
                 yield self.batches.step(state.position, share), time.perf_counter() - began
@@ -124,6 +122,9 @@ class Loop:
         stepper = self.training.stepper
         streak = {"in_a_row": stepper.in_a_row, "dead": stepper.dead}
         return {"state": self.training.state.tree(0.0), "streak": streak}
+
+    def _tell(self, text: str) -> None:
+        self.report.tell(f"step {self.training.state.step + 1}: {text}")
 
     def _adopt(self, tree: dict[str, Any]) -> None:
         self.training.state.adopt(tree["state"])

@@ -1,0 +1,263 @@
+"""Replica groups of one rank each, with the real lighthouse: started in a moment, since one warm process forks them."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from src.cluster.folder import RunFolder
+from src.config.tree import read
+from tests.end_to_end.lives import HOME, TINY, opened
+
+PATIENCE_SECONDS = 60.0
+QUICK = (
+    *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=0.5", "fault_tolerance.join_seconds=0.5"),
+    *("fault_tolerance.sum_seconds=10.0", "fault_tolerance.heal_seconds=20.0", "data=synthetic"),
+)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens to a group at one of its steps: to be called in the middle of it, or while it heals."""
+
+    at: int  # step that is being computed, counted from 1
+    kind: str  # kill, nan, hold: until Fleet.go(at), or heal: killed while it fetches its state
+
+
+@dataclass
+class Lighthouse:
+    min_groups: int
+    process: "subprocess.Popen[str] | None" = None
+    address: str = ""
+
+    def start(self) -> None:
+        port = self.address.rpartition(":")[2] or "0"
+        options = ("--port", port, "--min-groups", str(self.min_groups))
+        quick = ("--join-seconds", "0.5", "--heartbeat-seconds", "0.5")
+        command = (sys.executable, "-m", "src.fault_tolerance.lighthouse", *options, *quick)
+        environment = os.environ | {"RUST_LOG": "error"}
+        self.process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+
+@dataclass
+class Fleet:
+    """The groups of one run."""
+
+    folder: Path
+    lighthouse: Lighthouse
+    groups: dict[int, ForkServerProcess] = field(default_factory=dict)
+
+    def start(self, *numbers: int, troubles: Sequence[Trouble] = ()) -> None:
+        code = next((self.folder / "code").iterdir()).name
+        for number in numbers:
+            with RunFolder.rejoin(self.folder, code) as run:
+                group = run.group(number)
+            with RunFolder.rejoin(group, code) as own:
+                own.begin(world=1)
+            arguments = (group, number, self.lighthouse.address, tuple(troubles))
+            self.groups[number] = forkserver().Process(target=live, args=arguments, daemon=True)
+            self.groups[number].start()
+
+    def kill(self, number: int) -> None:
+        process = self.groups[number]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+
+    def wait(self, *numbers: int) -> None:
+        """Until these groups have ended, and well."""
+        for number in numbers or tuple(self.groups):
+            self.groups[number].join(PATIENCE_SECONDS)
+            assert self.groups[number].exitcode == 0, self.log(number)
+
+    def died(self, number: int) -> None:
+        """Until this group has died by the signal that a trouble sends."""
+        self.groups[number].join(PATIENCE_SECONDS)
+        assert self.groups[number].exitcode == -signal.SIGKILL, self.log(number)
+
+    def reach(self, step: int, *numbers: int) -> None:
+        """Until these groups are at this step, or beyond."""
+        self.until(lambda: all(max(seen(self.folder, number), default=0) >= step for number in numbers))
+
+    def ready(self, number: int, life: int = 1) -> None:
+        """Until this group is about to meet the others, in its first life or a later one."""
+        self.until(lambda: sum(self.log(number).count(word) for word in ("starts at step", "goes on after")) >= life)
+
+    def go(self, step: int) -> None:
+        """End a hold."""
+        (self.folder / f"go_{step}").touch()
+
+    def until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not true():
+            assert time.monotonic() < deadline, "\n".join(self.log(number) for number in self.groups)
+            time.sleep(0.01)
+
+    def log(self, number: int) -> str:
+        file = self.folder / "groups" / str(number) / "life.log"
+        return file.read_text() if file.exists() else f"group {number}: no log"
+
+    def close(self) -> None:
+        for process in self.groups.values():
+            if process.is_alive():
+                process.kill()
+        self.lighthouse.kill()
+
+
+def forkserver() -> ForkServerContext:
+    os.environ.setdefault("RUST_LOG", "error")  # read once, when torchft is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fault_tolerance.warm"])
+    return context
+
+
+@contextmanager
+def fleet(root: Path, *argv: str, groups: int = 2, min_groups: int = 1) -> Iterator[Fleet]:
+    counts = (f"fault_tolerance.groups={groups}", f"fault_tolerance.min_groups={min_groups}")
+    folder = opened(*TINY, *QUICK, *counts, f"root={root}", *argv)
+    found = Fleet(folder, Lighthouse(min_groups))
+    found.lighthouse.start()
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]) -> None:
+    """A group's life, with an account of the samples of each step and of the weights that it ends with."""
+    os.environ |= {"REPLICA_GROUP_ID": str(group), "TORCHFT_LIGHTHOUSE": lighthouse}
+    log = os.open(folder / "life.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+
+    from src.cluster.job import perform
+    from src.fault_tolerance.membership import Membership
+    from src.train.loop import Loop
+    from src.train.step import Stepper
+
+    torch.set_num_threads(1)
+    account, step, run, fetch = folder / "account.jsonl", Stepper.__call__, Loop.run, Membership._fetch
+    loops: list[Loop] = []
+
+    def now(_: Stepper) -> int:
+        """The step that is being computed."""
+        return loops[0].training.state.step + 1
+
+    def note(**facts: Any) -> None:
+        with account.open("a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+    def watched(self: Stepper, batches: Any, stop: bool) -> torch.Tensor:
+        quorum = self.peers._quorum.id  # type: ignore[attr-defined]
+        note(quorum=quorum, offered=[sample for batch in batches for sample in batch.samples], step=now(self))
+        backward = self.network.backward
+
+        def troubled(batches: Any, scale: torch.Tensor) -> torch.Tensor:
+            loss = backward(batches, scale)
+            return loss + sum(befall(each, folder) for each in troubles if each.at == now(self))
+
+        with patch.object(self.network, "backward", troubled):
+            outcome = step(self, batches, stop)
+        if self.peers.counted:
+            note(quorum=quorum, counted=now(self), loss=outcome[0].item())
+        return outcome
+
+    def healed(self: Membership, answer: Any) -> Any:
+        if any(trouble.kind == "heal" for trouble in troubles):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fetch(self, answer)
+
+    def whole(self: Loop) -> bool:
+        loops.append(self)
+        state = self.training.state
+        finished = run(self)
+        note(end=state.step, position=state.position, tokens=state.tokens, weights=digest(self.training.network))
+        return finished
+
+    with (
+        patch.object(Stepper, "__call__", watched),
+        patch.object(Loop, "run", whole),
+        patch.object(Membership, "_fetch", healed),
+    ):
+        perform(read(folder / "config.yaml"), folder)
+    os._exit(0)
+
+
+def befall(trouble: Trouble, folder: Path) -> float:
+    """What is added to the loss."""
+    if trouble in DONE:
+        return 0.0
+    DONE.append(trouble)
+    if trouble.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while trouble.kind == "hold" and not (folder.parents[1] / f"go_{trouble.at}").exists():
+        time.sleep(0.01)
+    return float("nan") if trouble.kind == "nan" else 0.0
+
+
+DONE: list[Trouble] = []  # each comes once in a life
+
+
+def digest(network: Any) -> str:
+    """Of every bit of the weights."""
+    total = sha256()
+    for name, tensor in sorted(network.tensors().items()):
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        total.update(name.encode() + local.detach().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def account(folder: Path, group: int) -> list[dict[str, Any]]:
+    file = folder / "groups" / str(group) / "account.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def seen(folder: Path, group: int) -> list[int]:
+    """Steps that this group began to compute."""
+    return [line["step"] for line in account(folder, group) if "offered" in line]
+
+
+def last(folder: Path, group: int) -> dict[str, Any]:
+    return account(folder, group)[-1]
+
+
+def losses(folder: Path, groups: int) -> dict[int, float]:
+    """By step, as its last quorum saw it; all groups of a quorum must have seen the same."""
+    found: dict[tuple[int, int], set[float]] = {}
+    for group in range(groups):
+        for line in account(folder, group):
+            if "counted" in line:
+                found.setdefault((line["counted"], line["quorum"]), set()).add(line["loss"])
+    assert all(len(values) == 1 for values in found.values()), found
+    return {step: values.pop() for (step, _), values in sorted(found.items())}
+
+
+def audited(folder: Path, groups: int, steps: int, batch: int) -> bool:
+    """Whether step n took exactly the samples [(n - 1) * batch, n * batch), each once, whoever was there."""
+    lines = [line for group in range(groups) for line in account(folder, group)]
+    for step in range(1, steps + 1):
+        quorums = {line["quorum"] for line in lines if line.get("counted") == step}
+        assert quorums, f"step {step} was never counted"
+        quorum = max(quorums)  # groups that died with their state may have counted it before
+        shares = [line["offered"] for line in lines if line.get("step") == step and line["quorum"] == quorum]
+        assert sorted(sum(shares, [])) == list(range((step - 1) * batch, step * batch)), (step, shares)
+    return True

@@ -1,0 +1,110 @@
+"""Groups that die, come back, wait and disagree take the steps of one undisturbed run, sample for sample."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fault_tolerance.lives import Fleet, Trouble, audited, fleet, last, losses, seen
+
+STEPS, BATCH = 24, 4
+ARGV = (f"task.steps={STEPS}", f"task.global_batch={BATCH}", "checkpoint.every=10")
+BAND = 1e-4  # relative: sums over groups are made in another order
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of one group that has all the data."""
+    with fleet(tmp_path_factory.mktemp("alone"), *ARGV, groups=1) as alone:
+        alone.start(0)
+        alone.wait()
+        return losses(alone.folder, 1)
+
+
+def check(found: Fleet, groups: int, undisturbed: dict[int, float]) -> None:
+    """All that must hold whatever happened."""
+    curve = losses(found.folder, groups)
+    assert list(curve) == list(range(1, STEPS + 1))
+    assert curve == pytest.approx(undisturbed, rel=BAND)
+    ends = [last(found.folder, group) for group in range(groups)]
+    assert ends == [ends[0]] * groups
+    assert (ends[0]["end"], ends[0]["position"]) == (STEPS, STEPS * BATCH)
+    assert audited(found.folder, groups, STEPS, BATCH)
+
+
+def test_groups_take_the_steps_of_one_run(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV, groups=3, min_groups=3) as found:  # 4 micro-batches: shares of 2, 1 and 1
+        found.start(0, 1, 2)
+        found.wait()
+        check(found, 3, undisturbed)
+
+
+def test_a_group_killed_in_a_step_heals(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV) as found:
+        found.start(0, troubles=[Trouble(3, "hold"), Trouble(18, "hold")])
+        found.start(1, troubles=[Trouble(12, "kill")])
+        found.ready(1)
+        found.go(3)
+        found.died(1)
+        found.start(1)
+        found.ready(1, life=2)
+        found.go(18)
+        found.wait()
+        check(found, 2, undisturbed)
+
+
+def test_killed_while_it_heals_then_all_killed_then_more_groups(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV) as found:
+        found.start(0, troubles=[Trouble(3, "hold"), Trouble(14, "hold"), Trouble(19, "kill")])
+        found.reach(3, 0)
+        found.start(1, troubles=[Trouble(0, "heal")])
+        found.ready(1)
+        found.go(3)
+        found.died(1)
+        found.reach(14, 0)
+        found.start(1, troubles=[Trouble(19, "kill")])
+        found.ready(1, life=2)
+        found.go(14)
+        found.died(0)
+        found.died(1)
+        assert (found.folder / "checkpoints/step_00000010/COMPLETE.json").exists()
+        found.start(0, 1, 2)
+        found.wait()
+        check(found, 3, undisturbed)
+
+
+def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV, groups=3) as found:
+        found.start(0, 2, troubles=[Trouble(6, "kill")])
+        found.start(1, troubles=[Trouble(1, "hold"), Trouble(9, "hold")])
+        found.ready(0)
+        found.ready(2)
+        found.go(1)
+        found.died(0)
+        found.died(2)
+        found.reach(9, 1)
+        found.start(0, 2)
+        found.ready(0, life=2)
+        found.ready(2, life=2)
+        found.go(9)
+        found.wait()
+        check(found, 3, undisturbed)
+
+
+def test_slow_not_finite_and_without_a_lighthouse(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV, min_groups=2) as found:
+        found.start(0, troubles=[Trouble(4, "nan")])
+        found.start(1, troubles=[Trouble(7, "hold"), Trouble(10, "hold")])
+        found.reach(7, 0, 1)
+        time.sleep(1.5)  # several of the lighthouse's limits
+        found.go(7)
+        found.reach(10, 0, 1)
+        found.lighthouse.kill()
+        found.go(10)
+        found.until(lambda: "step 11: waits for the lighthouse: nothing answers" in found.log(0))
+        assert max(seen(found.folder, 0)) == 10
+        found.lighthouse.start()
+        found.wait()
+        check(found, 2, undisturbed)
+        told = found.log(0) + found.log(1)
+        assert told.count("step 4: this step was not finite: it is tried once more") == 2
