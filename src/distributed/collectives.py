@@ -24,3 +24,10 @@ def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     for group in mesh.get_all_groups():
         dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
     return values
+
+
+def mesh_max(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Collective: the element-wise maximum over the ranks of `mesh`, in place, without waiting for the device."""
+    for group in mesh.get_all_groups():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values

@@ -9,6 +9,7 @@ from src.distributed.mesh import Mesh
 from src.distributed.precision import Precision
 from src.distributed.recompute import Recompute
 from src.distributed.shard import shard
+from src.distributed.stopwatch import watch
 from src.distributed.tensor import split_tensor
 from src.models.decoder import Decoder
 
@@ -32,3 +33,4 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         experts_apart=mesh.degrees.expert > 1,
     )
     shard(model, mesh, precision)
+    watch(model, mesh)

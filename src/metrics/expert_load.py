@@ -14,27 +14,32 @@ class LayerLoad:
 
     rows: Sequence[int]  # that each expert got
     bias_norm: float  # of the biases that balance loads; 2-norm
+    travel_ms: tuple[float, float] | None = None  # to the experts and back, of the slowest rank; None: they are here
 
     def values(self, asked: int) -> dict[str, float]:
         """`asked`: rows that the router was to place; a difference were tokens dropped, or counted twice."""
         total, experts = sum(self.rows), len(self.rows)
         shares = [count / total for count in self.rows if count] if total else []
+        times = {} if self.travel_ms is None else dict(zip(("dispatch_ms", "combine_ms"), self.travel_ms, strict=True))
         return {
             "load_max_over_mean": max(self.rows) * experts / total if total else 0.0,
             "dead": float(sum(count == 0 for count in self.rows)),
             "entropy": -sum(share * log(share) for share in shares) / log(experts) if experts > 1 else 1.0,
             "bias_norm": self.bias_norm,
             "dropped": float(asked - total),
+            **times,
         }
 
 
-# Of a whole model, the layer that a person would look at.
+# Of a whole model: the layer that a person would look at, or all of them together.
 WORST: Mapping[str, Callable[[list[float]], float]] = {
     "load_max_over_mean": max,
     "dead": sum,
     "entropy": min,
     "bias_norm": max,
     "dropped": sum,
+    "dispatch_ms": sum,
+    "combine_ms": sum,
 }
 
 
@@ -50,10 +55,12 @@ class ExpertLoad:
         """`experts/dead` of the model and, if `layers` are wanted, `experts/layer_07/dead` of each.
 
         load_max_over_mean: rows of the busiest expert over the mean. dead: experts without a row. entropy: of the
-        shares of rows, over that of equal ones: 1 is even, 0 is one expert for all.
+        shares of rows, over that of equal ones: 1 is even, 0 is one expert for all. dispatch_ms, combine_ms: of one
+        forward pass, where rows travel between ranks.
         """
         each = {number: layer.values(self.asked) for number, layer in sorted(self.layers.items())}
-        found = {key: float(of([values[key] for values in each.values()])) for key, of in WORST.items()}
+        known = set().union(*each.values())
+        found = {key: float(of([values[key] for values in each.values()])) for key, of in WORST.items() if key in known}
         found["forced_balance"] = float(self.forced)
         if layers:
             found |= {f"layer_{number:02}/{key}": one for number, values in each.items() for key, one in values.items()}

@@ -1,7 +1,7 @@
 """Mixture of experts with shared experts, balanced without an auxiliary loss (arXiv 2408.15664)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,23 @@ from src.models.moe_config import MixtureOfExperts
 from src.models.router import Router, Routing
 
 
+class Stopwatch(Protocol):
+    """src.distributed.stopwatch has one."""
+
+    def milliseconds(self) -> tuple[float, float]: ...
+
+
 class MoE(nn.Module):
     """Router, routed experts, and one SwiGLU for all tokens. What travels between them is `exchange`'s business."""
 
     expert_bias: Tensor  # (n_experts) fp32: a weight in all but its update
     tokens_per_expert: Tensor  # (n_experts) int64: of this rank, since the last optimizer step
     load: Tensor  # (n_experts) int64: of all ranks, in the last optimizer step
+    stopwatch: Stopwatch | None  # of a layout in which tokens travel
 
     def __init__(self, dim: int, config: MixtureOfExperts, *, balanced: bool) -> None:
         super().__init__()
+        self.stopwatch = None
         self.balance_rate = config.balance_rate if balanced else None
         self.router = Router(dim, config)
         self.experts = Experts(config.n_experts, dim, config.hidden_dim)

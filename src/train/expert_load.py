@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from src.distributed.collectives import mesh_max
 from src.distributed.network import Network
 from src.metrics.expert_load import ExpertLoad, LayerLoad
 from src.models.moe import MoE
@@ -35,4 +36,14 @@ def _layers(network: Network) -> dict[int, LayerLoad]:
         return {}
     rows = torch.stack([moe.load for moe in mixtures.values()]).tolist()
     norms = torch.stack([moe.expert_bias for moe in mixtures.values()]).norm(dim=-1).tolist()
-    return {number: LayerLoad(*layer) for number, *layer in zip(mixtures, rows, norms, strict=True)}
+    times = _times(network, list(mixtures.values()))
+    return {number: LayerLoad(*layer) for number, *layer in zip(mixtures, rows, norms, times, strict=True)}
+
+
+def _times(network: Network, mixtures: list[MoE]) -> list[tuple[float, float] | None]:
+    """Milliseconds of dispatch and combine where tokens travel, those of the slowest rank."""
+    taken = [moe.stopwatch.milliseconds() for moe in mixtures if moe.stopwatch is not None]
+    if not taken:
+        return [None] * len(mixtures)
+    slowest = mesh_max(torch.tensor(taken, device=network.device), network.mesh.fsdp)
+    return [(dispatch, combine) for dispatch, combine in slowest.tolist()]

@@ -32,6 +32,14 @@ def test_a_model_tells_of_its_worst_layer_and_of_each() -> None:
     assert ExpertLoad({3: EVEN}, asked=24, forced=True).values()["experts/forced_balance"] == 1.0
 
 
+def test_travels_add_up_over_the_layers_of_a_model() -> None:
+    layers = {layer: LayerLoad([6, 6], 0.0, travel_ms=(1.5, 0.5 * layer)) for layer in (1, 2)}
+    values = ExpertLoad(layers, asked=12, forced=False).values()
+    assert (values["experts/dispatch_ms"], values["experts/combine_ms"]) == (3.0, 1.5)
+    assert values["experts/layer_02/combine_ms"] == 1.0
+    assert "experts/dispatch_ms" not in ExpertLoad({1: EVEN}, asked=24, forced=False).values()
+
+
 @pytest.mark.parametrize(("layers", "experts"), [(1, 8), (58, 256)])
 def test_a_picture_has_a_cell_for_each_expert(tmp_path: Path, layers: int, experts: int) -> None:
     rows = [expert % 3 for expert in range(experts)]

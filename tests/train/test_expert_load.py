@@ -54,7 +54,16 @@ def counted(ranks: Ranks) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [("single", "full"), ("fsdp2", "selective"), ("hsdp2x2", "none"), ("cp2_fsdp2", "none"), ("pp2_fsdp2", "none")],
+    [
+        ("single", "full"),
+        ("fsdp2", "selective"),
+        ("hsdp2x2", "none"),
+        ("cp2_fsdp2", "none"),
+        ("pp2_fsdp2", "none"),
+        ("fsdp2_ep2", "full"),
+        ("pp2_fsdp2_ep2", "none"),
+        ("tp2_fsdp2_ep2", "none"),
+    ],
 )
 def test_what_is_logged_is_what_was_chosen(
     ranks: Ranks, counted: dict[int, list[int]], layout: str, recompute: str
@@ -65,6 +74,9 @@ def test_what_is_logged_is_what_was_chosen(
         assert {number: list(layer.rows) for number, layer in load.layers.items()} == counted
         assert all(load.values()[f"experts/layer_{number:02}/dropped"] == 0 for number in counted)
         assert load.asked == ASKED
+        # Between ranks it takes a while, known to all that hold the layer.
+        assert all((layer.travel_ms is None) == ("ep" not in layout) for layer in load.layers.values())
+        assert all(0 < spent < 60_000 for layer in load.layers.values() for spent in layer.travel_ms or ())
         # The first update moves each bias by the rate, up or down, less the mean of these.
         assert all(0 < layer.bias_norm <= 0.01 * 8**0.5 for layer in load.layers.values())
 
