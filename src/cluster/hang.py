@@ -93,6 +93,8 @@ def _entered(dumps: Mapping[int, Mapping[str, Any]]) -> dict[_Group, dict[int, d
             if entry.get("is_p2p"):
                 continue
             name, described = (str(part) for part in entry["process_group"])
+            if name not in dump["pg_config"]:
+                continue  # a sum over replica groups: its members are in other folders
             members = tuple(json.loads(dump["pg_config"][name]["ranks"]))
             group = _Group(name, described if described not in ("", "undefined") else name, members)
             kind = str(entry["profiling_name"]).partition(":")[2]
