@@ -58,10 +58,10 @@ class Network(ABC):
         """Collective. This rank's part of the summed cross entropy; forward passes only."""
 
     @abstractmethod
-    def logits(self, tokens: Tensor, column: int, positions: Tensor, mask: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         """Collective. (rows, vocabulary) after that column of tokens (rows, length), on all ranks of these rows.
 
-        `positions`, `mask`: of src/models/cache.py, whose attention cores the parts have.
+        `positions`, `mask`: of src/models/cache.py, whose attention cores the parts have; None without a cache.
         """
 
 
@@ -85,7 +85,7 @@ class Whole(Network):
         (model,) = self.parts
         return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
 
-    def logits(self, tokens: Tensor, column: int, positions: Tensor, mask: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         (model,) = self.parts
         result: Tensor = model(tokens, positions=positions, mask=mask)
         return result[:, column]

@@ -86,7 +86,7 @@ class Pipeline(Network):
         losses = self._forward(self._ready(batches))
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
-    def logits(self, tokens: Tensor, column: int, positions: Tensor, mask: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         results = self._forward([(tokens, {"positions": positions, "mask": mask})])
         shape = (len(tokens), self.parts[0].config.vocab_size)
         rows = torch.empty(shape, dtype=self.hidden, device=self.device)

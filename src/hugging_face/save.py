@@ -1,18 +1,18 @@
-"""A folder in Hugging Face layout, written by all ranks beside its place and put there when it is whole."""
+"""A folder in Hugging Face layout, written by all ranks beside its place, and put there when it is whole."""
 
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from src.errors import CheckpointError
 from src.hugging_face.archive import INDEX
-from src.hugging_face.write import Files, Held, block_scales, put_scales, write
+from src.hugging_face.write import Files, Held, Scales, block_scales, put_scales, write
 from src.models.base import ModelConfig
 from src.models.hugging_face import stored
 from src.models.stored import Stored
@@ -45,7 +45,7 @@ class Form:
 def refuse_foreign(folder: Path) -> None:
     """CheckpointError for a place that holds anything but an earlier export."""
     if folder.exists() and not (folder / FACTS).is_file():
-        raise CheckpointError(f"task.to={folder}: is there and was not written by an export; pass another to=...")
+        raise CheckpointError(f"{folder}: is there and was not written by an export; pass another to=...")
 
 
 def save(
@@ -55,30 +55,27 @@ def save(
     config: ModelConfig,
     form: Form,
     beside: Mapping[str, bytes],
-    facts: Mapping[str, Any],
     largest: Callable[[Tensor], Tensor],
     device: torch.device,
-) -> Files:
-    """Collective. `beside`: the other files; `largest`: element-wise maximum over all ranks of a tensor on `device`."""
+) -> Path:
+    """Collective. Returns where the whole folder is until `publish` puts it in its place.
+
+    `beside`: the other files; `largest`: element-wise maximum over all ranks of a tensor on `device`.
+    """
     table, draft = form.table(config), folder.with_name(f"{folder.name}.partial")
     files = Files.plan(draft, table, form.dtype, fp8=form.fp8, shard_bytes=form.shard_bytes)
     team.first(lambda: _begin(folder, draft, files))
     scales = block_scales(parts, table, largest, device) if form.fp8 else None
     team.each(lambda: write(files, parts, table, scales))
+    team.first(lambda: _end(draft, files, scales, beside))
+    return draft
 
-    def end() -> None:
-        if scales is not None:
-            put_scales(files, scales)
-        index = files.index()
-        texts = {} if index is None else {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
-        for name, content in {**texts, **beside, FACTS: (json.dumps(facts, indent=2) + "\n").encode()}.items():
-            (draft / name).write_bytes(content)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
 
-    team.first(end)
-    return files
+def publish(draft: Path, folder: Path) -> None:
+    """By one rank: in the place of an earlier export."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
 
 
 def _begin(folder: Path, draft: Path, files: Files) -> None:
@@ -87,3 +84,12 @@ def _begin(folder: Path, draft: Path, files: Files) -> None:
         shutil.rmtree(draft)
     draft.mkdir(parents=True)
     files.make()
+
+
+def _end(draft: Path, files: Files, scales: Scales | None, beside: Mapping[str, bytes]) -> None:
+    if scales is not None:
+        put_scales(files, scales)
+    if (index := files.index()) is not None:
+        (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name, content in beside.items():
+        (draft / name).write_bytes(content)

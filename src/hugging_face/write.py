@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -236,10 +237,13 @@ def _raise(grid: Tensor, piece: _Piece) -> None:
     """Take the magnitudes of a piece into account."""
     for box, values in piece.ordered():
         rows, columns = (blocks(start, size, BLOCK) for start, size in zip(box.starts, box.sizes, strict=True))
-        by_row = torch.zeros(rows.count, box.sizes[1], device=grid.device)
-        by_row.index_reduce_(0, rows.of_each.to(grid.device), values.abs().float(), "amax")
+        # Zeros around it, so that it begins and ends where blocks do.
+        tops = [start % BLOCK for start in box.starts]
+        ends = [-(top + size) % BLOCK for top, size in zip(tops, box.sizes, strict=True)]
+        padded = F.pad(values.abs().float(), (tops[1], ends[1], tops[0], ends[0]))
+        largest = padded.view(rows.count, BLOCK, columns.count, BLOCK).amax((1, 3))
         part = grid[rows.first : rows.first + rows.count, columns.first : columns.first + columns.count]
-        part.index_reduce_(1, columns.of_each.to(grid.device), by_row, "amax")
+        part.copy_(torch.maximum(part, largest))
 
 
 def put_scales(files: Files, scales: Scales) -> None:

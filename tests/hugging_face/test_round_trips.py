@@ -20,7 +20,7 @@ from src.distributed.weights import initialise, seed_of
 from src.hugging_face.archive import INDEX, Archive
 from src.hugging_face.load import load
 from src.hugging_face.read import Reader
-from src.hugging_face.save import Form, save
+from src.hugging_face.save import Form, publish, save
 from src.hugging_face.write import held
 from src.models.hugging_face import stored
 from src.train.setup import unfilled
@@ -94,7 +94,9 @@ def there_and_back(name: str, layout: str, folder: Path, form: Form) -> tuple[li
     network = network_of(name, layout)
     before = {key: local(tensor).clone() for key, tensor in network.tensors().items()}
     parts, config = held(network.tensors()), network.parts[0].config
-    save(Team(), folder, parts, config, form, {"config.json": b"{}"}, {}, largest, torch.device("cpu"))
+    team = Team()
+    draft = save(team, folder, parts, config, form, {"config.json": b"{}"}, largest, torch.device("cpu"))
+    team.first(lambda: publish(draft, folder))
     with torch.no_grad():
         for tensor in network.tensors().values():
             local(tensor).fill_(float("nan"))
@@ -136,7 +138,7 @@ def test_the_index_tells_all_bytes(ranks: Ranks, tmp_path: Path) -> None:
 def test_what_transformers_wrote_comes_back_with_equal_keys_and_bits(name: str, tmp_path: Path, ranks: Ranks) -> None:
     saved(name, tmp_path / "theirs")
     ranks(2, rewrite, tmp_path, name)
-    ours, theirs = (contents(tmp_path / folder) for folder in ("ours", "theirs"))
+    ours, theirs = (contents(tmp_path / folder) for folder in ("ours.partial", "theirs"))
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
@@ -149,7 +151,7 @@ def rewrite(folder: Path, name: str) -> None:
     load(folder / "theirs", network.tensors(), config)
     form = Form("float32", fp8=False, biases=name != "deepseek-v2", shard_bytes=10**9)
     parts = held(network.tensors())
-    save(Team(), folder / "ours", parts, config, form, {}, {}, largest, torch.device("cpu"))
+    save(Team(), folder / "ours", parts, config, form, {}, largest, torch.device("cpu"))
 
 
 def contents(folder: Path) -> dict[str, Tensor]:

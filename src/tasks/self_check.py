@@ -1,0 +1,154 @@
+"""Does an exported folder compute what the run computes? Our model reads it back, and transformers by itself."""
+
+import importlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.checkpoint.team import Team
+from src.data.tokenizer import Tokenizer
+from src.distributed.network import Network
+from src.hugging_face.archive import quantisation, read_json
+from src.hugging_face.check import SCALE
+from src.hugging_face.load import load
+from src.hugging_face.write import BLOCK
+
+PLACES = 8  # of the text
+SENTENCE = 24  # tokens that transformers goes on with
+# Both compute in float32, in another order, some hundred sums deep: of the largest logit.
+TOLERANCE = 2e-3
+Logits = Mapping[int, Tensor]  # by place in the text: (vocabulary) float32 on the host
+
+
+@dataclass
+class Finding:
+    """Lines for people; `problems`: why the folder must not be used."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def native_logits(network: Network, ids: Sequence[int]) -> Logits:
+    """Collective. After some of the tokens of a text, the last of them included."""
+    degrees = network.mesh.degrees
+    multiple = 2 * degrees.context * degrees.tensor  # what a layout can cut; padding comes after, where nobody looks
+    row = torch.tensor([[*ids, *[0] * (-len(ids) % multiple)]], device=network.device)
+    places = sorted({(len(ids) - 1) * place // (PLACES - 1) for place in range(PLACES)})
+    with network.inference():
+        return {place: network.logits(row, place, None, None)[0].float().cpu() for place in places}
+
+
+def read_back(network: Network, team: Team, folder: Path, ids: Sequence[int]) -> Logits:
+    """Collective. The network has the folder's weights afterwards."""
+    team.each(lambda: load(folder, network.tensors(), network.parts[0].config))
+    return native_logits(network, ids)
+
+
+def with_transformers(
+    folder: Path, tokenizer: Tokenizer, text: str, ids: Sequence[int], before: Logits, after: Logits, *, exact: bool
+) -> Finding:
+    """On one rank. `before`: of the run's weights, `after`: of the folder's; `exact`: nothing was rounded."""
+    finding = Finding()
+    moved = _difference(before, after)
+    if exact and moved > 0:
+        finding.problems.append(
+            f"{folder}: read back, its weights move logits by {moved:.3g}; they must be the same bits"
+        )
+    finding.lines.append(f"rounding moves logits by at most {moved:.3g}" if not exact else "read back: the same bits")
+    if find_spec("transformers") is None:
+        finding.lines.append("transformers is not installed: the folder was not compared with it")
+        return finding
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4
+    if needed > (free := os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        finding.lines.append(
+            f"not compared: transformers would need up to {needed / 2**30:.0f} GiB of this host's {free / 2**30:.0f}"
+        )
+        return finding
+    _compare(folder, tokenizer, text, ids, after, finding)
+    return finding
+
+
+def _compare(
+    folder: Path, tokenizer: Tokenizer, text: str, ids: Sequence[int], after: Logits, finding: Finding
+) -> None:
+    model, info = _opened(folder)
+    if strangers := {key: sorted(names) for key, names in info.items() if names}:
+        finding.problems.append(f"{folder}: transformers tells of {strangers}")
+    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    with torch.no_grad():
+        logits = model(row).logits[0].float().cpu()
+    theirs = {place: logits[place] for place in after}
+    difference, largest = _difference(theirs, after), max(float(each.abs().max()) for each in after.values())
+    finding.lines.append(
+        f"transformers' logits differ by at most {difference:.3g} (the largest is {largest:.3g}), "
+        f"after {len(after)} places of {len(ids)} tokens"
+    )
+    if not difference <= TOLERANCE * max(1.0, largest):
+        finding.problems.append(
+            f"{folder}: transformers' logits differ by {difference:.3g} where the largest is {largest:.3g}; it is left "
+            "there for a look, and must not be used"
+        )
+    with torch.no_grad():
+        written = model.generate(row, max_new_tokens=SENTENCE, do_sample=False, attention_mask=torch.ones_like(row))
+    finding.lines.append(f"greedy: {text}[...]{tokenizer.decode(written[0, len(ids) :].tolist())}")
+    finding.problems += _tokenizer_problems(folder, text, ids)
+
+
+def _opened(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """transformers' model in float32, and what it missed or did not expect in the files."""
+    logging.disable(logging.WARNING)  # torchao, which it imports, warns of kernels that this machine cannot load
+    try:
+        transformers: Any = importlib.import_module("transformers")
+        importlib.import_module("transformers.quantizers.auto")
+    finally:
+        logging.disable(logging.NOTSET)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    given: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if quantisation(read_json(folder / "config.json")) is None:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **given)
+    elif find_spec("accelerate") is not None:  # what transformers needs to multiply float8 out by itself
+        given["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **given)
+    else:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        del config.quantization_config
+        given |= {"config": config, "state_dict": _multiplied_out(folder)}
+        family = getattr(transformers, config.architectures[0])
+        model, info = family.from_pretrained(None, **given)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * size:
+        model = model.cuda()
+    return model.eval(), info
+
+
+def _multiplied_out(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a float8 folder, whole: not by the code that reads shards, which this is to check."""
+    from safetensors.torch import load_file
+
+    found = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for key in [key for key in found if key.endswith(SCALE)]:
+        scale, name = found.pop(key), key.removesuffix(SCALE)
+        rows, columns = found[name].shape
+        whole = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
+        found[name] = found[name].float() * whole
+    return found
+
+
+def _tokenizer_problems(folder: Path, text: str, ids: Sequence[int]) -> list[str]:
+    transformers: Any = importlib.import_module("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)(text)["input_ids"]
+    if list(theirs)[: len(ids)] == list(ids):
+        return []
+    return [f"{folder}: transformers' tokenizer makes {list(theirs)[:8]}... of the text, the run's {list(ids)[:8]}..."]
+
+
+def _difference(first: Logits, second: Logits) -> float:
+    return max(float((first[place] - second[place]).abs().max()) for place in second)
