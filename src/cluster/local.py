@@ -5,6 +5,7 @@ save may take longer. The rendezvous store lives in the launcher, as the agent's
 """
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Devices:
     count: int | None
     memory_gib: float | None
     name: str
+    capability: tuple[int, int] | None = None  # CUDA's compute capability
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Local(Config):
         found = _visible_gpus() if self.gpus is None else self.gpus
         if found == 0:
             return Devices("cpu", None, None, "CPU")
-        name, memory_gib = _first_gpu()
-        return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name)
+        name, memory_gib, capability = _first_gpu()
+        return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
 
     def submit(self, folder: RunFolder, world: int) -> Outcome:
         """Start `world` ranks of the folder, show rank 0, and return when all have ended.
@@ -141,15 +143,26 @@ def _visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _first_gpu() -> tuple[str, float | None]:
-    """Name and GiB of the first GPU here, asked of the driver's tool since torch would make a context to answer."""
+def _first_gpu() -> tuple[str, float | None, tuple[int, int] | None]:
+    """Name, GiB and compute capability of the first GPU here.
+
+    Asked of the driver's tool, since torch would make a context to answer; None of what an old driver does not tell.
+    """
+    memory = _of_first_gpu("name,memory.total")
+    capability = _of_first_gpu("compute_cap")
+    name, _, mebibytes = memory.rpartition(",")
+    if not mebibytes.strip().isdecimal():
+        return "GPU", None, None
+    found = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    return name.strip(), int(mebibytes) / 1024, None if found is None else (int(found[1]), int(found[2]))
+
+
+def _of_first_gpu(query: str) -> str:
+    """What nvidia-smi answers; nothing where it cannot."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return "GPU", None
+        return ""
     first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
-    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits", "-i", first]
-    told = subprocess.run([tool, *query], capture_output=True, text=True, timeout=60)
-    name, _, mebibytes = told.stdout.strip().rpartition(",")
-    if told.returncode != 0 or not mebibytes.strip().isdecimal():
-        return "GPU", None
-    return name.strip(), int(mebibytes) / 1024
+    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", first]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return told.stdout.strip() if told.returncode == 0 else ""

@@ -46,6 +46,7 @@ class Devices:
 
     count: None
     memory_gib: float | None
+    capability: None = None
 
 
 @dataclass(frozen=True)

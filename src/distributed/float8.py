@@ -60,7 +60,15 @@ class Float8(Config):
         """Whether tensor parallel ranks send each other float8: with one scale a tensor, and where NCCL carries it."""
         return self.recipe == "tensorwise" and not self.emulate
 
-    def problems(self, weights: Iterable[Matrix], degrees: "Degrees", *, compiled: bool, gpu: bool) -> list[str]:
+    def problems(
+        self,
+        weights: Iterable[Matrix],
+        degrees: "Degrees",
+        *,
+        compiled: bool,
+        gpu: bool,
+        capability: tuple[int, int] | None = None,
+    ) -> list[str]:
         """Why this cannot be had: key, value, rule, what would do. `gpu`: whether ranks have one, as far as known."""
         weights = tuple(weights)
         found, names = [], _linears(weights)
@@ -85,9 +93,16 @@ class Float8(Config):
             found.append("precision.float8.emulate=true is eager only; pass compile=off")
         if not self.emulate and not gpu:
             found.append(NO_GPU)
+        if not self.emulate and gpu and capability is not None and capability < self.needed_capability:
+            found.append(_too_old(capability, self.needed_capability))
         if find_spec("torchao") is None:
             found.append("precision.float8 needs the package torchao; pip install torchao==0.17.0, or precision=bf16")
         return found
+
+    @property
+    def needed_capability(self) -> tuple[int, int]:
+        """CUDA's compute capability of the oldest GPU that has these products."""
+        return HOPPER if self.experts else NEEDED_CAPABILITY
 
     def left_out(self, weights: Iterable[Matrix], tensor: int) -> list[str]:
         """Lines for people: the matrices that stay in the compute dtype though nobody asked for it."""
@@ -119,7 +134,7 @@ class Float8(Config):
             from torchao.float8.float8_linear import Float8Linear
 
         if not self.emulate:
-            _require(device_type, HOPPER if self.experts else NEEDED_CAPABILITY)
+            _require(device_type, self.needed_capability)
         config = self._torchao()
         chosen = self._chosen(_linears(model.config.weights()), tensor)
         for name, module in list(model.named_modules()):
@@ -208,10 +223,12 @@ def _require(device_type: str, needed: tuple[int, int]) -> None:
         raise PlanError(NO_GPU)
     capability = torch.cuda.get_device_capability()
     if capability < needed:
-        raise PlanError(
-            f"precision.float8: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
-            f"this needs {needed[0]}.{needed[1]}; pass precision=bf16"
-        )
+        raise PlanError(_too_old(capability, needed))
+
+
+def _too_old(capability: tuple[int, int], needed: tuple[int, int]) -> str:
+    here, least = (".".join(map(str, each)) for each in (capability, needed))
+    return f"precision.float8: this GPU has compute capability {here}, this needs {least}; pass precision=bf16"
 
 
 def _linears(weights: Iterable[Matrix]) -> dict[str, Matrix]:

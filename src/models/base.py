@@ -58,9 +58,14 @@ class ModelConfig(Config):
     def weights(self) -> tuple[Weight, ...]:
         """Every parameter of the built module, by its name there."""
 
+    @property
     @abstractmethod
+    def head_widths(self) -> tuple[int, int]:
+        """Elements of a head's query and key, and of its value."""
+
     def attention_width(self) -> int:
         """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
+        return self.n_layers * self.n_heads * sum(self.head_widths)
 
     @property
     def within_documents(self) -> bool:

@@ -14,12 +14,15 @@ from src.distributed import stages
 from src.distributed.degrees import Degrees
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
+from src.fault_tolerance.config import Asked
 from src.models.base import divisors
 from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
 from src.train.fit import told
 from src.train.run import Compares, Devices, Infers, Nodes, Rehearses, Run, Validates
+
+NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
 
 
 class Corpus(Protocol):
@@ -90,6 +93,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_group_problems(run, devices, load.micro_batches),
         *_rehearsal_problems(run),
         *_float8_problems(run, devices),
+        *_kernel_problems(run, devices),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
         found.append(unfit)
@@ -286,7 +290,7 @@ def _group_problems(run: Run, devices: Devices | None, micro_batches: int) -> li
     options, world = run.fault_tolerance, run.parallel.world
     if not options.on:
         return []
-    found = options.problems(micro_batches)
+    found = options.problems(Asked(micro_batches, run.model.n_layers, run.task.steps, run.checkpoint.every))
     if not isinstance(run.task, Validates):
         found.append("fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none")
     if devices is not None and devices.count is not None and options.copies * world > devices.count:
@@ -349,8 +353,24 @@ def _float8_problems(run: Run, devices: Devices | None) -> list[str]:
     float8 = run.precision.float8
     if float8 is None:
         return []
-    gpu = _has_gpu(run, devices)
-    return float8.problems(run.model.weights(), run.parallel, compiled=run.compile.blocks, gpu=gpu)
+    capability = None if devices is None else devices.capability
+    return float8.problems(
+        run.model.weights(),
+        run.parallel,
+        compiled=run.compile.blocks,
+        gpu=_has_gpu(run, devices),
+        capability=capability,
+    )
+
+
+def _kernel_problems(run: Run, devices: Devices | None) -> list[str]:
+    narrowest = min(run.model.head_widths)
+    if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD or not _has_gpu(run, devices):
+        return []
+    return [
+        f"model.attention=flex has no GPU kernel for heads of {narrowest} elements, only from {NARROWEST_FLEX_HEAD}; "
+        "pass wider or fewer heads, model.attention=sdpa, or cluster.gpus=0"
+    ]
 
 
 def _has_gpu(run: Run, devices: Devices | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 
 from src.checkpoint.config import Checkpoint
 from src.data.config import Data
+from src.data.corpus import Corpus
 from src.data.tokenizer import TokenizerConfig
 from src.distributed.compiling import Compile
 from src.distributed.degrees import Degrees
@@ -76,6 +77,13 @@ class Infers(Protocol):
 
 
 @runtime_checkable
+class Evaluates(Protocol):
+    """A task that reads data and trains nothing on them."""
+
+    def corpus_problems(self, corpus: Corpus) -> list[str]: ...
+
+
+@runtime_checkable
 class Checks(Protocol):
     """A task with inputs of its own, which it looks at on the launcher."""
 
@@ -89,6 +97,9 @@ class Devices(Protocol):
     def count(self) -> int | None: ...
     @property
     def memory_gib(self) -> float | None: ...
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability."""
 
 
 @runtime_checkable

@@ -38,6 +38,7 @@ class Gpus:
 
     count: int | None = None
     memory_gib: float | None = None
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

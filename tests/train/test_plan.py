@@ -283,6 +283,27 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
         "optim.fused=true keeps moments in precision.storage=bfloat16, not in optim.moments=float32; "
         "pass optim.fused=false",
     ),
+    "float8 of a GPU that has none": (
+        make_run(precision="fp8"),
+        {"devices": Gpus(8, capability=(8, 0))},
+        "precision.float8: this GPU has compute capability 8.0, this needs 8.9; pass precision=bf16",
+    ),
+    "float8 experts before Hopper": (
+        make_run(model="deepseek_v3_debug", precision="fp8_experts"),
+        {"devices": Gpus(8, capability=(8, 9))},
+        "precision.float8: this GPU has compute capability 8.9, this needs 9.0; pass precision=bf16",
+    ),
+    "heads too narrow for FlexAttention's kernel": (
+        make_run(model=changed(section("model", "llama3_debug"), attention="flex", head_dim=8)),
+        {"devices": Gpus(8)},
+        "model.attention=flex has no GPU kernel for heads of 8 elements, only from 16; pass wider or fewer heads, "
+        "model.attention=sdpa, or cluster.gpus=0",
+    ),
+    "a budget without a compiler": (
+        make_run(recompute="budget"),
+        {},
+        "recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective",
+    ),
     "documents unknown": (
         make_run(model=changed(section("model", "llama3_debug"), attention="flex", mask="block_causal")),
         {},

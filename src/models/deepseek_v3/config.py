@@ -160,8 +160,9 @@ class DeepseekV3Config(ModelConfig):
             *shared,
         )
 
-    def attention_width(self) -> int:
-        return self.n_layers * self.n_heads * (self.qk_head_dim + self.v_head_dim)
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        return self.qk_head_dim, self.v_head_dim
 
     @property
     def mixture(self) -> MixtureOfExperts:

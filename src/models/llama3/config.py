@@ -115,8 +115,9 @@ class Llama3Config(ModelConfig):
             *(Weight(f"{unit}.{name}.weight", (self.dim,), unit) for name in ("attention_norm", "ffn_norm")),
         )
 
-    def attention_width(self) -> int:
-        return self.n_layers * self.n_heads * 2 * self.head_width
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        return self.head_width, self.head_width
 
     def saved_by_block(self, cut: Slice) -> Saved:
         """Between blocks the sequence is cut by `tensor`; the inputs of column-wise linears are whole."""
