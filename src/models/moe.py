@@ -67,7 +67,7 @@ class LocalExchange(nn.Module):
         """x (tokens, dim) -> the weighted sum of each token's experts, and what all tokens meet, `shared(x)`."""
         order, places = sorting(routing.experts, len(routing.counts))
         rows = dispatch(x, order, places)
-        weights = routing.weights.flatten()[order]
+        weights = arrange(routing.weights, order, places)
         scales: Tensor | None = weights
         if self.score_before_experts:
             rows, scales = (rows * weights.unsqueeze(-1)).to(x.dtype), None
@@ -91,6 +91,12 @@ def sorting(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(slots).scatter(0, places.flatten(), slots), places
 
 
+def arrange(choices: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    """choices (tokens, top_k), one number for each choice of an expert -> (tokens * top_k), sorted as the rows are."""
+    apply: Callable[..., Tensor] = _Arrange.apply
+    return apply(choices, order, places)
+
+
 def dispatch(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
     """x (tokens, dim) -> (tokens * top_k, dim): a copy of its token at each sorted place."""
     apply: Callable[..., Tensor] = _Dispatch.apply
@@ -103,14 +109,27 @@ def combine(rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
     return apply(rows, order, places)
 
 
-# Each is the other's gradient, and both only gather: no atomic addition, so the same bits at every run, and the sum
-# over a token's rows is made in fp32.
+# Gradients of what gathers gather too: no atomic addition, so the same bits at every run. The sum over a token's rows is
+# made in fp32.
 def _spread(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    return x[order // top_k]
+    return x.index_select(0, order // top_k)
 
 
 def _gather(rows: Tensor, places: Tensor) -> Tensor:
-    return rows[places].sum(1)  # (tokens, top_k, dim) -> (tokens, dim)
+    chosen = rows.index_select(0, places.flatten())
+    return chosen.view(*places.shape, -1).sum(1)  # (tokens, top_k, dim) -> (tokens, dim)
+
+
+class _Arrange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, choices: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return choices.flatten().index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grads[0].index_select(0, places.flatten()).view_as(places), None, None
 
 
 class _Dispatch(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.experts import Experts
-from src.models.moe import MoE, balance, combine, dispatch, sorting
+from src.models.moe import MoE, arrange, balance, combine, dispatch, sorting
 from tests.models.shapes import tiny_deepseek, tiny_moe
 
 
@@ -101,6 +101,9 @@ def test_dispatch_and_combine_have_exact_gradients() -> None:
     rows = torch.randn(12, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(dispatch, (x, order, places))
     assert torch.autograd.gradcheck(combine, (rows, order, places))
+    choices = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(arrange(choices, order, places), choices.flatten()[order])
+    assert torch.autograd.gradcheck(arrange, (choices, order, places))
 
 
 def test_a_sum_over_experts_is_made_in_fp32() -> None:

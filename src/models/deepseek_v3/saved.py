@@ -57,8 +57,8 @@ def _experts(config: "DeepseekV3Config", cut: Slice) -> int:
     streams = 2 * cut.element_bytes * config.dim + STATISTIC_BYTES + _swiglu(moe.shared_dim, cut)
     normalising = moe.top_k + 1 if moe.normalise else 0
     router = 4 * (moe.n_experts + normalising)
-    # Which experts, their order and its inverse, which a compiler keeps as counted; the weight at each place.
-    indices = moe.top_k * (2 * INDEX_BYTES + (4 if cut.compiled else INDEX_BYTES) + 4)
+    # Which experts, their order and its inverse; the weight at each place.
+    indices = moe.top_k * (3 * INDEX_BYTES + 4)
     # Beside what a SwiGLU keeps: what the weight multiplies.
     rows = moe.top_k * (cut.element_bytes * config.dim + _swiglu(moe.hidden_dim, cut))
     if not cut.compiled:
