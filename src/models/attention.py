@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 MaskKind = Literal["causal", "block_causal"]
 
 # On Hopper at 8192 tokens cuDNN runs 555 / 484 TFLOP/s forward / backward and flash v2 299 / 258 (benchmarks/).
+# With queries of 192 and values of 128 features it runs 523 / 395, memory-efficient attention 141 / 38, flash refuses.
 CUDA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

@@ -109,8 +109,8 @@ def combine(rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
     return apply(rows, order, places)
 
 
-# Gradients of what gathers gather too: no atomic addition, so the same bits at every run. The sum over a token's rows is
-# made in fp32.
+# Gradients of what gathers gather too: no atomic addition, so the same bits at every run. The sum over a token's rows
+# is made in fp32.
 def _spread(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     return x.index_select(0, order // top_k)
 
