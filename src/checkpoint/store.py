@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +110,20 @@ class Store:
         self.finish()
         return self._team.first(lambda: self.options.origin(self.folder))
 
-    def load(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    def load(self, path: Path, state: dict[str, Any], *, optional: Collection[str] = ()) -> dict[str, Any]:
         """Fill the tensors of `state` in place, on whatever mesh they are, and return its tree with the saved values.
 
         Nothing is touched before the files are verified and every name, shape and dtype fits. Top-level entries that
-        `state` leaves out are not read: {"model": ...} loads the weights alone.
+        `state` leaves out are not read: {"model": ...} loads the weights alone. Of those that are `optional`, what the
+        checkpoint has no value of is left out of the tree.
         """
         self.finish()
         self._team.first(lambda: self.options.check_trust(path, self.folder))
         self._verify(path)
-        flat = flatten(state)
         values: dict[str, Any] = self._team.first(lambda: json.loads((path / VALUES).read_text()))
+        there = {name.partition(".")[0] for name in values}
+        state = {key: child for key, child in state.items() if key in there or key not in optional}
+        flat = flatten(state)
         self._check_fit(path, flat, values)
         self._team.each(lambda: self._read_tensors(path, flat))
         if path.resolve().parent == self.folder.resolve():

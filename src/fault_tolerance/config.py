@@ -1,5 +1,6 @@
 """The group fault_tolerance: how many copies of the layout train together, and what happens when one is gone."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -10,6 +11,16 @@ from src.config.base import Config
 if TYPE_CHECKING:
     from src.distributed.process import Ranks
     from src.fault_tolerance.peers import Peers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a run its groups must get along with."""
+
+    micro_batches: int  # that a step has to give away
+    n_layers: int
+    steps: int
+    save_every: int | None  # steps
 
 
 class FaultTolerance(Config):
@@ -30,8 +41,8 @@ class FaultTolerance(Config):
         """This group's view of the others; nothing is sent before the first step."""
         raise NotImplementedError
 
-    def problems(self, shares: int) -> list[str]:
-        """What cannot work; `shares`: how many micro-batches a step has to give away."""
+    def problems(self, asked: Asked) -> list[str]:
+        """What cannot work."""
         return []
 
 
@@ -74,16 +85,17 @@ class TorchFT(FaultTolerance):
 
         return Synchronous(self, ranks)
 
-    def problems(self, shares: int) -> list[str]:
+    def problems(self, asked: Asked) -> list[str]:
         found = []
         if self.min_groups > self.groups:
             found.append(
                 f"fault_tolerance.min_groups={self.min_groups} of fault_tolerance.groups={self.groups} would wait for "
                 f"ever; at most {self.groups}"
             )
-        if shares < self.groups:
+        if asked.micro_batches < self.groups:
             found.append(
-                f"fault_tolerance.groups={self.groups}: a step has {shares} micro-batches to divide, so a group would "
-                f"have none; at most {shares} groups, a larger task.global_batch or a smaller task.micro_batch"
+                f"fault_tolerance.groups={self.groups}: a step has {asked.micro_batches} micro-batches to divide, so a "
+                f"group would have none; at most {asked.micro_batches} groups, a larger task.global_batch or a smaller "
+                "task.micro_batch"
             )
         return found

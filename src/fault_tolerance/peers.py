@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from src.distributed.network import Network
 
 Tree = dict[str, Any]
 
@@ -30,6 +33,16 @@ class Peers:
     leads = True  # whether this group writes for all: metrics, checkpoints
     counted = True  # what the last `agree` said
 
+    def watch(self, network: "Network", refresh: Sequence[Callable[[], None]]) -> None:
+        """Whose weights groups exchange; `refresh`: what follows from new ones, in order; collective."""
+
+    def tree(self) -> Tree:
+        """What a checkpoint and a group that heals need of groups that train apart; the tensors are the live ones."""
+        return {}
+
+    def adopt(self, tree: Tree) -> None:
+        """Take over the small values of a loaded tree; its tensors were filled in place."""
+
     def introduce(self, own: Own) -> None:
         """Before the first meeting."""
 
@@ -50,6 +63,13 @@ class Peers:
     def agree(self, finite: Tensor) -> bool:
         """Collective. Whether the step counts; `finite` is this step's verdict (0-dim, bool) on the device."""
         return True
+
+    def settle(self, step: int, tokens: int) -> int:
+        """Collective. After a step that counted, the run's number `step`, over `tokens` of this group.
+
+        Returns the tokens of other groups that are new to this one. The state may be another one afterwards.
+        """
+        return 0
 
     def may_leave(self, asked: bool) -> bool:
         """After a step that counted: whether the loop may end. `asked`: a signal wants it to."""

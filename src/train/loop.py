@@ -85,6 +85,8 @@ class Loop:
             self._first = self._first or state.step
             self.throughput.step(self.plan.tokens_per_step, waited)
             self._take(outcomes)
+            if not self.peers.alone:
+                self._settle()
             if self._due(state.step):
                 self._take(self._readback.flush())
                 self._pause(state.step)
@@ -142,6 +144,10 @@ class Loop:
         outcomes = self._readback.push(state.step, outcome)
         # A group that heals takes over what this one has counted; the vote has waited for the device already.
         return outcomes if self.peers.alone else outcomes + self._readback.flush()
+
+    def _settle(self) -> None:
+        others = self.peers.settle(self.training.state.step, self._last.tokens)  # which may replace the state
+        self.training.state.tokens += others
 
     def _learning_rate(self, step: int) -> float:
         return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)
@@ -227,7 +233,7 @@ class Loop:
             return
         loss = validate(self.training.network, self.batches, self.cadence.validate_samples, self._stopped)
         if loss is None:
-            self._stopping = True
+            self._stopping = self.peers.may_leave(asked=True)
             return
         self._validated = step
         self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})

@@ -22,7 +22,7 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
     origin = store.origin()
     if origin is None:
         return "starts at step 0" if foreign is None else f"starts at step 0 with {adopt(state.network, foreign)}"
-    state.adopt(store.load(origin, state.tree(0.0)))
+    state.adopt(store.load(origin, state.tree(0.0), optional=("outer",)))
     digest = batches.digest(state.position)
     if digest != state.digest:
         raise DataError(

@@ -46,8 +46,10 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None, pe
     optimizer = run.optim.build(network.named_parameters(), ranks.device)
     float8 = run.precision.float8
     after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.parts]
+    peers = peers or Peers()
+    peers.watch(network, after_update)
     stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update, peers)
-    return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed), stepper)
+    return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed, peers), stepper)
 
 
 def unfilled(run: Run, ranks: Ranks, mesh: Mesh) -> Network:

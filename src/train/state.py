@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from src.distributed.network import Network
+from src.fault_tolerance.peers import Peers
 from src.optim.state import optimizer_state
 
 
@@ -17,6 +18,7 @@ class TrainState:
     network: Network
     optimizer: Optimizer
     seed: int
+    peers: Peers = field(default_factory=Peers)
     step: int = 0
     tokens: int = 0
     position: int = 0
@@ -35,6 +37,7 @@ class TrainState:
             # generator is kept for whoever adds dropout.
             "rng": {"seed": self.seed, "torch": torch.get_rng_state()},
             "schedule": {"step": self.step, "learning_rate": learning_rate},
+            **self.peers.tree(),
         }
 
     def adopt(self, tree: dict[str, Any]) -> None:
@@ -42,3 +45,4 @@ class TrainState:
         self.step, self.tokens, self.position = tree["step"], tree["tokens"], tree["position"]
         self.digest = tree["digest"]
         torch.set_rng_state(tree["rng"]["torch"])
+        self.peers.adopt(tree)

@@ -1,0 +1,209 @@
+"""fault_tolerance=local_sgd and diloco: groups take steps of their own and meet between rounds of them.
+
+The samples of a step are divided over the groups of the last quorum, as in synchronous mode, but gradients stay in the
+group. At the end of an interval one fragment of the model is exchanged; its merge is voted on, and where it fails the
+fragment goes back to the outer weights and is the next one again. All groups of a meeting are at the same step: one
+that is behind, or that voted otherwise than its peers, takes over the whole state of another.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from math import sqrt
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.distributed.collectives import any_rank, world_sum
+from src.distributed.network import Network
+from src.distributed.process import Ranks
+from src.fault_tolerance.fragments import Modules, Rounds
+from src.fault_tolerance.local_sgd import DiLoCo, LocalSGD
+from src.fault_tolerance.mean import Exchange, Means, sent_bytes
+from src.fault_tolerance.outer import Outer, Place, Rule
+from src.fault_tolerance.peers import Own, Tree
+from src.fault_tolerance.synchronous import Synchronous
+from src.fault_tolerance.table import HISTORY_BITS, share
+
+
+class Method(Protocol):
+    """What local_sgd and diloco answer differently."""
+
+    @property
+    def rounds(self) -> Rounds: ...
+    @property
+    def exchange(self) -> Exchange: ...
+    @property
+    def own_share(self) -> float: ...
+    @property
+    def copy_on(self) -> Place: ...
+    def rule(self) -> Rule: ...
+    def modules(self, n_layers: int) -> Modules: ...
+
+
+class Apart(Synchronous):
+    def __init__(self, options: LocalSGD | DiLoCo, ranks: Ranks) -> None:
+        super().__init__(options, ranks)
+        self.method: Method = options
+        self.rounds = self.method.rounds
+        self._outer: Outer | None = None
+        self._means: Means | None = None
+        self._sent = False  # a fragment, and it was not merged yet
+        self._pending: Future[Tensor] | None = None
+        self._met = False  # in this life
+        self._copied = False  # the state is another group's, with no step of this one since
+        self._loaded = False  # the outer weights, from a checkpoint or a peer
+        self._doing = 0  # the step that is being done, or was last
+        self._others = 0  # tokens of the others that the loop does not know of
+        self._sent_bytes, self._way = 0, 0.0  # of this rank in this life; norm of the last merge
+        # What follows is of the run.
+        self._at = 0  # steps that are done
+        self._left = 0  # the step after which a fragment was sent last
+        self._merged = self._failed = 0  # exchanges
+        self._unshared = 0  # tokens of this group that the others do not know of
+
+    def watch(self, network: Network, refresh: Sequence[Callable[[], None]]) -> None:
+        fragments = self.method.modules(network.parts[0].config.n_layers)
+        self._outer = Outer(network, fragments, self.method.rule(), self.method.copy_on, refresh)
+
+    @property
+    def outer(self) -> Outer:
+        assert self._outer is not None, "watch() comes first"
+        return self._outer
+
+    def tree(self) -> Tree:
+        counts = {"at": self._at, "left": self._left, "merged": self._merged, "failed": self._failed}
+        return {"outer": self.outer.tensors() | counts | {"unshared": self._unshared, "history": self._history}}
+
+    def adopt(self, tree: Tree) -> None:
+        if "outer" not in tree:  # the checkpoint is of a run without an outer optimizer
+            return
+        outer, self._loaded = tree["outer"], True
+        self._at, self._left, self._merged = outer["at"], outer["left"], outer["merged"]
+        self._failed, self._unshared, self._history = outer["failed"], outer["unshared"], outer["history"]
+
+    def introduce(self, own: Own) -> None:
+        super().introduce(own)
+        if not self._loaded:
+            self.outer.begin()
+
+    def meet(self, step: int, micro_batches: int) -> range | None:
+        self._doing = step + 1
+        if not self._met:
+            self._at = step
+            if not self._gather():
+                return None
+            self._met = True
+            self._exchange()
+            if self._at != step:
+                return None  # healed: there may be nothing left to do
+        assert self._quorum is not None, "the groups have met"
+        return share(self._quorum.rank, self._quorum.size, micro_batches)
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Gradients stay in the group."""
+
+    def agree(self, finite: Tensor) -> bool:
+        self.counted, self._copied = True, False
+        return True
+
+    def settle(self, step: int, tokens: int) -> int:
+        self._at, self._unshared = step, self._unshared + tokens
+        if self.rounds.leaves(step):
+            while not self._gather():
+                pass  # each time it waits for the others
+        self._exchange()
+        others, self._others = self._others, 0
+        return others
+
+    def _gather(self) -> bool:
+        """Collective. A meeting, after which all groups have done the same steps; false: once more."""
+        met = super().meet(self._at, self.options.groups) is not None
+        self._copied = self._copied or (self._quorum is not None and self._quorum.healed)
+        self._led = self.leads if met else self._led
+        return met
+
+    def _exchange(self) -> None:
+        """Collective. What is due after the steps that are done, as all groups of the meeting see it alike."""
+        if self.rounds.leaves(self._at) and self._left < self._at:
+            self._send()
+        if self.rounds.arrives(self._at) and self._sent:
+            self._merge()
+
+    def _send(self) -> None:
+        """A group that took over another's state has learned nothing of its own: it does not count in the mean."""
+        members, quorum = self.members, self._quorum
+        assert quorum is not None, "the groups have met"
+        vector = self.outer.outgoing(self._fragment)
+        cells = torch.tensor([1.0, self._unshared], dtype=torch.float64, device=members.device)
+        if self._copied:
+            vector.zero_()
+            cells.zero_()
+        if quorum.size > 1:
+            members.sum_([cells])
+        if not any_rank(members.error is not None, torch.device("cpu")):
+            contributors, tokens = (int(value) for value in cells.tolist())
+            self._others += tokens - self._unshared
+            self._pending = self.means.start(vector, max(contributors, 1), members.group, quorum.size)
+            self._sent_bytes += sent_bytes(vector.numel(), quorum.size, self.method.exchange)
+        self._left, self._unshared, self._sent = self._at, 0, True
+
+    def _merge(self) -> None:
+        mean, fragment, quorum = self._received(), self._fragment, self._quorum
+        self._sent = False
+        assert quorum is not None, "the groups have met"
+        fine = mean is not None and bool(mean.isfinite().all())
+        if self.members.vote(fine=fine):
+            assert mean is not None, "without one the vote is no"
+            squares = self.outer.merge(fragment, mean, self.method.own_share)
+            self._way = sqrt(world_sum(torch.tensor(squares, device=self.ranks.device)).item())
+            self._merged += 1
+        else:
+            self.outer.restore(fragment)
+            self._failed, self._lost = self._failed + 1, self._lost + self.rounds.interval
+            why = self.members.error or "the mean was not finite, or another rank refused it"
+            self._tell(f"fragment {fragment} could not be exchanged ({why}): it goes back to the outer weights")
+        past = (self._history, quorum.id, quorum.size, self._at, self._merged)
+        self._history = hash(past) % 2**HISTORY_BITS
+
+    def _received(self) -> Tensor | None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        try:
+            return pending.result()
+        except (RuntimeError, OSError, TimeoutError, AssertionError) as error:
+            self.members.error = self.members.error or error
+            return None
+
+    @property
+    def _fragment(self) -> int:
+        """The one that is exchanged next; after a failure, once more."""
+        return self._merged % len(self.outer)
+
+    @property
+    def means(self) -> Means:
+        if self._means is None:
+            self._means = Means(self.method.exchange, self.options.sum_seconds, self.members.device)
+        return self._means
+
+    def may_leave(self, asked: bool) -> bool:
+        # What is on its way is in no checkpoint; it arrives a few steps later.
+        return asked and not self.rounds.in_flight(self._doing)
+
+    @property
+    def saves(self) -> bool:
+        return self.leads
+
+    def metrics(self) -> Mapping[str, float]:
+        sent = world_sum(torch.tensor(self._sent_bytes, dtype=torch.float64, device=self.ranks.device)).item()
+        counts = {"outer/syncs": float(self._merged), "outer/failed_syncs": float(self._failed)}
+        return {**super().metrics(), **counts, "outer/update_norm": self._way, "outer/sent_bytes": sent}
+
+    def leave(self) -> None:
+        if self._means is not None:
+            self._means.close()
+        super().leave()

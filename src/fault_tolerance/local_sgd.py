@@ -1,0 +1,119 @@
+"""fault_tolerance=local_sgd and diloco: groups train apart and exchange weights every so many steps."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from src.config.base import Names
+from src.fault_tolerance.config import Asked, TorchFT
+from src.fault_tolerance.fragments import Modules, Rounds, cut, problems
+
+if TYPE_CHECKING:
+    from src.distributed.process import Ranks
+    from src.fault_tolerance.outer import Rule
+    from src.fault_tolerance.peers import Peers
+
+
+class Periodic(TorchFT):
+    """What both have in common; the subclasses also answer as `Method` of src/fault_tolerance/apart.py."""
+
+    sync_steps: PositiveInt
+    copy_on: Literal["cpu", "device"]
+
+    @property
+    def rounds(self) -> Rounds:
+        return Rounds(self.sync_steps, 1, 0)
+
+    def join(self, ranks: "Ranks") -> "Peers":
+        from src.fault_tolerance.apart import Apart
+
+        assert isinstance(self, LocalSGD | DiLoCo), "one of the two methods"
+        return Apart(self, ranks)
+
+    def problems(self, asked: Asked) -> list[str]:
+        found = super().problems(asked) + self.rounds.problems()
+        interval = self.rounds.interval
+        if not self.rounds.problems() and asked.steps % interval:
+            found.append(
+                f"task.steps={asked.steps} ends between two exchanges, which are every {interval} steps, and what "
+                f"groups learned since the last one would be lost ({_nearest(asked.steps, interval)} would do)"
+            )
+        return found
+
+
+class LocalSGD(Periodic):
+    """Every `sync_steps` steps the weights of all groups become their mean."""
+
+    @property
+    def exchange(self) -> Literal["float32"]:
+        return "float32"
+
+    @property
+    def own_share(self) -> float:
+        return 0.0
+
+    def rule(self) -> "Rule":
+        from src.fault_tolerance.outer import Averaging
+
+        return Averaging()
+
+    def modules(self, n_layers: int) -> Modules:
+        """Of each fragment."""
+        return cut(n_layers, 1, None)
+
+
+class DiLoCo(Periodic):
+    """What groups learned in a round is, in the mean, one gradient for an outer optimizer; a fragment at a time."""
+
+    outer_lr: PositiveFloat
+    outer_momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    fragments: PositiveInt
+    fragment_modules: Annotated[tuple[Names, ...], Field(strict=False)] | None
+    delay_steps: NonNegativeInt
+    own_share: Annotated[float, Field(ge=0.0, le=1.0)]
+    exchange: Literal["float32", "bfloat16", "int8"]
+
+    @property
+    def rounds(self) -> Rounds:
+        return Rounds(self.sync_steps, self.fragments, self.delay_steps)
+
+    def rule(self) -> "Rule":
+        from src.fault_tolerance.outer import Nesterov
+
+        return Nesterov(self.outer_lr, self.outer_momentum)
+
+    def modules(self, n_layers: int) -> Modules:
+        return cut(n_layers, self.fragments, self.fragment_modules)
+
+    def problems(self, asked: Asked) -> list[str]:
+        found = super().problems(asked) + self._fragment_problems(asked.n_layers)
+        every, interval = asked.save_every, self.rounds.interval
+        if every is not None and self.delay_steps and not found and every % interval:
+            found.append(
+                f"checkpoint.every={every}: with fault_tolerance.delay_steps={self.delay_steps} a fragment may be on "
+                f"its way then; a multiple of the {interval} steps between two exchanges, {_nearest(every, interval)}"
+            )
+        return found
+
+    def _fragment_problems(self, n_layers: int) -> list[str]:
+        named = self.fragment_modules
+        if named is None:
+            most = n_layers + 2
+            if self.fragments > most:
+                return [
+                    f"fault_tolerance.fragments={self.fragments} of {n_layers} layers, an embedding and a head; at "
+                    f"most {most}"
+                ]
+            return []
+        if len(named) != self.fragments:
+            return [
+                f"fault_tolerance.fragment_modules names {len(named)} fragments and fault_tolerance.fragments="
+                f"{self.fragments}; pass fragments={len(named)}"
+            ]
+        rule = f"each module of the model once, tok_embeddings, layers.0 to layers.{n_layers - 1}, norm and output"
+        return [f"fault_tolerance.fragment_modules: {fault}; it holds {rule}" for fault in problems(named, n_layers)]
+
+
+def _nearest(value: int, of: int) -> str:
+    lower = value // of * of
+    return f"{lower} or {lower + of}" if lower else f"{of}"

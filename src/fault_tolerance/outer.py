@@ -1,0 +1,183 @@
+"""What groups that train apart agree on: outer weights, and how an exchange moves them.
+
+LocalSGD, https://arxiv.org/abs/1805.09767; DiLoCo, https://arxiv.org/abs/2311.08105; its streaming form,
+https://arxiv.org/abs/2501.18512.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from src.distributed.network import Network
+from src.distributed.stages import module_of
+from src.fault_tolerance.carry import local
+from src.fault_tolerance.fragments import Modules
+
+Place = Literal["cpu", "device"]
+
+
+class Rule(Protocol):
+    """How one tensor is exchanged: this group's `mine` and the outer `agreed`, float32, of one shape."""
+
+    @property
+    def remembers(self) -> bool: ...
+
+    def outgoing(self, agreed: Tensor, mine: Tensor) -> Tensor:
+        """What the mean over groups is taken of."""
+
+    def moved(self, agreed: Tensor, mean: Tensor, velocity: Tensor | None) -> Tensor:
+        """The new outer tensor; `velocity` is updated in place."""
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """LocalSGD: the outer weights are the mean of the groups' weights."""
+
+    remembers = False
+
+    def outgoing(self, agreed: Tensor, mine: Tensor) -> Tensor:
+        return mine
+
+    def moved(self, agreed: Tensor, mean: Tensor, velocity: Tensor | None) -> Tensor:
+        return mean
+
+
+@dataclass(frozen=True)
+class Nesterov:
+    """DiLoCo: the mean of the groups' ways is a gradient for SGD with momentum as torch.optim.SGD has it."""
+
+    lr: float
+    momentum: float
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def outgoing(self, agreed: Tensor, mine: Tensor) -> Tensor:
+        return agreed - mine
+
+    def moved(self, agreed: Tensor, mean: Tensor, velocity: Tensor | None) -> Tensor:
+        assert velocity is not None, "Outer keeps one for each rule that remembers"
+        velocity.mul_(self.momentum).add_(mean)
+        return agreed - self.lr * (mean + self.momentum * velocity)
+
+
+WHOLE_WAY = Nesterov(lr=1.0, momentum=0.0)  # of buffers, such as biases that balance experts: no optimizer moves them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight or buffer of this rank."""
+
+    name: str
+    live: Tensor
+    agreed: Tensor  # of the same type and layout
+    velocity: Tensor | None  # float32
+    rule: Rule
+    share: float  # one over the number of ranks that hold these numbers
+
+    def outgoing(self) -> Tensor:
+        agreed = local(self.agreed).to(self.live.device)
+        return self.rule.outgoing(agreed.float(), local(self.live).float()).flatten()
+
+    def restore(self) -> None:
+        local(self.live).copy_(local(self.agreed))
+
+    def merge(self, mean: Tensor, alpha: float) -> Tensor:
+        """Move the outer tensor, and the live one to it but for a share `alpha`; the squared norm of the way."""
+        agreed, live = local(self.agreed), local(self.live)
+        before = agreed.to(live.device).float()
+        velocity = None if self.velocity is None else local(self.velocity).to(live.device)
+        after = self.rule.moved(before, mean.view(before.shape), velocity)
+        agreed.copy_(after)
+        if self.velocity is not None and velocity is not None:
+            local(self.velocity).copy_(velocity)
+        live.copy_(torch.lerp(after, live.float(), alpha) if alpha else after)
+        return (after - before).square().sum() * self.share
+
+
+class Outer:
+    """The outer weights of all fragments, in shards like those of the live ones: each rank averages with its twins."""
+
+    def __init__(
+        self, network: Network, fragments: Modules, rule: Rule, place: Place, refresh: Sequence[Callable[[], None]]
+    ) -> None:
+        """`refresh`: what follows from new weights, in order; collective."""
+        self.refresh = refresh
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        buffers = WHOLE_WAY if rule.remembers else rule
+        holders = network.mesh.world // network.mesh.degrees.pipeline
+        self._fragments: list[list[Entry]] = [[] for _ in fragments]
+        number = {module: index for index, modules in enumerate(fragments) for module in modules}
+        for name, live in network.tensors().items():
+            if live.is_floating_point():
+                kind = rule if name in trained else buffers
+                entry = _entry(name, live.detach(), kind, place, _pieces(live) / holders)
+                self._fragments[number[module_of(name)]].append(entry)
+
+    def __len__(self) -> int:
+        """How many fragments there are."""
+        return len(self._fragments)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The live weights are what groups agree on: at the start, or after other weights were loaded."""
+        for entry in self._all():
+            local(entry.agreed).copy_(local(entry.live))
+
+    @torch.no_grad()
+    def outgoing(self, fragment: int) -> Tensor:
+        """One vector, float32, where the weights are."""
+        parts = [entry.outgoing() for entry in self._fragments[fragment]]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    @torch.no_grad()
+    def merge(self, fragment: int, mean: Tensor, alpha: float) -> float:
+        """Collective with `refresh`. Returns this rank's part of the squared norm of the outer weights' way."""
+        entries = self._fragments[fragment]
+        means = mean.split([local(entry.agreed).numel() for entry in entries])
+        squares = [entry.merge(part, alpha) for entry, part in zip(entries, means, strict=True)]
+        self._refresh()
+        return float(torch.stack(squares).sum()) if squares else 0.0
+
+    @torch.no_grad()
+    def restore(self, fragment: int) -> None:
+        """Collective with `refresh`. Back to the outer weights: the steps since then do not count for this fragment."""
+        for entry in self._fragments[fragment]:
+            entry.restore()
+        self._refresh()
+
+    def elements(self, fragment: int) -> int:
+        """Of this rank's shards."""
+        return sum(local(entry.agreed).numel() for entry in self._fragments[fragment])
+
+    def tensors(self) -> dict[str, Any]:
+        """For a checkpoint and for a group that heals: the live ones."""
+        velocity = {entry.name: entry.velocity for entry in self._all() if entry.velocity is not None}
+        return {"weights": {entry.name: entry.agreed for entry in self._all()}, "velocity": velocity}
+
+    def _all(self) -> list[Entry]:
+        return [entry for fragment in self._fragments for entry in fragment]
+
+    def _refresh(self) -> None:
+        for act in self.refresh:
+            act()
+
+
+def _entry(name: str, live: Tensor, rule: Rule, place: Place, share: float) -> Entry:
+    agreed = live.cpu() if place == "cpu" and not live.is_cpu else live.clone()
+    velocity = torch.zeros_like(agreed, dtype=torch.float32) if rule.remembers else None
+    return Entry(name, live, agreed, velocity, rule, share)
+
+
+def _pieces(tensor: Tensor) -> int:
+    """Into how many different shards the ranks of its mesh cut it."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return prod(mesh.size(axis) for axis, placement in enumerate(placements) if not isinstance(placement, Replicate))
