@@ -104,7 +104,7 @@ def feed(run: "Run") -> "Corpus | None":
     """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
     from src.data.corpus import check
     from src.data.prepare import prepare
-    from src.train.run import Validates
+    from src.train.run import Evaluates, Validates
 
     task = run.task
     if not task.needs_corpus:
@@ -116,9 +116,10 @@ def feed(run: "Run") -> "Corpus | None":
         run.data,
         seq_len=task.seq_len,
         global_batch=task.global_batch,
-        steps=task.steps,
+        steps=0 if isinstance(task, Evaluates) else task.steps,
         validation_samples=task.validate_samples if isinstance(task, Validates) and task.validate_every else 0,
     )
+    problems += task.corpus_problems(corpus) if isinstance(task, Evaluates) else []
     if problems:
         raise DataError(problems)
     return corpus

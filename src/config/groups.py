@@ -39,6 +39,8 @@ SHORT = (
     "temperature",
     "top_k",
     "top_p",
+    "split",
+    "samples",
 )
 
 

@@ -98,7 +98,8 @@ def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | 
     kind, value, context = detail["type"], shown(detail["input"]), detail.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _owner(cls, location[:-1])
-        return unknown(str(location[-1]), owner.model_fields, "key")
+        names = (field.alias or name for name, field in owner.model_fields.items())
+        return unknown(str(location[-1]), names, "key")
     if kind == "missing":
         return f"missing; pass {key}=..."
     if kind in _TYPES:

@@ -143,12 +143,17 @@ class Batches:
 
         Every rank gets equally many batches of micro_batch rows; what fills the last ones has no valid label.
         """
-        available = self._corpus.windows("validation", self._seq_len)
-        asked = available if samples is None else min(samples, available)
+        return self.fixed("validation", samples)
+
+    def fixed(self, split: str, samples: int | None, source: int | None = None) -> Iterator[Batch]:
+        """The same of any split; of these rows only those of a `source`, by its number."""
+        available = self._corpus.windows(split, self._seq_len)
+        chosen = np.arange(available if samples is None else min(samples, available))
+        if source is not None:
+            chosen = chosen[self._corpus.interleave(chosen)[0] == source]
         together = self._ranks * self._micro_batch
-        for first in range(self._rank * self._micro_batch, -(-asked // together) * together, together):
-            rows = np.arange(first, min(first + self._micro_batch, asked))
-            yield self._batch("validation", rows)
+        for first in range(self._rank * self._micro_batch, -(-len(chosen) // together) * together, together):
+            yield self._batch(split, chosen[first : first + self._micro_batch])
 
     def _fill(
         self,

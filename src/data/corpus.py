@@ -131,11 +131,15 @@ def check(
     steps: int,
     validation_samples: int = 0,
 ) -> list[str]:
-    """Every reason why this corpus cannot feed this run; empty when it can. No rank needs to have started."""
+    """Every reason why this corpus cannot feed this run; empty when it can. No rank needs to have started.
+
+    `steps`: 0 where nothing is trained.
+    """
     problems = []
     if corpus.eos_id is None and (data.document_masks or data.mask_document_starts):
         problems.append("data.document_masks and data.mask_document_starts need a tokenizer with an end of document")
-    problems += _scarcity(corpus, data, seq_len, global_batch, steps)
+    if steps > 0:
+        problems += _scarcity(corpus, data, seq_len, global_batch, steps)
     held = corpus.windows("validation", seq_len)
     if validation_samples > 0 and held == 0:
         problems.append(

@@ -61,7 +61,10 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     _check_trust(folder, tree)
     earlier = sections(folder)
     inherited = {key: _overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
-    return tree | inherited | {"task": task | {"run": str(folder), "step": step_of(checkpoint)}}
+    given = {"run": str(folder), "step": step_of(checkpoint)}
+    if "seq_len" in task and not {"seq_len", "task.seq_len"} & typed.keys():
+        given["seq_len"] = earlier["task"]["seq_len"]
+    return tree | inherited | {"task": task | given}
 
 
 def _of_elsewhere(tree: Tree, typed: Mapping[str, str]) -> Tree:

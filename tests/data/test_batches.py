@@ -186,6 +186,22 @@ def test_validation_is_the_same_each_time_for_every_seed(made: Corpus) -> None:
     assert first.items() <= more.items()
 
 
+@pytest.mark.parametrize("split", ["validation", "train"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (3, 2, 1)], ids=str)
+def test_the_rows_of_the_sources_are_all_rows(mixed: Corpus, split: str, layout: tuple[int, int, int]) -> None:
+    """By source and at once the same rows, each source its share of them, and ranks have equally many batches."""
+    data, together, shares = mixture({"a": 0.7, "b": 0.2, "c": 0.1}), {}, []
+    for source in range(3):
+        each = [list(one.fixed(split, 20, source)) for one in world(mixed, data, *layout)]
+        assert len({len(of_rank) for of_rank in each}) == 1
+        found = rows([batch for of_rank in each for batch in of_rank])
+        assert not found.keys() & together.keys()
+        together |= found
+        shares.append(len(found))
+    assert shares == [14, 4, 2]
+    assert together == rows(list(batches(mixed, data, micro_batch=1).fixed(split, 20)))
+
+
 def test_prefetch_gives_the_same_steps(made: Corpus) -> None:
     one = batches(made, synthetic(), micro_batches=2)
     fetched = [rows(step) for step in one.prefetch(16, 5)]

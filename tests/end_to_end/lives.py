@@ -22,6 +22,7 @@ from src.config import tree as trees
 from src.config.compose import asked
 from src.distributed.network import Whole
 from src.errors import UserError
+from src.tasks.source import completed
 from src.train.plan import plan
 from src.train.step import Stepper
 
@@ -49,15 +50,15 @@ def opened(*argv: str) -> Path:
     before = list(sys.argv)
     GlobalHydra.instance().clear()
     try:
-        ((tree, run, _),) = checked(asked(list(argv)).trees)
+        ((tree, run, _),) = checked(asked(list(argv), completed).trees)
     finally:
         sys.argv[:] = before
     corpus = feed(run)
-    assert corpus is not None
     facts = plan(run, corpus).to_dict()
     identity = trees.identity(tree)
     with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity, folder=run.folder) as folder:
-        record(corpus, folder.path)
+        if corpus is not None:
+            record(corpus, folder.path)
         folder.begin(run.parallel.world)
         return folder.path
 
