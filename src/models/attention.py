@@ -59,6 +59,12 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return compiled
 
 
+@cache
+def _compiled_mask() -> Callable[..., BlockMask]:
+    compiled: Callable[..., BlockMask] = torch.compile(create_block_mask)
+    return compiled
+
+
 def block_mask(
     kind: MaskKind, documents: Tensor | None, fixed_block: int | None, batch: int, length: int, device: torch.device
 ) -> BlockMask:
@@ -80,4 +86,6 @@ def block_mask(
         return seen
 
     rows = batch if kind == "block_causal" else None
-    return create_block_mask(allowed, rows, None, length, length, device=device, _compile=device.type == "cuda")
+    # Compiled, the dense mask of all positions is never there: 64 MiB a row at 8192 tokens.
+    make = _compiled_mask() if device.type == "cuda" else create_block_mask
+    return make(allowed, rows, None, length, length, device=device)

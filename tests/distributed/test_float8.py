@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from benchmarks.support_matrix import measured
 from src.distributed.float8 import Float8
 from src.distributed.mesh import Mesh
 from src.distributed.precision import Precision
@@ -74,6 +75,15 @@ def _scale(module: nn.Module) -> tuple[float, float]:
         return 0.0, 0.0
     whole = DTensor.from_local(held._tensor, module.weight.device_mesh, module.weight.placements).full_tensor()
     return scale.item(), 448.0 / whole.abs().max().item()
+
+
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "DualPipeV", "InterleavedZeroBubble"])
+def test_schedules_that_split_the_backward(ranks: Ranks, schedule: str) -> None:
+    """They ask a float8 product for the gradient of its input first, and for that of its weight later."""
+    overrides = ("parallel=pp2", f"parallel.pipeline_schedule={schedule}", "precision=fp8")
+    cell = measured(ranks, (*overrides, "precision.float8.emulate=true"))
+    assert cell["loss"] < 1e-4, cell
+    assert cell["gradient"] < 0.01, cell
 
 
 @pytest.fixture(scope="module")
