@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 # The first match counts. Names are those of NCCL, cuDNN, cuBLAS, CUTLASS, torch's own kernels and its compiler's, and
 # of torch's operators on the CPU.
 KINDS: tuple[tuple[str, str], ...] = (
+    ("copy", r"^fsdp::"),  # what it copies before and after it communicates
     # The compiler's names hold every operator that was fused, so those before and after a product are in them too.
     ("attention", r"^triton_tem.*flex"),
     ("grouped gemm", r"^triton_tem.*grouped"),

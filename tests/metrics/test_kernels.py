@@ -39,6 +39,7 @@ from src.metrics.kernels import Kernel, breakdown, covered, kind, markdown
         ("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_1", "fused and pointwise"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor>", "fused and pointwise"),
         ("aten::mm", "gemm"),
+        ("fsdp::all_gather_copy_in", "copy"),
         ("aten::_grouped_mm", "grouped gemm"),
         ("aten::mul", "fused and pointwise"),
         ("a kernel of somebody else", "other"),
