@@ -60,6 +60,11 @@ class Float8(Config):
         """Whether tensor parallel ranks send each other float8: with one scale a tensor, and where NCCL carries it."""
         return self.recipe == "tensorwise" and not self.emulate
 
+    @property
+    def keeps_float8(self) -> bool:
+        """Whether a compiled product keeps no wide copy of its input: by rows, the gradient needs other scales."""
+        return self.recipe == "tensorwise"
+
     def problems(
         self,
         weights: Iterable[Matrix],

@@ -72,6 +72,7 @@ class Slice:
     tensor: int  # degree of tensor parallelism, with sequence parallelism between the blocks
     element_bytes: int  # of the compute dtype
     compiled: bool
+    float8_inputs: bool = False  # whether products keep their inputs in float8 alone, one byte an element
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,9 @@ class Llama3Config(ModelConfig):
         # In fp32: one log sum exp for a head, and 1/rms for each norm.
         statistics_bytes = 4 * (self.n_heads + 2) / cut.tensor
         elements = streams + gathered + attention + feed_forward
+        if cut.float8_inputs:  # outputs of the norms and w2's input; wo's input stays wide for attention's backward
+            narrow = gathered + self.ffn_dim / cut.tensor
+            elements += narrow / cut.element_bytes - narrow
         # At its widest: gradients of w1 x, w3 x and their product, of the stream, and of the gathered norm output.
         working = 3 * self.ffn_dim / cut.tensor + self.dim / cut.tensor + self.dim
         return Saved(
