@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -12,6 +13,24 @@ from src.cluster.folder import RunFolder
 
 if TYPE_CHECKING:
     from src.cluster.groups import Options
+
+
+ADDRESS_FILE = "lighthouse.url"  # of a run folder, where SLURM decides on the node
+
+
+def arguments(options: "Options") -> tuple[str, ...]:
+    """Of src/fault_tolerance/lighthouse.py."""
+    given = {
+        "--min-groups": options.min_groups,
+        "--join-seconds": options.join_seconds,
+        "--heartbeat-seconds": options.heartbeat_seconds,
+    }
+    return tuple(str(each) for pair in given.items() for each in pair)
+
+
+def command(given: Sequence[str]) -> list[str]:
+    """The lighthouse as a process of its own."""
+    return [sys.executable, "-m", "src.fault_tolerance.lighthouse", *given]
 
 
 class Lighthouse:
@@ -42,16 +61,9 @@ class Lighthouse:
             self._start(urlsplit(self.address).port or 0)
 
     def _start(self, port: int) -> str:
-        options = {
-            "--port": port,
-            "--min-groups": self._options.min_groups,
-            "--join-seconds": self._options.join_seconds,
-            "--heartbeat-seconds": self._options.heartbeat_seconds,
-        }
-        command = [sys.executable, "-m", "src.fault_tolerance.lighthouse"]
         with Path(self._log).open("a") as log:
             self._process = subprocess.Popen(
-                [*command, *(str(each) for pair in options.items() for each in pair)],
+                command(("--port", str(port), *arguments(self._options))),
                 cwd=self._source,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -16,6 +16,7 @@ from src.cluster import failures, queue
 from src.cluster.deadline import Deadline
 from src.cluster.folder import RunFolder
 from src.cluster.job import Job, end_with
+from src.cluster.slurm_groups import introduce
 from src.config import tree as trees
 from src.distributed.process import Facts
 from src.errors import FolderError, UserError
@@ -66,6 +67,7 @@ class QueuedJob:
         _assert_frozen(self.folder / "code" / self.code)
         tree = trees.read(self.folder / "config.yaml")
         _share_compile_cache(tree, self.code)
+        introduce(self.folder, tree)
         if facts.rank > 0:
             return self._run(facts, nodes)
         with _rejoin(self.folder, self.code) as folder:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -25,6 +25,9 @@ from src.config.base import Config, Names
 from src.distributed.process import joined
 from src.errors import FolderError, PlanError
 from src.metrics.launches import SUBMISSIONS_FILE
+
+if TYPE_CHECKING:
+    from src.cluster.groups import Options
 
 Flags = dict[str, str | int | float | bool | None]
 
@@ -142,6 +145,21 @@ class Slurm(Config):
         from src.cluster.waiting import wait
 
         return wait(submitted)
+
+    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> Outcome:
+        """The same for replica groups, each as a job of its own."""
+        from src.cluster.slurm_groups import submit
+
+        return submit(self, folder, options)
+
+    def send_small(self, place: Path, name: str, folder: RunFolder, job: Callable[[], None]) -> Any:
+        """A job of one process without a GPU, which runs the folder's frozen code; submitit's handle."""
+        asked = Resources(nodes=1, tasks_per_node=1, cpus_per_task=1, memory_gib=None, minutes=self.minutes)
+        parameters = self._parameters(asked, [self._job(folder.path, folder.code, 1)]) | {"job_name": name}
+        parameters["additional_parameters"].pop("gpus-per-node", None)
+        del parameters["teardown"]
+        (handle,) = self._send(place, parameters, [job])
+        return handle
 
     def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         """What sbatch would be given: one text per shape of resources."""

@@ -182,6 +182,11 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
 
 def _join(tree: Tree, run: "Run") -> str:
     """Be a rank of an outer launcher."""
+    if run.fault_tolerance.on:
+        raise PlanError(
+            "fault_tolerance: each group is started and watched by launch.py, not by torchrun or srun; start launch.py "
+            "itself, or pass fault_tolerance=none"
+        )
     from src.cluster.job import perform
 
     outer = Facts.read()

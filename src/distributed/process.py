@@ -77,7 +77,11 @@ class Replica:
     """Which of the replica groups of src/fault_tolerance this process belongs to, and where they meet."""
 
     group: int
-    lighthouse: str  # URL
+    lighthouse: str  # its URL, or a file that holds it: then it may move
+
+    def address(self) -> str:
+        """URL of the lighthouse as it is now."""
+        return Path(self.lighthouse).read_text().strip() if self.lighthouse.startswith("/") else self.lighthouse
 
     @classmethod
     def read(cls) -> Self:

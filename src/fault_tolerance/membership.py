@@ -5,13 +5,16 @@ After the first failure of a step its further sums do nothing: the ranks of a gr
 then says no, so no rank waits for another that has already given up.
 """
 
+import queue
 import socket
+import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +33,7 @@ from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.peers import Own
 
 CONNECT_SECONDS = 10.0
-FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 3.0, 60.0  # of waiting, before it is told
+LOOK_SECONDS, LOOKS_PER_WORD = 3.0, 20  # who waits looks around this often, and says so less often
 HEARTBEATS_PER_LIMIT = 10  # so that one that is late means nothing
 # The manager's server asks the lighthouse again and again, so its own clients may wait: ranks that gave up at different
 # moments would ask for different quorums.
@@ -53,7 +56,7 @@ class Quorum:
 
 
 class Membership:
-    def __init__(self, options: TorchFT, ranks: Ranks) -> None:
+    def __init__(self, options: TorchFT, ranks: Ranks, tell: Callable[[str], None]) -> None:
         """Collective in the group. From here on the lighthouse counts this group as alive."""
         replica = Replica.read()
         self.options, self.ranks, self.replica = options, ranks, replica
@@ -67,31 +70,37 @@ class Membership:
         self.group: ProcessGroup = ProcessGroupNCCL(limit) if nccl else ProcessGroupGloo(limit)
         self._transport = HTTPTransport[Any](timedelta(seconds=options.heal_seconds), num_chunks=0)
         self._transport._server.RequestHandlerClass.log_message = _nothing  # each request would be a line of the log
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quorum")
-        self._serve()
+        self._serve(tell)
 
-    def _serve(self) -> None:
-        """Rank 0 hosts the group's store and its manager; the others learn the address."""
+    def _serve(self, tell: Callable[[str], None]) -> None:
+        """Collective in the group. Rank 0 hosts the manager, and before it the store in which groups meet this one."""
         address: list[str | None] = [None]
         if self.ranks.rank == 0:
             host = socket.gethostname()
-            # Other groups meet this one in its store, which must listen before the manager tells of it.
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-            self._server = ManagerServer(
-                replica_id=f"{self.replica.group:04d}:{uuid.uuid4()}",
-                lighthouse_addr=self.replica.lighthouse,
-                hostname=host,
-                bind="[::]:0",
-                store_addr=f"{host}:{self._store.port}",
-                world_size=self.ranks.world,
-                heartbeat_interval=timedelta(seconds=self.options.heartbeat_seconds / HEARTBEATS_PER_LIMIT),
-                connect_timeout=timedelta(seconds=CONNECT_SECONDS),
-                quorum_retries=AGAIN,
-            )
-            address = [self._server.address()]
+            while address[0] is None:
+                try:
+                    self._server = self._manager(host)
+                    address = [self._server.address()]
+                except RuntimeError:  # the lighthouse is not there yet
+                    tell(self._waits_for())
         dist.broadcast_object_list(address, device=torch.device("cpu"))
         assert address[0] is not None
+        self._lighthouse = self.replica.address()
         self._client = ManagerClient(address[0], connect_timeout=timedelta(seconds=CONNECT_SECONDS))
+
+    def _manager(self, host: str) -> ManagerServer:
+        return ManagerServer(
+            replica_id=f"{self.replica.group:04d}:{uuid.uuid4()}",
+            lighthouse_addr=self.replica.address(),
+            hostname=host,
+            bind="[::]:0",
+            store_addr=f"{host}:{self._store.port}",
+            world_size=self.ranks.world,
+            heartbeat_interval=timedelta(seconds=self.options.heartbeat_seconds / HEARTBEATS_PER_LIMIT),
+            connect_timeout=timedelta(seconds=CONNECT_SECONDS),
+            quorum_retries=AGAIN,
+        )
 
     def meet(self, version: int, own: Own) -> Quorum:
         """Collective. Wait for the others, and be healed or heal: `version` says who is ahead.
@@ -113,33 +122,51 @@ class Membership:
         return Quorum(answer.quorum_id, answer.replica_rank, answer.replica_world_size, healed)
 
     def _ask(self, version: int, tell: Callable[[str], None]) -> Any:
-        """The lighthouse's answer, however long it takes; who waits is told what for."""
-        future = self._thread.submit(
-            self._client._quorum,
-            group_rank=self.ranks.rank,
-            step=version,
-            checkpoint_metadata=self._transport.metadata(),
-            shrink_only=False,
-            timeout=LONG,
-            init_sync=False,  # weights are functions of the seed, or of the same checkpoint
-            commit_failures=self.failures,
-        )
-        patience = FIRST_WORD_SECONDS
+        """The lighthouse's answer, however long it takes; who waits is told what for, and follows one that moves."""
         while True:
-            try:
-                return future.result(patience)
-            except TimeoutError:
-                tell(self._waits_for())
-                patience = NEXT_WORD_SECONDS
+            answers: queue.Queue[Any] = queue.Queue()
+            # A daemon: an answer of a lighthouse that is gone never comes.
+            threading.Thread(target=self._quorum_into, args=(answers, version), daemon=True).start()
+            for look in count():
+                try:
+                    answer = answers.get(timeout=LOOK_SECONDS)
+                except queue.Empty:
+                    if look % LOOKS_PER_WORD == 0:
+                        tell(self._waits_for())
+                    if self.replica.address() != self._lighthouse:
+                        break
+                    continue
+                if isinstance(answer, BaseException):
+                    raise answer
+                return answer
+            tell(f"the lighthouse is at {self.replica.address()} now")
+            if self.ranks.rank == 0:
+                self._server.shutdown()
+            self._serve(tell)
+
+    def _quorum_into(self, answers: "queue.Queue[Any]", version: int) -> None:
+        try:
+            answer = self._client._quorum(
+                group_rank=self.ranks.rank,
+                step=version,
+                checkpoint_metadata=self._transport.metadata(),
+                shrink_only=False,
+                timeout=LONG,
+                init_sync=False,  # weights are functions of the seed, or of the same checkpoint
+                commit_failures=self.failures,
+            )
+        except BaseException as error:  # noqa: BLE001  the training thread must hear of it instead of waiting
+            answers.put(error)
+        else:
+            answers.put(answer)
 
     def _waits_for(self) -> str:
-        address = urlsplit(self.replica.lighthouse)
+        url = self.replica.address()
+        address = urlsplit(url)
         try:
             socket.create_connection((address.hostname, address.port or 80), CONNECT_SECONDS).close()
         except OSError:
-            return (
-                f"waits for the lighthouse: nothing answers at {self.replica.lighthouse}; training goes on when it does"
-            )
+            return f"waits for the lighthouse: nothing answers at {url}; training goes on when one does"
         needed = f"fault_tolerance.min_groups={self.options.min_groups}"
         return f"waits for other groups: the lighthouse has no quorum yet ({needed}, and more than half of those alive)"
 
@@ -166,9 +193,11 @@ class Membership:
         limit = timedelta(seconds=self.options.heal_seconds)
         source = ManagerClient(answer.recover_src_manager_address, connect_timeout=timedelta(seconds=CONNECT_SECONDS))
         place = source._checkpoint_metadata(self.ranks.rank, timeout=limit)
-        fetched: dict[str, Any] = self._transport.recv_checkpoint(
-            answer.recover_src_replica_rank, place, answer.max_step, limit
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes into it
+            fetched: dict[str, Any] = self._transport.recv_checkpoint(
+                answer.recover_src_replica_rank, place, answer.max_step, limit
+            )
         return fetched
 
     def sum_(self, tensors: Sequence[Tensor], seconds: float | None = None) -> None:
@@ -210,7 +239,6 @@ class Membership:
     def leave(self) -> None:
         """The others need not wait for this group's heartbeat to fall silent."""
         self._transport.shutdown(wait=False)
-        self._thread.shutdown()
         if self.ranks.rank == 0:
             self._server.shutdown()
         self.group.shutdown()

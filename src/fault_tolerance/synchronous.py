@@ -50,7 +50,7 @@ class Synchronous(Peers):
     def members(self) -> Membership:
         """Made at the first meeting: a group that is still loading is not waited for."""
         if self._membership is None:
-            self._membership = Membership(self.options, self.ranks)
+            self._membership = Membership(self.options, self.ranks, self._tell)
         return self._membership
 
     def meet(self, step: int, micro_batches: int) -> range | None:

@@ -119,7 +119,7 @@ def _loop(
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return Throughput(
-        devices=planned.world,
+        devices=planned.world * run.fault_tolerance.copies,
         flops_per_token=planned.flops_per_token,
         flops_per_token_causal=planned.flops_per_token_causal,
         peak=None if name is None else peak_flops(name, run.precision.arithmetic),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -259,5 +260,5 @@ def audited(folder: Path, groups: int, steps: int, batch: int) -> bool:
         assert quorums, f"step {step} was never counted"
         quorum = max(quorums)  # groups that died with their state may have counted it before
         shares = [line["offered"] for line in lines if line.get("step") == step and line["quorum"] == quorum]
-        assert sorted(sum(shares, [])) == list(range((step - 1) * batch, step * batch)), (step, shares)
+        assert sorted(chain(*shares)) == list(range((step - 1) * batch, step * batch)), (step, shares)
     return True
