@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from src.models.experts import Experts
 from src.models.moe import MoE, arrange, balance, combine, dispatch, sorting
@@ -200,3 +201,23 @@ def test_buffers_keep_their_dtypes_in_a_bf16_model() -> None:
     assert model.rotary.dtype == torch.float32
     assert "layers.1.moe.expert_bias" in model.state_dict()
     assert "layers.1.moe.tokens_per_expert" not in model.state_dict()
+
+
+def test_all_blocks_with_experts_share_one_graph() -> None:
+    """Whatever a layer's number, its balancing, or which experts its tokens choose."""
+    torch._dynamo.reset()
+    model = tiny_deepseek(n_layers=5, n_dense_layers=1, moe={"score": "sigmoid", "unbalanced_layers": (3,)}).build()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.bfloat16()
+    model.reset_buffers()
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    for owner, method in model.graphs(experts_apart=False):
+        setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, backend=counter))
+    chosen = []
+    for _ in range(2):
+        model(torch.randint(96, (2, 10)), labels=torch.randint(96, (2, 10))).backward()
+        chosen.append([moe.tokens_per_expert.tolist() for moe in model.mixtures()])
+        model.after_step(lambda counts: counts, torch.tensor(1.0))
+    assert counter.frame_count == 2  # of the dense block and of the others
+    assert chosen[0] != chosen[1]
