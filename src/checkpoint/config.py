@@ -9,8 +9,20 @@ from src.checkpoint.folder import complete, read_initial
 from src.config.base import Config, PathField
 from src.errors import CheckpointError
 
-
 FOREIGN = "hf:"
+
+
+SLOW_SHARE = 0.5  # of the grace: ranks must agree and finish a step first, and disks have bad days
+
+
+def hardly_fits(save_seconds: float, grace_seconds: float) -> str | None:
+    """A warning when a save that took this long has hardly the time between a stop signal and the end."""
+    if save_seconds <= SLOW_SHARE * grace_seconds:
+        return None
+    return (
+        f"a save took {save_seconds:.0f} s, and cluster.grace_seconds={grace_seconds:g} must hold it and a step; "
+        f"pass at least {save_seconds / SLOW_SHARE:.0f}"
+    )
 
 
 class Checkpoint(Config):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from src.checkpoint.config import hardly_fits
 from src.cluster import queue
 from src.cluster.folder import RunFolder
 from src.cluster.local import Outcome
@@ -40,7 +41,6 @@ _OWN = {
     "requeue": "is cluster.requeues",
     **{key: f"is cluster.{key}" for key in ("partition", "account", "qos", "constraint", "exclude")},
 }
-_SLOW_SHARE = 0.5  # of the grace: ranks must agree and finish a step first, and disks have bad days
 
 
 @dataclass(frozen=True)
@@ -330,16 +330,11 @@ def _outside_of_jobs() -> Iterator[None]:
 
 def slow_saves(folder: Path, grace_seconds: float) -> str | None:
     """A warning when this run's own saves hardly fit into the time between the signal and the end."""
-    from src.metrics.lines import Lines
+    from src.metrics.lines import METRICS_FILE, Lines
 
-    seconds = [line.get("checkpoint/write_seconds", 0.0) for line in Lines(folder / "metrics.jsonl").read()]
-    slowest = max(seconds, default=0.0)
-    if slowest <= _SLOW_SHARE * grace_seconds:
-        return None
-    return (
-        f"{folder}: a save took {slowest:.0f} s, and cluster.grace_seconds={grace_seconds:g} must hold it and a step; "
-        f"pass at least {slowest / _SLOW_SHARE:.0f}"
-    )
+    seconds = [line.get("checkpoint/write_seconds", 0.0) for line in Lines(folder / METRICS_FILE).read()]
+    slow = hardly_fits(max(seconds, default=0.0), grace_seconds)
+    return None if slow is None else f"{folder}: {slow}"
 
 
 def _live(folders: Sequence[Path]) -> list[str]:

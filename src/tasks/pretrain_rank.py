@@ -113,6 +113,7 @@ def _loop(
         stop=stop,
         peers=peers,
         facts={"run": folder.name, "layout": planned.axes},
+        grace_seconds=run.cluster.grace_seconds,
     )
 
 

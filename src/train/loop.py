@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from src.checkpoint.config import Checkpoint
+from src.checkpoint.config import Checkpoint, hardly_fits
 from src.checkpoint.store import Store
 from src.data.batches import Batch, Batches
 from src.distributed.collectives import any_rank
@@ -63,13 +63,14 @@ class Loop:
     stop: Stop
     peers: Peers
     facts: dict[str, Any]  # of the run, for each checkpoint's marker
+    grace_seconds: float  # between a stop signal and the end of ranks that still save
 
     def run(self) -> bool:
         """Collective. True when every step is done; false when a signal stopped the run, after saving."""
         state, steps = self.training.state, self.plan.steps
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
         self._first: int | None = None  # step of this attempt, once it is done
-        self._told, self._validated = self.store.last, 0
+        self._told, self._warned, self._validated = self.store.last, False, 0
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
@@ -259,6 +260,9 @@ class Loop:
         self._told = saved
         costs = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds, "bytes": saved.bytes}
         self.report.measure(saved.step, {f"checkpoint/{key}": float(value) for key, value in costs.items()})
+        if not self._warned and (slow := hardly_fits(saved.write_seconds, self.grace_seconds)) is not None:
+            self._warned = True
+            self.report.say(f"warning: {slow}")
 
     def _stopped(self) -> bool:
         return any_rank(self.stop.seen is not None, self.training.ranks.device)

@@ -108,6 +108,8 @@ class Cluster(Protocol):
 
     @property
     def gpu_memory_gib(self) -> float | None: ...
+    @property
+    def grace_seconds(self) -> float: ...
 
     def devices(self) -> Devices:
         """Asks the machine; only launch.py calls it."""

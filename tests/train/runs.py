@@ -46,6 +46,7 @@ class Here:
     """A cluster of one machine."""
 
     gpu_memory_gib: float | None = None
+    grace_seconds: float = 60.0
 
     def devices(self) -> Gpus:
         return Gpus()
@@ -57,6 +58,7 @@ class There:
 
     gpus_per_node: int = 8
     gpu_memory_gib: float | None = None
+    grace_seconds: float = 60.0
 
     def devices(self) -> Gpus:
         return Gpus()
