@@ -1,82 +1,26 @@
 """What a save promises: complete or not there, as it was at the call, checked before it is read."""
 
 import json
-import math
 import multiprocessing
 import os
-import resource
 import signal
 import tempfile
 import threading
 import zlib
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from src.checkpoint.folder import read_marker
 from src.checkpoint.state import Snapshot
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options, problems
-from tests.ranks import RankError, Ranks
-
-VALUES = {
-    "step": 10,
-    "tokens": 2**62 + 1,
-    "schedule": {"peak": 0.1 + 0.2, "floor": -math.inf},
-    "digest": "5f",
-    "rng": {"seeds": [1, 2], "none": None, "on": True},
-}
-
-
-def tensors(seed: int) -> dict[str, Tensor]:
-    """Every kind of tensor that a state has, full, different by seed."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(8, 6, generator=generator)
-    return {
-        "weight": weight,
-        "moment": torch.randn(8, 6, generator=generator).bfloat16(),
-        "count": torch.randint(-(2**62), 2**62, (8,), generator=generator),
-        "odd": torch.tensor([math.nan, math.inf, -0.0, 1e-45, float(seed), 0, 0, 0]),
-        "step": torch.tensor(float(seed)),
-        "bytes": torch.randint(0, 255, (33,), generator=generator, dtype=torch.uint8),
-    }
-
-
-def state(seed: int, **changes: Any) -> dict[str, Any]:
-    """Shards over all ranks where the first dimension is 8, else plain tensors."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    full = tensors(seed)
-    shared = {name: distribute_tensor(t, mesh, [Shard(0)]) if t.shape[:1] == (8,) else t for name, t in full.items()}
-    model = {"a.weight": shared["weight"], "a.odd": shared["odd"]}
-    optimizer = {"a.weight": {name: shared[name] for name in ("moment", "count", "step")}}
-    return {"model": model, "optimizer": optimizer, "rng_state": shared["bytes"], **deepcopy(VALUES), **changes}
-
-
-def bits(tensor: Tensor) -> bytes:
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def equals(tree: dict[str, Any], seed: int) -> bool:
-    """The tensors of a state, bit for bit, against those made anew from the seed."""
-    full = tensors(seed)
-    moments = tree["optimizer"]["a.weight"]
-    found = {"weight": tree["model"]["a.weight"], "odd": tree["model"]["a.odd"], "bytes": tree["rng_state"], **moments}
-    return all([bits(found[name]) == bits(full[name]) for name in full])  # noqa: C419  (all ranks gather each)
-
-
-def blank() -> dict[str, Any]:
-    tree = state(0)
-    return {**tree, "step": 0, "tokens": 0, "schedule": {"peak": 0.0, "floor": 0.0}, "digest": ""}
-
+from tests.checkpoint.states import VALUES, bits, blank, equals, state, tensors, two_saves
+from tests.ranks import Ranks
 
 # Bit-exact, and a snapshot ---------------------------------------------------------------------------------
 
@@ -255,151 +199,6 @@ def test_a_second_save_of_a_step_never_loses_the_first(ranks: Ranks, tmp_path: P
     assert ranks(2, same_step_again, tmp_path) == [[True] * 5] * 2
 
 
-# Damage ----------------------------------------------------------------------------------------------------
-
-
-def two_saves(folder: Path) -> None:
-    store = Store(folder, options())
-    store.save(10, state(1), {})
-    store.save(20, state(2), {}, wait=True)
-
-
-def load_damaged(folder: Path, path: Path, verify: str) -> tuple[tuple[str, ...], bool]:
-    store = Store(folder, options(verify=verify, trusted=True))
-    tree = state(5)
-    told = problems(store.load, path, tree)
-    return told, equals(tree, 5)
-
-
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "flip":
-        content[len(content) // 2] ^= 1
-    elif how == "truncate":
-        del content[len(content) // 2 :]
-    path.unlink()
-    if how != "remove":
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "how", "verify", "words"),
-    [
-        ("__1_0.distcp", "flip", "full", "corrupted, crc32"),
-        (".metadata", "flip", "full", "corrupted, crc32"),
-        ("values.json", "flip", "full", "corrupted, crc32"),
-        ("__0_0.distcp", "truncate", "size", "truncated or overwritten"),
-        ("__1_0.distcp", "remove", "size", "missing"),
-        ("COMPLETE.json", "truncate", "full", "corrupted"),
-    ],
-)
-def test_damage_is_named_and_an_older_checkpoint_offered(
-    ranks: Ranks, tmp_path: Path, name: str, how: str, verify: str, words: str
-) -> None:
-    run = tmp_path / "run" / "checkpoints"
-    ranks(2, two_saves, run)
-    old, new = run / "step_00000010", run / "step_00000020"
-    damage(new / name, how)
-    (told, untouched), other = ranks(2, load_damaged, run, new, verify)
-    assert (told, untouched) == other
-    assert untouched
-    assert told[0].startswith(f"{new / name}: {words}")
-    offer = f"the next older complete checkpoint is {old}"
-    assert told[-1] == f"{offer}: to resume from it, `mv {new} {new}.bad` and run the same command again"
-    (told, _), _ = ranks(2, load_damaged, tmp_path / "new" / "checkpoints", new, verify)
-    assert told[-1] == f"{offer}: set checkpoint.initial={old}"
-
-
-def test_damage_of_the_only_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(1, two_saves, tmp_path)
-    path = tmp_path / "step_00000010"
-    damage(path / "__0_0.distcp", "flip")
-    ((told, _),) = ranks(1, load_damaged, tmp_path, path, "full")
-    assert told[-1] == f"there is no older complete checkpoint in {tmp_path}"
-
-
-def full_disk(folder: Path) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2,))
-    big = {"model": {"w": distribute_tensor(torch.ones(2, 200_000), mesh, [Shard(0)])}}
-    store = Store(folder, options())
-    store.save(10, big, {}, wait=True)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == 1:  # a file may not grow beyond this: what a full disk or a quota does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
-    store.save(20, big, {})
-    told = problems(store.save, 30, big, {})
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    newest = store.newest()
-    left = [path.name for path in folder.iterdir()]
-    dist.barrier()
-    store.save(40, big, {})
-    store.finish()
-    return {"told": told, "newest": newest, "left": left, "there": sorted(path.name for path in folder.iterdir())}
-
-
-def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
-    first, second = ranks(2, full_disk, tmp_path)
-    assert first == second
-    assert first["told"][0].startswith(f"{tmp_path / 'step_00000020'}: cannot be written by rank 1: ")
-    assert first["newest"] == tmp_path / "step_00000010"
-    assert first["left"] == ["step_00000010"]
-    assert first["there"] == ["step_00000010", "step_00000040"]
-
-
-def no_folder(folder: Path) -> tuple[str, ...]:
-    return problems(Store, folder, options())
-
-
-def test_a_folder_that_cannot_be_made(ranks: Ranks, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file")
-    first, second = ranks(2, no_folder, tmp_path / "checkpoints")
-    assert first == second == (f"{tmp_path / 'checkpoints'}: File exists (rank 0)",)
-
-
-# What fits -------------------------------------------------------------------------------------------------
-
-
-def misfit(folder: Path) -> list[tuple[str, ...]]:
-    store = Store(folder, options())
-    store.save(10, state(1), {})
-    path = store.newest()
-    assert path is not None
-    told = []
-    more = blank()
-    more["model"] |= {f"b.{i}": torch.zeros(2) for i in range(10)}
-    more["epoch"] = 1
-    del more["optimizer"]["a.weight"]["moment"], more["rng"]["on"]
-    told.append(problems(store.load, path, more))
-    other = blank()
-    other["model"]["a.weight"] = torch.zeros(8, 7)
-    other["optimizer"]["a.weight"]["moment"] = torch.zeros(8, 6)
-    told.append(problems(store.load, path, other))
-    kinds = blank()
-    kinds["step"] = torch.zeros(())
-    told.append(problems(store.load, path, kinds))
-    return told
-
-
-def test_what_does_not_fit_is_named(ranks: Ranks, tmp_path: Path) -> None:
-    first, second = ranks(2, misfit, tmp_path)
-    assert first == second
-    names, shapes, kinds = first
-    path = tmp_path / "step_00000010"
-    first_names = ", ".join(["epoch", *(f"model.b.{i}" for i in range(7))])
-    assert names == (
-        f"{path}: 11 entries missing in it: {first_names} and 3 more",
-        f"{path}: 2 entries in it that this run has no place for: optimizer.a.weight.moment, rng.on",
-    )
-    assert shapes == (
-        f"{path}: model.a.weight: expected float32 [8, 7], found float32 [8, 6]",
-        f"{path}: optimizer.a.weight.moment: expected float32 [8, 6], found bfloat16 [8, 6]",
-    )
-    assert kinds == (
-        f"{path}: 1 entry missing in it: step",
-        f"{path}: 1 entry in it that this run has no place for: step",
-    )
-
-
 def weights_alone(folder: Path) -> bool:
     store = Store(folder, options())
     store.save(10, state(1), {}, wait=True)
@@ -430,36 +229,6 @@ def test_ranks_with_different_names(ranks: Ranks, tmp_path: Path) -> None:
     (told, first), (_, second) = ranks(2, stages, tmp_path)
     assert (first, second) == (3.0, 0.0)
     assert told.endswith("1 entry in it that this run has no place for: model.layers.1")
-
-
-def differing(folder: Path) -> None:
-    Store(folder, options()).save(1, {"position": dist.get_rank()}, {}, wait=True)
-
-
-def test_values_that_differ_between_ranks_are_our_fault(ranks: Ranks, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="position: 0 on one rank, 1 on another"):
-        ranks(2, differing, tmp_path)
-    assert not (tmp_path / "step_00000001").exists()
-
-
-def foreign(folder: Path, path: Path) -> tuple[str, ...]:
-    store = Store(folder, options(initial=path))
-    assert problems(store.origin) == problems(store.load, path, blank())
-    trusting = Store(folder, options(initial=path, trusted=True))
-    assert trusting.origin() == path
-    assert equals(trusting.load(path, blank()), 2)
-    return problems(store.load, path, blank())
-
-
-def test_a_foreign_checkpoint_needs_trust(ranks: Ranks, tmp_path: Path) -> None:
-    other = tmp_path / "other" / "checkpoints"
-    ranks(2, two_saves, other)
-    first, second = ranks(2, foreign, tmp_path / "own" / "checkpoints", other / "step_00000020")
-    assert first == second
-    assert first[0].startswith(
-        f"checkpoint.initial={other / 'step_00000020'}: outside this run's folder {tmp_path / 'own'}"
-    )
-    assert "checkpoint.trusted=true" in first[0]
 
 
 def test_values_can_be_read_by_a_human(ranks: Ranks, tmp_path: Path) -> None:

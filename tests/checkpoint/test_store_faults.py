@@ -1,0 +1,179 @@
+"""What a store says of damaged files, full disks and states that do not fit; an older checkpoint stays as it was."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from src.checkpoint.store import Store
+from tests.checkpoint.options import options, problems
+from tests.checkpoint.states import blank, equals, state, two_saves
+from tests.ranks import RankError, Ranks
+
+
+def load_damaged(folder: Path, path: Path, verify: str) -> tuple[tuple[str, ...], bool]:
+    store = Store(folder, options(verify=verify, trusted=True))
+    tree = state(5)
+    told = problems(store.load, path, tree)
+    return told, equals(tree, 5)
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+    elif how == "truncate":
+        del content[len(content) // 2 :]
+    path.unlink()
+    if how != "remove":
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "verify", "words"),
+    [
+        ("__1_0.distcp", "flip", "full", "corrupted, crc32"),
+        (".metadata", "flip", "full", "corrupted, crc32"),
+        ("values.json", "flip", "full", "corrupted, crc32"),
+        ("__0_0.distcp", "truncate", "size", "truncated or overwritten"),
+        ("__1_0.distcp", "remove", "size", "missing"),
+        ("COMPLETE.json", "truncate", "full", "corrupted"),
+    ],
+)
+def test_damage_is_named_and_an_older_checkpoint_offered(
+    ranks: Ranks, tmp_path: Path, name: str, how: str, verify: str, words: str
+) -> None:
+    run = tmp_path / "run" / "checkpoints"
+    ranks(2, two_saves, run)
+    old, new = run / "step_00000010", run / "step_00000020"
+    damage(new / name, how)
+    (told, untouched), other = ranks(2, load_damaged, run, new, verify)
+    assert (told, untouched) == other
+    assert untouched
+    assert told[0].startswith(f"{new / name}: {words}")
+    offer = f"the next older complete checkpoint is {old}"
+    assert told[-1] == f"{offer}: to resume from it, `mv {new} {new}.bad` and run the same command again"
+    (told, _), _ = ranks(2, load_damaged, tmp_path / "new" / "checkpoints", new, verify)
+    assert told[-1] == f"{offer}: set checkpoint.initial={old}"
+
+
+def test_damage_of_the_only_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(1, two_saves, tmp_path)
+    path = tmp_path / "step_00000010"
+    damage(path / "__0_0.distcp", "flip")
+    ((told, _),) = ranks(1, load_damaged, tmp_path, path, "full")
+    assert told[-1] == f"there is no older complete checkpoint in {tmp_path}"
+
+
+def full_disk(folder: Path) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2,))
+    big = {"model": {"w": distribute_tensor(torch.ones(2, 200_000), mesh, [Shard(0)])}}
+    store = Store(folder, options())
+    store.save(10, big, {}, wait=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:  # a file may not grow beyond this: what a full disk or a quota does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    store.save(20, big, {})
+    told = problems(store.save, 30, big, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    newest = store.newest()
+    left = [path.name for path in folder.iterdir()]
+    dist.barrier()
+    store.save(40, big, {})
+    store.finish()
+    return {"told": told, "newest": newest, "left": left, "there": sorted(path.name for path in folder.iterdir())}
+
+
+def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(2, full_disk, tmp_path)
+    assert first == second
+    assert first["told"][0].startswith(f"{tmp_path / 'step_00000020'}: cannot be written by rank 1: ")
+    assert first["newest"] == tmp_path / "step_00000010"
+    assert first["left"] == ["step_00000010"]
+    assert first["there"] == ["step_00000010", "step_00000040"]
+
+
+def no_folder(folder: Path) -> tuple[str, ...]:
+    return problems(Store, folder, options())
+
+
+def test_a_folder_that_cannot_be_made(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    first, second = ranks(2, no_folder, tmp_path / "checkpoints")
+    assert first == second == (f"{tmp_path / 'checkpoints'}: File exists (rank 0)",)
+
+
+def misfit(folder: Path) -> list[tuple[str, ...]]:
+    store = Store(folder, options())
+    store.save(10, state(1), {})
+    path = store.newest()
+    assert path is not None
+    told = []
+    more = blank()
+    more["model"] |= {f"b.{i}": torch.zeros(2) for i in range(10)}
+    more["epoch"] = 1
+    del more["optimizer"]["a.weight"]["moment"], more["rng"]["on"]
+    told.append(problems(store.load, path, more))
+    other = blank()
+    other["model"]["a.weight"] = torch.zeros(8, 7)
+    other["optimizer"]["a.weight"]["moment"] = torch.zeros(8, 6)
+    told.append(problems(store.load, path, other))
+    kinds = blank()
+    kinds["step"] = torch.zeros(())
+    told.append(problems(store.load, path, kinds))
+    return told
+
+
+def test_what_does_not_fit_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(2, misfit, tmp_path)
+    assert first == second
+    names, shapes, kinds = first
+    path = tmp_path / "step_00000010"
+    first_names = ", ".join(["epoch", *(f"model.b.{i}" for i in range(7))])
+    assert names == (
+        f"{path}: 11 entries missing in it: {first_names} and 3 more",
+        f"{path}: 2 entries in it that this run has no place for: optimizer.a.weight.moment, rng.on",
+    )
+    assert shapes == (
+        f"{path}: model.a.weight: expected float32 [8, 7], found float32 [8, 6]",
+        f"{path}: optimizer.a.weight.moment: expected float32 [8, 6], found bfloat16 [8, 6]",
+    )
+    assert kinds == (
+        f"{path}: 1 entry missing in it: step",
+        f"{path}: 1 entry in it that this run has no place for: step",
+    )
+
+
+def differing(folder: Path) -> None:
+    Store(folder, options()).save(1, {"position": dist.get_rank()}, {}, wait=True)
+
+
+def test_values_that_differ_between_ranks_are_our_fault(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="position: 0 on one rank, 1 on another"):
+        ranks(2, differing, tmp_path)
+    assert not (tmp_path / "step_00000001").exists()
+
+
+def foreign(folder: Path, path: Path) -> tuple[str, ...]:
+    store = Store(folder, options(initial=path))
+    assert problems(store.origin) == problems(store.load, path, blank())
+    trusting = Store(folder, options(initial=path, trusted=True))
+    assert trusting.origin() == path
+    assert equals(trusting.load(path, blank()), 2)
+    return problems(store.load, path, blank())
+
+
+def test_a_foreign_checkpoint_needs_trust(ranks: Ranks, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "checkpoints"
+    ranks(2, two_saves, other)
+    first, second = ranks(2, foreign, tmp_path / "own" / "checkpoints", other / "step_00000020")
+    assert first == second
+    assert first[0].startswith(
+        f"checkpoint.initial={other / 'step_00000020'}: outside this run's folder {tmp_path / 'own'}"
+    )
+    assert "checkpoint.trusted=true" in first[0]
