@@ -5,6 +5,7 @@ host needs some hundred MB whatever the model.
 """
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from src.hugging_face.check import FLOAT8, SCALE
 from src.hugging_face.header import Entry
 from src.models.stored import Stored, rotary_row
 
-PIECE_BYTES = 32 * 2**20  # per thread, counted in float32
+PIECE_BYTES = 8 * 2**20  # per thread, counted in float32
 THREADS = 8
 
 
@@ -43,12 +44,16 @@ class Reader:
         self.archive, self.block = archive, quantisation(archive.config)
         self.piece_bytes, self.threads = piece_bytes, threads
         self.bytes_read = 0
+        self.scratch_bytes = 0  # of one thread
         self._files: dict[Path, int] = {}
+        self._own = threading.local()
 
     def fill(self, tensors: Mapping[str, Tensor], table: Iterable[Stored]) -> None:
         """In place, this rank's part of each tensor; `table` names them all. The archive was checked before."""
         places = {each.name: each for each in table}
         pieces = [piece for name, tensor in tensors.items() for piece in self._pieces(places[name], tensor)]
+        sizes = (piece.box.elements * self.archive.entries[piece.key].item_bytes for piece in pieces)
+        self.scratch_bytes = -(-max(sizes, default=0) // 8) * 8  # for a view of any dtype
         with ExitStack() as stack:
             for path in {entry.file for entry in self.archive.entries.values()}:
                 self._files[path] = os.open(path, os.O_RDONLY)
@@ -81,7 +86,7 @@ class Reader:
         """Bytes that were read."""
         entry = self.archive.entries[piece.key]
         if piece.heads is None:
-            values, count = self._read(piece.key, entry, piece.box)
+            values, count = self._read(piece.key, entry, piece.box, self._scratch())
         else:
             values, count = self._read_rotary(piece, entry, piece.heads)
         piece.out.copy_(values)
@@ -89,31 +94,42 @@ class Reader:
 
     def _read_rotary(self, piece: Piece, entry: Entry, heads: int) -> tuple[Tensor, int]:
         """Rows in our order: they lie in runs there, two to a head that is not whole here."""
-        box = piece.box
+        box, scratch = piece.box, self._scratch()
         there = [rotary_row(box.starts[0] + row, entry.shape[0], heads) for row in range(box.sizes[0])]
-        order = torch.tensor(there).argsort()
-        boxes = [box.at(start, size) for start, size in runs(sorted(there))]
-        parts, counts = zip(*(self._read(piece.key, entry, each) for each in boxes), strict=True)
-        return torch.cat(parts)[order.argsort()], sum(counts)
+        order, parts, count = torch.tensor(there).argsort(), [], 0
+        for start, size in runs(sorted(there)):
+            values, read = self._read(piece.key, entry, box.at(start, size), scratch)
+            scratch = scratch[values.numel() * entry.item_bytes :]
+            parts.append(values)
+            count += read
+        return torch.cat(parts)[order.argsort()], count
 
-    def _read(self, key: str, entry: Entry, box: Box) -> tuple[Tensor, int]:
+    def _read(self, key: str, entry: Entry, box: Box, scratch: Tensor) -> tuple[Tensor, int]:
         """A box as the file has it, and the bytes that were read; float8 times its scales, in float32."""
-        values = self._bytes(entry, box)
+        values = self._bytes(entry, box, scratch)
         if entry.dtype != FLOAT8 or self.block is None:
             return values, values.nbytes
         scale = self.archive.entries[f"{key}{SCALE}"]
         rows, columns = (blocks(*each) for each in zip(box.starts, box.sizes, self.block, strict=True))
-        scales = self._bytes(scale, Box((rows.first, columns.first), (rows.count, columns.count)))
+        few = Box((rows.first, columns.first), (rows.count, columns.count))
+        scales = self._bytes(scale, few, torch.empty(few.elements * scale.item_bytes, dtype=torch.uint8))
         return values.float() * scales.float()[rows.of_each][:, columns.of_each], values.nbytes + scales.nbytes
 
-    def _bytes(self, entry: Entry, box: Box) -> Tensor:
-        """The box by as few reads as its rows allow: one, if they are whole."""
-        values = torch.empty(box.sizes, dtype=getattr(torch, entry.dtype))
-        into, done = memoryview(values.flatten().view(torch.uint8).numpy().data), 0
+    def _scratch(self) -> Tensor:
+        """This thread's memory: what is made anew for each piece, an allocator keeps for each thread."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8)
+        scratch: Tensor = self._own.scratch
+        return scratch
+
+    def _bytes(self, entry: Entry, box: Box, scratch: Tensor) -> Tensor:
+        """The box by as few reads as its rows allow: one, if they are whole. The result lives in `scratch`."""
+        raw = scratch[: box.elements * entry.item_bytes]
+        into, done = memoryview(raw.numpy().data), 0
         for start, size in spans(entry, box):
             _read_into(self._files[entry.file], entry.file, into[done : done + size], start)
             done += size
-        return values
+        return raw.view(getattr(torch, entry.dtype)).view(box.sizes)
 
 
 def _read_into(descriptor: int, path: Path, into: memoryview, start: int) -> None:

@@ -57,6 +57,7 @@ class Files:
     folder: Path
     entries: Mapping[str, Entry]
     headers: Mapping[str, bytes]  # by name of file
+    sizes: Mapping[str, int]  # bytes of each file
 
     @classmethod
     def plan(cls, folder: Path, table: Iterable[Stored], dtype: str, *, fp8: bool, shard_bytes: int) -> "Files":
@@ -70,13 +71,15 @@ class Files:
                 room = shard_bytes
             parts[-1][key] = (kind, shape)
             room -= size
-        entries, headers = {}, {}
+        entries, headers, sizes = {}, {}, {}
         for number, tensors in enumerate(parts, 1):
             name = SINGLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             headers[name], starts = make_header(tensors, {"format": "pt"})
+            sizes[name] = len(headers[name])
             for (key, (kind, shape)), start in zip(tensors.items(), starts, strict=True):
                 entries[key] = Entry(folder / name, kind, shape, start, DTYPES[NAMES[kind]][1])
-        return cls(folder, entries, headers)
+                sizes[name] += entries[key].bytes
+        return cls(folder, entries, headers, sizes)
 
     @property
     def bytes(self) -> int:
@@ -86,10 +89,9 @@ class Files:
     def make(self) -> None:
         """Every file in its full size, with nothing but its header in it."""
         for name, header in self.headers.items():
-            inside = [entry for entry in self.entries.values() if entry.file.name == name]
             with (self.folder / name).open("wb") as file:
                 file.write(header)
-                file.truncate(max(entry.start + entry.bytes for entry in inside))
+                file.truncate(self.sizes[name])
 
     def index(self) -> dict[str, Any] | None:
         """The content of the index; None for a single file, which has none."""
