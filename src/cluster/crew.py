@@ -14,20 +14,13 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Subpr
 
 from src.cluster import hang
 from src.cluster.folder import Attempt, log_folder
+from src.cluster.forward import FORWARDED, POLL_SECONDS, tell
 from src.cluster.job import Job
 from src.distributed.process import host_store
 from src.errors import UserError
 
-POLL_SECONDS = 0.1
 # A failed rank's companions fail in a moment or wait for it for ever; in this time they write down which.
 ABANDON_SECONDS = 5.0
-# A closed terminal asks for the same as a polite kill.
-FORWARDED = {
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-    signal.SIGUSR2: signal.SIGUSR2,
-}
 _LAST_LINES = 20
 # Errors whose text is all that there is to say; of any other the traceback is shown.
 _FOR_THE_USER = {UserError.__name__, *(kind.__name__ for kind in UserError.__subclasses__())}
@@ -214,11 +207,3 @@ def _tail(log: Path) -> str:
         return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
     except FileNotFoundError:
         return "(it wrote no log)"
-
-
-def tell(text: str) -> None:
-    """To stderr, past Python's buffers, which the code that a signal interrupted may hold; fine without a terminal."""
-    try:
-        os.write(2, f"{text}\n".encode())
-    except OSError:  # the terminal is gone
-        return

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, runtime_checkable
 
-from src.cluster.crew import FORWARDED, POLL_SECONDS, tell
 from src.cluster.folder import RunFolder, attempts, end
+from src.cluster.forward import FORWARDED, POLL_SECONDS, tell
 from src.cluster.lighthouse import Lighthouse
 from src.cluster.local import Outcome
 from src.errors import UserError

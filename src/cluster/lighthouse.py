@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
-from src.cluster.crew import tell
 from src.cluster.folder import RunFolder
+from src.cluster.forward import tell
 
 if TYPE_CHECKING:
     from src.cluster.groups import Options

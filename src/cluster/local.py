@@ -106,7 +106,7 @@ class Local(Config):
 
 def conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
     """Record the end and say it: the failing rank's error first."""
-    from src.cluster.crew import tell
+    from src.cluster.forward import tell
 
     if crew.killed:
         end(folder, "killed", crew.killed, overrule=True)
