@@ -31,6 +31,7 @@ class Checkpoint(Config):
     keep_every: PositiveInt | None
     asynchronous: bool
     verify: Literal["full", "size"]
+    export_every: PositiveInt | None
     initial: PathField | None
     trusted: bool
 
@@ -48,6 +49,10 @@ class Checkpoint(Config):
     def due(self, step: int, *, last: bool) -> bool:
         """Whether to save after `step`; `last` means that nothing follows: the end of the run or a stop."""
         return self.every is not None and (last or step % self.every == 0)
+
+    def exports(self, step: int) -> bool:
+        """Whether the weights after `step` also become a folder in Hugging Face layout."""
+        return self.export_every is not None and step % self.export_every == 0
 
     @property
     def foreign(self) -> str | None:

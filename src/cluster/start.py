@@ -62,9 +62,12 @@ def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
 def unfit(run: "Run") -> list[str]:
     """What is wrong with the tokenizer, before it has read a text, and with the task's own inputs."""
     from src.data.tokenizer import vocabulary_problems
+    from src.models.hugging_face import export_problems
     from src.train.run import Checks
 
     found = vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+    if run.task.needs_corpus and run.checkpoint.export_every is not None:
+        found += export_problems(run.model)
     return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
 
 

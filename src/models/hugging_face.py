@@ -36,11 +36,16 @@ def section(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """What transformers builds the same model from; CheckpointError where it has no such model."""
-    family = FAMILIES[config.family]
-    if found := family.problems(config):
+    if found := export_problems(config):
         raise CheckpointError(found)
-    written: dict[str, Any] = family.write(config)
+    written: dict[str, Any] = FAMILIES[config.family].write(config)
     return written
+
+
+def export_problems(config: ModelConfig) -> list[str]:
+    """Why transformers has no such model: key, value, what it has instead."""
+    found: list[str] = FAMILIES[config.family].problems(config)
+    return found
 
 
 def stored(config: ModelConfig) -> tuple[Stored, ...]:

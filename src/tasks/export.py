@@ -56,16 +56,16 @@ class Export(Config):
     def problems(self, run: "Run") -> list[str]:
         """Told on the launcher: a model that transformers does not have, a place that is taken."""
         from src.hugging_face.save import refuse_foreign
-        from src.models.hugging_face import config_json
+        from src.models.hugging_face import export_problems
 
         found: list[str] = []
         if self.to is None and self.source.startswith(FOREIGN):
             found.append(f"task.to=null: {self.source} is no run folder to write into; pass to=<folder>")
-        for look in (lambda: config_json(run.model), lambda: refuse_foreign(self.target)):
-            try:
-                look()
-            except CheckpointError as error:
-                found += error.problems
+        found += export_problems(run.model)
+        try:
+            refuse_foreign(self.target)
+        except CheckpointError as error:
+            found += error.problems
         return found
 
     def run(self, run: "Run", folder: Path) -> bool:

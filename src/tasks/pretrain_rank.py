@@ -13,6 +13,7 @@ from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.process import Ranks, device_type
 from src.fault_tolerance.peers import Peers
+from src.hugging_face.companions import describe, tokenizer_files
 from src.hugging_face.load import noted
 from src.metrics.console import Console
 from src.metrics.curve import plot
@@ -21,6 +22,7 @@ from src.metrics.throughput import Throughput, peak_flops
 from src.tasks.pretrain import Pretrain
 from src.train.choice import settled
 from src.train.draw import Rule
+from src.train.exports import Exports
 from src.train.generate import generate
 from src.train.loop import Loop
 from src.train.plan import Plan, plan
@@ -107,6 +109,7 @@ def _loop(
         batches=batches,
         checkpoint=run.checkpoint,
         store=store,
+        exports=_exports(run, folder, corpus),
         throughput=_throughput(run, planned, training.ranks.device),
         startup=startup,
         report=report,
@@ -115,6 +118,15 @@ def _loop(
         facts={"run": folder.name, "layout": planned.axes},
         grace_seconds=run.cluster.grace_seconds,
     )
+
+
+def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
+    """Collective. Where checkpoint.export_every asks for them."""
+    if run.checkpoint.export_every is None:
+        return None
+    dtype, tokenizer = run.precision.storage, corpus.tokenizer
+    files = tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len)
+    return Exports(folder / "exports", run.model, dtype, describe(run.model, tokenizer, dtype, fp8=False) | files)
 
 
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:

@@ -22,6 +22,7 @@ from src.optim.adamw import AdamW
 from src.optim.schedule import Schedule
 from src.optim.state import set_learning_rate
 from src.train.expert_load import expert_load
+from src.train.exports import Exports
 from src.train.plan import Plan
 from src.train.report import Report
 from src.train.setup import Training
@@ -57,6 +58,7 @@ class Loop:
     batches: Batches
     checkpoint: Checkpoint
     store: Store
+    exports: Exports | None
     throughput: Throughput
     startup: Startup
     report: Report
@@ -95,6 +97,7 @@ class Loop:
         self._save(last=True)
         self.store.finish()
         self._tell_save()
+        self._tell_export()
         if state.step == steps != self._validated:
             self._validate(steps)  # a stop had cut it short
         return state.step == steps and not self._stopping
@@ -185,6 +188,7 @@ class Loop:
             step in (self._first, self.plan.steps)
             or any(every and step % every == 0 for every in cadence)
             or self.checkpoint.due(step, last=False)
+            or self.checkpoint.exports(step)
         )
 
     def _pause(self, step: int) -> None:
@@ -201,6 +205,8 @@ class Loop:
             self._validate(step)
         if self.checkpoint.due(step, last=False):
             self._save(last=False)
+        if self.checkpoint.exports(step):
+            self._export(step)
         self._tell_save()
         self.throughput.restart()
 
@@ -263,6 +269,25 @@ class Loop:
         if not self._warned and (slow := hardly_fits(saved.write_seconds, self.grace_seconds)) is not None:
             self._warned = True
             self.report.say(f"warning: {slow}")
+
+    def _export(self, step: int) -> None:
+        if self.exports is None or not self.peers.saves:
+            return
+        self._tell_export()  # of the one before, which ends first
+        facts = self.facts | {"loss": self._last.loss, "tokens": self.training.state.tokens}
+        self.exports.start(step, self.training.network, facts)
+
+    def _tell_export(self) -> None:
+        """Collective. Wait for the export under way, and say what it cost."""
+        if self.exports is None:
+            return
+        self.exports.finish()
+        done, self.exports.last = self.exports.last, None
+        if self.exports.failed is not None:
+            self.report.say(f"warning: {self.exports.failed}; training goes on")
+        if done is not None:
+            costs = {"stall_seconds": done.stall_seconds, "write_seconds": done.write_seconds}
+            self.report.measure(done.step, {f"export/{key}": value for key, value in costs.items()})
 
     def _stopped(self) -> bool:
         return any_rank(self.stop.seen is not None, self.training.ranks.device)

@@ -1,0 +1,95 @@
+"""Exports while training goes on: a copy of the shards in host memory, which a thread writes as Hugging Face files."""
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.checkpoint.team import Team
+from src.distributed.network import Network
+from src.errors import UserError
+from src.hugging_face.companions import card
+from src.hugging_face.save import FACTS, Form, publish, save
+from src.hugging_face.write import Held, held
+from src.models.base import ModelConfig
+
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the last one cost."""
+
+    step: int
+    stall_seconds: float  # training waited: for the one before, and for the copy
+    write_seconds: float  # until the folder was in its place
+
+
+class Exports:
+    """Every method is collective. What the disk refuses is told, and training goes on: checkpoints are elsewhere."""
+
+    def __init__(self, folder: Path, model: ModelConfig, dtype: str, beside: Mapping[str, bytes]) -> None:
+        """`folder`: exports of the run; `beside`: files of every step, such as config.json and the tokenizer's."""
+        self.folder, self.model, self.beside = folder, model, beside
+        # Biases that balance experts are written too, where transformers has no place for them: nothing is lost.
+        self.form = Form(dtype, fp8=False, biases=True, shard_bytes=SHARD_BYTES)
+        self.last: Exported | None = None
+        self.failed: str | None = None  # why the last one is not there
+        self._team = Team()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def start(self, step: int, network: Network, facts: Mapping[str, Any]) -> None:
+        """When it returns, the weights may change. `facts`: of this step, for the card."""
+        began = time.perf_counter()
+        self.finish()
+        self.failed, told = None, {"optimizer steps": step, **facts}
+        text = (json.dumps(told, indent=2) + "\n").encode()
+        beside = {**self.beside, "README.md": card(str(facts["run"]), told), FACTS: text}
+        parts = {name: replace(part, local=_on_host(part)) for name, part in held(network.tensors()).items()}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        stalled = time.perf_counter() - began
+
+        def work() -> None:
+            try:
+                self._write(step, parts, beside)
+                self.last = Exported(step, stalled, time.perf_counter() - began)
+            except UserError as error:  # on all ranks alike
+                self.failed = f"the export of step {step} failed: {'; '.join(error.problems)}"
+            except Exception as error:  # noqa: BLE001  (whatever it is, the training thread raises it)
+                self._failure = error
+
+        # A daemon: when training crashes, the process must not wait for ranks that will never answer.
+        self._thread = threading.Thread(target=work, name="export", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until nothing is in flight; raises what is no fault of the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, step: int, parts: Mapping[str, Held], beside: Mapping[str, bytes]) -> None:
+        target, host = self.folder / f"step_{step:08d}", torch.device("cpu")
+        draft = save(self._team, target, parts, self.model, self.form, beside, _never, host)
+        self._team.first(lambda: publish(draft, target))
+
+
+def _on_host(part: Held) -> Tensor:
+    """A copy that later updates in place cannot reach; pinned, for the full speed of a GPU's bus."""
+    copy = torch.empty(part.local.shape, dtype=part.local.dtype, pin_memory=part.local.is_cuda)
+    return copy.copy_(part.local, non_blocking=part.local.is_cuda)
+
+
+def _never(_tensor: Tensor) -> Tensor:
+    raise AssertionError("only float8 asks for a maximum over ranks")
