@@ -1,0 +1,98 @@
+"""LocalSGD and DiLoCo with the real lighthouse, against the same groups written out in one process."""
+
+from pathlib import Path
+
+import pytest
+
+from src.config.build import build
+from src.config.tree import read
+from src.train.run import Run
+from tests.end_to_end.lives import TINY, live, opened, series
+from tests.fault_tolerance.by_hand import Life, Method, simulate
+from tests.fault_tolerance.lives import Fleet, Trouble, account, fleet, last
+from tests.ranks import Ranks
+
+STEPS = 12
+ARGV = (f"task.steps={STEPS}", "task.global_batch=4", "checkpoint.every=6")
+TOKENS = 4 * 32  # of a step
+METHODS = {
+    "local_sgd": Method(4, averages=True),
+    "diloco": Method(4),
+    "streaming": Method(6, fragments=2, delay=2, alpha=0.25),
+}
+PLAIN = Method(1, lr=1.0, momentum=0.0)
+
+
+def lived(found: Fleet, group: int) -> Life:
+    """What a group did, by its last word on each step."""
+    by_step = {line["counted"]: line["loss"] for line in account(found.folder, group) if "counted" in line}
+    return Life([by_step[step] for step in sorted(by_step)], last(found.folder, group)["weights"])
+
+
+def told(found: Fleet, name: str) -> float:
+    """In the last line of the run's log."""
+    return series(found.folder, name)[STEPS]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_groups_do_what_is_written_out(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    method = METHODS[name]
+    with fleet(tmp_path, *ARGV, *method.keys(), min_groups=2) as found:
+        found.start(0, 1)
+        found.wait()
+        (by_hand,) = ranks(1, simulate, found.folder, method, 2, {})
+        for group in (0, 1):
+            mine = lived(found, group)
+            assert mine.losses == pytest.approx(by_hand[group].losses, rel=1e-6)
+            if not method.alpha:  # every bit; what is mixed is rounded in another order
+                assert mine.weights == by_hand[group].weights
+            # What the other group has done since the last meeting is not known.
+            assert last(found.folder, group)["tokens"] == (STEPS - method.delay / 2) * TOKENS
+        assert lived(found, 0).losses != pytest.approx(lived(found, 1).losses, rel=1e-6)
+        assert told(found, "outer/syncs") == STEPS / method.sync_steps * method.fragments
+        assert told(found, "outer/failed_syncs") == 0
+        if method.fragments == 1:
+            weights = Run.from_sections(build(read(found.folder / "config.yaml"))).model.counts(32).parameters
+            half = -(-weights // 512) * 256  # of the weights, in whole blocks: one leaves as a part, one as an average
+            assert told(found, "outer/sent_bytes") == 3 * 2 * 4 * half
+
+
+def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(ranks: Ranks, tmp_path: Path) -> None:
+    method = Method(4)
+    with fleet(tmp_path, *ARGV, "checkpoint.every=null", *method.keys(), min_groups=2) as found:
+        found.start(0)
+        found.start(1, troubles=[Trouble(6, "kill")])
+        found.died(1)
+        found.start(1)
+        found.wait()
+        by_hand = ranks(1, simulate, found.folder, method, 2, {1: (6, 8)})[0]
+        assert lived(found, 0) == by_hand[0]
+        assert lived(found, 1) == by_hand[1]
+        assert told(found, "outer/failed_syncs") == 0
+
+
+def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: Ranks, tmp_path: Path) -> None:
+    plain = opened(*TINY, *ARGV, "data=synthetic", f"root={tmp_path / 'plain'}")
+    assert ranks(1, live, plain) == [True]
+    initial = (f"checkpoint.initial={plain / 'checkpoints/step_00000006'}", "checkpoint.trusted=true")
+    for argv, first in (((), 1), (initial, 7)):
+        with fleet(tmp_path / str(first), *ARGV, *argv, *PLAIN.keys(), groups=1) as found:
+            found.start(0)
+            found.wait()
+            for name in ("loss", "grad_norm", "tokens"):
+                expected = {step: value for step, value in series(plain, name).items() if step >= first}
+                assert series(found.folder, name) == pytest.approx(expected, rel=1e-5), name
+
+
+def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    method, ends = METHODS["streaming"], list[Life]()
+    for troubles in ([], [Trouble(8, "kill")]):
+        with fleet(tmp_path / str(len(troubles)), *ARGV, *method.keys(), groups=1) as found:
+            found.start(0, troubles=troubles)
+            if troubles:
+                found.died(0)
+                found.start(0)
+            found.wait()
+            ends.append(lived(found, 0))
+            assert told(found, "outer/syncs") == 4
+    assert ends[0] == ends[1]

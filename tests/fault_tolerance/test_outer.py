@@ -1,0 +1,83 @@
+"""Outer weights against torch's own SGD and against whole tensors, on one rank and in shards."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.distributed.process import Ranks
+from src.distributed.stages import module_of
+from src.fault_tolerance.carry import local
+from src.fault_tolerance.fragments import cut
+from src.fault_tolerance.outer import Averaging, Nesterov, Outer, Rule
+from src.train.setup import assemble
+from tests.ranks import Ranks as Workers
+from tests.train.runs import make_run, section
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.0), (0.3, 0.5)])
+def test_the_outer_optimizer_is_sgd(lr: float, momentum: float) -> None:
+    chance = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(50, generator=chance))
+    agreed, velocity, rule = weight.detach().clone(), torch.zeros(50), Nesterov(lr, momentum)
+    sgd = torch.optim.SGD([weight], lr=lr, momentum=momentum, nesterov=momentum > 0)
+    for _ in range(5):
+        weight.grad = torch.randn(50, generator=chance)
+        agreed = rule.moved(agreed, weight.grad, velocity)
+        sgd.step()
+        torch.testing.assert_close(agreed, weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+def made(layout: str, rule: Rule, fragments: int) -> tuple[Any, Outer]:
+    """A network whose weights have moved since the outer ones were copied from them."""
+    run = make_run(parallel=layout)
+    ranks = Ranks.join("cpu", run.parallel.world, timeout_seconds=60.0)
+    network = assemble(run, ranks, skips=0).network
+    outer = Outer(network, cut(run.model.n_layers, fragments, None), rule, "cpu", ())
+    outer.begin()
+    for tensor in network.tensors().values():
+        local(tensor).mul_(1.25)
+    return network, outer
+
+
+def exchanged(layout: str, fragments: int, own_share: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float, int]:
+    """Weights, outer weights, squared way and elements, whole, after two merges of fragment 0, as if of one group."""
+    network, outer = made(layout, Nesterov(0.7, 0.9), fragments)
+    squares = 0.0
+    for _ in range(2):
+        squares = outer.merge(0, outer.outgoing(0), own_share)
+    total = torch.tensor([squares, float(outer.elements(0))], dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return whole(network.tensors()), whole(outer.tensors()["weights"]), total[0].item(), int(total[1].item())
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: getattr(each, "full_tensor", lambda each=each: each)().clone() for name, each in tensors.items()}
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), ("tp2", 2)])
+def test_shards_move_as_whole_tensors_do(ranks: Workers, layout: str, world: int) -> None:
+    ((live, agreed, squares, elements),) = ranks(1, exchanged, "single", 2, 0.25)
+    for found_live, found_agreed, found_squares, found_elements in ranks(world, exchanged, layout, 2, 0.25):
+        for name in live:
+            assert torch.equal(found_live[name], live[name]), name
+            assert torch.equal(found_agreed[name], agreed[name]), name
+        assert found_squares == pytest.approx(squares, rel=1e-5)
+        # What tensor parallelism does not cut is on both ranks.
+        assert found_elements == elements if layout == "fsdp2" else found_elements > elements
+
+
+def restored() -> dict[str, tuple[bool, bool]]:
+    """By name: whether a weight is as it was, and whether it is the outer one, once fragment 1 has gone back."""
+    network, outer = made("single", Averaging(), 2)
+    before = whole(network.tensors())
+    outer.restore(1)
+    after, agreed = whole(network.tensors()), whole(outer.tensors()["weights"])
+    return {name: (torch.equal(after[name], before[name]), torch.equal(after[name], agreed[name])) for name in after}
+
+
+def test_a_fragment_goes_back_and_leaves_the_others(ranks: Workers) -> None:
+    (found,) = ranks(1, restored)
+    fragments = cut(section("model", "llama3_debug").n_layers, 2, None)
+    assert found == {name: (module_of(name) in fragments[0], module_of(name) in fragments[1]) for name in found}
