@@ -11,6 +11,7 @@ from src.cluster.folder import RunFolder, attempts
 from src.cluster.lighthouse import ADDRESS_FILE, arguments
 from src.cluster.lighthouse_job import LighthouseJob
 from src.cluster.local import Outcome
+from src.errors import PlanError
 
 if TYPE_CHECKING:
     from src.cluster.groups import Options
@@ -23,6 +24,8 @@ def submit(site: "Slurm", folder: RunFolder, options: "Options") -> Outcome:
     """Tells where each group is, and returns at once, or when all have ended if `wait` is true."""
     from src.cluster.slurm import Prepared, Submitted
 
+    if site.pack:
+        raise PlanError("cluster.pack=true shares nodes between runs, not between groups; pass cluster.pack=false")
     paths = [folder.group(number) for number in range(options.groups)]
     if any(attempt.ended == "finished" for path in paths for attempt in attempts(path)):
         return Outcome("finished", 0)

@@ -131,6 +131,8 @@ def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[Entry], *, wait:
     try:
         for entry in entries:
             try:
+                if entry.run.fault_tolerance.on:
+                    raise PlanError("fault_tolerance: a sweep on SLURM hands over runs of one group; pass none")
                 folder, answers = prepare(entry.tree, entry.run)
                 opened.append((entry, Prepared(folder, answers.to_dict())))
             except UserError as error:

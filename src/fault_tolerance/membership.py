@@ -66,8 +66,9 @@ class Membership:
         self._quorum: tuple[int, tuple[str, ...]] | None = None
         nccl = options.process_group == "nccl" or (options.process_group is None and ranks.device.type == "cuda")
         limit = timedelta(seconds=options.sum_seconds)
-        self.device = ranks.device if nccl else torch.device("cpu")  # of small sums
-        self.group: ProcessGroup = ProcessGroupNCCL(limit) if nccl else ProcessGroupGloo(limit)
+        self.device = torch.device("cpu")  # of small sums, whose failures are then known at once
+        self._host: ProcessGroup = ProcessGroupGloo(limit)
+        self.group: ProcessGroup = ProcessGroupNCCL(limit) if nccl else self._host
         self._transport = HTTPTransport[Any](timedelta(seconds=options.heal_seconds), num_chunks=0)
         self._transport._server.RequestHandlerClass.log_message = _nothing  # each request would be a line of the log
         self._serve(tell)
@@ -171,7 +172,10 @@ class Membership:
         return f"waits for other groups: the lighthouse has no quorum yet ({needed}, and more than half of those alive)"
 
     def _connect(self, address: str, answer: Any) -> None:
-        self.group.configure(address, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
+        for name, group in {"host": self._host, "device": self.group}.items():
+            if name == "host" or group is not self._host:
+                place = f"{address}/{name}"
+                group.configure(place, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
 
     def _give(self, answer: Any, own: Own) -> None:
         """Serve this rank's shards until the vote, before which they do not change."""
@@ -210,10 +214,12 @@ class Membership:
             self._try(lambda alike=alike: self._sum(alike, seconds or self.options.sum_seconds))  # type: ignore[misc]
 
     def _sum(self, tensors: list[Tensor], seconds: float) -> None:
+        group = self._host if tensors[0].device.type == "cpu" else self.group
+        group.set_timeout(timedelta(seconds=seconds))  # what NCCL's goes by; gloo's goes by the option
         options = AllreduceCoalescedOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         options.timeout = timedelta(seconds=seconds)
-        if not self.group.allreduce_coalesced(tensors, options).wait():
+        if not group.allreduce_coalesced(tensors, options).wait():
             raise RuntimeError("a sum over groups was given up")
 
     def _try(self, act: Callable[[], None]) -> None:
@@ -241,4 +247,5 @@ class Membership:
         self._transport.shutdown(wait=False)
         if self.ranks.rank == 0:
             self._server.shutdown()
-        self.group.shutdown()
+        for group in {self._host, self.group}:
+            group.shutdown()

@@ -35,6 +35,7 @@ class Synchronous(Peers):
         self._led = False  # the last step that counted
         self._leaving = self._stale = self._retried = False
         self._lost = 0  # steps of this group's work that did not count
+        self._failures = 0  # votes that said no
 
     def introduce(self, own: Own) -> None:
         def give() -> Tree:
@@ -58,7 +59,8 @@ class Synchronous(Peers):
         members, before, began = self.members, self._quorum, time.perf_counter()
         # A group with another past than its peers is behind them, however many steps it has done.
         self._quorum = quorum = members.meet(2 * step + (not self._stale), self._own)
-        row = Row(self.group, self._led, self._leaving, self._history, self._lost, members.heal_seconds)
+        so_far = (self._lost, self._failures, members.heal_seconds)
+        row = Row(self.group, self._led, self._leaving, self._history, *so_far)
         table = Table.exchange(row, quorum, members, self.options.heal_seconds)
         failed = any_rank(members.error is not None, torch.device("cpu"))
         if failed or table.split:
@@ -87,6 +89,7 @@ class Synchronous(Peers):
             self._tell("this step was not finite: it is tried once more")
         counts = self._vote(fine=fine)
         self._retried = not fine and not counts
+        self._lost += not counts
         return counts
 
     def _vote(self, *, fine: bool) -> bool:
@@ -97,7 +100,7 @@ class Synchronous(Peers):
             self._history = hash((self._history, quorum.id, quorum.size)) % 2**HISTORY_BITS
             self._led = self.leads
             return True
-        self._lost += 1
+        self._failures += 1
         if members.error is not None:
             self._tell(f"this step did not count ({_short(members.error)}): the groups meet again")
         return False
@@ -116,8 +119,10 @@ class Synchronous(Peers):
         assert self._quorum is not None
         found = {"groups/participants": float(len(self.table.rows)), "groups/quorum": float(self._quorum.id)}
         found["groups/lost_steps"] = float(sum(row.lost for row in self.table.rows))
+        found["groups/commit_failures"] = float(sum(row.failures for row in self.table.rows))
         for row in self.table.rows:
             found[f"group_{row.group}/lost_steps"] = float(row.lost)
+            found[f"group_{row.group}/commit_failures"] = float(row.failures)
             found[f"group_{row.group}/heal_seconds"] = row.heal_seconds
         return found
 

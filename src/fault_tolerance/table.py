@@ -1,5 +1,6 @@
 """What the groups of a quorum tell each other before a step, and what all of them conclude from it alike."""
 
+from collections import Counter
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +21,7 @@ class Row:
     leaving: bool  # it was told to stop
     history: int
     lost: int  # its steps that did not count
+    failures: int  # its votes that said no, also before a step began
     heal_seconds: float  # of the last time that it was healed
 
 
@@ -35,7 +37,6 @@ class Table:
         cells = torch.zeros(quorum.size, len(astuple(own)), dtype=torch.float64)
         cells[quorum.rank] = torch.tensor([float(value) for value in astuple(own)], dtype=torch.float64)
         if quorum.size > 1:
-            cells = cells.to(members.device)
             members.sum_([cells], seconds)
         return cls(tuple(_row(values) for values in cells.tolist()))
 
@@ -45,8 +46,9 @@ class Table:
         return len({row.history for row in self.rows}) > 1
 
     def astray(self, own: Row) -> bool:
-        """Whether this group must take over another's state. The past of the first group stands."""
-        return own.history != self.rows[0].history
+        """Whether this group must take over another's state. The past of most groups stands, else of the first."""
+        pasts = Counter(row.history for row in self.rows)
+        return own.history != pasts.most_common(1)[0][0]
 
     def leader(self) -> int:
         """The group that speaks for all: the one that did so far, if it is there."""
@@ -58,8 +60,8 @@ class Table:
 
 
 def _row(values: list[float]) -> Row:
-    group, led, leaving, history, lost, heal_seconds = values
-    return Row(int(group), led > 0, leaving > 0, int(history), int(lost), heal_seconds)
+    group, led, leaving, history, lost, failures, heal_seconds = values
+    return Row(int(group), led > 0, leaving > 0, int(history), int(lost), int(failures), heal_seconds)
 
 
 def share(rank: int, size: int, micro_batches: int) -> range:

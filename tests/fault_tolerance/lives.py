@@ -21,7 +21,7 @@ from src.cluster.folder import RunFolder
 from src.config.tree import read
 from tests.end_to_end.lives import HOME, TINY, opened
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
 QUICK = (
     *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=0.5", "fault_tolerance.join_seconds=0.5"),
     *("fault_tolerance.sum_seconds=10.0", "fault_tolerance.heal_seconds=20.0", "data=synthetic"),

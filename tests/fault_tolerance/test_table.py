@@ -1,0 +1,75 @@
+"""What every group of a quorum concludes alike, and what is refused before a group starts."""
+
+from dataclasses import replace
+
+import pytest
+
+from src.errors import PlanError
+from src.fault_tolerance.config import TorchFT
+from src.fault_tolerance.table import Row, Table, share
+from src.train.plan import plan
+from tests.train.runs import Gpus, changed, make_run, section
+
+ROW = Row(group=0, led=False, leaving=False, history=5, lost=0, failures=0, heal_seconds=0.0)
+
+
+def table(**columns: tuple[object, ...]) -> Table:
+    count = len(next(iter(columns.values())))
+    rows = [replace(ROW, **{name: values[index] for name, values in columns.items()}) for index in range(count)]
+    return Table(tuple(rows))
+
+
+@pytest.mark.parametrize(("size", "micro_batches"), [(1, 1), (2, 2), (3, 4), (3, 8), (4, 7), (5, 64)])
+def test_shares_are_neighbours_and_differ_by_one_at_most(size: int, micro_batches: int) -> None:
+    shares = [share(rank, size, micro_batches) for rank in range(size)]
+    assert [number for each in shares for number in each] == list(range(micro_batches))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_who_speaks_goes_on_speaking() -> None:
+    assert table(group=(1, 2, 3)).leader() == 1
+    assert table(group=(0, 1, 2), led=(False, False, True)).leader() == 2
+
+
+def test_a_group_with_a_past_of_its_own_is_healed() -> None:
+    together = table(history=(7, 7, 7))
+    assert not together.split
+    apart = table(history=(9, 7, 7))
+    assert apart.split
+    assert [apart.astray(row) for row in apart.rows] == [True, False, False]
+    even = table(history=(9, 7))
+    assert [even.astray(row) for row in even.rows] == [False, True]
+
+
+def test_all_leave_only_together() -> None:
+    assert table(leaving=(True, True)).all_leave
+    assert not table(leaving=(True, False)).all_leave
+
+
+def groups(count: int, **changes: object) -> TorchFT:
+    return changed(section("fault_tolerance", "torchft"), groups=count, **changes)  # type: ignore[no-any-return]
+
+
+def refusal(**arguments: object) -> str:
+    devices = arguments.pop("devices", None)
+    with pytest.raises(PlanError) as caught:
+        plan(make_run(**arguments), devices=devices)  # type: ignore[arg-type]
+    return "\n".join(caught.value.problems)
+
+
+def test_what_cannot_work_is_told_with_a_way_out() -> None:
+    eight = {"global_batch": 8, "micro_batch": 1}
+    assert plan(make_run(eight, fault_tolerance=groups(8))).micro_batches == 8
+    assert "a step has 8 micro-batches to divide" in (told := refusal(task=eight, fault_tolerance=groups(9)))
+    assert "at most 8 groups" in told
+    assert "min_groups=3 of fault_tolerance.groups=2" in refusal(task=eight, fault_tolerance=groups(2, min_groups=3))
+    told = refusal(task=eight, parallel="fsdp2", fault_tolerance=groups(3), devices=Gpus(4, 80.0))
+    assert "ask for 6 GPUs, there are 4; at most 2 groups" in told
+
+
+def test_a_pipeline_is_checked_for_every_number_of_groups_that_may_be_there() -> None:
+    four = {"global_batch": 4, "micro_batch": 1}
+    folded = changed(section("parallel", "pp2"), pipeline_schedule="DualPipeV")
+    assert plan(make_run(four, parallel=folded)).micro_batches == 4
+    told = refusal(task=four, parallel=folded, fault_tolerance=groups(2))
+    assert "DualPipeV needs at least as many micro-batches as its 4 stages" in told
