@@ -17,11 +17,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from src.cluster.folder import RunFolder
 from src.cluster.job import perform
-from src.cluster.start import checked, feed, record
+from src.cluster.start import checked, feed, fetched, record, wanted
 from src.config import tree as trees
 from src.config.compose import asked
 from src.distributed.network import Whole
 from src.errors import UserError
+from src.hugging_face.load import note
 from src.tasks.source import completed
 from src.train.plan import plan
 from src.train.step import Stepper
@@ -53,12 +54,14 @@ def opened(*argv: str) -> Path:
         ((tree, run, _),) = checked(asked(list(argv), completed).trees)
     finally:
         sys.argv[:] = before
-    corpus = feed(run)
+    source, corpus = wanted(tree, run), feed(run)
     facts = plan(run, corpus).to_dict()
     identity = trees.identity(tree)
     with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity, folder=run.folder) as folder:
         if corpus is not None:
             record(corpus, folder.path)
+        if source is not None:
+            note(folder.path, fetched(source, run))
         folder.begin(run.parallel.world)
         return folder.path
 
