@@ -2,10 +2,14 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+import torch
 
 from src.cluster import hang
 from src.distributed.process import host_store
@@ -60,8 +64,44 @@ def test_the_rank_that_never_came_is_named_with_what_it_did_instead(tmp_path: Pa
     assert hang.find(tmp_path, time.time() + 1, ("a", "b", "c")) is None, "dumps of an earlier attempt"
 
 
-def start(traces: Path, rank: int, port: int) -> "subprocess.Popen[bytes]":
-    facts = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+NCCL_RANK = """
+import sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from src.distributed.process import Ranks
+
+ranks = Ranks.join("cuda", 2, timeout_seconds=120.0, traces=Path(sys.argv[1]))
+x = torch.ones(3, device=ranks.device)
+dist.all_reduce(x)
+ranks.set_timeout(10.0, [])
+if ranks.rank == int(sys.argv[2]):
+    time.sleep(300)
+dist.all_gather_into_tensor(torch.empty(6, device=ranks.device), x)
+torch.cuda.synchronize()
+"""
+
+if torch.cuda.device_count() != 1:  # without any it is left out, with one alone nobody can be waited for
+
+    @pytest.mark.gpu
+    def test_nccl_writes_the_dumps_of_all_ranks_by_itself(tmp_path: Path) -> None:
+        store, port = host_store()
+        began = time.time()
+        ranks = [start(tmp_path, rank, port, code=NCCL_RANK, world=2) for rank in range(2)]
+        assert ranks[0].wait(180) != 0
+        end = time.monotonic() + 60
+        while not (tmp_path / "rank_1").exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        ranks[1].kill()
+        ranks[1].wait()
+        del store
+        found = hang.find(tmp_path, began, ("a", "b"))
+        assert found is not None
+        assert re.match(r"rank 1 \(node b\) never entered \w*all_gather\w* #\d+ of group ", found.words), found
+
+
+def start(traces: Path, rank: int, port: int, *, code: str = RANK, world: int = 3) -> "subprocess.Popen[bytes]":
+    facts = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     environment = os.environ | shared | {key: str(value) for key, value in facts.items()}
-    return subprocess.Popen([sys.executable, "-c", RANK, str(traces), "1"], env=environment)
+    return subprocess.Popen([sys.executable, "-c", code, str(traces), "1"], env=environment)
