@@ -138,7 +138,7 @@ class Apart(Synchronous):
         members, quorum = self.members, self._quorum
         assert quorum is not None, "the groups have met"
         vector = self.outer.outgoing(self._fragment)
-        cells = torch.tensor([1.0, self._unshared], dtype=torch.float64, device=members.device)
+        cells = torch.tensor([1.0, self._unshared], dtype=torch.float64)
         if self._copied:
             vector.zero_()
             cells.zero_()
@@ -164,6 +164,7 @@ class Apart(Synchronous):
         else:
             self.outer.restore(fragment)
             self._failed, self._lost = self._failed + 1, self._lost + self.rounds.interval
+            self._failures += 1
             why = self.members.error or "the mean was not finite, or another rank refused it"
             self._tell(f"fragment {fragment} could not be exchanged ({why}): it goes back to the outer weights")
         past = (self._history, quorum.id, quorum.size, self._at, self._merged)
@@ -187,7 +188,9 @@ class Apart(Synchronous):
     @property
     def means(self) -> Means:
         if self._means is None:
-            self._means = Means(self.method.exchange, self.options.sum_seconds, self.members.device)
+            nccl = "nccl" in self.members.group.getBackendName()
+            device = self.ranks.device if nccl else torch.device("cpu")
+            self._means = Means(self.method.exchange, self.options.sum_seconds, device)
         return self._means
 
     def may_leave(self, asked: bool) -> bool:
