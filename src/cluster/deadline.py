@@ -21,12 +21,17 @@ MARGIN_SECONDS = 30.0  # slurmctld looks at time limits every 30 s
 POLL_SECONDS = 5.0
 
 
+def margin(grace_seconds: float) -> float:
+    """Of the grace, the seconds before the time limit in which nobody saves any more."""
+    return min(MARGIN_SECONDS, grace_seconds / 2)
+
+
 class Deadline:
     """Watches over the time between a stop signal and the end of the block. For rank 0's main thread."""
 
     def __init__(self, folder: Path, requeues: int, grace_seconds: float) -> None:
         self._folder, self._requeues = folder, requeues
-        self._margin = min(MARGIN_SECONDS, grace_seconds / 2)
+        self._margin = margin(grace_seconds)
         self._job = os.environ["SLURM_JOB_ID"]
         self._before = newest(folder)
         self._over = threading.Event()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.cluster import queue
+from src.cluster.deadline import margin
 from src.cluster.folder import attempts
 from src.cluster.pack import CANCEL_FILE, Node, Pack, Share
 from src.cluster.resources import Resources
@@ -33,7 +34,8 @@ class PackedJob:
         """Ends well when every run has; requeues the job when some were stopped, and leaves failed ones alone."""
         os.chdir(self.home)
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
-        node = Node.here(self.gpus, cpu=self.cpu, grace_seconds=self.grace_seconds)
+        # A run that has not saved in time must not take its neighbours into SLURM's TIMEOUT, which requeues nothing.
+        node = Node.here(self.gpus, cpu=self.cpu, grace_seconds=self.grace_seconds - margin(self.grace_seconds))
         pack = Pack(node, [share for share in self.shares if self._ours(share)])
         codes = pack.run(lambda line: print(line, flush=True))
         if pack.stopped:
