@@ -19,7 +19,7 @@ LONGEST_TEST_FILE = 500
 NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
 
 # What src.distributed may know of models: the contract, never a family.
-CONTRACTS = tuple(f"src.models.{name}" for name in ("base", "cross_entropy", "decoder", "experts", "moe", "router"))
+CONTRACTS = tuple(f"src.models.{name}" for name in ("cross_entropy", "decoder", "experts", "moe", "router"))
 
 # Library -> the places that may name it.
 FENCES = {

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from pydantic import NonNegativeInt, PositiveInt, Strict
 
 from src.config.base import Config, Names
-from src.models.base import divisors
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -75,8 +74,14 @@ class Degrees(Config):
 
     @property
     def expert_shard(self) -> int:
-        """Ranks over which FSDP cuts one routed expert: what its other axes leave of a model's ranks."""
-        return self.fsdp * self.tensor // (self.expert * self.expert_tensor)
+        """Ranks over which FSDP cuts one routed expert: what its other axes leave of a model's ranks, if legal."""
+        return max(1, self.fsdp * self.tensor // (self.expert * self.expert_tensor))
+
+    @property
+    def expert_axes(self) -> dict[str, int]:
+        """How routed experts lie on the ranks of a stage, degrees above 1; none: as all other weights."""
+        names = ("replicate", "expert_shard", "expert", "expert_tensor") if self.experts_apart else ()
+        return {name: degree for name in names if (degree := getattr(self, name)) > 1}
 
     def cuts_inside(self, n_experts: int) -> bool:
         """Whether FSDP must cut each expert's matrices, because a rank's experts cannot be dealt out whole."""
@@ -99,10 +104,11 @@ class Degrees(Config):
                 "pass one of the two"
             )
         elif ranks % (self.expert * self.expert_tensor):
+            most = ranks // self.expert_tensor
+            fits = max(degree for degree in range(1, min(most, self.expert) + 1) if most % degree == 0)
             found.append(
                 f"parallel.expert={self.expert} * parallel.expert_tensor={self.expert_tensor} does not divide the "
-                f"{ranks} ranks of shard * context * tensor (parallel.expert: "
-                f"{divisors(ranks // self.expert_tensor, self.expert)})"
+                f"{ranks} ranks of shard * context * tensor; parallel.expert={fits} does"
             )
         if self.async_tensor and self.tensor == 1:
             found.append(

@@ -72,7 +72,9 @@ class Exchange(nn.Module):
         index, inverse = grouping(coming, sum(out.receives))
         rows = permute(flight.land(), index, inverse)
         scales = None if second is None else permute(second.land(), index, inverse)
-        torch._dynamo.maybe_mark_dynamic(rows, 0)  # every number of rows is one graph's, in the recomputation too
+        for each in (rows, *(() if scales is None else (scales,))):
+            # Every number of rows is one graph's: a recomputation must not meet another one than the forward did.
+            torch._dynamo.maybe_mark_dynamic(each, 0)
         rows = permute(experts(rows, coming.sum(0), scales), inverse, index)
         result = combine(Flight(rows, out.reversed()).land(), order, places)
         return result if beside is None else result + beside

@@ -87,6 +87,12 @@ class Float8(Config):
             found.append(
                 f"precision.float8: no matrix is left to convert; each side must be a multiple of {MULTIPLE} on a rank"
             )
+        if self.recipe == "tensorwise" and degrees.tensor > 1 and any(len(weight.shape) == 3 for weight in weights):
+            found.append(
+                f"precision.float8.recipe=tensorwise scales a whole matrix, of which parallel.tensor={degrees.tensor} "
+                "ranks of a model with routed experts hold parts without asking each other; pass "
+                "precision=fp8_rowwise or parallel.tensor=1"
+            )
         if self.experts:
             found += _expert_problems(weights, degrees, gpu=gpu and not self.emulate)
         if self.all_gather and degrees.fsdp == 1:

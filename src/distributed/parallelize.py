@@ -24,13 +24,14 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         mesh.spread_experts()  # by all ranks, also where a stage of a pipeline has no expert
         split_experts(model, mesh)
     split_context(model, mesh.context, mesh.degrees)
-    recompute.apply(model)
+    experts_apart = mesh.degrees.expert > 1
+    recompute.apply(model, experts_apart=experts_apart)
     compile.apply(
         model,
         budget=recompute.budget,
         round_each_step=float8 is not None and float8.recipe != "tensorwise",
         pipeline_products=mesh.degrees.async_tensor,
-        experts_apart=mesh.degrees.expert > 1,
+        experts_apart=experts_apart,
     )
     shard(model, mesh, precision)
     watch(model, mesh)

@@ -60,34 +60,43 @@ class Recompute(Config):
         number = self.every if self.mode == "every" else self.budget
         return self.mode if number is None else f"{self.mode} {number:g}"
 
-    def apply(self, model: "Decoder") -> None:
-        """Before compiling, so that the compiler sees both passes; names of parameters do not change."""
+    def apply(self, model: "Decoder", *, experts_apart: bool = False) -> None:
+        """Before compiling, so that the compiler sees both passes; names of parameters do not change.
+
+        `experts_apart`: as in `Compile.apply`.
+        """
         assert self.mode != "auto", "the plan chooses: src.train.choice"
         if self.mode in ("none", "budget"):  # a budget is kept by the compiler: see Compile.apply
+            return
+        if self.mode == "selective":
+            # What a compiler makes one graph of is repeated by itself, and tokens that travelled are kept.
+            for owner, method in model.graphs(experts_apart=experts_apart):
+                _wrap(owner, method, _selective)
             return
         for name, block in model.layers.items():
             # By the layer's number in the whole model: each part of a pipeline and each rebuild wraps the same blocks.
             if self.every is None or (int(name) + 1) % self.every == 0:
-                _wrap(block, _selective if self.mode == "selective" else None)
+                _wrap(block, "forward", None)
 
 
-def _wrap(block: "nn.Module", contexts: "Callable[[], Any] | None") -> None:
+def _wrap(owner: "nn.Module", method: str, contexts: "Callable[[], Any] | None") -> None:
     from torch.utils.checkpoint import checkpoint
 
     selection: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
     # early_stop=False: the whole block runs again, so a compiled block has one graph for both passes.
-    block.forward = partial(
+    repeated = partial(
         checkpoint,
-        block.forward,
+        getattr(owner, method),
         use_reentrant=False,
         preserve_rng_state=True,
         early_stop=False,
         **selection,
     )
+    setattr(owner, method, repeated)
 
 
 def _selective() -> Any:
-    """The two contexts of one forward of one block; each counts its own matmuls."""
+    """The two contexts of one forward of one block, or of a part of it; each counts its own matmuls."""
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     kept, matmuls = _operators()

@@ -72,7 +72,14 @@ class Slice:
     tensor: int  # degree of tensor parallelism, with sequence parallelism between the blocks
     element_bytes: int  # of the compute dtype
     compiled: bool
+    expert: int = 1  # degree of expert parallelism; tokens are expected to spread evenly
+    expert_tensor: int = 1  # ranks that cut each routed expert: 1, or all of `tensor`
     float8_inputs: bool = False  # whether products keep their inputs in float8 alone, one byte an element
+
+    @property
+    def mixtures(self) -> int:
+        """Ranks that divide the tokens of a sequence before routed experts meet them."""
+        return self.tensor // self.expert_tensor
 
 
 @dataclass(frozen=True)

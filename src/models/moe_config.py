@@ -85,8 +85,8 @@ class MixtureOfExperts(Config):
         if not found and grid.cuts_inside(self.n_experts) and (width % grid.expert_shard or dim % grid.expert_shard):
             found.append(
                 f"FSDP cannot deal {self.n_experts // grid.expert} experts out to the {grid.expert_shard} ranks that "
-                f"share them, nor cut {width} x {dim} features by as many; pass parallel.expert as "
-                f"{divisors(self.n_experts, grid.expert)}, or more ranks as parallel.replicate"
+                f"share them, nor cut {width} x {dim} features by as many; pass another parallel.expert, or more ranks "
+                "as parallel.replicate"
             )
         return found
 

@@ -172,6 +172,8 @@ def _slice(load: Load) -> Slice:
         tensor=load.degrees.tensor,
         element_bytes=BYTES[load.precision.compute],
         compiled=load.compiled_blocks,
+        expert=load.degrees.expert,
+        expert_tensor=load.degrees.expert_tensor,
         float8_inputs=load.precision.float8 is not None and load.compiled_blocks and load.precision.float8.keeps_float8,
     )
 

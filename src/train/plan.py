@@ -39,6 +39,7 @@ class Plan:
     nodes: int
     ranks_per_node: int
     axes: dict[str, int]  # degrees above 1, outermost first
+    expert_axes: dict[str, int]  # how routed experts lie on the same ranks of a stage; empty: as all weights do
     data_ranks: int
     micro_batch: int  # sequences
     micro_batches: int  # forwards of one rank per optimizer step
@@ -141,6 +142,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
         nodes=degrees.world // per_node,
         ranks_per_node=per_node,
         axes={axis: degree for axis, degree in degrees.axes.items() if degree > 1},
+        expert_axes=degrees.expert_axes if run.model.routed else {},
         data_ranks=degrees.data_ranks,
         micro_batch=task.micro_batch,
         micro_batches=load.micro_batches,

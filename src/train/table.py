@@ -42,6 +42,10 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("last learning rate", f"{plan.last_lr:.3g}"),
         ("recompute", str(plan.recompute)),
     ]
+    if plan.expert_axes:
+        rows.insert(
+            2, ("  of routed experts", " x ".join(f"{axis} {degree}" for axis, degree in plan.expert_axes.items()))
+        )
     if plan.stages:
         rows.append(("parameters of the smallest, largest stage", f"{min(plan.stages):,}, {max(plan.stages):,}"))
     if plan.active_parameters != plan.parameters:

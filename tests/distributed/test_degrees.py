@@ -34,6 +34,7 @@ def test_derived_sizes() -> None:
     assert degrees.world == 2 * 3 * 5 * 7 * 11  # experts live on ranks that are already counted
     assert degrees.data_ranks == 2 * 3
     assert degrees.fsdp == 3 * 5
+    assert degrees.expert_shard == 3 * 5 * 7 // 15
     assert list(degrees.axes.items()) == [
         ("pipeline", 11),
         ("replicate", 2),
@@ -41,6 +42,17 @@ def test_derived_sizes() -> None:
         ("context", 5),
         ("tensor", 7),
     ]
+
+
+@pytest.mark.parametrize(
+    ("expert_tensor", "expert", "left"),
+    [(1, 4, 2), (2, 4, 1)],  # of the 8 ranks of shard 4 and tensor 2
+)
+def test_experts_share_the_ranks_of_other_weights(expert_tensor: int, expert: int, left: int) -> None:
+    degrees = changed(section("parallel", "single"), shard=4, tensor=2, expert=expert, expert_tensor=expert_tensor)
+    assert degrees.expert_shard == left
+    assert degrees.world == 8
+    assert degrees.divides_tokens == (expert_tensor == 1)
 
 
 @pytest.mark.parametrize(
