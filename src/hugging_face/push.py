@@ -17,6 +17,6 @@ def push(folder: Path, repository: str, *, send: bool) -> str:
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         sent = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library lets through what its transport raises
         raise CheckpointError(f"task.push={repository}: was not sent ({type(error).__name__}: {error})") from error
     return f"sent to {sent.commit_url}:{listing}"

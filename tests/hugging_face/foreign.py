@@ -64,6 +64,7 @@ DEEPSEEK: dict[str, Any] = {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
+    "llama-bytes": ("Llama", LLAMA | {"vocab_size": 258}),
     "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
     "llama-scaled": ("Llama", LLAMA | {"rope_parameters": SCALED}),
     "llama-wide-heads": ("Llama", LLAMA | {"head_dim": 16, "intermediate_size": 200}),
