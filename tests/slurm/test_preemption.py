@@ -60,24 +60,20 @@ def test_a_time_limit(site: Site, straight: dict[int, float]) -> None:
     assert "this job is" in run.log.read_text(), "submitit's handler had the last word"
 
 
-def test_a_save_that_does_not_fit_before_the_time_limit(site: Site) -> None:
-    """It is given up in time, and the run goes on from its last checkpoint; but not when nothing new was saved."""
+def test_a_save_that_does_not_fit_before_the_time_limit(site: Site, straight: dict[int, float]) -> None:
+    """It is given up in time, instead of the whole run; tests/cluster/test_deadline.py has when it is not."""
     run = held(site, "slow", "cluster.grace_seconds=3000", fault="slow")
     limit(run)
     run.hold(9)
     until(run.verdicts, run.story)
     site.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     run.until_restarted(2)
-    run.until_held()
-    limit(run)
-    until(lambda: len(run.verdicts()) == 2, run.story)
-    given_up, last = run.verdicts()
-    assert (given_up["kind"], given_up["action"], given_up["checkpoint"]) == ("late", "requeue", "step_00000005")
-    assert (last["action"], last["checkpoint"]) == ("stop", "step_00000005")
-    assert "pass a larger cluster.grace_seconds. This attempt has saved nothing" in run.log.read_text()
-    site.cluster.run("scancel", run.job)
+    run.loosen()
+    assert_whole(run, straight)
+    (verdict,) = run.verdicts()
+    assert (verdict["kind"], verdict["action"], verdict["checkpoint"]) == ("late", "requeue", "step_00000005")
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["killed", "finished"]
     assert first_steps(run) == [1, 6]
-    assert [attempt.ended for attempt in attempts(run.folder)] == ["killed", "killed"]
 
 
 def limit(run: Held) -> None:
