@@ -136,7 +136,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
         _local_elements(run, share.modules) for share in stages.shares(degrees, run.model.n_layers, load.micro_batches)
     ]
     cut = stages.split(degrees, run.model.n_layers)
-    epochs = None if corpus is None else _epochs(run, corpus)
+    epochs = None if corpus is None or _infers(run) else _epochs(run, corpus)
     return Plan(
         world=degrees.world,
         nodes=degrees.world // per_node,
@@ -386,7 +386,8 @@ def _epochs(run: Run, corpus: Corpus) -> float:
 
 def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
     # A benchmark and a verification keep the learning rate; only a run over data follows the schedule.
-    found = list(run.schedule.warnings(run.task.steps)) if run.task.needs_corpus else []
+    trains = run.task.needs_corpus and not _infers(run)
+    found = list(run.schedule.warnings(run.task.steps)) if trains else []
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
     found += run.model.warnings()
     found += _batch_problems(run) if _rehearses(run) else []

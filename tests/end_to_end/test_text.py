@@ -29,9 +29,9 @@ def measured(text: tuple[str, ...], ranks: Ranks) -> Path:
     return folder
 
 
-def asked(ranks: Ranks, task: str, run: Path, *argv: str, layout: str = "single") -> Path:
-    """The folder of a task that reads the weights of `run`, after its life."""
-    more = (f"root={run.parent}", "cluster.gpus=0", "data.processes=1", f"parallel={layout}")
+def asked(ranks: Ranks, task: str, run: Path | str, *argv: str, layout: str = "single") -> Path:
+    """The folder of a task that reads the weights of `run`, after its life; beside it, unless `argv` has a root."""
+    more = (f"root={Path(run).parent}", "cluster.gpus=0", "data.processes=1", f"parallel={layout}")
     folder = opened(f"task={task}", f"run={run}", *more, *argv)
     assert ranks(WORLDS[layout], live, folder) == [True] * WORLDS[layout]
     return folder
@@ -46,11 +46,17 @@ def scores(folder: Path) -> dict[str, Any]:
     return found
 
 
-def read_again(run: Path, step: int, prompt: str, count: int) -> str:
-    """The likeliest bytes, by a plain model that reads the whole text for each."""
+def plain(run: Path, step: int) -> Any:
+    """The model on one device, with the weights of a checkpoint."""
     model: Any = build(read(run / "config.yaml"))["model"].build().eval()  # type: ignore[attr-defined]
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     dcp.load(weights, checkpoint_id=run / f"checkpoints/step_{step:08d}", no_dist=True)
+    return model
+
+
+def read_again(run: Path, step: int, prompt: str, count: int) -> str:
+    """The likeliest bytes, by a plain model that reads the whole text for each."""
+    model = plain(run, step)
     ids = [256, *prompt.encode()]
     with torch.no_grad():
         for _ in range(count):
