@@ -310,7 +310,9 @@ class Slurm(Config):
             '  case "$answer" in',
             '    requeue*) scontrol requeue "$SLURM_JOB_ID"',
             '      bad="${answer#requeue}"',
-            '      [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${bad# }" ;;',
+            # Beside the nodes that the site's facts or an earlier failure left out: an update replaces the list.
+            '      out=$(scontrol show job "$SLURM_JOB_ID" | sed -En "s/.*ExcNodeList=([^ (]*).*/\\1/p" | head -n 1)',
+            '      [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${out:+$out,}${bad# }" ;;',
             "  esac",
             "fi",
             'exit "$code"',

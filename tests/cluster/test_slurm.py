@@ -1,5 +1,7 @@
 """What SLURM is asked for, and what a site's facts may not say; without a SLURM."""
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,31 @@ def test_the_resources_are_the_plans(tmp_path: Path) -> None:
     said = {"partition": "h100", "exclude": "n3", "time": "1440", "signal": "USR2@600", "requeue": ""}
     where = {"job-name": "run", "output": f"{tmp_path}/run/logs/slurm/%j_0_log.out", "open-mode": "append"}
     assert given == derived | said | where
+
+
+@pytest.mark.parametrize(
+    ("answer", "known", "told"),
+    [
+        ("requeue n2", "(null)", ["requeue 7", "update JobId=7 ExcNodeList=n2"]),
+        ("requeue n2", "n[3-5],n9", ["requeue 7", "update JobId=7 ExcNodeList=n[3-5],n9,n2"]),
+        ("requeue", "n9", ["requeue 7"]),
+        ("stop", "n9", []),
+    ],
+)
+def test_the_batch_script_does_what_the_verdict_says(tmp_path: Path, answer: str, known: str, told: list[str]) -> None:
+    """Its last part, with stand-ins for the verdict and for scontrol; a bad node joins those that are left out."""
+    for name, does in {
+        "judge": f'echo "{answer}"',
+        "scontrol": f'[ $1 = show ] && echo "  ReqNodeList=(null) ExcNodeList={known}" || echo "$@" >> {tmp_path}/told',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    script = site(python=str(tmp_path / "judge")).script([(tmp_path / "run", PART_OF_ONE)])
+    last = "false\n" + script.partition("# teardown\n")[2]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    assert subprocess.run(["bash", "-c", last], env=environment).returncode == 1
+    lines = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
+    assert lines == told
 
 
 def test_points_of_one_shape_are_one_array(tmp_path: Path) -> None:
