@@ -46,7 +46,8 @@ PAGE = HOME / "docs" / "support_matrix.md"
 COMMAND = "python -m benchmarks.support_matrix"
 # What decides whether a layout trains like one device, and which cells it concerns: those whose name has the text.
 SOURCES = ("src/distributed/*.py", "src/models/llama3/*.py", "src/models/decoder.py", "src/models/cross_entropy.py",
-           "src/train/setup.py", "src/train/step.py")  # fmt: skip
+           "src/train/setup.py", "src/train/step.py", "src/models/deepseek_v3/*.py",
+           *(f"src/models/{name}.py" for name in ("moe", "experts", "router")))  # fmt: skip
 CONCERNS = {
     **dict.fromkeys(("context.py", "exchange.py"), "cp"),
     **dict.fromkeys(("pipeline.py", "stages.py"), "pp"),
@@ -54,16 +55,22 @@ CONCERNS = {
     **dict.fromkeys(("float8.py", "float8_tensor.py"), "float8"),
     "recompute.py": "recompute",
     "compiling.py": "compile",
-    # They start ranks, look at machines and spread experts, of which this model has none.
-    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "expert.py", "float8_experts.py"), "no cell"),
+    **dict.fromkeys(("expert.py", "travel.py", "plain_tensor.py"), "deepseek"),
+    # They start ranks, look at machines, and multiply experts in float8, which no cell does.
+    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "float8_experts.py"), "no cell"),
 }
 
 MOST_RANKS = 8
 # 4 layers for two stages on each of two ranks, 4 key heads for tp4, 64 tokens for two pieces on each of 2 x 2 ranks.
 SMALL = (
     *("task=verify", "task.steps=2", "task.seq_len=64", "task.global_batch=8", "task.micro_batch=1", "cluster.gpus=0"),
-    *("model.dim=64", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=4", "model.vocab_size=256"),
-    *("model.multiple_of=64", "model.max_seq_len=64", "schedule.warmup_steps=0", "schedule.decay_ratio=0"),
+    *("model.dim=64", "model.n_layers=4", "model.n_heads=8", "model.vocab_size=256", "model.max_seq_len=64"),
+    *("schedule.warmup_steps=0", "schedule.decay_ratio=0"),
+)
+DENSE = ("model.n_kv_heads=4", "model.multiple_of=64")
+ROUTED = (
+    *("model=deepseek_v3_debug", "model.ffn_dim=128", "model.kv_lora_rank=64", "model.qk_nope_head_dim=16"),
+    *("model.qk_rope_head_dim=16", "model.v_head_dim=16", "model.moe.hidden_dim=64"),
 )
 FEATURES: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -75,6 +82,16 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "bf16": ("precision=bf16",),
     "float8": ("precision=fp8", "precision.float8.emulate=true"),
 }
+# Of a DeepSeek-V3; its cells have this word in their names.
+FAMILY = "deepseek"
+ROUTED_FEATURES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "experts cut": ("parallel.expert_tensor=${parallel.tensor}",),
+    "recompute=full": ("recompute=full",),
+    "recompute=selective": ("recompute=selective",),
+    "compile=blocks": ("compile=blocks", "precision=bf16"),
+    "bf16": ("precision=bf16",),
+}
 INTRODUCTION = f"""# What works with what
 
 Every cell is a run of `task=verify` on CPU ranks: the layout and a single device take the same steps from the same
@@ -82,7 +99,8 @@ weights on the same data, and are compared. `ok` comes with the largest relative
 parameter's gradient in the first step; src/tasks/certificate.py has the tolerances. `refused` is the answer before
 anything starts, in the plan's own words, which are numbered below. fp32 where the column does not say otherwise.
 Compiled blocks are captured whole and run without generated kernels; float8 is emulated; document masks are the
-predicate of FlexAttention as a dense mask.
+predicate of FlexAttention as a dense mask. `experts cut`: every routed expert is cut over the tensor ranks, who divide
+tokens otherwise.
 
 Written by `{COMMAND}`; do not edit.
 """
@@ -94,10 +112,16 @@ def fingerprint(name: str) -> str:
     """8 hex digits of what a cell depends on."""
     digest = hashlib.sha256()
     for file, content in sources().items():
-        if CONCERNS.get(Path(file).name, "") in name:
+        if concern(file) in name:
             digest.update(f"{file}\n{content}\n".encode())
     layout = (CONF / "parallel" / f"{name.partition(' | ')[0]}.yaml").read_text()
     return hashlib.sha256(f"{digest.hexdigest()} {yaml.safe_load(layout)}".encode()).hexdigest()[:8]
+
+
+def concern(file: str) -> str:
+    """What is in the names of the cells that a file concerns."""
+    routed = "deepseek_v3" in file or Path(file).name in ("moe.py", "experts.py", "router.py")
+    return FAMILY if routed else CONCERNS.get(Path(file).name, "")
 
 
 @cache
@@ -122,25 +146,32 @@ def meaning(code: str) -> str:
     return ast.dump(tree)
 
 
-def layouts() -> list[str]:
-    """The presets that fit, the smallest first."""
-    worlds = {option: section("parallel", option).world for option in options("parallel")}
-    fitting = [option for option, world in worlds.items() if world <= MOST_RANKS]
-    return sorted(fitting, key=lambda option: (worlds[option], option))
+def layouts(*, routed: bool = False) -> list[str]:
+    """The presets that fit, the smallest first; those that spread experts for a `routed` model only."""
+    presets = {option: section("parallel", option) for option in options("parallel")}
+    fitting = [name for name, each in presets.items() if each.world <= MOST_RANKS and (routed or each.expert == 1)]
+    return sorted(fitting, key=lambda option: (presets[option].world, option))
 
 
-def pipelines() -> list[str]:
-    return [layout for layout in layouts() if section("parallel", layout).pipeline > 1]
+def pipelines(*, routed: bool = False) -> list[str]:
+    return [layout for layout in layouts(routed=routed) if section("parallel", layout).pipeline > 1]
 
 
 def wanted() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every cell: its name and its command line."""
     for layout in layouts():
         for feature, overrides in FEATURES.items():
-            yield f"{layout} | {feature}", (f"parallel={layout}", *overrides)
+            yield f"{layout} | {feature}", (f"parallel={layout}", *DENSE, *overrides)
     for layout in pipelines():
         for schedule in SCHEDULES:
-            yield f"{layout} | {schedule}", (f"parallel={layout}", f"parallel.pipeline_schedule={schedule}")
+            yield f"{layout} | {schedule}", (f"parallel={layout}", *DENSE, f"parallel.pipeline_schedule={schedule}")
+    for layout in layouts(routed=True):
+        for feature, overrides in ROUTED_FEATURES.items():
+            yield f"{layout} | {FAMILY} {feature}", (f"parallel={layout}", *ROUTED, *overrides)
+    for layout in pipelines(routed=True):
+        for schedule in SCHEDULES:
+            given = (f"parallel={layout}", *ROUTED, f"parallel.pipeline_schedule={schedule}")
+            yield f"{layout} | {FAMILY} {schedule}", given
 
 
 def composed(*overrides: str) -> Run:
@@ -204,21 +235,28 @@ def page(cells: dict[str, Cell]) -> str:
     notes: dict[str, int] = {}
     features = table("layout", layouts(), list(FEATURES), cells, notes)
     schedules = table("layout", pipelines(), list(SCHEDULES), cells, notes)
+    routed = layouts(routed=True), pipelines(routed=True)
+    routed_features = table("layout", routed[0], list(ROUTED_FEATURES), cells, notes, FAMILY + " ")
+    routed_schedules = table("layout", routed[1], list(SCHEDULES), cells, notes, FAMILY + " ")
     reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
     parts = (
         INTRODUCTION.strip(),
         f"## Layouts and features\n\n{features}",
         f"## Pipelines and their schedules\n\n{schedules}",
+        f"## DeepSeek-V3: layouts and features\n\n{routed_features}",
+        f"## DeepSeek-V3: pipelines and their schedules\n\n{routed_schedules}",
         f"## Reasons\n\n{reasons}",
     )
     return "\n\n".join(parts) + "\n"
 
 
-def table(corner: str, rows: list[str], columns: list[str], cells: dict[str, Cell], notes: dict[str, int]) -> str:
+def table(
+    corner: str, rows: list[str], columns: list[str], cells: dict[str, Cell], notes: dict[str, int], family: str = ""
+) -> str:
     """In Markdown; `notes` collects the reasons, numbered."""
     lines = [f"| {' | '.join([corner, *columns])} |", f"|{'---|' * (1 + len(columns))}"]
     for row in rows:
-        texts = [told(cells.get(f"{row} | {column}"), notes) for column in columns]
+        texts = [told(cells.get(f"{row} | {family}{column}"), notes) for column in columns]
         lines.append(f"| {' | '.join([row, *texts])} |")
     return "\n".join(lines)
 

@@ -99,6 +99,7 @@ class Share:
 
     modules: frozenset[str]
     layers: tuple[int, ...]
+    stages: int
     in_flight: float  # micro-batches of which a block's activations wait for their backward at most
     heads_in_flight: int  # the same of the head; 0 where it is not
     borders: int  # stages that receive from another rank, and stages that send
@@ -112,7 +113,7 @@ def shares(degrees: Degrees, n_layers: int, micro_batches: int) -> list[Share]:
     """Of each pipeline rank; of the whole model where a pipeline is missing or impossible."""
     ranks, schedule = degrees.pipeline, degrees.pipeline_schedule
     if ranks == 1 or problems(degrees, n_layers, micro_batches):
-        return [Share(frozenset(modules(n_layers)), tuple(range(n_layers)), 1, 1, 0)]
+        return [Share(frozenset(modules(n_layers)), tuple(range(n_layers)), 1, 1, 1, 0)]
     cut = split(degrees, n_layers)
     found = []
     for rank in range(ranks):
@@ -123,6 +124,7 @@ def shares(degrees: Degrees, n_layers: int, micro_batches: int) -> list[Share]:
             Share(
                 modules=frozenset(names),
                 layers=tuple(int(name.split(".")[1]) for name in names if "." in name),
+                stages=len(mine),
                 in_flight=in_flight(rank, ranks, len(cut), schedule, micro_batches),
                 heads_in_flight=heads_in_flight(ranks, schedule, micro_batches) if last else 0,
                 borders=2 * len(mine) - (0 in mine) - last,

@@ -5,7 +5,7 @@ Every coefficient that is a judgement and not arithmetic is a named constant her
 """
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Literal
 
 from src.distributed.degrees import Degrees
@@ -101,8 +101,9 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
         optimizer = gradients = accumulated = reducing = activations = 0
     loss = _loss(load, weights) if share.has_head else 0
     resident = parameters + optimizer
-    at_loss = resident + accumulated + gathered + activations + loss
-    at_backward = resident + accumulated + gathered + reducing + activations + working
+    held = _held(load, share, activations, accumulated)
+    at_loss = resident + gathered + held + loss
+    at_backward = resident + gathered + held + reducing + working
     at_update = resident + gradients
     return Memory(
         parameters=parameters,
@@ -149,6 +150,21 @@ def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:
         return at_update, at_update
     # Not reduced in between: each rank adds up the gradient of all that its tensor rank owns, in the reduce dtype.
     return at_update, weights.whole * BYTES[load.precision.reduce]
+
+
+def _held(load: Load, share: Share, activations: int, accumulated: int) -> int:
+    """Bytes of activations and of gradients added up so far, when they are most together.
+
+    Once the last forward is done, each backward lets go of activations, and the first of a stage makes its gradient.
+    """
+    waiting = round(share.in_flight * share.stages)
+    before = load.micro_batches * share.stages - waiting  # backwards by then; in rounds of as many as there are ranks
+    moments = (
+        activations * (waiting - done) // waiting
+        + accumulated * min(share.stages, ceil((before + done) / load.degrees.pipeline)) // share.stages
+        for done in range(waiting)
+    )
+    return max(moments)
 
 
 def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:

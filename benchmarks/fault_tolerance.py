@@ -1,0 +1,165 @@
+"""What replica groups cost and save on the GPUs of this machine: overhead, seconds to heal, bytes on the wire.
+
+python -m benchmarks.fault_tolerance --gpus 4                     Llama 3 1B: two groups of fsdp2 beside one run of hsdp2x2
+python -m benchmarks.fault_tolerance --gpus 4 --model llama3_8b
+python -m benchmarks.fault_tolerance --gpus 2 --process-group gloo    one GPU each, sums over the host
+python -m benchmarks.fault_tolerance --cpu                        the same on ranks without a GPU, to try it
+
+Four runs, each a process of its own (`python launch.py ...`) on the embedded corpus: one run of all GPUs, two groups,
+two groups of which one is killed by kill -9 in the middle, and DiLoCo. records/fault_tolerance_<gpus>_<model>.json and
+.md keep what they measured. Exit code 1 if the losses of the first three are not those of one run.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HOME = Path(__file__).resolve().parents[1]
+RECORDS = Path(__file__).parent / "records"
+LAYOUTS = {2: ("ddp2", "single"), 4: ("hsdp2x2", "fsdp2"), 8: ("hsdp2x4", "fsdp4")}  # GPUs -> one run, a group
+WARM_UP = 5  # steps that are not measured
+KILL_AT = 15
+LIMIT_SECONDS = 1500.0
+LARGE = ("precision=bf16", "compile=blocks", "task.seq_len=8192", "task.global_batch=16", "task.micro_batch=1")
+SMALL = ("model.n_layers=2", "task.seq_len=64", "task.global_batch=8", "task.micro_batch=1", "cluster.gpus=0")
+BAND = 2e-2  # relative: bfloat16, and sums in another order
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fault_tolerance")
+    parser.add_argument("--gpus", type=int, choices=LAYOUTS, default=4)
+    parser.add_argument("--model", default="llama3_1b")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--process-group", choices=("nccl", "gloo"))
+    parser.add_argument("--cpu", action="store_true")
+    given = parser.parse_args(arguments)
+    model = "llama3_debug" if given.cpu else given.model
+    whole, group = LAYOUTS[given.gpus]
+    common = (f"model={model}", f"task.steps={given.steps}", *(SMALL if given.cpu else LARGE), *QUIET)
+    sums = () if given.process_group is None else (f"fault_tolerance.process_group={given.process_group}",)
+    # A peer that is dead between GPUs is noticed after sum_seconds.
+    groups = ("fault_tolerance=torchft", "fault_tolerance.sum_seconds=30.0", f"parallel={group}", *sums)
+    apart = ("fault_tolerance=diloco", "fault_tolerance.sync_steps=10", f"parallel={group}", *sums)
+    with tempfile.TemporaryDirectory() as root:
+        found = {
+            "one run": measure(Path(root, "one"), *common, f"parallel={whole}"),
+            "two groups": measure(Path(root, "two"), *common, *groups),
+            "one killed": measure(Path(root, "killed"), *common, *groups, f"task.steps={4 * given.steps}", kill=True),
+            "diloco": measure(Path(root, "diloco"), *common, *apart),
+        }
+    found["one killed"] |= recovery(found["one killed"].pop("series"))
+    curves = {name: cell.pop("losses") for name, cell in found.items()}
+    differs = [name for name in ("two groups", "one killed") if apart_by(curves["one run"], curves[name]) > BAND]
+    write(f"fault_tolerance_{given.gpus}_{model}", found, differs)
+    return 1 if differs else 0
+
+
+QUIET = (
+    *("task.log_every=1", "task.validate_every=0", "checkpoint=none", "schedule=constant", "schedule.warmup_steps=5"),
+    *("seed=0",),
+)
+
+
+def measure(folder: Path, *argv: str, kill: bool = False) -> dict[str, Any]:
+    """Tokens per second over all devices, and what else the metrics of this command line tell."""
+    command = [sys.executable, str(HOME / "launch.py"), *argv, f"folder={folder}", "name=benchmark"]
+    with (folder.parent / f"{folder.name}.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=HOME, stdout=log, stderr=log)
+        if kill:
+            wait_for(folder, process, lambda seen: len(both(seen)) >= KILL_AT)
+            os.kill(rank_of(folder / "groups" / "1"), signal.SIGKILL)
+            wait_for(folder, process, lambda seen: back(seen) is not None)
+            process.send_signal(signal.SIGTERM)
+        code = process.wait(LIMIT_SECONDS)
+    if code != 0:
+        raise SystemExit(f"{' '.join(command)}\n{Path(log.name).read_text()[-6000:]}")
+    seen = records(folder)
+    steady = [line for line in seen if line["step"] > WARM_UP and line.get("groups/participants", 2) == 2]
+    found: dict[str, Any] = {
+        "command": " ".join(argv),
+        "step_seconds": median(line["step_seconds"] for line in steady),
+        "tokens_per_second_and_gpu": median(line["tokens_per_second"] for line in steady),
+        "losses": {line["step"]: line["loss"] for line in seen},
+    }
+    found |= {name: seen[-1][name] for name in ("outer/sent_bytes", "groups/lost_steps") if name in seen[-1]}
+    return found | ({"series": seen} if kill else {})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def both(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in seen if line.get("groups/participants") == 2]
+
+
+def back(seen: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fifth step of both after one was alone."""
+    alone = next((index for index, line in enumerate(seen) if line.get("groups/participants") == 1 and index > 3), None)
+    again = [] if alone is None else both(seen[alone:])
+    return again[4] if len(again) > 4 else None
+
+
+def recovery(seen: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds: from the last step of both to the first alone, until both are back, and of the healing itself."""
+    alone = next(index for index, line in enumerate(seen) if line["groups/participants"] == 1 and index > 3)
+    first = both(seen[alone:])[0]
+    return {
+        "seconds_until_the_other_goes_on": seen[alone]["time"] - seen[alone - 1]["time"],
+        "seconds_until_both_are_back": first["time"] - seen[alone - 1]["time"],
+        "heal_seconds": first["group_1/heal_seconds"],
+    }
+
+
+def wait_for(folder: Path, process: "subprocess.Popen[bytes]", true: Any) -> None:
+    end = time.monotonic() + LIMIT_SECONDS
+    while not true(records(folder)):
+        if process.poll() is not None or time.monotonic() > end:
+            process.terminate()
+            raise SystemExit(f"{folder}: ended too early\n{(folder.parent / f'{folder.name}.log').read_text()[-6000:]}")
+        time.sleep(0.2)
+
+
+def rank_of(group: Path) -> int:
+    """A process of this group's ranks."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        words = file.read_bytes().decode(errors="replace").split("\0")
+        if "src.cluster.job" in words and str(group) in words:
+            return int(file.parent.name)
+    raise SystemExit(f"{group}: no rank lives")
+
+
+def apart_by(one: dict[int, float], other: dict[int, float]) -> float:
+    return max(abs(other[step] - loss) / loss for step, loss in one.items() if step in other)
+
+
+def write(name: str, found: dict[str, dict[str, Any]], differs: list[str]) -> None:
+    RECORDS.mkdir(exist_ok=True)
+    (RECORDS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    base = found["one run"]["step_seconds"]
+    lines = ["| | s per step | against one run | tokens/s per GPU | |", "|---|---|---|---|---|"]
+    for cell, facts in found.items():
+        rest = {key: value for key, value in facts.items() if key not in ("command", "step_seconds")}
+        told = ", ".join(f"{key} {value:,.1f}" for key, value in rest.items() if key != "tokens_per_second_and_gpu")
+        speed = f"{facts['step_seconds']:.3f} | {facts['step_seconds'] / base - 1:+.1%}"
+        lines.append(f"| {cell} | {speed} | {facts['tokens_per_second_and_gpu']:,.0f} | {told} |")
+    lines.append(
+        f"\nLosses differ from one run's: {', '.join(differs)}" if differs else "\nLosses are those of one run."
+    )
+    (RECORDS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
