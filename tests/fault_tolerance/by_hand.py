@@ -1,7 +1,7 @@
 """Groups that train apart, written out in one process: networks in a list, and outer steps on plain tensors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,17 @@ class Life:
 
 
 class ByHand:
-    """`away`: by group, the step in which it dies, and the one after which it meets the others again."""
+    """`away`: by group, the step in which it dies, and the one after which it meets the others again.
 
-    def __init__(self, folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]]) -> None:
+    `refused`: the step after which a merge fails.
+    """
+
+    def __init__(
+        self, folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]], refused: int = 0
+    ) -> None:
         run = Run.from_sections(build(read(folder / "config.yaml")))
         ranks = Ranks.join("cpu", 1, timeout_seconds=60.0)
-        self.run, self.method, self.away = run, method, away
+        self.run, self.method, self.away, self.refused = run, method, away, refused
         self.plan = plan(run)
         self.groups: list[Training] = [assemble(run, ranks, skips=0) for _ in range(groups)]
         self.lives = [Life() for _ in range(groups)]
@@ -101,6 +106,12 @@ class ByHand:
                 mine = plain(self.groups[group])[name]
                 mine.copy_(self.agreed[name] * (1.0 - method.alpha) + mine * method.alpha)
 
+    @torch.no_grad()
+    def go_back(self, names: Iterable[str]) -> None:
+        for training in self.groups:
+            for name in names:
+                plain(training)[name].copy_(self.agreed[name])
+
     def steps(self) -> list[Life]:
         interval, merges, sent = self.method.sync_steps // self.method.fragments, 0, dict[str, Tensor]()
         everyone = range(len(self.groups))
@@ -111,11 +122,13 @@ class ByHand:
                 self.train(step, group, share.index(group), len(share))
             if (step + self.method.delay) % interval == 0:
                 sent = self.mean(self.fragments[merges % self.method.fragments], there)
-                share = [group for group in everyone if not within(step + 1, self.away.get(group))]
+                share = [group for group in everyone if group in there or self.away[group][1] == step]
                 for group in set(share) - set(there):  # it takes over a state, and has nothing of its own to send
                     source, target = (self.groups[each].state.tree(0.0) for each in (there[0], group))
                     fill(target, shards(source))
-            if step % interval == 0:
+            if step == self.refused:
+                self.go_back(sent)
+            elif step % interval == 0:
                 self.move(sent, share)
                 merges += 1
         for life, training in zip(self.lives, self.groups, strict=True):
@@ -141,5 +154,7 @@ def plain(training: Training) -> dict[str, Any]:
     return {name: getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for name, tensor in tensors.items()}
 
 
-def simulate(folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]]) -> list[Life]:
-    return ByHand(folder, method, groups, away).steps()
+def simulate(
+    folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]], refused: int = 0
+) -> list[Life]:
+    return ByHand(folder, method, groups, away, refused).steps()

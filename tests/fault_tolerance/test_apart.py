@@ -1,6 +1,11 @@
 """LocalSGD and DiLoCo with the real lighthouse, against the same groups written out in one process."""
 
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -8,6 +13,7 @@ from src.config.build import build
 from src.config.tree import read
 from src.train.run import Run
 from tests.end_to_end.lives import TINY, live, opened, series
+from tests.fault_tolerance import lives
 from tests.fault_tolerance.by_hand import Life, Method, simulate
 from tests.fault_tolerance.lives import Fleet, Trouble, account, fleet, last
 from tests.ranks import Ranks
@@ -69,6 +75,38 @@ def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(rank
         assert lived(found, 0) == by_hand[0]
         assert lived(found, 1) == by_hand[1]
         assert told(found, "outer/failed_syncs") == 0
+
+
+def dying(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]) -> None:
+    """A life that ends when the second exchange is on the wire."""
+    from src.fault_tolerance.mean import Means
+
+    real, calls = Means._mean, list[object]()
+
+    def once(self: Means, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *arguments)
+
+    with patch.object(Means, "_mean", once):
+        lives.live(folder, group, lighthouse, troubles)
+
+
+def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: Ranks, tmp_path: Path) -> None:
+    method = Method(4)
+    with fleet(tmp_path, *ARGV, "checkpoint.every=null", *method.keys(), min_groups=2) as found:
+        found.start(0)
+        with patch.object(lives, "live", dying):
+            found.start(1)
+        found.died(1)
+        found.start(1)
+        found.wait()
+        assert "fragment 0 could not be exchanged" in found.log(0)
+        by_hand = ranks(1, simulate, found.folder, method, 2, {1: (9, 12)}, 8)[0]
+        assert lived(found, 0) == by_hand[0]
+        assert lived(found, 1).weights == by_hand[1].weights
+        assert (told(found, "outer/syncs"), told(found, "outer/failed_syncs")) == (2, 1)
 
 
 def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: Ranks, tmp_path: Path) -> None:
