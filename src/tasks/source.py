@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")
 AUTO = "src.models.auto.Auto"
 TOKENIZER = "src.data.tokenizer.File"
+BYTES = "src.data.tokenizer.Bytes"
 
 
 class Reads(Protocol):
@@ -77,7 +78,7 @@ def _of_elsewhere(tree: Tree, typed: Mapping[str, str]) -> Tree:
     if "model" not in typed:
         found["model"] = _overlaid("model", read(CONF / "model" / "auto.yaml"), tree, typed)
     if "tokenizer" not in typed:
-        found["tokenizer"] = {"_target_": TOKENIZER, "path": folder, "bos": None, "eos": None}
+        found["tokenizer"] = _tokenizer(Path(folder))
     return found
 
 
@@ -102,7 +103,16 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
     print(*(f"  {key}: {value}" for key, value in model.items()), sep="\n", file=sys.stderr)
     if unread:
         print(f"  keys of it that say nothing here: {', '.join(unread)}", file=sys.stderr)
-    return tree | {"model": model}
+    found = tree | {"model": model}
+    if "tokenizer" not in typed and tree["tokenizer"]["_target_"] == BYTES and (folder / "tokenizer.json").is_file():
+        print(f"tokenizer: {folder / 'tokenizer.json'}", file=sys.stderr)
+        found["tokenizer"] = _tokenizer(folder)
+    return found
+
+
+def _tokenizer(folder: Path) -> Tree:
+    """tokenizer=file, of these weights."""
+    return {"_target_": TOKENIZER, "path": str(folder), "bos": None, "eos": None}
 
 
 def find(folder: Path, step: object) -> Path:
