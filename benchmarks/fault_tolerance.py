@@ -1,9 +1,9 @@
 """What replica groups cost and save on the GPUs of this machine: overhead, seconds to heal, bytes on the wire.
 
-python -m benchmarks.fault_tolerance --gpus 4                     Llama 3 1B: two groups of fsdp2 beside one run of hsdp2x2
+python -m benchmarks.fault_tolerance --gpus 4                 Llama 3 1B: two groups of fsdp2, and one run of hsdp2x2
 python -m benchmarks.fault_tolerance --gpus 4 --model llama3_8b
 python -m benchmarks.fault_tolerance --gpus 2 --process-group gloo    one GPU each, sums over the host
-python -m benchmarks.fault_tolerance --cpu                        the same on ranks without a GPU, to try it
+python -m benchmarks.fault_tolerance --gpus 2 --cpu           the same on ranks without a GPU, to try it
 
 Four runs, each a process of its own (`python launch.py ...`) on the embedded corpus: one run of all GPUs, two groups,
 two groups of which one is killed by kill -9 in the middle, and DiLoCo. records/fault_tolerance_<gpus>_<model>.json and

@@ -108,7 +108,9 @@ class Groups:
             self._deadline = now + self._grace_seconds  # the others are at their last step, or too late for it
         hopes = sum(not group.ended or group.ended == "finished" for group in self._groups)
         if hopes < self._options.min_groups and not finished and not self._signal:
-            tell(f"{hopes} groups are left and fault_tolerance.min_groups={self._options.min_groups}: stopping")
+            left = "1 group is left" if hopes == 1 else f"{hopes} groups are left"
+            stop = "it stops" if hopes == 1 else "they stop"
+            tell(f"{left} and fault_tolerance.min_groups={self._options.min_groups}: {stop}")
             self._on_signal(signal.SIGTERM, None)
         if now >= self._deadline:
             self._killed = self._killed or ("" if finished else f"not saved {self._grace_seconds:g} s after the signal")

@@ -14,8 +14,8 @@ from src.distributed import stages
 from src.distributed.degrees import Degrees
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
-from src.fault_tolerance.config import Asked
 from src.models.base import divisors
+from src.train import groups
 from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
@@ -35,7 +35,8 @@ class Corpus(Protocol):
 class Plan:
     """Answers; config.yaml keeps the question."""
 
-    world: int
+    world: int  # of one replica group, as everything here
+    groups: int  # replica groups; 1: the run is no more than its ranks
     nodes: int
     ranks_per_node: int
     axes: dict[str, int]  # degrees above 1, outermost first
@@ -91,7 +92,7 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *_length_problems(run),
         *([] if _rehearses(run) or _infers(run) else _batch_problems(run)),
         *_section_problems(run),
-        *_group_problems(run, devices, load.micro_batches),
+        *groups.problems(run, devices, load.micro_batches, _pipeline_problems),
         *_rehearsal_problems(run),
         *_float8_problems(run, devices),
         *_kernel_problems(run, devices),
@@ -139,6 +140,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
     epochs = None if corpus is None or _infers(run) else _epochs(run, corpus)
     return Plan(
         world=degrees.world,
+        groups=run.fault_tolerance.copies,
         nodes=degrees.world // per_node,
         ranks_per_node=per_node,
         axes={axis: degree for axis, degree in degrees.axes.items() if degree > 1},
@@ -285,24 +287,6 @@ def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
 
 def _infers(run: Run) -> bool:
     return isinstance(run.task, Infers) and run.task.forward_only
-
-
-def _group_problems(run: Run, devices: Devices | None, micro_batches: int) -> list[str]:
-    """What several groups ask of the batch, the machine and the layout, whichever of them are there."""
-    options, world = run.fault_tolerance, run.parallel.world
-    if not options.on:
-        return []
-    found = options.problems(Asked(micro_batches, run.model.n_layers, run.task.steps, run.checkpoint.every))
-    if not isinstance(run.task, Validates):
-        found.append("fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none")
-    if devices is not None and devices.count is not None and options.copies * world > devices.count:
-        found.append(
-            f"fault_tolerance.groups={options.copies} of {world} ranks ask for {options.copies * world} GPUs, there "
-            f"are {devices.count}; at most {devices.count // world} groups of this layout"
-        )
-    shares = {micro_batches // there + more for there in range(2, options.copies + 1) for more in (0, 1)}
-    found += [line for each in sorted(shares) if each for line in _pipeline_problems(run, each)]
-    return list(dict.fromkeys(found))
 
 
 def _rehearses(run: Run) -> bool:

@@ -28,6 +28,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     batch = f"{plan.micro_batches} x {plan.micro_batch} x {plan.data_ranks}"
     rows = [
         ("ranks", f"{plan.world} on {plan.nodes} node{'s' if plan.nodes > 1 else ''}"),
+        *([("replica groups of these ranks", f"{plan.groups}")] if plan.groups > 1 else []),
         ("mesh", mesh),
         ("sequences per step", f"{plan.sequences_per_step:,}"),
         ("  = micro-batches x micro-batch x data ranks", batch),

@@ -91,6 +91,32 @@ def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, flo
         check(found, 3, undisturbed)
 
 
+def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV, groups=2) as found:
+        found.start(0, troubles=[Trouble(3, "hold"), Trouble(8, "hold"), Trouble(16, "hold")])
+        found.start(1)
+        found.ready(1)
+        found.go(3)
+        found.reach(8, 0, 1)
+        found.stop(1)
+        found.go(8)
+        found.wait(1)
+        saved = sorted(path.name for path in (found.folder / "checkpoints").iterdir())
+        assert saved in ([], ["step_00000010"]), "who leaves others behind need not save"
+        found.start(1)
+        found.ready(1, life=2)
+        found.reach(16, 0)
+        found.stop(0)
+        found.stop(1)
+        found.go(16)
+        found.wait()
+        assert [last(found.folder, group)["position"] for group in range(2)] == [17 * BATCH] * 2
+        assert (found.folder / "checkpoints/step_00000017/COMPLETE.json").exists()
+        found.start(0, 1)
+        found.wait()
+        check(found, 2, undisturbed)
+
+
 def test_slow_not_finite_and_without_a_lighthouse(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, min_groups=2) as found:
         found.start(0, troubles=[Trouble(4, "nan")])

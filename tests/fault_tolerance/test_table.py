@@ -59,7 +59,8 @@ def refusal(**arguments: object) -> str:
 
 def test_what_cannot_work_is_told_with_a_way_out() -> None:
     eight = {"global_batch": 8, "micro_batch": 1}
-    assert plan(make_run(eight, fault_tolerance=groups(8))).micro_batches == 8
+    answers = plan(make_run(eight, fault_tolerance=groups(8)))
+    assert (answers.groups, answers.world, answers.micro_batches) == (8, 1, 8)
     assert "a step has 8 micro-batches to divide" in (told := refusal(task=eight, fault_tolerance=groups(9)))
     assert "at most 8 groups" in told
     assert "min_groups=3 of fault_tolerance.groups=2" in refusal(task=eight, fault_tolerance=groups(2, min_groups=3))

@@ -1,0 +1,129 @@
+"""`python launch.py fault_tolerance=torchft` on one machine: groups, their lighthouse, and who starts them again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from src.cluster.folder import RunFolder, attempts
+from src.cluster.groups import Group, Groups
+from tests.end_to_end.commands import command, start
+from tests.end_to_end.lives import TINY, opened, records, series, write_text
+from tests.train.runs import changed, section
+
+PATIENCE_SECONDS = 240.0
+QUICK = (
+    *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=1.0", "fault_tolerance.join_seconds=1.0"),
+    *("fault_tolerance.backoff_seconds=0.1", "fault_tolerance.sum_seconds=20.0"),
+)
+
+
+def until(true: Callable[[], Any], process: "subprocess.Popen[str]") -> Any:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := true()):
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.1)
+    return found
+
+
+def pids(*words: str) -> list[int]:
+    """Of the processes whose command line has all of these words."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if all(any(word in part for part in line) for word in words):
+            found.append(int(file.parent.name))
+    return sorted(found)
+
+
+def there(folder: Path) -> list[int]:
+    """How many groups took part, record by record."""
+    try:
+        return [int(line["groups/participants"]) for line in records(folder) if "groups/participants" in line]
+    except (OSError, ValueError):
+        return []
+
+
+def test_a_dead_rank_and_a_dead_lighthouse_are_started_again(tmp_path: Path) -> None:
+    argv = (*TINY, *write_text(tmp_path), f"root={tmp_path}", "schedule=constant")
+    folder = tmp_path / "run"
+    given = (*QUICK, f"folder={folder}", "parallel=fsdp2", "task.steps=100000", "checkpoint.every=100000")
+    process = start(*argv, *given)
+    until(lambda: 2 in there(folder), process)
+    os.kill(pids("src.cluster.job", f"{folder}/groups/1")[0], signal.SIGKILL)
+    until(lambda: 1 in there(folder)[there(folder).index(2) :], process)
+    until(lambda: there(folder)[-1] == 2, process)
+    (lighthouse,) = (pid for pid in pids("src.fault_tolerance.lighthouse") if _parent(pid) == process.pid)
+    os.kill(lighthouse, signal.SIGKILL)
+    before = len(there(folder))
+    until(lambda: len(there(folder)) > before + 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, said
+    assert "group 1: exit code" in said
+    assert "the lighthouse is gone" in said
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert json.loads((saved / "values.json").read_text())["step"] == max(series(folder))
+    assert [attempt.ended for attempt in attempts(folder)] == ["stopped"]
+    assert [attempt.ended for attempt in attempts(folder / "groups/1")] == ["failed", "stopped"]
+    assert command(*argv, "task.steps=15", f"folder={tmp_path / 'whole'}")[0] == 0
+    whole = series(tmp_path / "whole")
+    assert {step: loss for step, loss in series(folder).items() if step <= 15} == pytest.approx(whole, rel=1e-4)
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def supervised(tmp_path: Path, programs: dict[int, str], **options: Any) -> tuple[Groups, list[int], Any]:
+    """What a supervisor makes of groups that are these programs; also which it started, in order."""
+    path = opened(*TINY, "data=synthetic", f"root={tmp_path}", "fault_tolerance=torchft")
+    config = changed(
+        section("fault_tolerance", "torchft"), lighthouse="http://nowhere:1", backoff_seconds=0.01, **options
+    )
+    started: list[int] = []
+
+    def begin(self: Groups, group: Group, now: float) -> None:
+        started.append(group.number)
+        program = f"import sys, time; sys.path[:0] = [{str(Path.cwd())!r}]; {programs[group.number]}"
+        group.process, group.began = subprocess.Popen([sys.executable, "-c", program]), now
+
+    with RunFolder.rejoin(path, next((path / "code").iterdir()).name) as folder:
+        groups = Groups(folder, config, [{}, {}], world=1, grace_seconds=20.0)
+        with patch.object(Groups, "_start", begin):
+            outcome = groups.run()
+    return groups, started, outcome
+
+
+def test_a_group_that_fails_again_and_again_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _, started, outcome = supervised(tmp_path, {0: "sys.exit(3)", 1: "sys.exit(3)"}, restarts=2)
+    assert (outcome.status, outcome.exit_code) == ("failed", 3)
+    assert sorted(started) == [0, 0, 0, 1, 1, 1]
+    said = capfd.readouterr().err
+    assert "group 0: exit code 3; starts again in 0.02 s (restart 2 of 2)" in said
+    assert "group 1: exit code 3; it stays away" in said
+
+
+def test_what_a_user_must_put_right_is_not_tried_again(tmp_path: Path) -> None:
+    _, started, outcome = supervised(tmp_path, {0: "sys.exit(2)", 1: "sys.exit(2)"})
+    assert (outcome.status, outcome.exit_code, sorted(started)) == ("failed", 2, [0, 1])
+
+
+def test_too_few_groups_are_not_left_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    programs = {0: "time.sleep(600)", 1: "sys.exit(2)"}
+    _, _, outcome = supervised(tmp_path, programs, min_groups=2)
+    assert (outcome.status, outcome.exit_code) == ("failed", 2)
+    assert "1 group is left and fault_tolerance.min_groups=2: it stops" in capfd.readouterr().err
