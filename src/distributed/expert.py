@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from src.distributed.mesh import Mesh
 from src.distributed.travel import Flight, Journey, Sizes, transposed
 from src.models.experts import Experts
-from src.models.moe import MoE, combine, dispatch, sorting
+from src.models.moe import MoE, arrange, combine, dispatch, sorting
 from src.models.router import Routing
 
 
@@ -61,8 +61,8 @@ class Exchange(nn.Module):
         going = routing.counts.view(self.ranks, -1)  # (rank, its expert): rows of mine
         coming = transposed(going, self.group)  # (rank, my expert): rows of that rank
         sizes = Sizes(going, coming)
-        order, places = sorting(routing.experts, routing.counts.numel())
-        rows, weights = dispatch(x, order, places), routing.weights.flatten()[order]
+        order, places = sorting(routing.experts)
+        rows, weights = dispatch(x, order, places), arrange(routing.weights, order, places)
         scales: Tensor | None = weights
         if self.score_before_experts:
             rows, scales = (rows * weights.unsqueeze(-1)).to(x.dtype), None
