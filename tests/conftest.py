@@ -13,23 +13,28 @@ import torch
 
 from tests.ranks import Ranks
 
-LEFT_OUT = pytest.StashKey[int]()
 
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests for CUDA devices are left out, not skipped, where there are none; the summary says how many."""
+    """In what order and where tests run; those for CUDA devices are left out, not skipped, where there are none.
+
+    The tests of a file share a process of pytest-xdist, and so do all of tests/slurm, which have one cluster. They
+    come first: they mostly wait, so the other process has the cores meanwhile.
+    """
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+    for item in items:
+        group = "slurm" if item.path.parent.name == "slurm" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not marked or torch.cuda.is_available():
         return
     items[:] = [item for item in items if item not in marked]
     config.hook.pytest_deselected(items=marked)
-    config.stash[LEFT_OUT] = len(marked)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    count = config.stash.get(LEFT_OUT, 0)
-    if count > 0:
-        terminalreporter.write_line(f"{count} tests marked gpu were left out: torch sees no CUDA device here")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("tests marked gpu were left out: torch sees no CUDA device here")
 
 
 @pytest.fixture(scope="session")
