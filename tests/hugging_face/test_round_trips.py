@@ -37,6 +37,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp2_fsdp2": {"pipeline": 2, "shard": 2},
     "fsdp2_ep2": {"shard": 2, "expert": 2},
     "fsdp4_ep2": {"shard": 4, "expert": 2},
+    "tp2_fsdp2_ep2": {"tensor": 2, "shard": 2, "expert": 2, "expert_tensor": 2},
 }
 WORLDS = {
     "single": 1,
@@ -46,6 +47,7 @@ WORLDS = {
     "pp2_fsdp2": 4,
     "fsdp2_ep2": 2,
     "fsdp4_ep2": 4,
+    "tp2_fsdp2_ep2": 4,
 }
 SMALL = {"n_layers": 2, "vocab_size": 500}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +58,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 ON = {
     "llama3": ("single", "fsdp3", "tp2_fsdp2", "hsdp2x2", "pp2_fsdp2"),
     "llama3-tied": ("single", "tp2_fsdp2"),
-    "deepseek_v3": ("single", "hsdp2x2", "pp2_fsdp2", "fsdp2_ep2", "fsdp4_ep2"),
+    "deepseek_v3": ("single", "hsdp2x2", "pp2_fsdp2", "fsdp2_ep2", "fsdp4_ep2", "tp2_fsdp2", "tp2_fsdp2_ep2"),
 }
 FORM = Form(dtype="float32", fp8=False, biases=True, shard_bytes=2_000_000)
 
