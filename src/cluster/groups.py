@@ -21,6 +21,7 @@ from src.cluster.local import Outcome
 from src.errors import UserError
 
 LONGEST_BACKOFF_SECONDS = 300.0
+LAST_SAVE_SECONDS = 1800.0
 HEALTHY_SECONDS = 600.0  # a life this long forgives the failures before it
 
 
@@ -105,7 +106,7 @@ class Groups:
                 self._start(group, now)
         finished = any(group.ended == "finished" for group in self._groups)
         if finished and self._deadline == float("inf"):
-            self._deadline = now + self._grace_seconds  # the others are at their last step, or too late for it
+            self._deadline = now + LAST_SAVE_SECONDS  # the others are at their last step, save, or are too late
         hopes = sum(not group.ended or group.ended == "finished" for group in self._groups)
         if hopes < self._options.min_groups and not finished and not self._signal:
             left = "1 group is left" if hopes == 1 else f"{hopes} groups are left"

@@ -65,6 +65,7 @@ class Lighthouse:
             self._process = subprocess.Popen(
                 command(("--port", str(port), *arguments(self._options))),
                 cwd=self._source,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

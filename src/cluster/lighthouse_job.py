@@ -35,8 +35,9 @@ class LighthouseJob:
         with RunFolder.rejoin(self.folder, self.code) as folder:
             folder.begin(self.world)
             environment = os.environ | {"RUST_LOG": os.environ.get("RUST_LOG", "warn")}
+            pipe = subprocess.PIPE
             with subprocess.Popen(
-                command(self.arguments), stdout=subprocess.PIPE, text=True, env=environment
+                command(self.arguments), stdin=pipe, stdout=pipe, text=True, env=environment
             ) as server:
                 assert server.stdout is not None
                 address = server.stdout.readline().strip()

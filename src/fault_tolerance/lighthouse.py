@@ -4,12 +4,12 @@ It keeps no state that training needs: when it is gone, groups wait, and go on w
 """
 
 import argparse
-import threading
+import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Says its address on the first line of stdout, then serves until it is ended."""
+    """Says its address on the first line of stdout, then serves until stdin ends, as it does with who started this."""
     parser = argparse.ArgumentParser(prog="python -m src.fault_tolerance.lighthouse")
     parser.add_argument("--port", type=int, default=0, help="0: any that is free")
     parser.add_argument("--min-groups", type=int, default=1)
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         heartbeat_timeout_ms=round(1000 * given.heartbeat_seconds),
     )
     print(server.address(), flush=True)
-    threading.Event().wait()
+    sys.stdin.read()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from itertools import count
+from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +41,8 @@ HEARTBEATS_PER_LIMIT = 10  # so that one that is late means nothing
 # moments would ask for different quorums.
 LONG = timedelta(days=7)
 AGAIN = 1_000_000
+# What a peer that dies leaves behind: in a sum, in a connection, or in the middle of a state that it gives away.
+GONE = (RuntimeError, OSError, EOFError, UnpicklingError, HTTPException)
 
 
 def _nothing(*_: object) -> None:
@@ -172,10 +176,9 @@ class Membership:
         return f"waits for other groups: the lighthouse has no quorum yet ({needed}, and more than half of those alive)"
 
     def _connect(self, address: str, answer: Any) -> None:
-        for name, group in {"host": self._host, "device": self.group}.items():
-            if name == "host" or group is not self._host:
-                place = f"{address}/{name}"
-                group.configure(place, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
+        for number, group in enumerate(dict.fromkeys((self._host, self.group))):
+            place = f"{address}/{number}"
+            group.configure(place, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
 
     def _give(self, answer: Any, own: Own) -> None:
         """Serve this rank's shards until the vote, before which they do not change."""
@@ -223,12 +226,12 @@ class Membership:
             raise RuntimeError("a sum over groups was given up")
 
     def _try(self, act: Callable[[], None]) -> None:
-        """Nothing after the first failure: what torchft raises when a peer is gone is a RuntimeError or an OSError."""
+        """Nothing after the first failure."""
         if self.error is not None:
             return
         try:
             act()
-        except (RuntimeError, OSError, TimeoutError, AssertionError) as error:
+        except GONE as error:
             self.error = error
 
     def vote(self, *, fine: bool) -> bool:

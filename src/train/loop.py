@@ -134,6 +134,8 @@ class Loop:
 
     def _adopt(self, tree: dict[str, Any]) -> None:
         self.training.state.adopt(tree["state"])
+        for act in self.training.stepper.after_update:  # weights are new
+            act()
 
     def _step(self, batches: list[Batch]) -> list[Outcome]:
         state = self.training.state

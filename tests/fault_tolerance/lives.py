@@ -33,7 +33,8 @@ class Trouble:
     """What happens to a group at one of its steps: to be called in the middle of it, or while it heals."""
 
     at: int  # step that is being computed, counted from 1
-    kind: str  # kill, nan, hold: until Fleet.go(at), or heal: killed while it fetches its state
+    # kill; nan; hold, until Fleet.go(at); deny: votes no, alone; killed while it heals (heal) or another does (give)
+    kind: str
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Lighthouse:
         quick = ("--join-seconds", "0.5", "--heartbeat-seconds", "0.5")
         command = (sys.executable, "-m", "src.fault_tolerance.lighthouse", *options, *quick)
         environment = os.environ | {"RUST_LOG": "error"}
-        self.process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=HOME, env=environment, stdin=pipe, stdout=pipe, text=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
 
@@ -161,6 +163,7 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble])
     from src.train.loop import Loop
     from src.train.step import Stepper
 
+    give, vote = Membership._give, Membership.vote
     torch.set_num_threads(1)
     account, step, run, fetch = folder / "account.jsonl", Stepper.__call__, Loop.run, Membership._fetch
     loops: list[Loop] = []
@@ -193,6 +196,15 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble])
             os.kill(os.getpid(), signal.SIGKILL)
         return fetch(self, answer)
 
+    def given(self: Membership, answer: Any, own: Any) -> None:
+        if any(trouble.kind == "give" for trouble in troubles):
+            os.kill(os.getpid(), signal.SIGKILL)
+        give(self, answer, own)
+
+    def voted(self: Membership, *, fine: bool) -> bool:
+        step = loops[0].training.state.step + 1
+        return vote(self, fine=fine and not any(each.kind == "deny" and each.at == step for each in troubles))
+
     def whole(self: Loop) -> bool:
         loops.append(self)
         state = self.training.state
@@ -204,6 +216,8 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble])
         patch.object(Stepper, "__call__", watched),
         patch.object(Loop, "run", whole),
         patch.object(Membership, "_fetch", healed),
+        patch.object(Membership, "_give", given),
+        patch.object(Membership, "vote", voted),
     ):
         perform(read(folder / "config.yaml"), folder)
     os._exit(0)

@@ -73,6 +73,25 @@ def test_killed_while_it_heals_then_all_killed_then_more_groups(tmp_path: Path, 
         check(found, 3, undisturbed)
 
 
+def test_the_group_that_gives_its_state_away_is_killed(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV, groups=3) as found:
+        found.start(0, troubles=[Trouble(2, "hold"), Trouble(5, "hold"), Trouble(0, "give")])
+        found.start(1, troubles=[Trouble(13, "hold")])
+        found.ready(1)
+        found.go(2)
+        found.reach(5, 0)
+        found.start(2)
+        found.ready(2)
+        found.go(5)
+        found.died(0)
+        found.reach(13, 1, 2)
+        found.start(0)
+        found.ready(0, life=2)
+        found.go(13)
+        found.wait()
+        check(found, 3, undisturbed)
+
+
 def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, groups=3) as found:
         found.start(0, 2, troubles=[Trouble(6, "kill")])
@@ -93,7 +112,7 @@ def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, flo
 
 def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, groups=2) as found:
-        found.start(0, troubles=[Trouble(3, "hold"), Trouble(8, "hold"), Trouble(16, "hold")])
+        found.start(0, troubles=[Trouble(step, "hold") for step in (3, 8, 14, 18)])
         found.start(1)
         found.ready(1)
         found.go(3)
@@ -105,22 +124,25 @@ def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, u
         assert saved in ([], ["step_00000010"]), "who leaves others behind need not save"
         found.start(1)
         found.ready(1, life=2)
-        found.reach(16, 0)
+        found.go(14)
+        found.reach(18, 0, 1)
         found.stop(0)
         found.stop(1)
-        found.go(16)
+        found.go(18)
         found.wait()
-        assert [last(found.folder, group)["position"] for group in range(2)] == [17 * BATCH] * 2
-        assert (found.folder / "checkpoints/step_00000017/COMPLETE.json").exists()
+        assert [last(found.folder, group)["position"] for group in range(2)] == [19 * BATCH] * 2
+        assert (found.folder / "checkpoints/step_00000019/COMPLETE.json").exists()
         found.start(0, 1)
         found.wait()
         check(found, 2, undisturbed)
 
 
-def test_slow_not_finite_and_without_a_lighthouse(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+def test_slow_not_finite_without_a_lighthouse_and_of_another_mind(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
     with fleet(tmp_path, *ARGV, min_groups=2) as found:
         found.start(0, troubles=[Trouble(4, "nan")])
-        found.start(1, troubles=[Trouble(7, "hold"), Trouble(10, "hold")])
+        found.start(1, troubles=[Trouble(7, "hold"), Trouble(10, "hold"), Trouble(15, "deny")])
         found.reach(7, 0, 1)
         time.sleep(1.5)  # several of the lighthouse's limits
         found.go(7)
@@ -134,3 +156,4 @@ def test_slow_not_finite_and_without_a_lighthouse(tmp_path: Path, undisturbed: d
         check(found, 2, undisturbed)
         told = found.log(0) + found.log(1)
         assert told.count("step 4: this step was not finite: it is tried once more") == 2
+        assert "step 16: quorum" in found.log(1), "alone with its vote, it was healed into the next step"
