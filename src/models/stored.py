@@ -100,6 +100,8 @@ class Facts:
         numbers = Facts({**scaling, **given}, f"{self.where}: rope_scaling", self.problems)
         base = numbers.number("rope_theta", self.get("rope_theta", theta))
         kind = str(numbers.get("rope_type", numbers.get("type", "default")))
+        if any(isinstance(value, Mapping) for value in numbers.values.values()):
+            kind = "of each kind of layer"
         if kind not in kinds:
             self.problems.append(
                 f"{self.where}: rope_type={kind} has no form here, only rope_type={' or '.join(kinds)}"

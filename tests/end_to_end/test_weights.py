@@ -129,6 +129,32 @@ def live_with_another_theta(folder: Path) -> bool | tuple[str, ...]:
         return live(folder)
 
 
+SOFTMAX = (
+    *("model=deepseek_v3_debug", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8"),
+    *("model.v_head_dim=8", "model.ffn_dim=64", "model.moe.hidden_dim=16", "task.steps=3", "name=softmax"),
+)
+
+
+def test_biases_that_transformers_has_no_place_for(text: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
+    """Refused, or dropped, which changes logits, or kept, and then they come back."""
+    run = opened(*(each for each in text if not each.startswith(("model.n_kv", "model.mult"))), *SOFTMAX)
+    assert ranks(1, live, run) == [True]
+    argv = ("task=export", f"run={run}", f"root={run.parent}", "cluster.gpus=0")
+    refused = opened(*argv, f"to={tmp_path / 'refused'}", "name=refused")
+    ((told,),) = ranks(1, live, refused)
+    assert told.startswith("task.biases=refuse: this model's routers have softmax scores and biases")
+    for how in ("drop", "keep"):
+        exported(ranks, run, f"to={tmp_path / how}", f"task.biases={how}", f"name={how}")
+    dropped, kept = weights(tmp_path / "drop"), weights(tmp_path / "keep")
+    biases = {key for key in kept if key.endswith("e_score_correction_bias")}
+    assert kept.keys() - dropped.keys() == biases
+    assert biases == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    exported(
+        ranks, Path(f"hf:{tmp_path / 'keep'}"), f"to={tmp_path / 'again'}", "task.biases=keep", f"root={run.parent}"
+    )
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "keep/model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("form", [("dtype=bfloat16",), ("fp8=true", "task.shard_gb=0.00002")])
 def test_other_forms_load_in_transformers(
     straight: Straight, ranks: Ranks, tmp_path: Path, form: tuple[str, ...]

@@ -181,6 +181,7 @@ def test_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type=longrope has no form here, only rope_type=default"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type=dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_type=of each kind of layer"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers='three' is not a whole number"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"model_type": "mamba"}, "model_type=mamba is not known; there are llama, deepseek_v2, deepseek_v3"),
