@@ -88,3 +88,20 @@ def test_a_cache_holds_the_heads_that_are_here() -> None:
     assert core.values is not None
     assert core.keys.shape == (2, 2, 8, 8)
     assert core.values.shape == (2, 2, 8, 6)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
+def test_pieces_give_the_logits_of_the_whole_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
+    """Kernels that know masks and grouped queries; the plain forward has others."""
+    model, tokens = made(MODELS["llama"]).to("cuda", dtype), torch.randint(96, (40,), device="cuda")
+    model.reset_buffers()
+    cache, found = Cache(model.config, [0], 48, torch.device("cuda")), []
+    with attending(model, cache):
+        for piece in tokens[None].split([32, 1, 7], dim=1):
+            length = piece.shape[1]
+            found.append(model(piece, positions=cache.positions(length), mask=cache.mask(length)))
+            cache.filled += length
+    expected = model(tokens[None])
+    torch.testing.assert_close(torch.cat(found, dim=1).float(), expected.float(), rtol=0, atol=tolerance)

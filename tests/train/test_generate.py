@@ -82,7 +82,7 @@ def test_every_layout_writes_the_same(
     assert ranks(world, on_layout, layout, "llama3", rule, batch) == [single("llama3", rule)] * world
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
+@pytest.mark.parametrize("layout", ["fsdp2", "pp2", "tp2", "cp2", "fsdp2_ep2", "tp2_ep2"])
 def test_experts_write_the_same(layout: str, ranks: Ranks, single: Callable[[str, Rule], list[list[int]]]) -> None:
     assert ranks(2, on_layout, layout, "deepseek", CHANCE, 2) == [single("deepseek", CHANCE)] * 2
 
