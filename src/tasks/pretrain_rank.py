@@ -19,6 +19,7 @@ from src.metrics.console import Console
 from src.metrics.curve import plot
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
+from src.tasks.check_folder import check_apart
 from src.tasks.pretrain import Pretrain
 from src.train.choice import settled
 from src.train.draw import Rule
@@ -94,7 +95,7 @@ def _loop(
         seed=run.seed,
         rank=training.mesh.data_rank,
         ranks=training.mesh.data_ranks,
-        micro_batch=task.micro_batch,
+        micro_batch=planned.micro_batch,
         micro_batches=planned.micro_batches,
     )
     store = Store(folder / "checkpoints", run.checkpoint, shared=not peers.alone)
@@ -126,7 +127,8 @@ def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
         return None
     dtype, tokenizer = run.precision.storage, corpus.tokenizer
     files = tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len)
-    return Exports(folder / "exports", run.model, dtype, describe(run.model, tokenizer, dtype, fp8=False) | files)
+    beside = describe(run.model, tokenizer, dtype, fp8=False) | files
+    return Exports(folder / "exports", run.model, dtype, beside, check_apart)
 
 
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:

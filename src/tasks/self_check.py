@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.team import Team
-from src.data.tokenizer import Tokenizer
 from src.distributed.network import Network
 from src.hugging_face.archive import quantisation, read_json
 from src.hugging_face.check import SCALE
@@ -23,7 +22,7 @@ from src.hugging_face.write import BLOCK
 PLACES = 8  # of the text
 SENTENCE = 24  # tokens that transformers goes on with
 # Both compute in float32, in another order, some hundred sums deep: of the largest logit.
-TOLERANCE = 2e-3
+TOLERANCE = 2e-4
 Logits = Mapping[int, Tensor]  # by place in the text: (vocabulary) float32 on the host
 
 
@@ -35,14 +34,18 @@ class Finding:
     problems: list[str] = field(default_factory=list)
 
 
+def places_of(ids: Sequence[int]) -> list[int]:
+    """Some places of a text, the last of them included."""
+    return sorted({(len(ids) - 1) * place // (PLACES - 1) for place in range(PLACES)})
+
+
 def native_logits(network: Network, ids: Sequence[int]) -> Logits:
-    """Collective. After some of the tokens of a text, the last of them included."""
+    """Collective. After some of the tokens of a text."""
     degrees = network.mesh.degrees
     multiple = 2 * degrees.context * degrees.tensor  # what a layout can cut; padding comes after, where nobody looks
     row = torch.tensor([[*ids, *[0] * (-len(ids) % multiple)]], device=network.device)
-    places = sorted({(len(ids) - 1) * place // (PLACES - 1) for place in range(PLACES)})
     with network.inference():
-        return {place: network.logits(row, place, None, None)[0].float().cpu() for place in places}
+        return {place: network.logits(row, place, None, None)[0].float().cpu() for place in places_of(ids)}
 
 
 def read_back(network: Network, team: Team, folder: Path, ids: Sequence[int]) -> Logits:
@@ -52,7 +55,7 @@ def read_back(network: Network, team: Team, folder: Path, ids: Sequence[int]) ->
 
 
 def with_transformers(
-    folder: Path, tokenizer: Tokenizer, text: str, ids: Sequence[int], before: Logits, after: Logits, *, exact: bool
+    folder: Path, text: str, ids: Sequence[int], before: Logits, after: Logits, *, exact: bool
 ) -> Finding:
     """On one rank. `before`: of the run's weights, `after`: of the folder's; `exact`: nothing was rounded."""
     finding = Finding()
@@ -62,33 +65,38 @@ def with_transformers(
             f"{folder}: read back, its weights move logits by {moved:.3g}; they must be the same bits"
         )
     finding.lines.append(f"rounding moves logits by at most {moved:.3g}" if not exact else "read back: the same bits")
-    if find_spec("transformers") is None:
-        finding.lines.append("transformers is not installed: the folder was not compared with it")
+    if (why_not := obstacle(folder)) is not None:
+        finding.lines.append(f"not compared: {why_not}")
         return finding
-    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4
-    if needed > (free := os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        finding.lines.append(
-            f"not compared: transformers would need up to {needed / 2**30:.0f} GiB of this host's {free / 2**30:.0f}"
-        )
-        return finding
-    _compare(folder, tokenizer, text, ids, after, finding)
+    compare(folder, text, ids, after, finding, gpu=True)
+    finding.problems += _tokenizer_problems(folder, text, ids)
     return finding
 
 
-def _compare(
-    folder: Path, tokenizer: Tokenizer, text: str, ids: Sequence[int], after: Logits, finding: Finding
-) -> None:
-    model, info = _opened(folder)
+def obstacle(folder: Path) -> str | None:
+    """Why transformers cannot read the folder here."""
+    if find_spec("transformers") is None:
+        return "transformers is not installed"
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed <= free:
+        return None
+    return f"transformers would need up to {needed / 2**30:.0f} GiB of this host's {free / 2**30:.0f}"
+
+
+def compare(folder: Path, text: str, ids: Sequence[int], ours: Logits, finding: Finding, *, gpu: bool) -> None:
+    """transformers' logits of a text beside ours, and what it goes on with. `gpu`: where there is room on one."""
+    model, info = _opened(folder, gpu=gpu)
     if strangers := {key: sorted(names) for key, names in info.items() if names}:
         finding.problems.append(f"{folder}: transformers tells of {strangers}")
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with torch.no_grad():
         logits = model(row).logits[0].float().cpu()
-    theirs = {place: logits[place] for place in after}
-    difference, largest = _difference(theirs, after), max(float(each.abs().max()) for each in after.values())
+    theirs = {place: logits[place] for place in ours}
+    difference, largest = _difference(theirs, ours), max(float(each.abs().max()) for each in ours.values())
     finding.lines.append(
         f"transformers' logits differ by at most {difference:.3g} (the largest is {largest:.3g}), "
-        f"after {len(after)} places of {len(ids)} tokens"
+        f"after {len(ours)} places of {len(ids)} tokens"
     )
     if not difference <= TOLERANCE * max(1.0, largest):
         finding.problems.append(
@@ -97,11 +105,10 @@ def _compare(
         )
     with torch.no_grad():
         written = model.generate(row, max_new_tokens=SENTENCE, do_sample=False, attention_mask=torch.ones_like(row))
-    finding.lines.append(f"greedy: {text}[...]{tokenizer.decode(written[0, len(ids) :].tolist())}")
-    finding.problems += _tokenizer_problems(folder, text, ids)
+    finding.lines.append(f"greedy: {text}[...]{opened_tokenizer(folder).decode(written[0, len(ids) :].tolist())}")
 
 
-def _opened(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _opened(folder: Path, *, gpu: bool) -> tuple[Any, dict[str, Any]]:
     """transformers' model in float32, and what it missed or did not expect in the files."""
     logging.disable(logging.WARNING)  # torchao, which it imports, warns of kernels that this machine cannot load
     try:
@@ -124,7 +131,7 @@ def _opened(folder: Path) -> tuple[Any, dict[str, Any]]:
         family = getattr(transformers, config.architectures[0])
         model, info = family.from_pretrained(None, **given)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * size:
+    if gpu and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * size:
         model = model.cuda()
     return model.eval(), info
 
@@ -142,9 +149,14 @@ def _multiplied_out(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _tokenizer_problems(folder: Path, text: str, ids: Sequence[int]) -> list[str]:
+def opened_tokenizer(folder: Path) -> Any:
+    """transformers' own."""
     transformers: Any = importlib.import_module("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)(text)["input_ids"]
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer_problems(folder: Path, text: str, ids: Sequence[int]) -> list[str]:
+    theirs = opened_tokenizer(folder)(text)["input_ids"]
     if list(theirs)[: len(ids)] == list(ids):
         return []
     return [f"{folder}: transformers' tokenizer makes {list(theirs)[:8]}... of the text, the run's {list(ids)[:8]}..."]

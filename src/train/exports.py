@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from src.hugging_face.write import Held, held
 from src.models.base import ModelConfig
 
 SHARD_BYTES = 5 * 10**9
+# What one rank makes of a whole folder before it is put in its place: lines for people, or CheckpointError.
+Check = Callable[[Path, ModelConfig], list[str]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,15 @@ class Exported:
     step: int
     stall_seconds: float  # training waited: for the one before, and for the copy
     write_seconds: float  # until the folder was in its place
+    lines: list[str]  # what its check found, for people
 
 
 class Exports:
     """Every method is collective. What the disk refuses is told, and training goes on: checkpoints are elsewhere."""
 
-    def __init__(self, folder: Path, model: ModelConfig, dtype: str, beside: Mapping[str, bytes]) -> None:
+    def __init__(self, folder: Path, model: ModelConfig, dtype: str, beside: Mapping[str, bytes], check: Check) -> None:
         """`folder`: exports of the run; `beside`: files of every step, such as config.json and the tokenizer's."""
-        self.folder, self.model, self.beside = folder, model, beside
+        self.folder, self.model, self.beside, self.check = folder, model, beside, check
         # Biases that balance experts are written too, where transformers has no place for them: nothing is lost.
         self.form = Form(dtype, fp8=False, biases=True, shard_bytes=SHARD_BYTES)
         self.last: Exported | None = None
@@ -49,7 +52,7 @@ class Exports:
         """When it returns, the weights may change. `facts`: of this step, for the card."""
         began = time.perf_counter()
         self.finish()
-        self.failed, told = None, {"optimizer steps": step, **facts}
+        told = {"optimizer steps": step, **facts}
         text = (json.dumps(told, indent=2) + "\n").encode()
         beside = {**self.beside, "README.md": card(str(facts["run"]), told), FACTS: text}
         parts = {name: replace(part, local=_on_host(part)) for name, part in held(network.tensors()).items()}
@@ -59,8 +62,8 @@ class Exports:
 
         def work() -> None:
             try:
-                self._write(step, parts, beside)
-                self.last = Exported(step, stalled, time.perf_counter() - began)
+                lines = self._write(step, parts, beside)
+                self.last = Exported(step, stalled, time.perf_counter() - began, lines)
             except UserError as error:  # on all ranks alike
                 self.failed = f"the export of step {step} failed: {'; '.join(error.problems)}"
             except Exception as error:  # noqa: BLE001  (whatever it is, the training thread raises it)
@@ -79,10 +82,12 @@ class Exports:
         if failure is not None:
             raise failure
 
-    def _write(self, step: int, parts: Mapping[str, Held], beside: Mapping[str, bytes]) -> None:
+    def _write(self, step: int, parts: Mapping[str, Held], beside: Mapping[str, bytes]) -> list[str]:
         target, host = self.folder / f"step_{step:08d}", torch.device("cpu")
         draft = save(self._team, target, parts, self.model, self.form, beside, _never, host)
+        lines = self._team.first(lambda: self.check(draft, self.model))
         self._team.first(lambda: publish(draft, target))
+        return lines
 
 
 def _on_host(part: Held) -> Tensor:

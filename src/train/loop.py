@@ -97,6 +97,8 @@ class Loop:
         self._save(last=True)
         self.store.finish()
         self._tell_save()
+        if self.exports is not None:
+            self.exports.finish()
         self._tell_export()
         if state.step == steps != self._validated:
             self._validate(steps)  # a stop had cut it short
@@ -152,8 +154,11 @@ class Loop:
         return outcomes if self.peers.alone else outcomes + self._readback.flush()
 
     def _settle(self) -> None:
-        others = self.peers.settle(self.training.state.step, self._last.tokens)  # which may replace the state
-        self.training.state.tokens += others
+        state = self.training.state
+        if self._stopping and state.step < self.plan.steps:
+            return  # the others may have left; what is due is the next life's
+        others = self.peers.settle(state.step, self._last.tokens)  # which may replace the state
+        state.tokens += others
 
     def _learning_rate(self, step: int) -> float:
         return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)
@@ -210,6 +215,7 @@ class Loop:
         if self.checkpoint.exports(step):
             self._export(step)
         self._tell_save()
+        self._tell_export()
         self.throughput.restart()
 
     def _record(self, step: int) -> None:
@@ -275,21 +281,23 @@ class Loop:
     def _export(self, step: int) -> None:
         if self.exports is None or not self.peers.saves:
             return
-        self._tell_export()  # of the one before, which ends first
+        self.exports.finish()
+        self._tell_export()
         facts = self.facts | {"loss": self._last.loss, "tokens": self.training.state.tokens}
         self.exports.start(step, self.training.network, facts)
 
     def _tell_export(self) -> None:
-        """Collective. Wait for the export under way, and say what it cost."""
+        """What the last export cost and what its check found, once that is known."""
         if self.exports is None:
             return
-        self.exports.finish()
-        done, self.exports.last = self.exports.last, None
-        if self.exports.failed is not None:
-            self.report.say(f"warning: {self.exports.failed}; training goes on")
-        if done is not None:
+        if (failed := self.exports.failed) is not None:
+            self.exports.failed = None
+            self.report.say(f"warning: {failed}; training goes on")
+        if (done := self.exports.last) is not None:
+            self.exports.last = None
             costs = {"stall_seconds": done.stall_seconds, "write_seconds": done.write_seconds}
             self.report.measure(done.step, {f"export/{key}": value for key, value in costs.items()})
+            self.report.say(f"exported step {done.step}: {'; '.join(done.lines)}")
 
     def _stopped(self) -> bool:
         return any_rank(self.stop.seen is not None, self.training.ranks.device)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from src.hugging_face.archive import Archive
+from src.models.llama3 import hugging_face
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import WORLDS, live, opened, series, values
 from tests.hugging_face.foreign import edit, saved
@@ -102,6 +104,14 @@ def test_an_export_beside_the_training_is_that_of_the_checkpoint(
     assert set(series(folder, "export/write_seconds")) == {5, 10}
 
 
+def test_a_wrong_export_beside_the_training_is_told_and_does_not_end_it(text: tuple[str, ...], ranks: Ranks) -> None:
+    folder = opened(*text, "checkpoint.export_every=5", "task.steps=6", "parallel=fsdp2", "name=besidewrong")
+    assert ranks(2, live_with_another_theta, folder) == [True] * 2
+    assert [path.name for path in (folder / "exports").iterdir()] == ["step_00000005.partial"]
+    assert series(folder, "export/write_seconds") == {}
+    assert list(series(folder)) == list(range(1, 7))
+
+
 def test_a_wrong_folder_is_not_put_in_its_place(straight: Straight, ranks: Ranks, tmp_path: Path) -> None:
     """transformers is told another base of the rotary angles than the model has: logits differ, and all say so."""
     folder = opened(
@@ -120,10 +130,6 @@ def test_a_wrong_folder_is_not_put_in_its_place(straight: Straight, ranks: Ranks
 
 
 def live_with_another_theta(folder: Path) -> bool | tuple[str, ...]:
-    from unittest.mock import patch
-
-    from src.models.llama3 import hugging_face
-
     write = hugging_face.write
     with patch.object(hugging_face, "write", lambda config: write(config) | {"rope_theta": 10.0}):
         return live(folder)
