@@ -49,6 +49,7 @@ OPERATIONAL: Mapping[str, str] = {
     "fault_tolerance.join_seconds": "how long groups wait for each other",
     "fault_tolerance.sum_seconds": "when a sum over groups is given up",
     "fault_tolerance.heal_seconds": "how long healing may take",
+    "fault_tolerance.copy_on": "where the outer weights are kept, not what they are",
     "fault_tolerance.restarts": "how often a group is started again",
     "fault_tolerance.backoff_seconds": "when a group is started again",
     "data.processes": "how many processes tokenise, not what they write",
@@ -132,7 +133,7 @@ class RunFolder:
 
     def group(self, number: int) -> Path:
         """The folder of a replica group: its own lock, logs and attempts, and the run's everything else."""
-        path = self.path / "groups" / str(number)
+        path = group_folder(self.path, number)
         path.mkdir(parents=True, exist_ok=True)
         for shared in ("config.yaml", "git.json", "code", "checkpoints"):
             if not (path / shared).is_symlink():
@@ -185,6 +186,11 @@ class RunFolder:
 def place(root: Path, name: str, identity: str, folder: Path | None = None) -> Path:
     """Absolute, since ranks and later jobs may start elsewhere."""
     return (root / f"{name}-{identity}" if folder is None else folder).expanduser().absolute()
+
+
+def group_folder(path: Path, number: int) -> Path:
+    """Of a replica group of the run in `path`."""
+    return path / "groups" / str(number)
 
 
 def log_folder(path: Path, attempt: int) -> Path:

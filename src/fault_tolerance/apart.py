@@ -53,7 +53,6 @@ class Apart(Synchronous):
         self._met = False  # in this life
         self._copied = False  # the state is another group's, with no step of this one since
         self._loaded = False  # the outer weights, from a checkpoint or a peer
-        self._doing = 0  # the step that is being done, or was last
         self._others = 0  # tokens of the others that the loop does not know of
         self._sent_bytes, self._way = 0, 0.0  # of this rank in this life; norm of the last merge
         # What follows is of the run.
@@ -88,7 +87,6 @@ class Apart(Synchronous):
             self.outer.begin()
 
     def meet(self, step: int, micro_batches: int) -> range | None:
-        self._doing = step + 1
         if not self._met:
             self._at = step
             if not self._gather():
@@ -194,8 +192,9 @@ class Apart(Synchronous):
         return self._means
 
     def may_leave(self, asked: bool) -> bool:
-        # What is on its way is in no checkpoint; it arrives a few steps later.
-        return asked and not self.rounds.in_flight(self._doing)
+        # What is on its way is in no checkpoint; it arrives a few steps later. What was to be sent is sent by the next
+        # life: another group may have left already.
+        return asked and not self._sent
 
     @property
     def saves(self) -> bool:

@@ -51,10 +51,6 @@ class Rounds:
         """Whether what was sent is merged after this step."""
         return step > 0 and step % self.interval == 0
 
-    def in_flight(self, step: int) -> bool:
-        """Whether something that was sent is still to be merged, once all that follows this step is done."""
-        return step > 0 and step % self.interval >= self.interval - self.delay
-
     def problems(self) -> list[str]:
         """Of the keys fragments and delay_steps, as rules with the nearest legal values."""
         found = []

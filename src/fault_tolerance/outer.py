@@ -94,11 +94,12 @@ class Entry:
         before = agreed.to(live.device).float()
         velocity = None if self.velocity is None else local(self.velocity).to(live.device)
         after = self.rule.moved(before, mean.view(before.shape), velocity)
+        squares = (after - before).square().sum() * self.share
         agreed.copy_(after)
         if self.velocity is not None and velocity is not None:
             local(self.velocity).copy_(velocity)
         live.copy_(torch.lerp(after, live.float(), alpha) if alpha else after)
-        return (after - before).square().sum() * self.share
+        return squares
 
 
 class Outer:
@@ -151,10 +152,6 @@ class Outer:
         for entry in self._fragments[fragment]:
             entry.restore()
         self._refresh()
-
-    def elements(self, fragment: int) -> int:
-        """Of this rank's shards."""
-        return sum(local(entry.agreed).numel() for entry in self._fragments[fragment])
 
     def tensors(self) -> dict[str, Any]:
         """For a checkpoint and for a group that heals: the live ones."""

@@ -122,15 +122,27 @@ def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: Ranks, tmp_path
                 assert series(found.folder, name) == pytest.approx(expected, rel=1e-5), name
 
 
-def test_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    method, ends = METHODS["streaming"], list[Life]()
-    for troubles in ([], [Trouble(8, "kill")]):
-        with fleet(tmp_path / str(len(troubles)), *ARGV, *method.keys(), groups=1) as found:
-            found.start(0, troubles=troubles)
-            if troubles:
-                found.died(0)
-                found.start(0)
-            found.wait()
-            ends.append(lived(found, 0))
-            assert told(found, "outer/syncs") == 4
-    assert ends[0] == ends[1]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Life:
+    """One group, streaming: a fragment leaves after steps 1, 4, 7 and 10 and is merged after 3, 6, 9 and 12."""
+    with fleet(tmp_path_factory.mktemp("undisturbed"), *ARGV, *METHODS["streaming"].keys(), groups=1) as found:
+        found.start(0)
+        found.wait()
+        return lived(found, 0)
+
+
+@pytest.mark.parametrize(("signal_", "at", "saved"), [("KILL", 8, 6), ("TERM", 6, 7), ("TERM", 7, 10)])
+def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, undisturbed: Life, signal_: str, at: int, saved: int) -> None:
+    with fleet(tmp_path, *ARGV, *METHODS["streaming"].keys(), groups=1) as found:
+        found.start(0, troubles=[Trouble(at, "hold")])
+        found.reach(at, 0)
+        process = found.groups[0]
+        assert process.pid is not None
+        os.kill(process.pid, signal.Signals[f"SIG{signal_}"])
+        found.go(at)
+        process.join()
+        found.start(0)
+        found.wait()
+        assert f"goes on after step {saved}, " in found.log(0)
+        assert lived(found, 0) == undisturbed
+        assert told(found, "outer/syncs") == 4

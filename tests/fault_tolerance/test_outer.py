@@ -1,5 +1,6 @@
 """Outer weights against torch's own SGD and against whole tensors, on one rank and in shards."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -41,15 +42,28 @@ def made(layout: str, rule: Rule, fragments: int) -> tuple[Any, Outer]:
     return network, outer
 
 
-def exchanged(layout: str, fragments: int, own_share: float) -> tuple[dict[str, Tensor], dict[str, Tensor], float, int]:
-    """Weights, outer weights, squared way and elements, whole, after two merges of fragment 0, as if of one group."""
+@dataclass(frozen=True)
+class Moved:
+    """After two merges of fragment 0, as if of one group."""
+
+    live: dict[str, Tensor]
+    agreed: dict[str, Tensor]
+    squares: float  # of the last way, as the ranks count it
+    way: float  # the same, of whole tensors
+    elements: int  # that ranks have sent, all together
+
+
+def exchanged(layout: str, fragments: int, own_share: float) -> Moved:
     network, outer = made(layout, Nesterov(0.7, 0.9), fragments)
-    squares = 0.0
-    for _ in range(2):
-        squares = outer.merge(0, outer.outgoing(0), own_share)
-    total = torch.tensor([squares, float(outer.elements(0))], dtype=torch.float64)
+    outer.merge(0, outer.outgoing(0), own_share)
+    before = whole(outer.tensors()["weights"])
+    sent = outer.outgoing(0)
+    squares = outer.merge(0, sent, own_share)
+    total = torch.tensor([squares, float(sent.numel())], dtype=torch.float64)
     torch.distributed.all_reduce(total)
-    return whole(network.tensors()), whole(outer.tensors()["weights"]), total[0].item(), int(total[1].item())
+    after = whole(outer.tensors()["weights"])
+    way = sum((after[name] - before[name]).square().sum().item() for name in after)
+    return Moved(whole(network.tensors()), after, total[0].item(), way, int(total[1].item()))
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,14 +72,15 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 2), ("tp2", 2)])
 def test_shards_move_as_whole_tensors_do(ranks: Workers, layout: str, world: int) -> None:
-    ((live, agreed, squares, elements),) = ranks(1, exchanged, "single", 2, 0.25)
-    for found_live, found_agreed, found_squares, found_elements in ranks(world, exchanged, layout, 2, 0.25):
-        for name in live:
-            assert torch.equal(found_live[name], live[name]), name
-            assert torch.equal(found_agreed[name], agreed[name]), name
-        assert found_squares == pytest.approx(squares, rel=1e-5)
+    (expected,) = ranks(1, exchanged, "single", 2, 0.25)
+    assert expected.way > 1.0
+    for found in ranks(world, exchanged, layout, 2, 0.25):
+        for name in expected.live:
+            assert torch.equal(found.live[name], expected.live[name]), name
+            assert torch.equal(found.agreed[name], expected.agreed[name]), name
+        assert found.squares == pytest.approx(expected.way, rel=1e-5)
         # What tensor parallelism does not cut is on both ranks.
-        assert found_elements == elements if layout == "fsdp2" else found_elements > elements
+        assert found.elements == expected.elements if layout == "fsdp2" else found.elements > expected.elements
 
 
 def restored() -> dict[str, tuple[bool, bool]]:
