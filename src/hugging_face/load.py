@@ -72,7 +72,7 @@ def load(folder: Path, tensors: "Mapping[str, Tensor]", config: ModelConfig) -> 
     reader = Reader(archive)
     reader.fill(tensors, stored(config))
     seconds = time.perf_counter() - began
-    return f"{reader.bytes_read / 1e9:.2f} of {archive.bytes / 1e9:.2f} GB read in {seconds:.1f} s by this rank"
+    return f"{reader.bytes_read / 1e6:,.1f} of {archive.bytes / 1e6:,.1f} MB read in {seconds:.1f} s by this rank"
 
 
 def model_section(folder: Path) -> tuple[dict[str, object], list[str]]:
