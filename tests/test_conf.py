@@ -120,20 +120,15 @@ def test_defaults_lists_have_only_words_that_hydra_knows(file: Path) -> None:
 @pytest.mark.parametrize("option", options("parallel"))
 def test_a_layout_is_what_its_name_says(option: str) -> None:
     degrees = {key: value for key, value in composed(f"parallel={option}")["parallel"].items() if type(value) is int}
-    named = {
-        "single": {},
-        **{f"ddp{n}": {"replicate": n} for n in (2, 4, 8)},
-        **{f"fsdp{n}": {"shard": n} for n in (2, 4, 8, 16)},
-    }
-    if option in named:
-        said = named[option]
-    elif hsdp := re.fullmatch(r"hsdp(\d+)x(\d+)", option):
-        said = {"replicate": int(hsdp[1]), "shard": int(hsdp[2])}
-    else:
-        words = {"tp": "tensor", "fsdp": "shard", "ddp": "replicate", "cp": "context", "pp": "pipeline", "ep": "expert"}
-        parts = [re.fullmatch(r"([a-z]+)(\d+)", part) for part in option.removeprefix("async_").split("_")]
-        said = {words[part[1]]: int(part[2]) for part in parts if part is not None}
-        assert len(said) == len(parts)
+    words = {"tp": "tensor", "fsdp": "shard", "ddp": "replicate", "cp": "context", "pp": "pipeline", "ep": "expert"}
+    said: dict[str, int] = {}
+    for part in option.removeprefix("async_").split("_") if option != "single" else []:
+        if grid := re.fullmatch(r"hsdp(\d+)x(\d+)", part):
+            said |= {"replicate": int(grid[1]), "shard": int(grid[2])}
+        else:
+            named = re.fullmatch(r"([a-z]+)(\d+)", part)
+            assert named is not None, part
+            said[words[named[1]]] = int(named[2])
     assert {key: value for key, value in degrees.items() if value != 1} == said
 
 

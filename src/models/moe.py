@@ -76,7 +76,7 @@ class LocalExchange(nn.Module):
 
 
 def sorting(experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Of experts (tokens, top_k): which flat slot stands at each place once sorted by expert, and the place of each slot.
+    """Of experts (tokens, top_k): which flat slot stands at each place once sorted by expert, and each slot's place.
 
     On an H200, 98,304 slots of 64 experts: 0.12 ms, where counting over a map of tokens and experts needs 0.30.
     """
