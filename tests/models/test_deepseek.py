@@ -251,8 +251,18 @@ def test_impossible_shapes_are_refused_by_key(changes: dict[str, Any], key: str,
     assert said in error["msg"]
 
 
-def test_axes_without_a_room_are_refused_by_name() -> None:
-    layout = section("parallel", "tp2").model_copy(update={"expert": 2})
-    problems = tiny_deepseek().problems(layout)
-    assert [line.split(" is not")[0] for line in problems] == ["parallel.tensor=2", "parallel.expert=2"]
-    assert tiny_deepseek().problems(section("parallel", "pp2_fsdp2")) == []
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"expert": 3}, "parallel.expert=3 does not divide model.moe.n_experts=8 (1, 2, 4 or 8 do)"),
+        ({"tensor": 3}, "parallel.tensor=3 does not divide model.n_heads=4 (1, 2 or 4 do)"),
+        (
+            {"tensor": 4, "expert_tensor": 4},
+            "parallel.expert_tensor=4 cuts model.moe.hidden_dim=16 into parts that are",
+        ),
+    ],
+)
+def test_what_a_rank_cannot_hold_is_refused_by_name(changes: dict[str, int], said: str) -> None:
+    problems = tiny_deepseek().problems(section("parallel", "tp2").model_copy(update=changes))
+    assert problems[0].startswith(said)
+    assert tiny_deepseek().problems(section("parallel", "tp2_fsdp2_ep2")) == []
