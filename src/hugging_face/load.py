@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from src.hugging_face.archive import Archive, read_json
 from src.hugging_face.check import check
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 FILE = "initial.json"
 # Keys of a model that a run may choose anew, and those that another form of the same numbers would change.
-OURS = frozenset({"max_seq_len", "attention", "mask", "fixed_block", "depth_init", "multiple_of", "ffn_dim_multiplier"})
+OURS = frozenset(
+    {
+        *("max_seq_len", "attention", "mask", "fixed_block", "depth_init", "moe.balance_rate"),
+        *("multiple_of", "ffn_dim_multiplier", "head_dim"),
+    }
+)
 
 
 def examine(folder: Path, config: ModelConfig) -> list[str]:
@@ -28,21 +33,25 @@ def examine(folder: Path, config: ModelConfig) -> list[str]:
     return [*lines, *_differences(config, there)]
 
 
-def _differences(config: ModelConfig, there: Mapping[str, object]) -> list[str]:
+def _differences(config: ModelConfig, there: Mapping[str, Any]) -> list[str]:
     """Where a model that was chosen by hand is not the one of config.json, though every shape fits."""
-    ours = config.model_dump(mode="json")
-    pairs = ((key, ours.get(key), value) for key, value in there.items() if key not in OURS and key in ours)
-    lines = []
-    for key, here, value in pairs:
-        if isinstance(here, dict) and isinstance(value, dict):
-            lines += [
-                f"model.{key}.{inner}={here[inner]}, and config.json says {each}"
-                for inner, each in value.items()
-                if inner in here and here[inner] != each
-            ]
-        elif here != value:
-            lines.append(f"model.{key}={here}, and config.json says {value}")
-    return lines
+    here = dict(_flat(config.model_dump(mode="json")))
+    said = dict(_flat(there))
+    silent = OURS | ({"moe.group_score"} if said.get("moe.groups") == 1 else set())
+    return [
+        f"model.{key}={here[key]}, and config.json says {value}"
+        for key, value in said.items()
+        if key not in silent and key in here and here[key] != value
+    ]
+
+
+def _flat(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """With the keys of inner groups by their dotted names; a group that is null stays one key."""
+    for key, value in keys.items():
+        if key == "moe":
+            yield from ((f"{key}.{inner}", each) for inner, each in value.items())
+        else:
+            yield key, value
 
 
 def note(folder: Path, fetched: Fetched) -> None:

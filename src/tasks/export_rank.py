@@ -130,7 +130,8 @@ def _check(
     exact = form.dtype == run.precision.storage and not form.fp8 and task.biases != "drop"
     if form.biases and run.model.routed and task.biases == "keep":
         return Finding(["not compared with transformers, which has no place for this router's biases"])
-    return team.first(lambda: with_transformers(draft, task.text, ids, before, after, exact=exact))
+    tokenizer = run.tokenizer.open(run.cache, run.data)
+    return team.first(lambda: with_transformers(draft, tokenizer, task.text, before, after, exact=exact))
 
 
 def _tell(finding: Finding) -> None:

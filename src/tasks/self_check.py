@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.team import Team
+from src.data.tokenizer import Tokenizer
 from src.distributed.network import Network
 from src.hugging_face.archive import quantisation, read_json
 from src.hugging_face.check import SCALE
@@ -55,7 +56,7 @@ def read_back(network: Network, team: Team, folder: Path, ids: Sequence[int]) ->
 
 
 def with_transformers(
-    folder: Path, text: str, ids: Sequence[int], before: Logits, after: Logits, *, exact: bool
+    folder: Path, tokenizer: Tokenizer, text: str, before: Logits, after: Logits, *, exact: bool
 ) -> Finding:
     """On one rank. `before`: of the run's weights, `after`: of the folder's; `exact`: nothing was rounded."""
     finding = Finding()
@@ -68,8 +69,9 @@ def with_transformers(
     if (why_not := obstacle(folder)) is not None:
         finding.lines.append(f"not compared: {why_not}")
         return finding
+    ids = tokenizer.prompt(text)[: max(after) + 1]
     compare(folder, text, ids, after, finding, gpu=True)
-    finding.problems += _tokenizer_problems(folder, text, ids)
+    finding.problems += _tokenizer_problems(folder, tokenizer, text)
     return finding
 
 
@@ -155,11 +157,12 @@ def opened_tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _tokenizer_problems(folder: Path, text: str, ids: Sequence[int]) -> list[str]:
-    theirs = opened_tokenizer(folder)(text)["input_ids"]
-    if list(theirs)[: len(ids)] == list(ids):
+def _tokenizer_problems(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
+    """Of the text alone: whether it is begun by a token is a habit of each."""
+    (ours,), theirs = tokenizer.encode([text]), opened_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+    if theirs == ours.tolist():
         return []
-    return [f"{folder}: transformers' tokenizer makes {list(theirs)[:8]}... of the text, the run's {list(ids)[:8]}..."]
+    return [f"{folder}: transformers' tokenizer makes {theirs[:8]}... of the text, the run's {ours.tolist()[:8]}..."]
 
 
 def _difference(first: Logits, second: Logits) -> float:
