@@ -14,8 +14,7 @@ and once, scattered by sequence, for the hidden state. The words of tensor.py th
     shared inputs  as inputs, but not summed, for the mixture sums; or, where ranks divide tokens, as inputs
 """
 
-from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,8 +66,8 @@ class Plain(ParallelStyle):
         whole = module.get_parameter("weight").detach()
         weight = distribute_tensor(whole, device_mesh, [self.placement], src_data_rank=None)
         module.register_parameter("weight", nn.Parameter(weight))
-        part = Partial() if isinstance(self.placement, Replicate) else self.placement
-        module.forward = partial(_compute, type(module).forward, module, part)
+        kind: Any = type(module)  # a checker takes a class of modules for no key of a cache
+        module.__class__ = _with_part(kind)
         if self.scatter is not None:
             module.register_forward_hook(partial(self._leave, device_mesh, self.scatter))
         return module
@@ -88,10 +87,21 @@ class _Here:
         return getattr(self._module, name)
 
 
-def _compute(forward: Callable[..., Tensor], module: nn.Module, gradient: Placement, x: Tensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, DTensor)
-    return forward(_Here(module, weight.to_local(grad_placements=[gradient])), x)
+@cache
+def _with_part(kind: type[nn.Module]) -> type[nn.Module]:
+    """The kind of module that computes as `kind` does, with the part of its weight that is here.
+
+    One class for all layers: a function bound to each module would make a compiler compile each anew.
+    """
+
+    def forward(self: nn.Module, x: Tensor) -> Any:
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        whole = isinstance(weight.placements[0], Replicate)
+        part = weight.to_local(grad_placements=[Partial()] if whole else weight.placements)
+        return kind.forward(_Here(self, part), x)
+
+    return type(f"Part{kind.__name__}", (kind,), {"forward": forward})
 
 
 class Mixture(ParallelStyle):

@@ -1,13 +1,21 @@
 """Routed experts on several ranks: the same gradients, weights and checkpoints wherever they lie."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from src.checkpoint.store import Store
+from src.distributed.compiling import Compile
 from src.distributed.expert import grouping, permute
 from src.distributed.precision import Precision
+from src.train.state import TrainState
+from src.train.step import Stepper
+from tests.checkpoint.options import options
 from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek
@@ -78,3 +86,98 @@ def test_rows_are_grouped_by_expert() -> None:
     x = torch.randn(len(index), 3, dtype=torch.float64, requires_grad=True)
     assert torch.equal(permute(permute(x, index, inverse), inverse, index), x)
     assert torch.autograd.gradcheck(lambda rows: permute(rows, index, inverse), (x,))
+
+
+ODD = {"n_layers": 2, "moe": {"n_experts": 6, "hidden_dim": 32}}
+
+
+def test_experts_that_cannot_be_dealt_out_are_cut_inside(ranks: Ranks) -> None:
+    """6 experts over 4 ranks, and 3 over 2: FSDP cuts the features of each."""
+    layouts = ["fsdp4", "fsdp4_ep2", "tp2_fsdp2_ep2"]
+    assert all(degrees(layout).cuts_inside(6) for layout in layouts)
+    (single,) = ranks(1, gradients, ["single"], ODD)[0]
+    for layout, found in zip(layouts, ranks(4, gradients, layouts, ODD)[1], strict=True):
+        for name, gradient in single.items():
+            assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), f"{layout} {name}"
+
+
+def state_of(layout: str, seed: int) -> tuple[TrainState, dict[str, Any]]:
+    """After one step, and the tree of a checkpoint."""
+    config = tiny_deepseek(n_layers=2)
+    network = parallel_network(config, degrees(layout), seed=seed)
+    optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
+    stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
+    stepper(share(rows(8, 16, config.vocab_size, seed=seed), network.mesh, 1), stop=False)
+    state = TrainState(network, optimizer, seed, step=1)
+    return state, state.tree(0.0)
+
+
+def tensors(tree: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the model and the optimizer, whole."""
+    found = {f"model.{name}": whole(each) for name, each in tree["model"].items()}
+    for name, moments in tree["optimizer"].items():
+        found |= {f"{key}.{name}": whole(moment) for key, moment in moments.items()}
+    return found
+
+
+def carried(folder: Path, source: str, targets: list[str]) -> list[str]:
+    """Tensors that another layout reads differently from how `source` wrote them."""
+    _, written = state_of(source, seed=1)
+    store = Store(folder, options())
+    store.save(1, written, {})
+    store.finish()
+    right, wrong = tensors(written), []
+    for target in targets:
+        _, tree = state_of(target, seed=2)
+        path = store.newest()
+        assert path is not None
+        found = tensors(store.load(path, tree))
+        assert set(found) == set(right)
+        wrong += [f"{target}: {name}" for name in right if not torch.equal(found[name], right[name])]
+    return wrong
+
+
+@pytest.mark.parametrize("source", ["fsdp4_ep4", "tp2_fsdp2_ep2_etp2"])
+def test_a_checkpoint_fits_every_layout(ranks: Ranks, tmp_path: Path, source: str) -> None:
+    targets = ["fsdp4", "fsdp4_ep2", "hsdp2x2_ep2", "tp4_ep2", "tp2_fsdp2_ep2_etp2", "fsdp4_ep4"]
+    assert ranks(4, carried, tmp_path, source, targets) == [[]] * 4
+
+
+def repeated(layout: str) -> list[float]:
+    """Norms of three steps, under deterministic algorithms."""
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        config = tiny_deepseek(n_layers=2)
+        network = parallel_network(config, degrees(layout))
+        optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
+        stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
+        return [
+            stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 2), stop=False)[1].item()
+            for step in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+
+
+def test_the_same_bits_every_time(ranks: Ranks) -> None:
+    first, second = (ranks(2, repeated, "fsdp2_ep2") for _ in range(2))
+    assert first == second
+
+
+def graphs(layout: str) -> int:
+    """How many a compiler makes of four layers, three of them with experts."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    with patch("torch.compile", lambda function, **_: made(function)):
+        compile = Compile(blocks=True, loss=False, mode="default")
+        network = parallel_network(tiny_deepseek(n_layers=4), degrees(layout), BF16, compile=compile)
+    for seed in range(2):
+        network.backward(share(rows(4, 16, 96, seed=seed), network.mesh, 1), torch.tensor(1e-2))
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_all_layers_share_their_graphs(ranks: Ranks) -> None:
+    """A dense block, and of a block with experts all of it, or what is before, beside and behind the exchange."""
+    assert ranks(2, graphs, "tp2_etp2") == [2, 2]
+    assert ranks(2, graphs, "fsdp2_ep2") == [5, 5]
