@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sums = () if given.process_group is None else (f"fault_tolerance.process_group={given.process_group}",)
     # A peer that is dead between GPUs is noticed after sum_seconds.
     groups = ("fault_tolerance=torchft", "fault_tolerance.sum_seconds=30.0", f"parallel={group}", *sums)
-    apart = ("fault_tolerance=diloco", "fault_tolerance.sync_steps=10", f"parallel={group}", *sums)
+    between = next(steps for steps in range(10, 0, -1) if given.steps % steps == 0)
+    apart = ("fault_tolerance=diloco", f"fault_tolerance.sync_steps={between}", f"parallel={group}", *sums)
     with tempfile.TemporaryDirectory() as root:
         found = {
             "one run": measure(Path(root, "one"), *common, f"parallel={whole}"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from src.cluster.folder import place
+from src.cluster.folder import group_folder, place
 from src.config.tree import Tree, identity
 
 if TYPE_CHECKING:
@@ -27,6 +27,12 @@ def scripts(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[str]:
         cluster: Any = left[0][1].cluster
         same = [point for point in left if point[1].cluster == cluster]
         left = [point for point in left if point[1].cluster != cluster]
-        shapes = [(place(run.root, run.name, identity(tree), run.folder), plan.to_dict()) for tree, run, plan in same]
+        shapes = [(folder, plan.to_dict()) for tree, run, plan in same for folder in _folders(tree, run)]
         texts.append(cluster.script(shapes))
     return texts
+
+
+def _folders(tree: Tree, run: "Run") -> list[Path]:
+    """A job's for each: of the run, or of its replica groups."""
+    whole, options = place(run.root, run.name, identity(tree), run.folder), run.fault_tolerance
+    return [group_folder(whole, number) for number in range(options.copies)] if options.on else [whole]

@@ -275,7 +275,7 @@ class Slurm(Config):
     def _parameters(self, asked: Resources, jobs: Sequence[QueuedJob]) -> dict[str, Any]:
         """In submitit's words."""
         parameters: dict[str, Any] = {
-            "job_name": jobs[0].folder.name if len(jobs) == 1 else f"{jobs[0].folder.name}+{len(jobs) - 1}",
+            "job_name": _name(jobs),
             "partition": self.partition,
             "nodes": asked.nodes,
             "ntasks_per_node": asked.tasks_per_node,
@@ -365,6 +365,11 @@ def _grouped(asked: Sequence[Resources]) -> dict[Resources, list[int]]:
     for index, each in enumerate(asked):
         groups.setdefault(each, []).append(index)
     return groups
+
+
+def _name(jobs: Sequence[QueuedJob]) -> str:
+    first, more = jobs[0].folder, f"+{len(jobs) - 1}" if len(jobs) > 1 else ""
+    return (f"{first.parents[1].name}-" if first.parent.name == "groups" else "") + first.name + more
 
 
 def _place(jobs: Sequence[QueuedJob]) -> Path:

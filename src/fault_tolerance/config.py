@@ -94,8 +94,7 @@ class TorchFT(FaultTolerance):
             )
         if asked.micro_batches < self.groups:
             found.append(
-                f"fault_tolerance.groups={self.groups}: a step has {asked.micro_batches} micro-batches to divide, so a "
-                f"group would have none; at most {asked.micro_batches} groups, a larger task.global_batch or a smaller "
-                "task.micro_batch"
+                f"fault_tolerance.groups={self.groups}: a step has {asked.micro_batches} sequences for each data rank, "
+                f"so a group would have none; at most {asked.micro_batches} groups, or a larger task.global_batch"
             )
         return found

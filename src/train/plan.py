@@ -108,7 +108,8 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
 
 def load_of(run: Run) -> Load:
     """What the memory estimate depends on; legal or not."""
-    sequences_per_pass = run.task.micro_batch * run.parallel.data_ranks
+    micro_batch = groups.micro_batch(run)
+    sequences_per_pass = micro_batch * run.parallel.data_ranks
     micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))
     if _infers(run):  # a forward pass follows no schedule: as many as any schedule likes
         micro_batches = stages.stage_count(run.parallel, run.model.n_layers)
@@ -121,7 +122,7 @@ def load_of(run: Run) -> Load:
         compiled_blocks=run.compile.blocks,
         compiled_loss=run.compile.loss,
         seq_len=run.task.seq_len,
-        micro_batch=run.task.micro_batch,
+        micro_batch=micro_batch,
         micro_batches=micro_batches,
         forward_only=_infers(run),
     )
@@ -146,7 +147,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> 
         axes={axis: degree for axis, degree in degrees.axes.items() if degree > 1},
         expert_axes=degrees.expert_axes if run.model.routed else {},
         data_ranks=degrees.data_ranks,
-        micro_batch=task.micro_batch,
+        micro_batch=load.micro_batch,
         micro_batches=load.micro_batches,
         sequences_per_step=task.global_batch,
         tokens_per_step=tokens_per_step,
@@ -374,6 +375,7 @@ def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
     found = list(run.schedule.warnings(run.task.steps)) if trains else []
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
     found += run.model.warnings()
+    found += groups.warnings(run)
     found += _batch_problems(run) if _rehearses(run) else []
     if epochs is not None and epochs > 1:
         found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")

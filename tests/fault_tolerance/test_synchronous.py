@@ -75,7 +75,7 @@ def test_killed_while_it_heals_then_all_killed_then_more_groups(tmp_path: Path, 
 
 def test_the_group_that_gives_its_state_away_is_killed(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, groups=3) as found:
-        found.start(0, troubles=[Trouble(2, "hold"), Trouble(5, "hold"), Trouble(0, "give")])
+        found.start(0, troubles=[Trouble(2, "hold"), Trouble(5, "hold"), Trouble(6, "give")])
         found.start(1, troubles=[Trouble(13, "hold")])
         found.ready(1)
         found.go(2)
@@ -112,7 +112,7 @@ def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, flo
 
 def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, groups=2) as found:
-        found.start(0, troubles=[Trouble(step, "hold") for step in (3, 8, 14, 18)])
+        found.start(0, troubles=[Trouble(step, "hold") for step in (3, 8, 14, 17)])
         found.start(1)
         found.ready(1)
         found.go(3)
@@ -125,10 +125,10 @@ def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, u
         found.start(1)
         found.ready(1, life=2)
         found.go(14)
-        found.reach(18, 0, 1)
+        found.reach(17, 0, 1)
         found.stop(0)
         found.stop(1)
-        found.go(18)
+        found.go(17)
         found.wait()
         assert [last(found.folder, group)["position"] for group in range(2)] == [19 * BATCH] * 2
         assert (found.folder / "checkpoints/step_00000019/COMPLETE.json").exists()
