@@ -20,8 +20,8 @@ def check(archive: Archive, config: ModelConfig) -> list[str]:
     table = stored(config)
     wanted = {key for each in table for key in each.keys}
     needed = {key for each in table if not each.optional for key in each.keys}
-    scales = {f"{key}{SCALE}" for key in wanted}
-    unused = {key: skipped(config, key, archive.config) for key in archive.entries if key not in wanted | scales}
+    known = wanted | {f"{key}{SCALE}" for key in wanted}
+    unused = {key: skipped(config, key, archive.config) for key in sorted(archive.entries.keys() - known)}
     problems = []
     if missing := needed - archive.entries.keys():
         problems.append(f"{archive.folder}: {len(missing)} of {len(needed)} keys missing: {some(missing)}")
