@@ -42,6 +42,7 @@ class Lighthouse:
     min_groups: int
     process: "subprocess.Popen[str] | None" = None
     address: str = ""
+    file: Path | None = None  # where groups read the address, if it may change
 
     def start(self) -> None:
         port = self.address.rpartition(":")[2] or "0"
@@ -53,6 +54,14 @@ class Lighthouse:
         self.process = subprocess.Popen(command, cwd=HOME, env=environment, stdin=pipe, stdout=pipe, text=True)
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
+        if self.file is not None:
+            self.file.write_text(self.address)
+
+    def move(self, file: Path) -> None:
+        """Serve at another port from now on, which stands in this file."""
+        self.kill()
+        self.address, self.file = "", file
+        self.start()
 
     def kill(self) -> None:
         if self.process is not None:
@@ -75,7 +84,7 @@ class Fleet:
                 group = run.group(number)
             with RunFolder.rejoin(group, code) as own:
                 own.begin(world=1)
-            arguments = (group, number, self.lighthouse.address, tuple(troubles))
+            arguments = (group, number, str(self.lighthouse.file or self.lighthouse.address), tuple(troubles))
             self.groups[number] = forkserver().Process(target=live, args=arguments, daemon=True)
             self.groups[number].start()
 

@@ -137,6 +137,19 @@ def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, u
         check(found, 2, undisturbed)
 
 
+def test_groups_follow_a_lighthouse_that_moves(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV, min_groups=2) as found:
+        found.lighthouse.move(tmp_path / "lighthouse.url")
+        found.start(0, troubles=[Trouble(6, "hold")])
+        found.start(1)
+        found.reach(6, 0, 1)
+        found.lighthouse.move(tmp_path / "lighthouse.url")
+        found.go(6)
+        found.wait()
+        check(found, 2, undisturbed)
+        assert f"step 7: the lighthouse is at {found.lighthouse.address} now" in found.log(0)
+
+
 def test_slow_not_finite_without_a_lighthouse_and_of_another_mind(
     tmp_path: Path, undisturbed: dict[int, float]
 ) -> None:
