@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with(given.launcher)
     with RunFolder.rejoin(given.folder, given.code) as folder:
         crew = Crew(Job(folder.path, folder.code), folder.begin(given.world), {}, given.grace)
-        return conclude(crew, crew.run(), folder.path).exit_code
+        return conclude(crew, crew.run(), folder.path, f"group {folder.path.name}: ").exit_code
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ class Local(Config):
         return environment | {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 
 
-def conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
-    """Record the end and say it: the failing rank's error first."""
+def conclude(crew: "Crew", failure: "Failure | None", folder: Path, title: str = "") -> Outcome:
+    """Record the end and say it: the failing rank's error first. `title`: whose rank, where groups share a terminal."""
     from src.cluster.forward import tell
 
     if crew.killed:
@@ -118,7 +118,7 @@ def conclude(crew: "Crew", failure: "Failure | None", folder: Path) -> Outcome:
         return Outcome("stopped", 0)
     if failure is not None:
         end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)
-        tell(f"rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
+        tell(f"{title}rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
         return Outcome("failed", failure.exit_code)
     newest = attempts(folder)[-1]
     if newest.ended == "finished":
