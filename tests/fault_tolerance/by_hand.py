@@ -21,7 +21,7 @@ from src.optim.state import set_learning_rate
 from src.train.plan import plan
 from src.train.run import Run
 from src.train.setup import Training, assemble
-from tests.fault_tolerance.lives import digest
+from tests.fault_tolerance.life import digest
 
 
 @dataclass(frozen=True)

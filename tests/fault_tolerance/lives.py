@@ -10,31 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import chain
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from src.cluster.folder import RunFolder
-from src.config.tree import read
 from tests.end_to_end.lives import HOME, TINY, opened
+from tests.fault_tolerance.life import Trouble, live
 
 PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
 QUICK = (
     *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=0.5", "fault_tolerance.join_seconds=0.5"),
     *("fault_tolerance.sum_seconds=10.0", "fault_tolerance.heal_seconds=20.0", "data=synthetic"),
 )
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """What happens to a group at one of its steps: to be called in the middle of it, or while it heals."""
-
-    at: int  # step that is being computed, counted from 1
-    # kill; nan; hold, until Fleet.go(at); deny: votes no, alone; killed while it heals (heal) or another does (give)
-    kind: str
 
 
 @dataclass
@@ -157,104 +146,6 @@ def fleet(root: Path, *argv: str, groups: int = 2, min_groups: int = 1) -> Itera
         yield found
     finally:
         found.close()
-
-
-def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]) -> None:
-    """A group's life, with an account of the samples of each step and of the weights that it ends with."""
-    os.environ |= {"REPLICA_GROUP_ID": str(group), "TORCHFT_LIGHTHOUSE": lighthouse}
-    log = os.open(folder / "life.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    import torch
-
-    from src.cluster.job import perform
-    from src.fault_tolerance.membership import Membership
-    from src.train.loop import Loop
-    from src.train.step import Stepper
-
-    give, vote = Membership._give, Membership.vote
-    torch.set_num_threads(1)
-    account, step, run, fetch = folder / "account.jsonl", Stepper.__call__, Loop.run, Membership._fetch
-    loops: list[Loop] = []
-
-    def now(_: Stepper) -> int:
-        """The step that is being computed."""
-        return loops[0].training.state.step + 1
-
-    def note(**facts: Any) -> None:
-        with account.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-
-    def watched(self: Stepper, batches: Any, stop: bool) -> torch.Tensor:
-        quorum = self.peers._quorum.id  # type: ignore[attr-defined]
-        note(quorum=quorum, offered=[sample for batch in batches for sample in batch.samples], step=now(self))
-        backward = self.network.backward
-
-        def troubled(batches: Any, scale: torch.Tensor) -> torch.Tensor:
-            loss = backward(batches, scale)
-            return loss + sum(befall(each, folder) for each in troubles if each.at == now(self))
-
-        with patch.object(self.network, "backward", troubled):
-            outcome = step(self, batches, stop)
-        if self.peers.counted:
-            note(quorum=quorum, counted=now(self), loss=outcome[0].item())
-        return outcome
-
-    def healed(self: Membership, answer: Any) -> Any:
-        if any(trouble.kind == "heal" for trouble in troubles):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return fetch(self, answer)
-
-    def given(self: Membership, answer: Any, own: Any) -> None:
-        step = loops[0].training.state.step + 1
-        if any(trouble.kind == "give" and trouble.at <= step for trouble in troubles):
-            os.kill(os.getpid(), signal.SIGKILL)
-        give(self, answer, own)
-
-    def voted(self: Membership, *, fine: bool) -> bool:
-        step = loops[0].training.state.step + 1
-        return vote(self, fine=fine and not any(each.kind == "deny" and each.at == step for each in troubles))
-
-    def whole(self: Loop) -> bool:
-        loops.append(self)
-        state = self.training.state
-        finished = run(self)
-        note(end=state.step, position=state.position, tokens=state.tokens, weights=digest(self.training.network))
-        return finished
-
-    with (
-        patch.object(Stepper, "__call__", watched),
-        patch.object(Loop, "run", whole),
-        patch.object(Membership, "_fetch", healed),
-        patch.object(Membership, "_give", given),
-        patch.object(Membership, "vote", voted),
-    ):
-        perform(read(folder / "config.yaml"), folder)
-    os._exit(0)
-
-
-def befall(trouble: Trouble, folder: Path) -> float:
-    """What is added to the loss."""
-    if trouble in DONE:
-        return 0.0
-    DONE.append(trouble)
-    if trouble.kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while trouble.kind == "hold" and not (folder.parents[1] / f"go_{trouble.at}").exists():
-        time.sleep(0.01)
-    return float("nan") if trouble.kind == "nan" else 0.0
-
-
-DONE: list[Trouble] = []  # each comes once in a life
-
-
-def digest(network: Any) -> str:
-    """Of every bit of the weights."""
-    total = sha256()
-    for name, tensor in sorted(network.tensors().items()):
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        total.update(name.encode() + local.detach().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def account(folder: Path, group: int) -> list[dict[str, Any]]:

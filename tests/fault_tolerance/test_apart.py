@@ -15,7 +15,8 @@ from src.train.run import Run
 from tests.end_to_end.lives import TINY, live, opened, series
 from tests.fault_tolerance import lives
 from tests.fault_tolerance.by_hand import Life, Method, simulate
-from tests.fault_tolerance.lives import Fleet, Trouble, account, fleet, last
+from tests.fault_tolerance.life import Trouble
+from tests.fault_tolerance.lives import Fleet, account, fleet, last
 from tests.ranks import Ranks
 
 STEPS = 12

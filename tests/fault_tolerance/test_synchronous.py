@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_tolerance.lives import Fleet, Trouble, audited, fleet, last, losses, seen
+from tests.fault_tolerance.life import Trouble
+from tests.fault_tolerance.lives import Fleet, audited, fleet, last, losses, seen
 
 STEPS, BATCH = 24, 4
 ARGV = (f"task.steps={STEPS}", f"task.global_batch={BATCH}", "checkpoint.every=10")
