@@ -25,7 +25,7 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         split_experts(model, mesh)
     split_context(model, mesh.context, mesh.degrees)
     experts_apart = mesh.degrees.expert > 1
-    recompute.apply(model, experts_apart=experts_apart)
+    recompute.apply_within(model, experts_apart=experts_apart)
     compile.apply(
         model,
         budget=recompute.budget,
@@ -33,5 +33,6 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         pipeline_products=mesh.degrees.async_tensor,
         experts_apart=experts_apart,
     )
+    recompute.apply_around(model)
     shard(model, mesh, precision)
     watch(model, mesh)

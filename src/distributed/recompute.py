@@ -60,18 +60,23 @@ class Recompute(Config):
         number = self.every if self.mode == "every" else self.budget
         return self.mode if number is None else f"{self.mode} {number:g}"
 
-    def apply(self, model: "Decoder", *, experts_apart: bool = False) -> None:
-        """Before compiling, so that the compiler sees both passes; names of parameters do not change.
+    def apply_within(self, model: "Decoder", *, experts_apart: bool = False) -> None:
+        """Before compiling: what an operator decides is for the compiler to see, in both passes.
 
-        `experts_apart`: as in `Compile.apply`.
+        `experts_apart`: as in `Compile.apply`. Tokens that have travelled are kept.
         """
         assert self.mode != "auto", "the plan chooses: src.train.choice"
-        if self.mode in ("none", "budget"):  # a budget is kept by the compiler: see Compile.apply
-            return
         if self.mode == "selective":
-            # What a compiler makes one graph of is repeated by itself, and tokens that travelled are kept.
             for owner, method in model.graphs(experts_apart=experts_apart):
                 _wrap(owner, method, _selective)
+
+    def apply_around(self, model: "Decoder") -> None:
+        """After compiling: whole blocks are repeated by running their graphs again.
+
+        Inside of a graph torch 2.13 would keep the mesh of its DTensors among the tensors, and fail. A budget is kept
+        by the compiler: see `Compile.apply`.
+        """
+        if self.mode not in ("full", "every"):
             return
         for name, block in model.layers.items():
             # By the layer's number in the whole model: each part of a pipeline and each rebuild wraps the same blocks.
