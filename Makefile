@@ -20,7 +20,7 @@ demo: $(READY)
 
 # Two processes of tests (tests/conftest.py says which run where); one thread in each: ranks of a test share the cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 # A SLURM of three pretend nodes on this machine, until Ctrl-C; it says what to type. Needs root, slurm-wlm and munge.
 slurm: $(READY)
