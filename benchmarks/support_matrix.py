@@ -60,7 +60,7 @@ CONCERNS = {
     **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "float8_experts.py"), "no cell"),
 }
 
-MOST_RANKS = 8
+MOST_RANKS, MOST_RANKS_ROUTED = 8, 4  # every way to spread experts fits four
 # 4 layers for two stages on each of two ranks, 4 key heads for tp4, 64 tokens for two pieces on each of 2 x 2 ranks.
 SMALL = (
     *("task=verify", "task.steps=2", "task.seq_len=64", "task.global_batch=8", "task.micro_batch=1", "cluster.gpus=0"),
@@ -149,7 +149,8 @@ def meaning(code: str) -> str:
 def layouts(*, routed: bool = False) -> list[str]:
     """The presets that fit, the smallest first; those that spread experts for a `routed` model only."""
     presets = {option: section("parallel", option) for option in options("parallel")}
-    fitting = [name for name, each in presets.items() if each.world <= MOST_RANKS and (routed or each.expert == 1)]
+    most = MOST_RANKS_ROUTED if routed else MOST_RANKS
+    fitting = [name for name, each in presets.items() if each.world <= most and (routed or each.expert == 1)]
     return sorted(fitting, key=lambda option: (presets[option].world, option))
 
 
