@@ -18,9 +18,11 @@ demo: $(READY)
 	esac; \
 	set -x; $(PY) launch.py experiment=demo $$layout $(ARGS)
 
-# Two processes of tests (tests/conftest.py says which run where); one thread in each: ranks of a test share the cores.
+# Two processes, each with whole files, and one thread per process: ranks of a test share the cores. Tests on SLURM have
+# deadlines and come alone.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/slurm $(ARGS)
+	$(if $(ARGS),,OMP_NUM_THREADS=1 $(PY) -m pytest tests/slurm)
 
 # A SLURM of three pretend nodes on this machine, until Ctrl-C; it says what to type. Needs root, slurm-wlm and munge.
 slurm: $(READY)

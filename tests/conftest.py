@@ -2,11 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -18,11 +15,7 @@ from tests.ranks import Ranks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those on SLURM first: they mostly wait, so other processes have the cores meanwhile.
-
-    Tests for CUDA devices are left out, not skipped, where there are none.
-    """
-    items.sort(key=lambda item: item.path.parent.name != "slurm")
+    """Tests for CUDA devices are left out, not skipped, where there are none."""
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not marked or torch.cuda.is_available():
         return
@@ -33,18 +26,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not torch.cuda.is_available():
         terminalreporter.write_line("tests marked gpu were left out: torch sees no CUDA device here")
-
-
-class ByFile(LoadScopeScheduling):
-    """The tests of a file share a process of pytest-xdist, and so do all of tests/slurm, which have one cluster."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "slurm" if Path(file).parent.name == "slurm" else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
