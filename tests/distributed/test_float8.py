@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from benchmarks.support_matrix import measured
+from benchmarks.support_matrix import DENSE, measured
 from src.distributed.float8 import Float8
 from src.distributed.mesh import Mesh
 from src.distributed.precision import Precision
@@ -81,7 +81,7 @@ def _scale(module: nn.Module) -> tuple[float, float]:
 def test_schedules_that_split_the_backward(ranks: Ranks, schedule: str) -> None:
     """They ask a float8 product for the gradient of its input first, and for that of its weight later."""
     overrides = ("parallel=pp2", f"parallel.pipeline_schedule={schedule}", "precision=fp8")
-    cell = measured(ranks, (*overrides, "precision.float8.emulate=true"))
+    cell = measured(ranks, (*overrides, *DENSE, "precision.float8.emulate=true"))
     assert cell["loss"] < 1e-4, cell
     assert cell["gradient"] < 0.01, cell
 
