@@ -18,11 +18,9 @@ demo: $(READY)
 	esac; \
 	set -x; $(PY) launch.py experiment=demo $$layout $(ARGS)
 
-# Two processes, each with whole files, and one thread per process: ranks of a test share the cores. Tests on SLURM have
-# deadlines and come alone.
+# One test after another, one thread per process: many have ranks of their own, which share the cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --ignore tests/slurm $(ARGS)
-	$(if $(ARGS),,OMP_NUM_THREADS=1 $(PY) -m pytest tests/slurm)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
 
 # A SLURM of three pretend nodes on this machine, until Ctrl-C; it says what to type. Needs root, slurm-wlm and munge.
 slurm: $(READY)
