@@ -352,7 +352,9 @@ def _float8_problems(run: Run, devices: Devices | None) -> list[str]:
 
 def _kernel_problems(run: Run, devices: Devices | None) -> list[str]:
     narrowest = min(run.model.head_widths)
-    if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD or not _has_gpu(run, devices):
+    if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD:
+        return []
+    if devices is None or not _has_gpu(run, devices):  # ranks on a CPU plan again, without asking for devices
         return []
     return [
         f"model.attention=flex has no GPU kernel for heads of {narrowest} elements, only from {NARROWEST_FLEX_HEAD}; "

@@ -14,9 +14,10 @@ from src.cluster import search as searches
 from src.cluster.ledger import Ledger
 from src.cluster.ledger import Point as Entered
 from src.cluster.search import Optuna, Search, distributions, remembered
-from src.config.compose import Point, asked
+from src.config.compose import Complete, Point, asked
 from src.config.space import Choices, Interval, ranges
 from src.errors import ConfigError
+from src.tasks.source import completed
 from tests.cluster.sweeps import failed, finished, tree
 
 SPACE = {"optim.lr": "tag(log,interval(1e-5,1e-1))", "seed": "0,1"}
@@ -73,7 +74,8 @@ class Study:
         monkeypatch.setattr(searches, "ready", lambda _, points: points)
         monkeypatch.setattr(searches, "hand_over", self.hand_over)
 
-    def point(self, _: Sequence[str], texts: dict[str, str]) -> Point:
+    def point(self, _: Sequence[str], texts: dict[str, str], complete: Complete) -> Point:
+        assert complete is completed
         return Point(tree(self.root, seed=int(texts["seed"]), optim={"lr": float(texts["optim.lr"])}), texts)
 
     def hand_over(self, ledger: Ledger, points: Sequence[Entered], *, wait: bool) -> None:

@@ -55,7 +55,7 @@ def opened(*argv: str) -> Path:
     finally:
         sys.argv[:] = before
     source, corpus = wanted(tree, run), feed(run)
-    facts = plan(run, corpus).to_dict()
+    facts = plan(run, corpus, run.cluster.devices()).to_dict()
     identity = trees.identity(tree)
     with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity, folder=run.folder) as folder:
         if corpus is not None:
