@@ -1,5 +1,6 @@
 """The group fault_tolerance: how many copies of the layout train together, and what happens when one is gone."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -37,9 +38,9 @@ class FaultTolerance(Config):
         """The run's folder, of the one that a rank was given: a group has its own inside."""
         return folder
 
+    @abstractmethod
     def join(self, ranks: "Ranks") -> "Peers":
         """This group's view of the others; nothing is sent before the first step."""
-        raise NotImplementedError
 
     def problems(self, asked: Asked) -> list[str]:
         """What cannot work."""
