@@ -3,25 +3,20 @@
 To its ranks it is what `python launch.py` is to those of a run without groups; src/cluster/groups.py starts it again.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from src.cluster.crew import Crew
 from src.cluster.folder import RunFolder
-from src.cluster.job import Job, end_with
+from src.cluster.job import Job, by_launcher, end_with
 from src.cluster.local import conclude
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m src.cluster.group", description="One attempt of a replica group.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--code", required=True, help="hash of the snapshot below <folder>/code")
+    parser = by_launcher("src.cluster.group", "One attempt of a replica group.")
     parser.add_argument("--world", type=int, required=True, help="ranks of this group")
     parser.add_argument("--grace", type=float, required=True, help="seconds between a signal and the end by force")
-    parser.add_argument("--launcher", type=int, required=True, help="pid; this process ends with it")
     given = parser.parse_args(arguments)
     end_with(given.launcher)
     with RunFolder.rejoin(given.folder, given.code) as folder:

@@ -70,13 +70,19 @@ def perform(tree: trees.Tree, folder: Path) -> bool:
     return finished
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """A rank that src/cluster/local.py started."""
-    parser = argparse.ArgumentParser(prog="python -m src.cluster.job", description="One rank of a run folder.")
+def by_launcher(module: str, description: str) -> argparse.ArgumentParser:
+    """What every process on a run folder is told by the one that starts it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--code", required=True, help="hash of the snapshot below <folder>/code")
+    parser.add_argument("--launcher", type=int, required=True, help="pid; this process ends with it")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """A rank that src/cluster/local.py started."""
+    parser = by_launcher("src.cluster.job", "One rank of a run folder.")
     parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, for the log")
-    parser.add_argument("--launcher", type=int, required=True, help="pid; this rank ends with it")
     given = parser.parse_args(arguments)
     end_with(given.launcher)
     # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.

@@ -3,7 +3,6 @@
 `python -m src.cluster.pack <folder> ...` starts one of them: ranks of this machine, as cluster=local does.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -128,16 +127,13 @@ class Pack:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The launcher of one run; its exit code is the run's, 75 for one that saved and stopped."""
-    from src.cluster.job import end_with
+    from src.cluster.job import by_launcher, end_with
     from src.cluster.queued import SAVED_NOT_REQUEUED
 
-    parser = argparse.ArgumentParser(prog="python -m src.cluster.pack")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--code", required=True)
-    parser.add_argument("--world", type=int, required=True)
-    parser.add_argument("--grace", type=float, required=True)
-    parser.add_argument("--launcher", type=int, required=True)
-    parser.add_argument("--cpu", action="store_true")
+    parser = by_launcher("src.cluster.pack", "One attempt of a run that shares its node with others.")
+    parser.add_argument("--world", type=int, required=True, help="ranks of the run")
+    parser.add_argument("--grace", type=float, required=True, help="seconds between a signal and the end by force")
+    parser.add_argument("--cpu", action="store_true", help="the node gives the run no GPU")
     given = parser.parse_args(arguments)
     end_with(given.launcher)
     local = Local(gpus=0 if given.cpu else None, gpu_memory_gib=None, threads=None, grace_seconds=given.grace)
