@@ -15,9 +15,11 @@ from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import complete, is_complete, step_folder, step_of
 from src.config.groups import CONF
 from src.config.tree import Tree, read
+from src.config.wording import nearest
 from src.errors import CheckpointError
 from src.hugging_face.hub import fetch
 from src.hugging_face.load import model_section, noted
+from src.models.stored import some
 from src.tasks.earlier import check_typed, sections
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     """With the sections of an earlier run, and its newest step where none is given."""
     task = tree["task"]
     folder = Path(task["run"]).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml{_meant(folder, tree)}")
     checkpoint = find(folder, task.get("step"))
     _check_trust(folder, tree)
     earlier = sections(folder)
@@ -115,10 +119,21 @@ def _tokenizer(folder: Path) -> Tree:
     return {"_target_": TOKENIZER, "path": str(folder), "bos": None, "eos": None}
 
 
+def _meant(folder: Path, tree: Tree) -> str:
+    """For an error: weights of another layout, or runs beside it or in the root with a name like this one's."""
+    if (folder / "config.json").is_file():
+        return f"; it is in Hugging Face layout: pass run={FOREIGN}{folder}"
+    places = (place for place in (folder.parent, Path(tree["root"]).absolute()) if place.is_dir())
+    runs = {run.name: run for place in places for run in place.iterdir() if complete(run / "checkpoints")}
+    begun = [name for name in runs if name.startswith(folder.name)]  # such as a name without its hash
+    near = begun or [name for name in (nearest(folder.name, runs),) if name]
+    if near:
+        return f"; did you mean {some(str(runs[name]) for name in near)}?"
+    return f"; there are: {some(map(str, runs.values()))}" if runs else ""
+
+
 def find(folder: Path, step: object) -> Path:
     """The checkpoint of a step, or the newest one, in a run folder."""
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml")
     there = complete(folder / "checkpoints")
     if not there:
         raise CheckpointError(f"task.run={folder}: has no complete checkpoint")

@@ -72,8 +72,29 @@ def test_what_it_cannot_name_is_refused(earlier: Path, argv: tuple[str, ...], sa
     assert said in told
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("runs/earlier-1234567", "; did you mean {runs}/earlier-12345678?"),
+        ("runs/earlier", "; did you mean {runs}/earlier-12345678?"),
+        ("elsewhere/earlier-12345678", "; did you mean {runs}/earlier-12345678?"),
+        ("runs/other", "; there are: {runs}/earlier-12345678"),
+        ("export", "; it is in Hugging Face layout: pass run=hf:{home}/export"),
+    ],
+)
+def test_a_folder_that_is_no_run_names_the_one_that_was_meant(earlier: Path, typed: str, said: str) -> None:
+    """A misspelt name, one without its hash, another folder than the root, nothing like it, weights of another kind."""
+    home = earlier.parent.parent
+    (earlier.parent / "earlier-12345679").mkdir()  # no run
+    (home / "export").mkdir()
+    (home / "export/config.json").write_text("{}")
+    folder = home / typed
+    said = said.format(runs=earlier.parent, home=home)
+    (told,) = problems(composed, "task=generate", f"run={folder}", f"root={earlier.parent}")
+    assert told == f"task.run={folder}: no run folder, it has no config.yaml{said}"
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert problems(find, tmp_path, None) == (f"task.run={tmp_path}: no run folder, it has no config.yaml",)
     (tmp_path / "config.yaml").write_text("{}")
     assert problems(find, tmp_path, None) == (f"task.run={tmp_path}: has no complete checkpoint",)
 
