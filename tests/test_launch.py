@@ -120,6 +120,11 @@ def test_problems_of_several_points_come_at_once_and_once() -> None:
     ]
 
 
+def test_what_is_missing_of_every_point_is_told_once_and_by_us_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    assert problems("-m", "tokenizer=file", "seed=0,1") == ["tokenizer.path: missing; pass tokenizer.path=..."]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_sweep_composes_each_point_and_writes_nothing(somewhere: Path) -> None:
     trees = composed("seed=0,1", "-m", "optim.lr=1e-4,2e-4", "name=lr_${optim.lr}")
     assert [(tree["seed"], tree["optim"]["lr"], tree["name"]) for tree in trees] == [

@@ -94,7 +94,7 @@ class _Seen:
         self.points: list[Point] = []
         self.params: dict[str, str] = {}
         self.mode: RunMode | None = None
-        self.error: UserError | None = None
+        self.errors: list[UserError] = []
 
     def compose(self, given: list[str]) -> None:
         @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -117,10 +117,8 @@ class _Seen:
         try:  # here, because ${hydra:...} can be told only while Hydra runs this config
             spell_out(cfg, overrides)
             self.points.append(Point(self.complete(resolve(cfg), overrides), overrides))
-        except UserError as error:
-            if self.mode == RunMode.MULTIRUN:
-                raise
-            self.error = error
+        except UserError as error:  # kept, since Hydra would print a line of its own about it
+            self.errors.append(error)
 
     @property
     def searches(self) -> bool:
@@ -128,8 +126,10 @@ class _Seen:
         return bool(OmegaConf.select(self.configs[0][0], "sweep.trials"))
 
     def resolved(self) -> list[Point]:
-        if self.error is not None:
-            raise self.error
+        if len({error.problems for error in self.errors}) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise UserError(dict.fromkeys(line for error in self.errors for line in error.problems))
         return self.points
 
 
