@@ -79,6 +79,12 @@ def partitions() -> list[str]:
     return sorted(set(_ask("sinfo", "--noheader", "--format=%R").split()))
 
 
+def default_partition() -> str | None:
+    """Where SLURM queues what names no partition."""
+    marked = [each for each in _ask("sinfo", "--noheader", "--format=%P").split() if each.endswith("*")]
+    return marked[0].removesuffix("*") if marked else None
+
+
 def nodes(partition: str) -> list[NodeFacts]:
     """Every node of a partition, or of several as "a,b"; none when there is no such partition."""
     lines = _ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%m|%G|%l").splitlines()

@@ -34,18 +34,24 @@ class Resources:
         return self.nodes * self.tasks_per_node
 
 
-def problems(site: "Slurm", asked: Sequence[Resources], there: Sequence[NodeFacts], names: Sequence[str]) -> list[str]:
-    """What the partition cannot give, each with the nearest that it can. `names`: of all partitions."""
-    unknown = [each for each in site.partition.split(",") if each not in names]
+def problems(
+    site: "Slurm", asked: Sequence[Resources], partition: str | None, there: Sequence[NodeFacts], names: Sequence[str]
+) -> list[str]:
+    """What the partition cannot give, each with the nearest that it can. `partition`: the site's, or SLURM's default;
+    `there`: its nodes; `names`: of all partitions.
+    """
+    if partition is None:
+        return [f"cluster.partition=null: this SLURM has no default partition; there are: {', '.join(names)}"]
+    unknown = [each for each in partition.split(",") if each not in names]
     if unknown or not there:
-        return [_unknown(each, names) for each in unknown or [site.partition]]
+        return [_unknown(each, names) for each in unknown or [partition]]
     found: list[str] = []
     limits = [node.limit_minutes for node in there]
     longest = None if None in limits else max(limit for limit in limits if limit is not None)
     if longest is not None and site.minutes > longest:
-        found.append(f"cluster.minutes={site.minutes}: partition {site.partition} allows at most {longest}")
+        found.append(f"cluster.minutes={site.minutes}: partition {partition} allows at most {longest}")
     for each in dict.fromkeys(asked):
-        found += _misfits(site, each, there)
+        found += _misfits(site, each, partition, there)
     return list(dict.fromkeys(found))
 
 
@@ -55,28 +61,28 @@ def _unknown(partition: str, names: Sequence[str]) -> str:
     return f"cluster.partition={partition}: no such partition; {meant}there are: {', '.join(names)}"
 
 
-def _misfits(site: "Slurm", asked: Resources, there: Sequence[NodeFacts]) -> list[str]:
+def _misfits(site: "Slurm", asked: Resources, partition: str, there: Sequence[NodeFacts]) -> list[str]:
     """Each limit by itself, then all together."""
     tasks, found = asked.tasks_per_node, []
     most_gpus = max(node.gpus for node in there)
     if site.asks_gpus and tasks > most_gpus:
-        found.append(f"cluster.gpus_per_node={site.gpus_per_node}: nodes of {site.partition} have {most_gpus}")
+        found.append(f"cluster.gpus_per_node={site.gpus_per_node}: nodes of {partition} have {most_gpus}")
     most_cpus = max(node.cpus for node in there)
     if tasks * asked.cpus_per_task > most_cpus:
         found.append(
-            f"cluster.cpus_per_gpu={asked.cpus_per_task} for {tasks} ranks per node: nodes of {site.partition} have "
+            f"cluster.cpus_per_gpu={asked.cpus_per_task} for {tasks} ranks per node: nodes of {partition} have "
             f"{most_cpus} cores; at most {most_cpus // tasks}"
         )
     most_mib = max(node.memory_mib for node in there)
     if asked.memory_gib is not None and asked.memory_gib * _MIB > most_mib:
         found.append(
             f"cluster.memory_gib_per_gpu={site.memory_gib_per_gpu:g} for {tasks} ranks per node: nodes of "
-            f"{site.partition} have {most_mib / _MIB:.1f} GiB; at most {int(10 * most_mib / _MIB / tasks) / 10:g}"
+            f"{partition} have {most_mib / _MIB:.1f} GiB; at most {int(10 * most_mib / _MIB / tasks) / 10:g}"
         )
     fitting = [node for node in there if _fits(site, asked, node)]
     if not found and asked.nodes > len(fitting):
         found.append(
-            f"parallel asks for {asked.nodes} nodes of {tasks} GPUs: {site.partition} has {len(fitting)}; choose a "
+            f"parallel asks for {asked.nodes} nodes of {tasks} GPUs: {partition} has {len(fitting)}; choose a "
             f"layout of at most {len(fitting) * tasks} ranks"
         )
     return found

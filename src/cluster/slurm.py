@@ -85,7 +85,7 @@ class Submitted:
 class Slurm(Config):
     """Facts of a site."""
 
-    partition: str
+    partition: str | None
     account: str | None
     qos: str | None
     constraint: str | None
@@ -206,7 +206,8 @@ class Slurm(Config):
         if not queue.available():
             raise PlanError("cluster=slurm: no sbatch on this machine; go to a login node, or pass cluster=local")
         try:
-            found = problems(self, asked, queue.nodes(self.partition), queue.partitions())
+            names, partition = queue.partitions(), self.partition or queue.default_partition()
+            found = problems(self, asked, partition, queue.nodes(partition) if partition else [], names)
             live = _live(folders)
         except queue.SilentError as error:
             raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error

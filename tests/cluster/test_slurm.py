@@ -116,12 +116,14 @@ def test_several_kinds_of_nodes() -> None:
     """A layout must find enough nodes that can hold it, not enough nodes."""
     there = [NodeFacts(f"n{number}", 96, 1000 * 1024, 8 if number < 2 else 4, 600) for number in range(6)]
     asked = [Resources.of(site(minutes=60), shape) for shape in (TWO_NODES, PART_OF_ONE)]
-    assert problems(site(minutes=60), asked, there, ["h100"]) == []
+    assert problems(site(minutes=60), asked, "h100", there, ["h100"]) == []
     four = Resources.of(site(), TWO_NODES | {"nodes": 4})
-    (line,) = problems(site(minutes=60), [four], there, ["h100"])
+    (line,) = problems(site(minutes=60), [four], "h100", there, ["h100"])
     assert line == "parallel asks for 4 nodes of 8 GPUs: h100 has 2; choose a layout of at most 16 ranks"
-    (line,) = problems(site(minutes=601), [asked[0]], there, ["h100"])
+    (line,) = problems(site(minutes=601), [asked[0]], "h100", there, ["h100"])
     assert line == "cluster.minutes=601: partition h100 allows at most 600"
+    (line,) = problems(site(), asked, None, [], ["a100", "h100"])
+    assert line == "cluster.partition=null: this SLURM has no default partition; there are: a100, h100"
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def test_what_the_partition_cannot_give_is_refused_before_sbatch(site: Site) -> 
         "cluster.memory_gib_per_gpu=12 for 2 ranks per node: nodes of high have 19.5 GiB; at most 9.7",
     ):
         assert line in done.stderr
+    done = site.launch("cluster=slurm", "cluster.minutes=9000", "name=refused", check=False)
+    assert "cluster.minutes=9000: partition low allows at most 5760" in done.stderr, "SLURM's default partition"
     done = site.launch(*site.site(), "parallel=fsdp4", "name=refused", check=False)
     assert "parallel asks for 4 nodes of 1 GPUs: low has 3; choose a layout of at most 3 ranks" in done.stderr
 
