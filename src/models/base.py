@@ -22,6 +22,11 @@ class Layout(Grid, Protocol):
     def pipeline(self) -> int: ...
 
 
+def pass_multiple(layout: Layout) -> int:
+    """Tokens that a layout can cut evenly: two pieces for each context rank, and each of them for the tensor ranks."""
+    return 2 * layout.context * layout.tensor
+
+
 class ModelConfig(Config):
     """Shape of a network. Everything but `build` is arithmetic: no torch, no allocation, microseconds for any size."""
 
@@ -62,6 +67,12 @@ class ModelConfig(Config):
     @abstractmethod
     def head_widths(self) -> tuple[int, int]:
         """Elements of a head's query and key, and of its value."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values that a core is given: of latent attention one for each query, expanded."""
+        heads: int = getattr(self, "n_kv_heads", self.n_heads)
+        return heads
 
     def attention_width(self) -> int:
         """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""

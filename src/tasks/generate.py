@@ -1,6 +1,7 @@
 """task=generate: text from a checkpoint."""
 
 import json
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -8,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from src.config.base import Config, PathField
 from src.errors import DataError
+from src.models.base import pass_multiple
 
 if TYPE_CHECKING:
     from src.train.run import Run
@@ -79,6 +81,15 @@ class Generate(Config):
                     f"{run.model.max_seq_len}; at most task.max_tokens={max(run.model.max_seq_len - length, 0)}"
                 )
         return found
+
+    def remembered(self, run: "Run") -> tuple[int, int]:
+        """Texts at once on a data rank, and columns of the longest; none where `problems` has something to say."""
+        if self.problems(run):
+            return 0, 0
+        tokenizer = run.tokenizer.open(run.cache, run.data)
+        lengths = [len(tokenizer.prompt(text)) for text in self.texts()]
+        texts = min(self.batch, ceil(len(lengths) / run.parallel.data_ranks))
+        return texts, max(lengths) + self.max_tokens + pass_multiple(run.parallel)
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Collective: a rank's whole life."""

@@ -1,7 +1,6 @@
 """What each rank of task=generate does: build the layout, fill it, go on from every prompt."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +23,7 @@ def write(task: Generate, run: Run, folder: Path) -> bool:
     ranks = Ranks.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
-    run = _holding_weights(run)
+    run = run.holding_weights()
     network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
     origin = load(task, run, network, folder)
     tokenizer, texts = run.tokenizer.open(run.cache, run.data), task.texts()
@@ -47,13 +46,6 @@ def write(task: Generate, run: Run, folder: Path) -> bool:
         _tell(origin, list(zip(texts, answers, strict=True)), folder)
     ranks.leave()
     return True
-
-
-def _holding_weights(run: Run) -> Run:
-    """Where every rank has all of its matrices anyway, they stay cast to the compute dtype from token to token."""
-    if run.parallel.fsdp > 1 or run.parallel.reshard != "default":
-        return run
-    return replace(run, parallel=run.parallel.model_copy(update={"reshard": "never"}))
 
 
 def _tell(origin: Path, texts: list[tuple[str, str]], folder: Path) -> None:

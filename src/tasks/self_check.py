@@ -19,6 +19,7 @@ from src.hugging_face.archive import quantisation, read_json
 from src.hugging_face.check import SCALE
 from src.hugging_face.load import load
 from src.hugging_face.write import BLOCK
+from src.models.base import pass_multiple
 
 PLACES = 8  # of the text
 SENTENCE = 24  # tokens that transformers goes on with
@@ -42,9 +43,8 @@ def places_of(ids: Sequence[int]) -> list[int]:
 
 def native_logits(network: Network, ids: Sequence[int]) -> Logits:
     """Collective. After some of the tokens of a text."""
-    degrees = network.mesh.degrees
-    multiple = 2 * degrees.context * degrees.tensor  # what a layout can cut; padding comes after, where nobody looks
-    row = torch.tensor([[*ids, *[0] * (-len(ids) % multiple)]], device=network.device)
+    padding = -len(ids) % pass_multiple(network.mesh.degrees)  # comes after, where nobody looks
+    row = torch.tensor([[*ids, *[0] * padding]], device=network.device)
     with network.inference():
         return {place: network.logits(row, place, None, None)[0].float().cpu() for place in places_of(ids)}
 

@@ -43,6 +43,8 @@ class Load:
     micro_batch: int
     micro_batches: int
     forward_only: bool
+    texts: int  # whose keys and values are kept while they grow, at once on this rank; 0: of a task that writes none
+    columns: int  # of the longest of them
 
     def changed(self, **changes: object) -> "Load":
         return replace(self, **changes)  # type: ignore[arg-type]  # names and types are those of the fields above
@@ -55,6 +57,7 @@ class Memory:
     parameters: int  # this rank's share, in the storage dtype
     gradients: int  # this rank's share, or the whole accumulated gradient between synchronisations
     optimizer: int
+    cache: int  # keys and values of texts that are gone on with
     gathered: int  # weights gathered for use, in the compute dtype
     reducing: int  # the gradient of the largest unit while ranks add it up
     activations: int  # kept for the backward, all blocks and micro-batches in flight
@@ -100,7 +103,8 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
     if load.forward_only:  # one block at a time, and nothing is kept for a backward
         optimizer = gradients = accumulated = reducing = activations = 0
     loss = _loss(load, weights) if share.has_head else 0
-    resident = parameters + optimizer
+    cache = _cache(load, share)
+    resident = parameters + optimizer + cache
     held = _held(load, share, activations, accumulated)
     at_loss = resident + gathered + held + loss
     at_backward = resident + gathered + held + reducing + working
@@ -109,6 +113,7 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
         parameters=parameters,
         gradients=max(gradients, accumulated),
         optimizer=optimizer,
+        cache=cache,
         gathered=gathered,
         reducing=reducing,
         activations=activations,
@@ -209,6 +214,13 @@ def _activations(load: Load, share: Share) -> tuple[int, int]:
         assert recompute.budget is not None, "auto is settled before"
         kept = saved.input + int(recompute.budget * (saved.whole - saved.input))
     return int(share.in_flight * layers * kept), max(0, saved.whole - kept) + saved.working
+
+
+def _cache(load: Load, share: Share) -> int:
+    """Bytes that the attention cores of this rank remember in the compute dtype: src/models/cache.py."""
+    heads = load.model.kv_heads // load.degrees.tensor
+    elements = load.texts * load.columns * heads * sum(load.model.head_widths)
+    return len(share.layers) * elements * BYTES[load.precision.compute]
 
 
 def _travelling(load: Load, share: Share) -> int:

@@ -10,6 +10,7 @@ PARTS = {
     "activations": "activations",
     "optimizer": "optimizer state",
     "parameters": "parameters",
+    "cache": "keys and values of texts",
     "gradients": "gradients",
     "gathered": "gathered weights",
     "loss": "loss",
@@ -82,8 +83,9 @@ def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     if not load.compiled_blocks and not degrees.splits_backward:
         yield "compile=blocks", load.changed(compiled_blocks=True, compiled_loss=True)
     if load.micro_batch % 2 == 0:
-        halved = load.changed(micro_batch=load.micro_batch // 2, micro_batches=2 * load.micro_batches)
-        yield f"task.micro_batch={load.micro_batch // 2}", halved
+        batch = load.micro_batch // 2
+        halved = load.changed(micro_batch=batch, micro_batches=2 * load.micro_batches, texts=min(load.texts, batch))
+        yield f"task.{'batch' if load.texts else 'micro_batch'}={batch}", halved
     shard = 2 * degrees.shard
     wider = degrees.model_copy(update={"shard": shard})
     yield f"parallel.shard={shard}", load.changed(degrees=wider, micro_batches=max(1, load.micro_batches // 2))
@@ -91,7 +93,7 @@ def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     if not load.model.problems(tensor):
         yield f"parallel.tensor={2 * degrees.tensor}", load.changed(degrees=tensor)
     if not degrees.lets_go:
-        policy = "always" if degrees.pipeline > 1 else "default"
+        policy = "always" if degrees.pipeline > 1 or load.texts else "default"
         again = degrees.model_copy(update={"reshard": policy})
         yield f"parallel.reshard={policy}", load.changed(degrees=again)
     if load.micro_batches > 1 and not degrees.sync_each_micro_batch:

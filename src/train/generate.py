@@ -11,6 +11,7 @@ from torch import Tensor
 from src.distributed.collectives import any_rank
 from src.distributed.network import Network
 from src.distributed.weights import seed_of
+from src.models.base import pass_multiple
 from src.models.cache import Cache, attending
 from src.train.draw import Rule, draw
 
@@ -61,7 +62,7 @@ class Group:
         rows = self.numbers or numbers[:1]
         # All ranks take passes of the same length: those of one data rank share matrices with those of others.
         self.width = max(len(prompt) for prompt in prompts.values())
-        self.multiple = 2 * mesh.degrees.context * mesh.degrees.tensor  # what a layout can cut a sequence into
+        self.multiple = pass_multiple(mesh.degrees)
         padding = [self.width - len(prompts[number]) for number in rows]
         self.tokens = torch.tensor([[0] * gap + list(prompts[i]) for i, gap in zip(rows, padding, strict=True)])
         self.network, self.count = network, count

@@ -20,7 +20,7 @@ from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
 from src.train.fit import told
-from src.train.run import Compares, Devices, Infers, Nodes, Rehearses, Run, Validates
+from src.train.run import Compares, Devices, Infers, Nodes, Rehearses, Remembers, Run, Validates
 
 NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
 
@@ -108,6 +108,10 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
 
 def load_of(run: Run) -> Load:
     """What the memory estimate depends on; legal or not."""
+    texts, columns = 0, 0
+    if isinstance(run.task, Remembers):
+        texts, columns = run.task.remembered(run)
+        run = run.holding_weights()
     micro_batch = groups.micro_batch(run)
     sequences_per_pass = micro_batch * run.parallel.data_ranks
     micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))
@@ -125,6 +129,8 @@ def load_of(run: Run) -> Load:
         micro_batch=micro_batch,
         micro_batches=micro_batches,
         forward_only=_infers(run),
+        texts=texts,
+        columns=columns,
     )
 
 

@@ -77,6 +77,14 @@ class Infers(Protocol):
 
 
 @runtime_checkable
+class Remembers(Protocol):
+    """A task that goes on from texts, and keeps the keys and values of what it has read."""
+
+    def remembered(self, run: "Run") -> tuple[int, int]:
+        """Texts at once on a data rank, and the columns of each: what src/models/cache.py makes room for."""
+
+
+@runtime_checkable
 class Evaluates(Protocol):
     """A task that reads data and trains nothing on them."""
 
@@ -170,6 +178,12 @@ class Run:
             recompute=self.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
             compile=self.compile.model_copy(update={"blocks": False, "loss": False}),
         )
+
+    def holding_weights(self) -> Self:
+        """Where every rank has all of its matrices anyway, they stay cast to the compute dtype from pass to pass."""
+        if self.parallel.fsdp > 1 or self.parallel.reshard != "default":
+            return self
+        return replace(self, parallel=self.parallel.model_copy(update={"reshard": "never"}))
 
     @property
     def cache(self) -> Path:

@@ -58,7 +58,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     memory = plan.memory
-    rows = [(words, told(getattr(memory, part))) for part, words in PARTS.items()]
+    sizes = {part: getattr(memory, part) for part in PARTS if part != "cache" or memory.cache}
+    rows = [(PARTS[part], told(size)) for part, size in sizes.items()]
     rows += [
         ("live at the loss", told(memory.at_loss)),
         ("live in the backward", told(memory.at_backward)),
