@@ -73,8 +73,12 @@ def _from_folder(folder: Path) -> "Tokenizer":
         return _from_json(folder / "tokenizer.json")
     words = next((folder / name for name in ("vocab.json", "vocab.txt") if (folder / name).is_file()), None)
     if words is None:
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-        raise DataError(f"tokenizer.path={folder}: needs tokenizer.json, or vocab.json and merges.txt; holds {found}")
+        names = sorted(entry.name for entry in folder.iterdir())
+        found = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
+        raise DataError(
+            f"tokenizer.path={folder}: needs tokenizer.json, or vocab.json and merges.txt; holds {found}. Pass "
+            "tokenizer=file tokenizer.path=<folder with one>, or tokenizer=bytes"
+        )
     vocabulary = _vocabulary(words)
     if not (folder / "merges.txt").is_file():
         backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

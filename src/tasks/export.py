@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from src.checkpoint.config import FOREIGN
 from src.config.base import Config, PathField
-from src.errors import CheckpointError
+from src.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from src.train.run import Run
@@ -54,7 +54,7 @@ class Export(Config):
         return Path(self.source) / "exports" / f"step_{self.step or 0:08d}{form}"
 
     def problems(self, run: "Run") -> list[str]:
-        """Told on the launcher: a model that transformers does not have, a place that is taken."""
+        """Told on the launcher: a model that transformers does not have, a place that is taken, no tokenizer."""
         from src.hugging_face.save import refuse_foreign
         from src.models.hugging_face import export_problems
 
@@ -65,6 +65,10 @@ class Export(Config):
         try:
             refuse_foreign(self.target)
         except CheckpointError as error:
+            found += error.problems
+        try:
+            run.tokenizer.open(run.cache, run.data)
+        except DataError as error:
             found += error.problems
         return found
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from src.errors import UserError
 from src.hugging_face.archive import Archive
 from src.models.llama3 import hugging_face
 from tests.end_to_end.commands import command
@@ -70,6 +71,17 @@ def test_weights_that_do_not_fit_start_nothing(text: tuple[str, ...], ranks: Ran
     assert "model.embed_tokens.weight: shape [96, 64] found, [258, 64] expected" in told
     assert "Traceback" not in told
     assert not list(Path(text[-1].partition("=")[2]).glob("once-*")), "nothing was started"
+
+
+def test_weights_without_a_tokenizer_are_told_so_on_the_launcher(tmp_path: Path) -> None:
+    saved("llama-bytes", tmp_path / "theirs")
+    argv = ("task=export", f"run=hf:{tmp_path / 'theirs'}", f"to={tmp_path / 'out'}", f"root={tmp_path}")
+    with pytest.raises(UserError) as caught:
+        opened(*argv, "cluster.gpus=0")
+    (told,) = caught.value.problems
+    assert told.startswith(f"tokenizer.path={tmp_path / 'theirs'}: needs tokenizer.json")
+    assert told.endswith(" more. Pass tokenizer=file tokenizer.path=<folder with one>, or tokenizer=bytes")
+    assert opened(*argv, "cluster.gpus=0", "tokenizer=bytes").is_dir()
 
 
 def small(text: tuple[str, ...], folder: Path) -> tuple[str, ...]:
