@@ -13,8 +13,8 @@ demo: $(READY)
 	case $$gpus in \
 	  0|2|3) layout="parallel=fsdp2" ;; \
 	  1) layout="parallel=single" ;; \
-	  4|5|6|7) layout="parallel=fsdp4 task.micro_batch=2" ;; \
-	  *) layout="parallel=fsdp8 task.micro_batch=1" ;; \
+	  4|5|6|7) layout="parallel=fsdp4" ;; \
+	  *) layout="parallel=fsdp8" ;; \
 	esac; \
 	set -x; $(PY) launch.py experiment=demo $$layout $(ARGS)
 

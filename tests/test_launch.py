@@ -229,7 +229,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str
     )
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert (answer["world"], answer["tokens_per_step"]) == (1, 8 * 256)
+    assert (answer["world"], answer["tokens_per_step"]) == (1, 16 * 256)
     assert "tokens per step" in result.stderr
     assert list(somewhere.iterdir()) == []
 

@@ -39,7 +39,7 @@ def test_launch_command(command: str, tmp_path_factory: pytest.TempPathFactory) 
     assert ended.returncode == 0, ended.stderr
     points = 2 if " -m " in command else 1
     if "cluster=slurm" in command:
-        assert "#SBATCH --partition=h100" in ended.stderr
+        assert ended.stderr.count("#SBATCH --array=0-1%2") == 2, "an array for each layout"
     elif "dry_run=true" in command:
         assert '"parameters": 405' in ended.stdout
     elif "task=verify" in command:

@@ -33,6 +33,7 @@ class Devices:
     memory_gib: float | None
     name: str
     capability: tuple[int, int] | None = None  # CUDA's compute capability
+    host_gib: float | None = None  # memory that ranks on the CPU share
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Local(Config):
         """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""
         found = _visible_gpus() if self.gpus is None else self.gpus
         if found == 0:
-            return Devices("cpu", None, None, "CPU")
+            return Devices("cpu", None, None, "CPU", host_gib=_host_gib())
         name, memory_gib, capability = _first_gpu()
         return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
 
@@ -134,6 +135,13 @@ def conclude(crew: "Crew", failure: "Failure | None", folder: Path, title: str =
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _host_gib() -> float | None:
+    """Of this machine; None where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def _visible_gpus() -> int:

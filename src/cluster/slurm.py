@@ -49,6 +49,7 @@ class Devices:
 
     count: None
     memory_gib: float | None
+    host_gib: None = None
     capability: None = None
 
 

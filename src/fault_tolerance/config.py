@@ -95,7 +95,8 @@ class TorchFT(FaultTolerance):
             )
         if asked.micro_batches < self.groups:
             found.append(
-                f"fault_tolerance.groups={self.groups}: a step has {asked.micro_batches} sequences for each data rank, "
-                f"so a group would have none; at most {asked.micro_batches} groups, or a larger task.global_batch"
+                f"fault_tolerance.groups={self.groups}: a step is {asked.micro_batches} micro-batches of a data rank, "
+                f"so a group would have none; at most {asked.micro_batches} groups, a smaller task.micro_batch or a "
+                "larger task.global_batch"
             )
         return found

@@ -20,7 +20,7 @@ class Bench(Config):
     warmup_steps: PositiveInt
     seq_len: PositiveInt
     global_batch: PositiveInt
-    micro_batch: PositiveInt
+    micro_batch: PositiveInt | None
     profile: bool
     rehearse: bool
     rehearse_ranks: RankNumbers | None

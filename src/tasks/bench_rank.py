@@ -36,7 +36,7 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     training = assemble(run, ranks, skips=0)
     planned = plan(run)
     set_learning_rate(training.state.optimizer, run.optim.lr)
-    batches = [_random(task, run.model.vocab_size, training, index) for index in range(planned.micro_batches)]
+    batches = [_random(planned, task.seq_len, run, training, index) for index in range(planned.micro_batches)]
     losses = _steps(training, batches, task.warmup_steps)
     memory(ranks.device)  # warm-up's peaks do not count
     figures = _measure(task, run, planned, training, batches, losses)
@@ -49,14 +49,14 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     return True
 
 
-def _random(task: Bench, words: int, training: Training, index: int) -> Batch:
+def _random(planned: Plan, seq_len: int, run: Run, training: Training, index: int) -> Batch:
     """Rows of one micro-batch, on the device: the loader is not what is measured.
 
     A row depends on its place in the global batch alone, so every layout computes the same losses.
     """
-    first = (index * training.mesh.data_ranks + training.mesh.data_rank) * task.micro_batch
-    generators = (torch.Generator().manual_seed(first + row) for row in range(task.micro_batch))
-    window = torch.stack([torch.randint(words, (task.seq_len + 1,), generator=one) for one in generators])
+    first = (index * training.mesh.data_ranks + training.mesh.data_rank) * planned.micro_batch
+    generators = (torch.Generator().manual_seed(first + row) for row in range(planned.micro_batch))
+    window = torch.stack([torch.randint(run.model.vocab_size, (seq_len + 1,), generator=one) for one in generators])
     window = window.to(training.ranks.device)
     documents = torch.zeros_like(window[:, 1:], dtype=torch.int32)
     return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None, documents, ())

@@ -19,7 +19,7 @@ class Pretrain(Config):
     steps: PositiveInt
     seq_len: PositiveInt
     global_batch: PositiveInt
-    micro_batch: PositiveInt
+    micro_batch: PositiveInt | None
     validate_every: NonNegativeInt
     validate_samples: PositiveInt
     log_every: PositiveInt

@@ -6,24 +6,6 @@ from src.fault_tolerance.config import Asked
 from src.train.run import Devices, Run, Validates
 
 
-def micro_batch(run: Run) -> int:
-    """Sequences per rank and forward: task.micro_batch, or the divisor of it that leaves every group a share."""
-    asked, data_ranks = run.task.micro_batch, run.parallel.data_ranks
-    divisors = [size for size in range(asked, 0, -1) if asked % size == 0]
-    enough = (size for size in divisors if run.task.global_batch // (size * data_ranks) >= run.fault_tolerance.copies)
-    return next(enough, asked)
-
-
-def warnings(run: Run) -> list[str]:
-    """What was cut to fit."""
-    if (size := micro_batch(run)) == run.task.micro_batch:
-        return []
-    return [
-        f"task.micro_batch={run.task.micro_batch} is cut to {size}, so that each of fault_tolerance.groups="
-        f"{run.fault_tolerance.copies} has a share of task.global_batch={run.task.global_batch}"
-    ]
-
-
 def problems(
     run: Run, devices: Devices | None, micro_batches: int, pipeline: Callable[[Run, int], list[str]]
 ) -> list[str]:

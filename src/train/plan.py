@@ -14,8 +14,7 @@ from src.distributed import stages
 from src.distributed.degrees import Degrees
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
-from src.models.base import divisors
-from src.train import groups
+from src.train import batch, groups
 from src.train.choice import NONE, cheapest
 from src.train.estimate import GIB, Load, Memory, estimate
 from src.train.fit import problem as fit_problem
@@ -89,13 +88,14 @@ def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None,
         *problems,
         *_layout_problems(run, devices),
         *_pipeline_problems(run, load.micro_batches),
-        *_length_problems(run),
-        *([] if _rehearses(run) or _infers(run) else _batch_problems(run)),
+        *batch.length_problems(run),
+        *([] if _rehearses(run) or _infers(run) else batch.problems(run)),
         *_section_problems(run),
         *groups.problems(run, devices, load.micro_batches, _pipeline_problems),
         *_rehearsal_problems(run),
         *_float8_problems(run, devices),
         *_kernel_problems(run, devices),
+        *_host_problems(run, load, devices),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
         found.append(unfit)
@@ -112,7 +112,7 @@ def load_of(run: Run) -> Load:
     if isinstance(run.task, Remembers):
         texts, columns = run.task.remembered(run)
         run = run.holding_weights()
-    micro_batch = groups.micro_batch(run)
+    micro_batch = batch.micro_batch(run)
     sequences_per_pass = micro_batch * run.parallel.data_ranks
     micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))
     if _infers(run):  # a forward pass follows no schedule: as many as any schedule likes
@@ -239,44 +239,6 @@ def _pipeline_problems(run: Run, micro_batches: int) -> list[str]:
     return found
 
 
-def _length_problems(run: Run) -> list[str]:
-    seq_len, degrees, found = run.task.seq_len, run.parallel, []
-    if seq_len > run.model.max_seq_len:
-        found.append(
-            f"task.seq_len={seq_len} is beyond model.max_seq_len={run.model.max_seq_len}; "
-            f"at most {run.model.max_seq_len} tokens"
-        )
-    # Sequence parallelism cuts a sequence into equal parts; a balanced context cut takes two pieces per rank.
-    parts = degrees.tensor * (2 * degrees.context if degrees.context > 1 else 1)
-    if seq_len % parts:
-        keys = f"parallel.tensor={degrees.tensor}"
-        if degrees.context > 1:
-            keys += f" * 2 * parallel.context={degrees.context}"
-        found.append(f"task.seq_len={seq_len} is no multiple of {keys} ({_multiples(seq_len, parts)})")
-    return found
-
-
-def _batch_problems(run: Run) -> list[str]:
-    """global_batch = micro_batch * data ranks * micro-batches."""
-    task, data_ranks = run.task, run.parallel.data_ranks
-    sequences_per_pass = task.micro_batch * data_ranks
-    if task.global_batch % sequences_per_pass == 0:
-        return []
-    line = (
-        f"task.global_batch={task.global_batch} is no multiple of task.micro_batch={task.micro_batch} * {data_ranks} "
-        f"data ranks ({_multiples(task.global_batch, sequences_per_pass)}"
-    )
-    if task.global_batch % data_ranks == 0:
-        each = task.global_batch // data_ranks
-        line += f"; or task.micro_batch: {divisors(each, task.micro_batch)}"
-    return [line + ")"]
-
-
-def _multiples(value: int, of: int) -> str:
-    lower = value // of * of
-    return f"{lower} or {lower + of} would do" if lower else f"{of} would do"
-
-
 def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
     """Whether a task that needs the whole model on one device has the memory; only fewer layers make room there."""
     if not isinstance(run.task, Compares):
@@ -368,6 +330,19 @@ def _kernel_problems(run: Run, devices: Devices | None) -> list[str]:
     ]
 
 
+def _host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
+    """Ranks on a CPU share its memory; a system that runs out of it ends any process. A dry run is for elsewhere."""
+    if devices is None or devices.host_gib is None or run.dry_run:
+        return []
+    ranks, peak, there = run.parallel.world * run.fault_tolerance.copies, estimate(load).peak, devices.host_gib * GIB
+    if ranks * peak <= there:
+        return []
+    return [
+        f"does not fit: there is no GPU here, and the {ranks} ranks need about {told(ranks * peak)} of the "
+        f"{told(int(there))} of this machine; pass a smaller model, cluster=slurm, or dry_run=true for the plan alone"
+    ]
+
+
 def _has_gpu(run: Run, devices: Devices | None) -> bool:
     """As far as anybody knows here."""
     return devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
@@ -383,8 +358,7 @@ def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
     found = list(run.schedule.warnings(run.task.steps)) if trains else []
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
     found += run.model.warnings()
-    found += groups.warnings(run)
-    found += _batch_problems(run) if _rehearses(run) else []
+    found += batch.problems(run) if _rehearses(run) else []
     if epochs is not None and epochs > 1:
         found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")
     if (float8 := run.precision.float8) is not None:

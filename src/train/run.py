@@ -32,7 +32,7 @@ class Task(Protocol):
     @property
     def global_batch(self) -> int: ...
     @property
-    def micro_batch(self) -> int: ...
+    def micro_batch(self) -> int | None: ...
     @property
     def needs_corpus(self) -> bool: ...
 
@@ -105,6 +105,10 @@ class Devices(Protocol):
     def count(self) -> int | None: ...
     @property
     def memory_gib(self) -> float | None: ...
+    @property
+    def host_gib(self) -> float | None:
+        """Of a machine on whose CPU all ranks compute."""
+
     @property
     def capability(self) -> tuple[int, int] | None:
         """CUDA's compute capability."""

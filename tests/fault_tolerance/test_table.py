@@ -61,20 +61,11 @@ def test_what_cannot_work_is_told_with_a_way_out() -> None:
     eight = {"global_batch": 8, "micro_batch": 1}
     answers = plan(make_run(eight, fault_tolerance=groups(8)))
     assert (answers.groups, answers.world, answers.micro_batches) == (8, 1, 8)
-    assert "a step has 8 sequences for each data rank" in (told := refusal(task=eight, fault_tolerance=groups(9)))
+    assert "a step is 8 micro-batches of a data rank" in (told := refusal(task=eight, fault_tolerance=groups(9)))
     assert "at most 8 groups" in told
     assert "min_groups=3 of fault_tolerance.groups=2" in refusal(task=eight, fault_tolerance=groups(2, min_groups=3))
     told = refusal(task=eight, parallel="fsdp2", fault_tolerance=groups(3), devices=Gpus(4, 80.0))
     assert "ask for 6 GPUs, there are 4; at most 2 groups" in told
-
-
-def test_micro_batches_are_cut_where_groups_would_have_none() -> None:
-    default = {"global_batch": 8, "micro_batch": 4}
-    whole, cut = (plan(make_run(default, parallel="fsdp2", fault_tolerance=groups(count))) for count in (1, 2))
-    assert (whole.micro_batch, whole.micro_batches) == (4, 1)
-    assert (cut.micro_batch, cut.micro_batches) == (2, 2)
-    assert any("task.micro_batch=4 is cut to 2" in line for line in cut.warnings)
-    assert cut.sequences_per_step == whole.sequences_per_step
 
 
 def test_a_pipeline_is_checked_for_every_number_of_groups_that_may_be_there() -> None:

@@ -23,7 +23,7 @@ class Numbers:
     steps: int = 1000
     seq_len: int = 256
     global_batch: int = 8
-    micro_batch: int = 4
+    micro_batch: int | None = 4
     validate_every: int = 0
     validate_samples: int = 64
     needs_corpus: bool = True
@@ -39,6 +39,7 @@ class Gpus:
     count: int | None = None
     memory_gib: float | None = None
     capability: tuple[int, int] | None = None
+    host_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ CHOICE = {
 }
 
 
-def make_run(task: dict[str, int] | None = None, cluster: Any = None, **choices: Any) -> Run:
+def make_run(task: dict[str, int | None] | None = None, cluster: Any = None, **choices: Any) -> Run:
     """`choices`: the name of a preset, or an object, by section."""
     sections = {
         group: section(group, option) if isinstance(option, str) else option
