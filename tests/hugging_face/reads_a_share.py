@@ -1,9 +1,8 @@
-"""A rank in a process of its own: python -m tests.hugging_face.reads_a_share <folder> <rows> <columns> <ranks>.
+"""A rank in a process of its own: python -m tests.hugging_face.reads_a_share <folder> <rows> <columns> <ranks> <piece>.
 
-Prints the bytes that it read, and by how much the most memory that it ever had grew while it read.
+Prints the bytes that it read in pieces of at most `piece` bytes, and by how much its memory grew at the most meanwhile.
 """
 
-import resource
 import sys
 from pathlib import Path
 
@@ -21,16 +20,22 @@ from src.models.stored import Stored
 KIB = 2**10
 
 
-def main(folder: Path, rows: int, columns: int, ranks: int) -> None:
+def memory_bytes(field: str) -> int:
+    """VmRSS: resident now; VmHWM: the most so far. Not getrusage, whose ru_maxrss is at least that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * KIB
+
+
+def main(folder: Path, rows: int, columns: int, ranks: int, piece_bytes: int) -> None:
     dist.init_process_group("fake", rank=3, world_size=ranks, store=FakeStore())
     mesh = init_device_mesh("cpu", (ranks,))
-    reader = Reader(Archive.open(folder))
+    reader = Reader(Archive.open(folder), piece_bytes=piece_bytes)
     Box.held(DTensor.from_local(torch.empty(1), mesh, [Shard(0)]))  # imports what it needs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_bytes("VmRSS")
     local = torch.empty(rows // ranks, columns, dtype=torch.bfloat16)
     reader.fill({"x": DTensor.from_local(local, mesh, [Shard(0)])}, [Stored("x", (rows, columns), ("x",))])
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(reader.bytes_read, (after - before) * KIB)
+    print(reader.bytes_read, memory_bytes("VmHWM") - before)
 
 
 if __name__ == "__main__":
