@@ -1,8 +1,7 @@
 """Tensor parallelism with sequence parallelism (arXiv 1909.08053, 2205.05198): a model's roles become parallel styles.
 
 Between blocks the sequence is cut; inside attention and feed forward the features are. A model only says which word
-fits
-which module, and the words mean:
+fits which module, and the words mean:
 
     embedding    rows of the table (words) are cut; the result leaves cut by sequence
     sequence     a norm: weight on every rank, activations cut by sequence

@@ -1,8 +1,7 @@
 """From the meta device to numbers: the same numbers on every mesh, without communication.
 
 Each parameter is drawn whole from a generator seeded by (seed, name) and cut locally, so a run starts from the same
-weights
-on one rank or a thousand. A seed checkpoint is not needed.
+weights on one rank or a thousand. A seed checkpoint is not needed.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Llama 3 (arXiv 2407.21783): pre-norm decoder, grouped-query attention, rotary positions, SwiGLU.
 
 Reads alone, on one device. Weights are [out, in] without biases and carry Meta's names; rotary pairs are interleaved,
-which
-is the released weights' own order (Hugging Face permutes them). Layouts live in src/distributed, and need only `roles`.
+which is the released weights' own order (Hugging Face permutes them). Layouts live in src/distributed, and need only
+`roles`.
 """
 
 from collections.abc import Mapping
