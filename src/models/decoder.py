@@ -19,7 +19,8 @@ class Decoder(nn.Module):
     """tokens (batch, length) -> logits (batch, length, vocabulary), or the summed cross entropy of `labels`.
 
     A part of a pipeline has some of its modules set to None: without `tok_embeddings` the input is a hidden state,
-    without `output` so is the result. `positions` (batch, length) restart at documents; `mask` comes from `attention_mask`.
+    without `output` so is the result. `positions` (batch, length) restart at documents; `mask` comes from
+    `attention_mask`.
     """
 
     # How tensor parallelism may cut each module: src/distributed/tensor.py gives the words their meaning.

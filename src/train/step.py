@@ -32,8 +32,8 @@ class Stepper:
     """Computes steps and decides on the device whether each may update.
 
     A non-finite loss or norm anywhere leaves weights and moments untouched everywhere: the sum over the world that
-    makes the norm carries it to every rank. After more than `skips` such steps in a row no later step updates either, so the
-    host may learn of it a step late and nothing is lost.
+    makes the norm carries it to every rank. After more than `skips` such steps in a row no later step updates either,
+    so the host may learn of it a step late and nothing is lost.
     """
 
     def __init__(
