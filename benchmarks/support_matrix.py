@@ -56,8 +56,8 @@ CONCERNS = {
     "recompute.py": "recompute",
     "compiling.py": "compile",
     **dict.fromkeys(("expert.py", "travel.py", "plain_tensor.py"), "deepseek"),
-    # They start ranks, look at machines, and multiply experts in float8, which no cell does.
-    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "float8_experts.py"), "no cell"),
+    # They start ranks, look at machines, multiply experts in float8, and name tensors of files, which no cell does.
+    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "float8_experts.py", "hugging_face.py"), "no cell"),
 }
 
 MOST_RANKS, MOST_RANKS_ROUTED = 8, 4  # every way to spread experts fits four
@@ -120,8 +120,9 @@ def fingerprint(name: str) -> str:
 
 def concern(file: str) -> str:
     """What is in the names of the cells that a file concerns."""
-    routed = "deepseek_v3" in file or Path(file).name in ("moe.py", "experts.py", "router.py")
-    return FAMILY if routed else CONCERNS.get(Path(file).name, "")
+    name = Path(file).name
+    routed = "deepseek_v3" in file or name in ("moe.py", "experts.py", "router.py")
+    return CONCERNS.get(name, FAMILY if routed else "")
 
 
 @cache
