@@ -1,11 +1,12 @@
 """How a family's tensors lie in a Hugging Face checkpoint, and how its config.json is read. No torch, no file."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from src.errors import CheckpointError
+from src.models.accounting import Weight
 
 MISSING = object()
 
@@ -39,6 +40,24 @@ class Stored:
     def key_shape(self) -> tuple[int, ...]:
         """Of the tensor behind each key."""
         return self.shape[1:] if self.stacked else self.shape
+
+
+# What transformers calls the tensors outside of the blocks, whatever the family.
+OUTSIDE = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def by_block(weights: Iterable[Weight], inside: Callable[[Weight, str, str], Stored]) -> Iterator[Stored]:
+    """In the model's order; `inside` gets a weight of a block, the block's name there, and the weight's name in it."""
+    for weight in weights:
+        if weight.name in OUTSIDE:
+            yield Stored(weight.name, weight.shape, (OUTSIDE[weight.name],))
+        else:
+            _, layer, inner = weight.name.split(".", 2)
+            yield inside(weight, f"model.layers.{layer}", inner)
 
 
 def rotary_row(row: int, rows: int, heads: int) -> int:

@@ -3,19 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+from src.models.accounting import Weight
 from src.models.deepseek_v3.config import DeepseekV3Config
-from src.models.stored import Facts, Stored
+from src.models.stored import Facts, Stored, by_block
 
 MODEL_TYPES = {"sigmoid": "deepseek_v3", "softmax": "deepseek_v2"}
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 # transformers and the released code give the two norms inside of attention this, whatever rms_norm_eps says.
 NORM_EPS = 1e-6
 
-OUTSIDE = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 MATRIX = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 IN_BLOCK = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -37,25 +33,23 @@ EXPERTS = "moe.experts."
 
 def stored(config: DeepseekV3Config) -> Iterator[Stored]:
     """Every tensor of the model: the parameters, and the biases of the routers."""
-    for weight in config.weights():
-        if weight.name in OUTSIDE:
-            yield Stored(weight.name, weight.shape, (OUTSIDE[weight.name],))
-            continue
-        _, layer, inner = weight.name.split(".", 2)
-        unit = f"model.layers.{layer}"
-        if inner.startswith(EXPERTS):
-            matrix = MATRIX[inner.removeprefix(EXPERTS)]
-            keys = tuple(f"{unit}.mlp.experts.{expert}.{matrix}.weight" for expert in range(weight.shape[0]))
-            yield Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
-        else:
-            linear = len(weight.shape) == 2 and inner != "moe.router.gate.weight"
-            yield Stored(weight.name, weight.shape, (f"{unit}.{IN_BLOCK[inner]}",), linear=linear)
+    yield from by_block(config.weights(), _inside)
     for layer in map(str, range(config.n_dense_layers, config.n_layers)):
         key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         # A router with sigmoid scores always has it there, one with softmax scores never.
         absent = config.moe.score == "softmax"
         name = f"layers.{layer}.moe.expert_bias"
         yield Stored(name, (config.moe.n_experts,), (key,), optional=absent, precise=True)
+
+
+def _inside(weight: Weight, block: str, inner: str) -> Stored:
+    """A tensor of a block; of the routed experts one key for each."""
+    if inner.startswith(EXPERTS):
+        matrix = MATRIX[inner.removeprefix(EXPERTS)]
+        keys = tuple(f"{block}.mlp.experts.{expert}.{matrix}.weight" for expert in range(weight.shape[0]))
+        return Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
+    linear = len(weight.shape) == 2 and inner != "moe.router.gate.weight"
+    return Stored(weight.name, weight.shape, (f"{block}.{IN_BLOCK[inner]}",), linear=linear)
 
 
 def skipped(_config: DeepseekV3Config, key: str, facts: Facts) -> str | None:

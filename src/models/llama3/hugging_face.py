@@ -3,17 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
+from src.models.accounting import Weight
 from src.models.llama3.config import Llama3Config
-from src.models.stored import Facts, Stored
+from src.models.stored import OUTSIDE, Facts, Stored, by_block
 
 MODEL_TYPE = "llama"
 ARCHITECTURE = "LlamaForCausalLM"
 
-OUTSIDE = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 IN_BLOCK = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
@@ -30,13 +26,12 @@ IN_BLOCK = {
 def stored(config: Llama3Config) -> Iterator[Stored]:
     """Every tensor of the model; a tied head is the embedding and has no key of its own."""
     heads = {"attention.wq.weight": config.n_heads, "attention.wk.weight": config.n_kv_heads}
-    for weight in config.weights():
-        if weight.name in OUTSIDE:
-            yield Stored(weight.name, weight.shape, (OUTSIDE[weight.name],))
-            continue
-        _, layer, inner = weight.name.split(".", 2)
-        key = f"model.layers.{layer}.{IN_BLOCK[inner]}"
-        yield Stored(weight.name, weight.shape, (key,), heads=heads.get(inner), linear=len(weight.shape) == 2)
+
+    def inside(weight: Weight, block: str, inner: str) -> Stored:
+        keys, linear = (f"{block}.{IN_BLOCK[inner]}",), len(weight.shape) == 2
+        return Stored(weight.name, weight.shape, keys, heads=heads.get(inner), linear=linear)
+
+    return by_block(config.weights(), inside)
 
 
 def skipped(config: Llama3Config, key: str, _facts: Facts) -> str | None:
