@@ -175,7 +175,7 @@ class Apart(Synchronous):
         try:
             return pending.result()
         except (RuntimeError, OSError, TimeoutError, AssertionError) as error:
-            self.members.error = self.members.error or error
+            self.members.fail(error)
             return None
 
     @property

@@ -64,7 +64,7 @@ class Membership:
         """Collective in the group. From here on the lighthouse counts this group as alive."""
         replica = Replica.read()
         self.options, self.ranks, self.replica = options, ranks, replica
-        self.error: Exception | None = None  # of this step, on this rank
+        self.error: Exception | None = None  # of this step, on this rank: see fail()
         self.failures = 0  # steps in a row that did not count
         self.heal_seconds = 0.0  # of the last time
         self._quorum: tuple[int, tuple[str, ...]] | None = None
@@ -190,7 +190,7 @@ class Membership:
         began, fetched = time.perf_counter(), list[dict[str, Any]]()
         self._try(lambda: fetched.append(self._fetch(answer)))
         if any_rank(not fetched, torch.device("cpu")):
-            self.error = self.error or RuntimeError("another rank of this group could not be healed")
+            self.fail(RuntimeError("another rank of this group could not be healed"))
             return False
         own.take(fill(own.give(), fetched[0]))
         self.heal_seconds = time.perf_counter() - began
@@ -232,12 +232,21 @@ class Membership:
         try:
             act()
         except GONE as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """This rank takes no further part in this step; the first error is the one to tell.
+
+        Its connections are closed, so that a twin that waits for it, and not for the group that is dead, fails as well.
+        """
+        if self.error is None:
             self.error = error
+            self._host.abort(errored=False)
 
     def vote(self, *, fine: bool) -> bool:
         """Collective in the group: whether all its ranks say yes. Groups that come to another verdict heal."""
         if (broken := self.group.errored()) is not None:
-            self.error = broken
+            self.fail(broken)
         self._try(self._transport.disallow_checkpoint)  # waits for those who still read
         yes = bool(
             self._client.should_commit(self.ranks.rank, self._version, fine and self.error is None, timeout=LONG)
