@@ -1,4 +1,4 @@
-"""Groups that train apart, written out in one process: networks in a list, and outer steps on plain tensors."""
+"""Groups that train apart, written out on one device: networks in a list, and outer steps on plain tensors."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -62,7 +62,7 @@ class ByHand:
     def __init__(
         self, folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]], refused: int = 0
     ) -> None:
-        run = Run.from_sections(build(read(folder / "config.yaml")))
+        run = Run.from_sections(build(read(folder / "config.yaml"))).on_one_device()
         ranks = Ranks.join("cpu", 1, timeout_seconds=60.0)
         self.run, self.method, self.away, self.refused = run, method, away, refused
         self.plan = plan(run)
@@ -75,9 +75,10 @@ class ByHand:
             seed=run.seed,
             rank=0,
             ranks=1,
-            micro_batch=run.task.micro_batch,
+            micro_batch=self.plan.micro_batch,
             micro_batches=self.plan.micro_batches,
         )
+        self.trained = {name for name, _ in self.groups[0].network.named_parameters()}
         self.agreed = {name: tensor.clone() for name, tensor in plain(self.groups[0]).items()}
         self.velocity = {name: torch.zeros_like(tensor) for name, tensor in self.agreed.items()}
         fragments = cut(run.model.n_layers, method.fragments, None)
@@ -99,6 +100,8 @@ class ByHand:
         for name, gradient in mean.items():
             if method.averages:
                 self.agreed[name] = gradient
+            elif name not in self.trained:  # biases that balance experts: their mean
+                self.agreed[name] = self.agreed[name] - gradient
             else:
                 self.velocity[name] = self.velocity[name] * method.momentum + gradient
                 self.agreed[name] = self.agreed[name] - method.lr * (gradient + method.momentum * self.velocity[name])

@@ -1,4 +1,4 @@
-"""The life of a replica group of one rank, with the troubles that a test sends it and an account of what it did."""
+"""The life of a rank of a replica group, with the troubles that a test sends it and an account of what it did."""
 
 import json
 import os
@@ -30,14 +30,28 @@ class Trouble:
     kind: str
 
 
-def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]) -> None:
+@dataclass(frozen=True)
+class Seat:
+    """Which rank of its group."""
+
+    rank: int
+    world: int
+    port: int  # of the store in which they find each other
+
+    def environment(self) -> dict[str, str]:
+        facts = {"RANK": self.rank, "LOCAL_RANK": self.rank, "WORLD_SIZE": self.world, "MASTER_PORT": self.port}
+        names = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        return names | {key: str(value) for key, value in facts.items()}
+
+
+def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble], seat: Seat) -> None:
     """From start to end, as a process of its own."""
-    os.environ |= {"REPLICA_GROUP_ID": str(group), "TORCHFT_LIGHTHOUSE": lighthouse}
+    os.environ |= {"REPLICA_GROUP_ID": str(group), "TORCHFT_LIGHTHOUSE": lighthouse} | seat.environment()
     log = os.open(folder / "life.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    life = Life(folder, troubles)
+    life = Life(folder, seat.rank, troubles)
     with (
         patch.object(Stepper, "__call__", lambda *args, **kwargs: life.step_of(*args, **kwargs)),
         patch.object(Loop, "run", lambda loop: life.run(loop)),
@@ -50,14 +64,14 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble])
 
 
 class Life:
-    def __init__(self, folder: Path, troubles: Sequence[Trouble]) -> None:
-        self._folder, self._troubles = folder, list(troubles)
+    def __init__(self, folder: Path, rank: int, troubles: Sequence[Trouble]) -> None:
+        self._folder, self._rank, self._troubles = folder, rank, list(troubles)
         self._compute, self._run, self._fetch = Stepper.__call__, Loop.run, Membership._fetch
         self._give, self._vote = Membership._give, Membership.vote
 
     def note(self, **facts: Any) -> None:
         """A line of the account, which a kill cannot take back."""
-        with (self._folder / "account.jsonl").open("a") as file:
+        with (self._folder / f"account_{self._rank}.jsonl").open("a") as file:
             file.write(json.dumps(facts) + "\n")
 
     @property

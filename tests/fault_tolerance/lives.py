@@ -1,8 +1,9 @@
-"""Replica groups of one rank each, with the real lighthouse: started in a moment, since one warm process forks them."""
+"""Replica groups with the real lighthouse: their ranks start in a moment, since one warm process forks them."""
 
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,19 +11,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from src.cluster.folder import RunFolder
+from src.distributed.process import host_store
 from tests.end_to_end.lives import HOME, TINY, opened
-from tests.fault_tolerance.life import Trouble, live
+from tests.fault_tolerance.life import Seat, Trouble, live
 
 PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
+# A stall that only sum_seconds or heal_seconds would end is longer than a test's patience.
 QUICK = (
     *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=0.5", "fault_tolerance.join_seconds=0.5"),
-    *("fault_tolerance.sum_seconds=10.0", "fault_tolerance.heal_seconds=20.0", "data=synthetic"),
+    *("fault_tolerance.sum_seconds=600.0", "fault_tolerance.heal_seconds=600.0", "data=synthetic"),
 )
 
 
@@ -52,6 +56,13 @@ class Lighthouse:
         self.address, self.file = "", file
         self.start()
 
+    def asked(self) -> int:
+        """By how many groups that live, and have no answer yet."""
+        with urlopen(f"{self.address}/status", timeout=PATIENCE_SECONDS) as page:
+            found = re.search(r"\[(\d+)/\d+ participants healthy\]", page.read().decode())
+        assert found is not None
+        return int(found[1])
+
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
@@ -60,11 +71,13 @@ class Lighthouse:
 
 @dataclass
 class Fleet:
-    """The groups of one run."""
+    """The groups of one run, of `world` ranks each."""
 
     folder: Path
     lighthouse: Lighthouse
-    groups: dict[int, ForkServerProcess] = field(default_factory=dict)
+    world: int = 1
+    groups: dict[int, list[ForkServerProcess]] = field(default_factory=dict)
+    stores: dict[int, object] = field(default_factory=dict)  # in which the ranks of a group find each other
 
     def start(self, *numbers: int, troubles: Sequence[Trouble] = ()) -> None:
         code = next((self.folder / "code").iterdir()).name
@@ -72,41 +85,47 @@ class Fleet:
             with RunFolder.rejoin(self.folder, code) as run:
                 group = run.group(number)
             with RunFolder.rejoin(group, code) as own:
-                own.begin(world=1)
+                own.begin(self.world)
+            self.stores[number], port = host_store()
             arguments = (group, number, str(self.lighthouse.file or self.lighthouse.address), tuple(troubles))
-            self.groups[number] = forkserver().Process(target=live, args=arguments, daemon=True)
-            self.groups[number].start()
+            self.groups[number] = [
+                forkserver().Process(target=live, args=(*arguments, Seat(rank, self.world, port)), daemon=True)
+                for rank in range(self.world)
+            ]
+            for process in self.groups[number]:
+                process.start()
 
-    def kill(self, number: int) -> None:
-        process = self.groups[number]
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-
-    def stop(self, number: int) -> None:
+    def stop(self, number: int, signal_: signal.Signals = signal.SIGTERM) -> None:
         """As a scheduler would ask it."""
-        pid = self.groups[number].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGTERM)
+        for process in self.groups[number]:
+            assert process.pid is not None
+            os.kill(process.pid, signal_)
 
     def wait(self, *numbers: int) -> None:
         """Until these groups have ended, and well."""
         for number in numbers or tuple(self.groups):
-            self.groups[number].join(PATIENCE_SECONDS)
-            assert self.groups[number].exitcode == 0, self.log(number)
+            assert self.ended(number) == {0}, self.log(number)
 
     def died(self, number: int) -> None:
         """Until this group has died by the signal that a trouble sends."""
-        self.groups[number].join(PATIENCE_SECONDS)
-        assert self.groups[number].exitcode == -signal.SIGKILL, self.log(number)
+        assert self.ended(number) == {-signal.SIGKILL}, self.log(number)
+
+    def ended(self, number: int) -> set[int | None]:
+        """How the ranks of this group did; None: not yet."""
+        for process in self.groups[number]:
+            process.join(PATIENCE_SECONDS)
+        return {process.exitcode for process in self.groups[number]}
 
     def reach(self, step: int, *numbers: int) -> None:
         """Until these groups are at this step, or beyond."""
         self.until(lambda: all(max(seen(self.folder, number), default=0) >= step for number in numbers))
 
-    def ready(self, number: int, life: int = 1) -> None:
-        """Until this group is about to meet the others, in its first life or a later one."""
-        self.until(lambda: sum(self.log(number).count(word) for word in ("starts at step", "goes on after")) >= life)
+    def one_asks(self) -> None:
+        """Until a group waits at the lighthouse, and so is in the next quorum: all others are held or dead.
+
+        Two of three would not wait for the third.
+        """
+        self.until(lambda: self.lighthouse.asked() == 1)
 
     def go(self, step: int) -> None:
         """End a hold."""
@@ -123,7 +142,7 @@ class Fleet:
         return file.read_text() if file.exists() else f"group {number}: no log"
 
     def close(self) -> None:
-        for process in self.groups.values():
+        for process in chain(*self.groups.values()):
             if process.is_alive():
                 process.kill()
         self.lighthouse.kill()
@@ -137,10 +156,13 @@ def forkserver() -> ForkServerContext:
 
 
 @contextmanager
-def fleet(root: Path, *argv: str, groups: int = 2, min_groups: int = 1) -> Iterator[Fleet]:
+def fleet(
+    root: Path, *argv: str, groups: int = 2, min_groups: int = 1, world: int = 1, tiny: Sequence[str] = TINY
+) -> Iterator[Fleet]:
+    """`argv` beside `tiny` and QUICK; where `folder=` is one of them, the run there goes on."""
     counts = (f"fault_tolerance.groups={groups}", f"fault_tolerance.min_groups={min_groups}")
-    folder = opened(*TINY, *QUICK, *counts, f"root={root}", *argv)
-    found = Fleet(folder, Lighthouse(min_groups))
+    folder = opened(*tiny, *QUICK, *counts, f"root={root}", *argv)
+    found = Fleet(folder, Lighthouse(min_groups), world)
     found.lighthouse.start()
     try:
         yield found
@@ -148,8 +170,8 @@ def fleet(root: Path, *argv: str, groups: int = 2, min_groups: int = 1) -> Itera
         found.close()
 
 
-def account(folder: Path, group: int) -> list[dict[str, Any]]:
-    file = folder / "groups" / str(group) / "account.jsonl"
+def account(folder: Path, group: int, rank: int = 0) -> list[dict[str, Any]]:
+    file = folder / "groups" / str(group) / f"account_{rank}.jsonl"
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
@@ -158,8 +180,8 @@ def seen(folder: Path, group: int) -> list[int]:
     return [line["step"] for line in account(folder, group) if "offered" in line]
 
 
-def last(folder: Path, group: int) -> dict[str, Any]:
-    return account(folder, group)[-1]
+def last(folder: Path, group: int, rank: int = 0) -> dict[str, Any]:
+    return account(folder, group, rank)[-1]
 
 
 def losses(folder: Path, groups: int) -> dict[int, float]:
@@ -173,13 +195,19 @@ def losses(folder: Path, groups: int) -> dict[int, float]:
     return {step: values.pop() for (step, _), values in sorted(found.items())}
 
 
-def audited(folder: Path, groups: int, steps: int, batch: int) -> bool:
+def audited(folder: Path, groups: int, steps: int, batch: int, world: int = 1) -> bool:
     """Whether step n took exactly the samples [(n - 1) * batch, n * batch), each once, whoever was there."""
-    lines = [line for group in range(groups) for line in account(folder, group)]
+    lines = [
+        line | {"group": group}
+        for group, rank in product(range(groups), range(world))
+        for line in account(folder, group, rank)
+    ]
     for step in range(1, steps + 1):
         quorums = {line["quorum"] for line in lines if line.get("counted") == step}
         assert quorums, f"step {step} was never counted"
         quorum = max(quorums)  # groups that died with their state may have counted it before
-        shares = [line["offered"] for line in lines if line.get("step") == step and line["quorum"] == quorum]
-        assert sorted(chain(*shares)) == list(range((step - 1) * batch, step * batch)), (step, shares)
+        mine = [line for line in lines if line.get("step") == step and line["quorum"] == quorum]
+        shares = {(line["group"], *line["offered"]) for line in mine}  # ranks that cut a model share their samples
+        taken = sorted(chain(*(samples for _, *samples in shares)))
+        assert taken == list(range((step - 1) * batch, step * batch)), (step, shares)
     return True

@@ -15,7 +15,7 @@ from src.train.run import Run
 from tests.end_to_end.lives import TINY, live, opened, series
 from tests.fault_tolerance import lives
 from tests.fault_tolerance.by_hand import Life, Method, simulate
-from tests.fault_tolerance.life import Trouble
+from tests.fault_tolerance.life import Seat, Trouble
 from tests.fault_tolerance.lives import Fleet, account, fleet, last
 from tests.ranks import Ranks
 
@@ -78,7 +78,7 @@ def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(rank
         assert told(found, "outer/failed_syncs") == 0
 
 
-def dying(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]) -> None:
+def dying(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble], seat: Seat) -> None:
     """A life that ends when the second exchange is on the wire."""
     from src.fault_tolerance.mean import Means
 
@@ -91,7 +91,7 @@ def dying(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]
         return real(self, *arguments)
 
     with patch.object(Means, "_mean", once):
-        lives.live(folder, group, lighthouse, troubles)
+        lives.live(folder, group, lighthouse, troubles, seat)
 
 
 def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: Ranks, tmp_path: Path) -> None:
@@ -137,11 +137,9 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, undisturbed: Life, signa
     with fleet(tmp_path, *ARGV, *METHODS["streaming"].keys(), groups=1) as found:
         found.start(0, troubles=[Trouble(at, "hold")])
         found.reach(at, 0)
-        process = found.groups[0]
-        assert process.pid is not None
-        os.kill(process.pid, signal.Signals[f"SIG{signal_}"])
+        found.stop(0, signal.Signals[f"SIG{signal_}"])
         found.go(at)
-        process.join()
+        found.ended(0)
         found.start(0)
         found.wait()
         assert f"goes on after step {saved}, " in found.log(0)
