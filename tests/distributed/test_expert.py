@@ -1,6 +1,8 @@
 """Routed experts on several ranks: the same gradients, weights and checkpoints wherever they lie."""
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -8,42 +10,72 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from src.checkpoint.store import Store
 from src.distributed.compiling import Compile
-from src.distributed.expert import grouping, permute
+from src.distributed.expert import grouping, permute, split_experts
+from src.distributed.mesh import Mesh
 from src.distributed.precision import Precision
+from src.distributed.travel import Sizes
+from src.models.experts import grouped_product
+from src.models.moe import MoE
+from src.optim.state import materialise
 from src.train.state import TrainState
 from src.train.step import Stepper
 from tests.checkpoint.options import options
 from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
-from tests.models.shapes import STRETCHED, tiny_deepseek
+from tests.models.shapes import STRETCHED, tiny_deepseek, tiny_moe
 from tests.ranks import Ranks
 
-# tensor 1, 2, 4 x expert 1, 2, 4 x experts whole or cut by tensor ranks, as far as 4 ranks go.
-LAYOUTS = [
-    *("fsdp4", "fsdp4_ep2", "fsdp4_ep4", "hsdp2x2_ep2", "cp2_fsdp2_ep4"),
-    *("tp2_fsdp2", "tp2_fsdp2_ep2", "tp2_fsdp2_ep4", "tp2_fsdp2_etp2", "tp2_fsdp2_ep2_etp2"),
-    *("tp4", "tp4_ep2", "tp4_ep4", "tp4_etp4", "cp2_tp2_ep2", "cp2_tp2_ep2_etp2"),
-]
 BF16 = Precision(storage="float32", compute="bfloat16", reduce="float32", float8=None)
 
 
+def grid() -> list[str]:
+    """tensor 1, 2, 4 x expert 1, 2, 4 x experts whole or cut by the tensor ranks, on 4 ranks or as many as it takes.
+
+    All but 4 x 4 with experts cut, which takes 16.
+    """
+    found = []
+    for tensor, expert in product((1, 2, 4), repeat=2):
+        for cut in sorted({1, tensor}):
+            if (world := max(4, expert * cut)) <= 8:
+                found.append(f"tp{tensor}_fsdp{world // tensor}_ep{expert}_etp{cut}")
+    return found
+
+
 def gradients(
-    layouts: list[str], changes: dict[str, Any], precision: Precision = FP32, length: int = 16
+    layouts: list[str], changes: dict[str, Any], precision: Precision = FP32, length: int = 16, shunned: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Of every parameter, whole, after one step's passes over the same eight rows."""
+    """The loss, and of every parameter the whole gradient, of one step over the same eight rows.
+
+    No token goes to the first `shunned` experts of a layer.
+    """
     config = tiny_deepseek(**changes)
     found = []
     for layout in layouts:
         network = parallel_network(config, degrees(layout), precision)
-        micro_batches = 8 // degrees(layout).data_ranks
-        batches = share(rows(8, length, config.vocab_size), network.mesh, min(micro_batches, 2))
-        network.backward(batches, torch.tensor(1e-2))
+        for moe in (moe for part in network.parts for moe in part.mixtures()):
+            moe.expert_bias[:shunned] = -10.0
+        loss = network.backward(share(rows(8, length, config.vocab_size), network.mesh, 1), torch.tensor(1e-2))
+        torch.distributed.all_reduce(loss)
         named = network.named_parameters()
         found.append({name: whole(each.grad) for name, each in named if each.grad is not None})
+        found[-1]["loss"] = loss / network.mesh.loss_copies
     return found
+
+
+def compared(
+    ranks: Ranks, layouts: list[str], changes: dict[str, Any], *more: Any
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of each layout and tensor: both their names, what the layout's last rank found, and what one device finds."""
+    (single,) = ranks(1, gradients, ["single"], changes, *more)[0]
+    for world in sorted({degrees(layout).world for layout in layouts}):
+        group = [layout for layout in layouts if degrees(layout).world == world]
+        for layout, found in zip(group, ranks(world, gradients, group, changes, *more)[-1], strict=True):
+            assert set(found) == set(single)
+            yield from ((f"{layout} {name}", found[name], expected) for name, expected in single.items())
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,26 +87,66 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "v2": {"n_layers": 2, "moe": {"hidden_dim": 32, "score_before_experts": True, "scale": 4.0, "n_shared": 0}},
 }
+OTHERS = ["hsdp2x2_ep2", "cp2_fsdp2_ep4", "cp2_tp2_ep2", "cp2_tp2_ep2_etp2"]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_each_gradient_is_that_of_one_device(ranks: Ranks, shape: str) -> None:
-    (single,) = ranks(1, gradients, ["single"], SHAPES[shape])[0]
-    for layout, found in zip(LAYOUTS, ranks(4, gradients, LAYOUTS, SHAPES[shape])[3], strict=True):
-        assert set(found) == set(single)
-        for name, gradient in single.items():
-            difference = (found[name] - gradient).norm() / gradient.norm()
-            assert difference < 1e-4, f"{layout} {name}: {difference:.1e}"
+def test_each_gradient_is_that_of_one_device(ranks: Ranks) -> None:
+    for name, found, expected in compared(ranks, [*grid(), *OTHERS], SHAPES["v3"]):
+        difference = (found - expected).norm() / expected.norm()
+        assert difference < 1e-4, f"{name}: {difference:.1e}"
+
+
+def test_ranks_to_whose_experts_no_token_goes(ranks: Ranks) -> None:
+    """Of eight experts only the last four are chosen: half of the ranks that hold them get no row."""
+    layouts = ["fsdp4_ep2", "fsdp4_ep4", "tp2_fsdp2_ep4", "tp2_fsdp2_ep2_etp2", "tp4_ep2", "tp4_etp4"]
+    for name, found, expected in compared(ranks, layouts, SHAPES["v2"], FP32, 16, 4):
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), name
+        assert not (".experts." in name and found[:4].any()), name
 
 
 def test_gradient_norms_of_bf16(ranks: Ranks) -> None:
-    """Vectors of 64 numbers over 1,024 tokens: with fewer the rounding of one device itself is as large."""
-    layouts, changes = ["fsdp4_ep4", "tp2_fsdp2_ep2_etp2", "tp4", "tp4_etp4"], SHAPES["v3"] | {"kv_lora_rank": 64}
-    (single,) = ranks(1, gradients, ["single"], changes, BF16, 128)[0]
-    for layout, found in zip(layouts, ranks(4, gradients, layouts, changes, BF16, 128)[0], strict=True):
-        for name, gradient in single.items():
-            ratio = found[name].norm() / gradient.norm()
-            assert ratio == pytest.approx(1.0, abs=3e-3), f"{layout} {name}"
+    """Vectors of 64 numbers over 2,048 tokens: with fewer the rounding of one device itself is as large."""
+    changes = SHAPES["v3"] | {"kv_lora_rank": 64, "max_seq_len": 256}
+    layouts = ["fsdp4_ep4", "tp2_fsdp2_ep2_etp2", "tp4", "tp4_etp4"]
+    for name, found, expected in compared(ranks, layouts, changes, BF16, 256):
+        assert found.norm() / expected.norm() == pytest.approx(1.0, abs=3e-3), name
+
+
+def in_bf16(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """As GPUs take it, and so tensors without values."""
+    return grouped_product(rows.bfloat16(), matrices.bfloat16(), ends).float()
+
+
+def readings(layout: str) -> tuple[int, int]:
+    """How often the host asks for numbers of rows, in a layer's forward and in its backward.
+
+    Tensors have no values here: whatever else were asked of them, a number, a comparison, a size, would raise.
+    """
+    mesh, asked = Mesh(degrees(layout), "cpu"), []
+    mesh.spread_experts()
+
+    def read(sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        asked.append(sizes)
+        return (40, 8), (40, 40)
+
+    with FakeTensorMode():
+        moe = MoE(16, tiny_moe(), balanced=True)
+        moe.experts.product = in_bf16
+        split_experts(moe, mesh)
+        x = torch.randn(2, 8, 16)
+        with patch.object(Sizes, "read", read):
+            routed, counts = moe(x)
+            forward = len(asked)
+            routed.sum().backward()
+        for value in (counts.tolist, lambda: counts.nonzero(), *([] if layout == "single" else [lambda: moe(x)])):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                value()
+    return forward, len(asked) - forward
+
+
+def test_the_host_reads_once_a_layer(ranks: Ranks) -> None:
+    assert ranks(1, readings, "single") == [(0, 0)]
+    assert ranks(2, readings, "fsdp2_ep2") == [(1, 0)] * 2
 
 
 def test_rows_are_grouped_by_expert() -> None:
@@ -95,21 +167,20 @@ def test_experts_that_cannot_be_dealt_out_are_cut_inside(ranks: Ranks) -> None:
     """6 experts over 4 ranks, and 3 over 2: FSDP cuts the features of each."""
     layouts = ["fsdp4", "fsdp4_ep2", "tp2_fsdp2_ep2"]
     assert all(degrees(layout).cuts_inside(6) for layout in layouts)
-    (single,) = ranks(1, gradients, ["single"], ODD)[0]
-    for layout, found in zip(layouts, ranks(4, gradients, layouts, ODD)[1], strict=True):
-        for name, gradient in single.items():
-            assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), f"{layout} {name}"
+    for name, found, expected in compared(ranks, layouts, ODD):
+        assert (found - expected).norm() < 1e-4 * expected.norm(), name
 
 
-def state_of(layout: str, seed: int) -> tuple[TrainState, dict[str, Any]]:
-    """After one step, and the tree of a checkpoint."""
+def tree_of(layout: str, seed: int, steps: int) -> dict[str, Any]:
+    """What a checkpoint holds before or after some steps."""
     config = tiny_deepseek(n_layers=2)
     network = parallel_network(config, degrees(layout), seed=seed)
     optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
+    materialise(optimizer)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
-    stepper(share(rows(8, 16, config.vocab_size, seed=seed), network.mesh, 1), stop=False)
-    state = TrainState(network, optimizer, seed, step=1)
-    return state, state.tree(0.0)
+    for _ in range(steps):
+        stepper(share(rows(8, 16, config.vocab_size, seed=seed), network.mesh, 1), stop=False)
+    return TrainState(network, optimizer, seed, step=steps).tree(0.0)
 
 
 def tensors(tree: dict[str, Any]) -> dict[str, Tensor]:
@@ -122,24 +193,28 @@ def tensors(tree: dict[str, Any]) -> dict[str, Tensor]:
 
 def carried(folder: Path, source: str, targets: list[str]) -> list[str]:
     """Tensors that another layout reads differently from how `source` wrote them."""
-    _, written = state_of(source, seed=1)
+    written = tree_of(source, seed=1, steps=1)
     store = Store(folder, options())
     store.save(1, written, {})
     store.finish()
     right, wrong = tensors(written), []
     for target in targets:
-        _, tree = state_of(target, seed=2)
         path = store.newest()
         assert path is not None
-        found = tensors(store.load(path, tree))
+        found = tensors(store.load(path, tree_of(target, seed=2, steps=0)))
         assert set(found) == set(right)
         wrong += [f"{target}: {name}" for name in right if not torch.equal(found[name], right[name])]
     return wrong
 
 
-@pytest.mark.parametrize("source", ["fsdp4_ep4", "tp2_fsdp2_ep2_etp2"])
-def test_a_checkpoint_fits_every_layout(ranks: Ranks, tmp_path: Path, source: str) -> None:
-    targets = ["fsdp4", "fsdp4_ep2", "hsdp2x2_ep2", "tp4_ep2", "tp2_fsdp2_ep2_etp2", "fsdp4_ep4"]
+@pytest.mark.parametrize(
+    ("source", "targets"),
+    [
+        ("fsdp4_ep4", ["fsdp4", "hsdp2x2_ep2", "tp4_ep2", "tp2_fsdp2_ep2_etp2"]),
+        ("tp2_fsdp2_ep2_etp2", ["fsdp4_ep2", "tp4_ep2", "fsdp4_ep4"]),
+    ],
+)
+def test_a_checkpoint_fits_every_layout(ranks: Ranks, tmp_path: Path, source: str, targets: list[str]) -> None:
     assert ranks(4, carried, tmp_path, source, targets) == [[]] * 4
 
 
@@ -165,13 +240,13 @@ def test_the_same_bits_every_time(ranks: Ranks) -> None:
 
 
 def graphs(layout: str) -> int:
-    """How many a compiler makes of four layers, three of them with experts."""
+    """How many a compiler makes of three layers, two of them with experts."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     made = partial(torch.compile, backend="aot_eager", fullgraph=True)
     with patch("torch.compile", lambda function, **_: made(function)):
         compile = Compile(blocks=True, loss=False, mode="default")
-        network = parallel_network(tiny_deepseek(n_layers=4), degrees(layout), BF16, compile=compile)
+        network = parallel_network(tiny_deepseek(n_layers=3), degrees(layout), BF16, compile=compile)
     for seed in range(2):
         network.backward(share(rows(4, 16, 96, seed=seed), network.mesh, 1), torch.tensor(1e-2))
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
