@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from src.checkpoint import folder as files
+from src.checkpoint.aside import Aside
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import File, Marker
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
@@ -63,8 +63,7 @@ class Store:
         self.options = options
         self.last: Saved | None = None  # the last save that was finished
         self._team = Team()
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._aside = Aside("checkpoint")
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
         if not shared:
@@ -86,18 +85,11 @@ class Store:
             self._write(job)
             return
         job.stall_seconds = time.perf_counter() - began
-        # A daemon: when training crashes, the process must not wait for ranks that will never answer.
-        self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._aside.start(lambda: self._write(job))
 
     def finish(self) -> None:
         """Wait until nothing is in flight; raises what went wrong with the last save."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self._aside.finish()
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint of this run."""
@@ -133,12 +125,6 @@ class Store:
         return fill(state, values)
 
     # Saving: on the thread, or on the caller's when it waits.
-
-    def _write_in_background(self, job: _Job) -> None:
-        try:
-            self._write(job)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the training thread raises it)
-            self._failure = error
 
     def _write(self, job: _Job) -> None:
         path = files.step_folder(self.folder, job.step)

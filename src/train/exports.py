@@ -1,7 +1,6 @@
 """Exports while training goes on: a copy of the shards in host memory, which a thread writes as Hugging Face files."""
 
 import json
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.checkpoint.aside import Aside
 from src.checkpoint.team import Team
 from src.distributed.network import Network
 from src.errors import UserError
@@ -45,8 +45,7 @@ class Exports:
         self.last: Exported | None = None
         self.failed: str | None = None  # why the last one is not there
         self._team = Team()
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._aside = Aside("export")
 
     def start(self, step: int, network: Network, facts: Mapping[str, Any]) -> None:
         """When it returns, the weights may change. `facts`: of this step, for the card."""
@@ -66,21 +65,12 @@ class Exports:
                 self.last = Exported(step, stalled, time.perf_counter() - began, lines)
             except UserError as error:  # on all ranks alike
                 self.failed = f"the export of step {step} failed: {'; '.join(error.problems)}"
-            except Exception as error:  # noqa: BLE001  (whatever it is, the training thread raises it)
-                self._failure = error
 
-        # A daemon: when training crashes, the process must not wait for ranks that will never answer.
-        self._thread = threading.Thread(target=work, name="export", daemon=True)
-        self._thread.start()
+        self._aside.start(work)
 
     def finish(self) -> None:
         """Wait until nothing is in flight; raises what is no fault of the disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self._aside.finish()
 
     def _write(self, step: int, parts: Mapping[str, Held], beside: Mapping[str, bytes]) -> list[str]:
         target, host = self.folder / f"step_{step:08d}", torch.device("cpu")

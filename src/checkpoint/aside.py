@@ -1,0 +1,35 @@
+"""Work beside the steps: a thread that a crash does not wait for, and whose own failure is not lost."""
+
+import threading
+from collections.abc import Callable
+
+
+class Aside:
+    """One piece of work at a time; what it raises, the next `finish` raises in the training thread."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # of the thread
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """`finish` came before."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001  (whatever it is, the training thread raises it)
+                self._failure = error
+
+        # A daemon: when training crashes, the process must not wait for ranks that will never answer.
+        self._thread = threading.Thread(target=run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until nothing is in flight; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
