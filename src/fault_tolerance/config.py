@@ -42,6 +42,10 @@ class FaultTolerance(Config):
     def join(self, ranks: "Ranks") -> "Peers":
         """This group's view of the others; nothing is sent before the first step."""
 
+    def outer_bytes(self, weight_bytes: int) -> int:
+        """What a rank keeps on its device beside each weight, which takes `weight_bytes` itself."""
+        return 0
+
     def problems(self, asked: Asked) -> list[str]:
         """What cannot work."""
         return []

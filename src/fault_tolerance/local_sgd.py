@@ -1,6 +1,6 @@
 """fault_tolerance=local_sgd and diloco: groups train apart and exchange weights every so many steps."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -20,9 +20,14 @@ class Periodic(TorchFT):
     sync_steps: PositiveInt
     copy_on: Literal["cpu", "device"]
 
+    velocity_bytes: ClassVar[int]  # of each weight
+
     @property
     def rounds(self) -> Rounds:
         return Rounds(self.sync_steps, 1, 0)
+
+    def outer_bytes(self, weight_bytes: int) -> int:
+        return weight_bytes + self.velocity_bytes if self.copy_on == "device" else 0
 
     def join(self, ranks: "Ranks") -> "Peers":
         from src.fault_tolerance.apart import Apart
@@ -44,6 +49,8 @@ class Periodic(TorchFT):
 class LocalSGD(Periodic):
     """Every `sync_steps` steps the weights of all groups become their mean."""
 
+    velocity_bytes: ClassVar[int] = 0
+
     @property
     def exchange(self) -> Literal["float32"]:
         return "float32"
@@ -64,6 +71,8 @@ class LocalSGD(Periodic):
 
 class DiLoCo(Periodic):
     """What groups learned in a round is, in the mean, one gradient for an outer optimizer; a fragment at a time."""
+
+    velocity_bytes: ClassVar[int] = 4  # float32
 
     outer_lr: PositiveFloat
     outer_momentum: Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -45,6 +45,7 @@ class Load:
     forward_only: bool
     texts: int  # whose keys and values are kept while they grow, at once on this rank; 0: of a task that writes none
     columns: int  # of the longest of them
+    outer_bytes: int  # of each weight, that groups which train apart keep beside it on its device
 
     def changed(self, **changes: object) -> "Load":
         return replace(self, **changes)  # type: ignore[arg-type]  # names and types are those of the fields above
@@ -58,6 +59,7 @@ class Memory:
     gradients: int  # this rank's share, or the whole accumulated gradient between synchronisations
     optimizer: int
     cache: int  # keys and values of texts that are gone on with
+    outer: int  # what groups that train apart agree on: src/fault_tolerance/outer.py
     gathered: int  # weights gathered for use, in the compute dtype
     reducing: int  # the gradient of the largest unit while ranks add it up
     activations: int  # kept for the backward, all blocks and micro-batches in flight
@@ -94,9 +96,10 @@ def estimate(load: Load) -> Memory:
 def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
     optimizer = weights.local * MOMENTS * BYTES[load.moments]
+    outer = weights.local * load.outer_bytes
     gradients, accumulated = _gradients(load, weights)
     if load.degrees.cpu_offload:  # what rests, rests in the host
-        parameters = optimizer = gradients = 0
+        parameters = optimizer = outer = gradients = 0
     gathered, reducing = _traffic(load, weights)
     activations, working = _activations(load, share)
     activations += _travelling(load, share) + _waiting_heads(load, share, weights)
@@ -104,7 +107,7 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
         optimizer = gradients = accumulated = reducing = activations = 0
     loss = _loss(load, weights) if share.has_head else 0
     cache = _cache(load, share)
-    resident = parameters + optimizer + cache
+    resident = parameters + optimizer + cache + outer
     held = _held(load, share, activations, accumulated)
     at_loss = resident + gathered + held + loss
     at_backward = resident + gathered + held + reducing + working
@@ -114,6 +117,7 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
         gradients=max(gradients, accumulated),
         optimizer=optimizer,
         cache=cache,
+        outer=outer,
         gathered=gathered,
         reducing=reducing,
         activations=activations,

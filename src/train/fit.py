@@ -11,6 +11,7 @@ PARTS = {
     "optimizer": "optimizer state",
     "parameters": "parameters",
     "cache": "keys and values of texts",
+    "outer": "outer weights and momentum",
     "gradients": "gradients",
     "gathered": "gathered weights",
     "loss": "loss",
@@ -99,6 +100,8 @@ def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     if load.micro_batches > 1 and not degrees.sync_each_micro_batch:
         synchronised = degrees.model_copy(update={"sync_each_micro_batch": True})
         yield "parallel.sync_each_micro_batch=true", load.changed(degrees=synchronised)
+    if load.outer_bytes:
+        yield "fault_tolerance.copy_on=cpu", load.changed(outer_bytes=0)
     if load.moments == "float32":
         yield "optim=adamw_bf16", load.changed(moments="bfloat16")
     if load.precision.compute == "float32":

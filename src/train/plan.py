@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from src.distributed import stages
 from src.distributed.degrees import Degrees
+from src.distributed.precision import BYTES
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
 from src.train import batch, groups
@@ -131,6 +132,7 @@ def load_of(run: Run) -> Load:
         forward_only=_infers(run),
         texts=texts,
         columns=columns,
+        outer_bytes=run.fault_tolerance.outer_bytes(BYTES[run.precision.storage]),
     )
 
 

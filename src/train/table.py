@@ -7,6 +7,8 @@ from rich.text import Text
 from src.train.fit import PARTS, told
 from src.train.plan import Plan
 
+SOME = ("cache", "outer")  # parts that most runs do not have
+
 
 def render(plan: Plan) -> Group:
     """Two tables and the warnings; print it with a rich console, or `plan.to_json()` for machines."""
@@ -58,8 +60,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     memory = plan.memory
-    sizes = {part: getattr(memory, part) for part in PARTS if part != "cache" or memory.cache}
-    rows = [(PARTS[part], told(size)) for part, size in sizes.items()]
+    sizes = {part: getattr(memory, part) for part in PARTS}
+    rows = [(PARTS[part], told(size)) for part, size in sizes.items() if size or part not in SOME]
     rows += [
         ("live at the loss", told(memory.at_loss)),
         ("live in the backward", told(memory.at_backward)),

@@ -1,20 +1,27 @@
 """Outer weights against torch's own SGD and against whole tensors, on one rank and in shards."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from src.distributed.process import Ranks
 from src.distributed.stages import module_of
+from src.errors import PlanError
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import cut
 from src.fault_tolerance.outer import Averaging, Nesterov, Outer, Rule
+from src.train.estimate import GIB
+from src.train.plan import plan
+from src.train.run import Run
 from src.train.setup import assemble
+from src.train.table import render
 from tests.ranks import Ranks as Workers
-from tests.train.runs import make_run, section
+from tests.train.runs import Here, changed, make_run, section
 
 
 @pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.0), (0.3, 0.5)])
@@ -81,6 +88,50 @@ def test_shards_move_as_whole_tensors_do(ranks: Workers, layout: str, world: int
         assert found.squares == pytest.approx(expected.way, rel=1e-5)
         # What tensor parallelism does not cut is on both ranks.
         assert found.elements == expected.elements if layout == "fsdp2" else found.elements > expected.elements
+
+
+def held(layout: str, method: str, place: str) -> tuple[int, int]:
+    """Bytes of this rank's outer tensors on the device of its weights, and those of the plan."""
+    options = changed(section("fault_tolerance", method), copy_on=place)
+    run = make_run({"steps": 20, "micro_batch": 1}, parallel=layout, fault_tolerance=options)
+    ranks = Ranks.join("cpu", run.parallel.world, timeout_seconds=60.0)
+    network = assemble(run, ranks, skips=0).network
+    outer = Outer(network, options.modules(run.model.n_layers), options.rule(), options.copy_on, ())
+    tensors = chain(*(part.values() for part in outer.tensors().values()))
+    return sum(local(tensor).nbytes for tensor in tensors), plan(run).memory.outer
+
+
+@pytest.mark.parametrize(("layout", "world"), [("single", 1), ("fsdp2", 2), ("tp2", 2)])
+@pytest.mark.parametrize("method", ["local_sgd", "diloco"])
+def test_the_plan_counts_what_is_kept_beside_the_weights(ranks: Workers, layout: str, world: int, method: str) -> None:
+    found = ranks(world, held, layout, method, "device")
+    assert max(built for built, _ in found) == found[0][1]
+
+
+def eight_billion(place: str, memory_gib: float | None = None) -> Run:
+    options = changed(section("fault_tolerance", "diloco"), copy_on=place)
+    task = {"steps": 20, "seq_len": 8192, "global_batch": 64, "micro_batch": 1}
+    return make_run(task, Here(memory_gib), model="llama3_8b", parallel="fsdp8", fault_tolerance=options)
+
+
+def table(run: Run) -> str:
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(render(plan(run)))
+    return captured.get()
+
+
+def test_the_plan_tells_of_outer_weights_on_the_device_and_of_the_way_out() -> None:
+    in_host, beside = plan(eight_billion("cpu")), plan(eight_billion("device"))
+    assert in_host.memory.outer == 0
+    assert beside.memory.outer == 8 * beside.parameters_per_gpu  # float32 weights and momentum
+    assert beside.memory.allocated - in_host.memory.allocated == beside.memory.outer
+    assert "outer weights and momentum" in table(eight_billion("device"))
+    assert "outer weights" not in table(eight_billion("cpu"))
+    between = (in_host.memory.peak + beside.memory.peak) / 2 / GIB
+    assert plan(eight_billion("cpu", between)).fits
+    with pytest.raises(PlanError, match=r"fault_tolerance\.copy_on=cpu frees 7\.6 GiB and fits"):
+        plan(eight_billion("device", between))
 
 
 def restored() -> dict[str, tuple[bool, bool]]:
