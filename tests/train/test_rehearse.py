@@ -54,6 +54,21 @@ def test_a_rank_of_405b_fits_this_machine() -> None:
     assert rehearsed.built == rehearsed.planned == Bytes(expected, expected, 2 * expected)
 
 
+def test_a_rank_of_671b_fits_this_machine() -> None:
+    """One of 1,024 ranks. Stages 4 and 12 of 16: eight layers, with 4 of 256 experts cut in two, the rest into 128."""
+    run = make_run(model="deepseek_v3_671b", parallel="pp8_fsdp128_ep64", precision="bf16")
+    (rehearsed,) = rehearse(run, [512])
+    width, heads, queries, latent = 7168, 128, 1536, 512
+    expert = 3 * 2048 * width
+    attention = queries * width + heads * 192 * queries + heads * 256 * latent + width * heads * 128
+    rest = attention + queries + latent + 2 * width + 256 * width + expert  # with norms, router and shared expert
+    narrow = 5 * width  # of the 576 rows of wkv_a a rank has 5, and the last ones none
+    expected = 4 * 8 * (rest // 128 + narrow + 4 * expert // 2)
+    assert rehearsed.stages == (4, 12)
+    assert rehearsed.layers == 8
+    assert rehearsed.built == rehearsed.planned == Bytes(expected, expected, 2 * expected)
+
+
 def test_a_wrong_formula_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Weight.local_elements
     built = planned(run_of("fsdp2"), 0)
