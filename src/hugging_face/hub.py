@@ -1,7 +1,7 @@
 """Where `hf:` leads: a folder on this machine, or a repository of the hub that becomes one, its revision pinned.
 
 huggingface_hub keeps its own house: token, cache, offline mode and endpoint come from its environment variables, and an
-interrupted download goes on where it stopped.
+interrupted download goes on with the files that are not whole yet.
 """
 
 import re
@@ -79,12 +79,15 @@ def _download(source: str, repository: str, revision: str, patterns: Sequence[st
     except GatedRepoError as error:
         raise CheckpointError(f"hf:{source}: asks for an agreement; accept it on its page, and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"hf:{source}: no such repository, or a private one; then set HF_TOKEN") from error
+        raise CheckpointError(
+            f"hf:{source}: no folder here, and no such repository of the hub, or a private one; then set HF_TOKEN"
+        ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"hf:{source}: has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"hf:{source}: the hub cannot be reached, or HF_HUB_OFFLINE=1, and its cache has no such snapshot"
+            f"hf:{source}: no folder here; the hub cannot be reached, or HF_HUB_OFFLINE=1, and its cache has no such "
+            "snapshot"
         ) from error
     except Exception as error:  # the library lets through what its transport raises; each means no download
         raise CheckpointError(
