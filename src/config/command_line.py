@@ -7,6 +7,7 @@ add), and `build`, which knows every legal name, tells all mistakes of files and
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any, get_type_hints
 
 from hydra.conf import HydraConf
@@ -30,8 +31,17 @@ def arguments(argv: Sequence[str]) -> list[str]:
     problems = [said for each in argv if (said := _refused(*each.lstrip("+~").split("=", 1)))]
     if problems:
         raise ConfigError(problems)
-    flags = [each for each in argv if each in SWEEP_FLAGS]  # Hydra wants them before the assignments
-    return flags + [_settable(each) for each in argv if each not in SWEEP_FLAGS]
+    flags: list[str] = []
+    others: list[str] = []
+    for before, each in pairwise(["", *argv]):
+        (flags if _of_a_flag(before, each) else others).append(each)
+    return flags + [_settable(each) for each in others]  # Hydra wants all assignments in one place
+
+
+def _of_a_flag(before: str, argument: str) -> bool:
+    """Whether it is a flag, such as --cfg, or the word behind one: whatever is set has a = or begins with ~."""
+    takes_a_word = before.startswith("-") and before not in SWEEP_FLAGS
+    return argument.startswith("-") or (takes_a_word and "=" not in argument and not argument.startswith("~"))
 
 
 def _settable(argument: str) -> str:

@@ -18,6 +18,8 @@ from src.errors import ConfigError
         (["~tracker", "+a.b=1", "++a.c=2"], ["~tracker", "+a.b=1", "++a.c=2"]),
         (["hydra.mode=MULTIRUN", "hydra/launcher=basic"], ["hydra.mode=MULTIRUN", "hydra/launcher=basic"]),
         (["--cfg", "job"], ["--cfg", "job"]),
+        (["seed=1", "--cfg", "job", "~tracker"], ["--cfg", "job", "++seed=1", "~tracker"]),
+        (["-m", "nonsense"], ["-m", "nonsense"]),
         (["seed=0,1", "-m", "optim.lr=1,2"], ["-m", "++seed=0,1", "++optim.lr=1,2"]),
         (["nonsense"], ["nonsense"]),
         (["prompt=a, b", "task.sample_prompt="], ["++prompt='a, b'", "++task.sample_prompt=''"]),
