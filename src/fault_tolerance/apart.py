@@ -83,6 +83,7 @@ class Apart(Synchronous):
 
     def introduce(self, own: Own) -> None:
         super().introduce(own)
+        self._unshared = 0  # a checkpoint gave all groups the same count; what else was done since a meeting is lost
         if not self._loaded:
             self.outer.begin()
 

@@ -56,18 +56,25 @@ class Life:
 class ByHand:
     """`away`: by group, the step in which it dies, and the one after which it meets the others again.
 
-    `refused`: the step after which a merge fails.
+    `refused`: the step after which a merge fails. `resumed`: one after which all stop, and how many groups go on.
     """
 
     def __init__(
-        self, folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]], refused: int = 0
+        self,
+        folder: Path,
+        method: Method,
+        groups: int,
+        away: dict[int, tuple[int, int]],
+        refused: int = 0,
+        resumed: tuple[int, int] = (0, 0),
     ) -> None:
         run = Run.from_sections(build(read(folder / "config.yaml"))).on_one_device()
         ranks = Ranks.join("cpu", 1, timeout_seconds=60.0)
-        self.run, self.method, self.away, self.refused = run, method, away, refused
+        self.run, self.method, self.away, self.refused, self.resumed = run, method, away, refused, resumed
         self.plan = plan(run)
         self.groups: list[Training] = [assemble(run, ranks, skips=0) for _ in range(groups)]
         self.lives = [Life() for _ in range(groups)]
+        self.others = [assemble(run, ranks, skips=0) for _ in range(resumed[1] - groups)]  # that come later
         self.batches = Batches(
             reopen(json.loads((folder / "data.json").read_text()), run.cache),
             run.data,
@@ -115,11 +122,22 @@ class ByHand:
             for name in names:
                 plain(training)[name].copy_(self.agreed[name])
 
+    def resume(self, count: int) -> None:
+        """All groups go on from what the first one has."""
+        self.groups = (self.groups + self.others)[:count]
+        self.lives += [Life() for _ in self.others]
+        for training in self.groups[1:]:
+            fill(training.state.tree(0.0), shards(self.groups[0].state.tree(0.0)))
+
     def steps(self) -> list[Life]:
         interval, merges, sent = self.method.sync_steps // self.method.fragments, 0, dict[str, Tensor]()
         everyone = range(len(self.groups))
         share = list(everyone)  # who the data are divided among: known at a meeting
         for step in range(1, self.run.task.steps + 1):
+            if step == self.resumed[0] + 1 > 1:
+                self.resume(self.resumed[1])
+                everyone = range(len(self.groups))
+                share = list(everyone)
             there = [group for group in everyone if not within(step, self.away.get(group))]
             for group in there:
                 self.train(step, group, share.index(group), len(share))
@@ -134,7 +152,7 @@ class ByHand:
             elif step % interval == 0:
                 self.move(sent, share)
                 merges += 1
-        for life, training in zip(self.lives, self.groups, strict=True):
+        for life, training in zip(self.lives, self.groups, strict=False):  # of those that are there in the end
             life.weights = digest(training.network)
         return self.lives
 
@@ -158,6 +176,11 @@ def plain(training: Training) -> dict[str, Any]:
 
 
 def simulate(
-    folder: Path, method: Method, groups: int, away: dict[int, tuple[int, int]], refused: int = 0
+    folder: Path,
+    method: Method,
+    groups: int,
+    away: dict[int, tuple[int, int]],
+    refused: int = 0,
+    resumed: tuple[int, int] = (0, 0),
 ) -> list[Life]:
-    return ByHand(folder, method, groups, away, refused).steps()
+    return ByHand(folder, method, groups, away, refused, resumed).steps()

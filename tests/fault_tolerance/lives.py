@@ -195,11 +195,12 @@ def losses(folder: Path, groups: int) -> dict[int, float]:
     return {step: values.pop() for (step, _), values in sorted(found.items())}
 
 
-def audited(folder: Path, groups: int, steps: int, batch: int, world: int = 1) -> bool:
+def audited(folder: Path, steps: int, batch: int, world: int = 1) -> bool:
     """Whether step n took exactly the samples [(n - 1) * batch, n * batch), each once, whoever was there."""
+    groups = [int(path.name) for path in (folder / "groups").iterdir()]
     lines = [
         line | {"group": group}
-        for group, rank in product(range(groups), range(world))
+        for group, rank in product(groups, range(world))
         for line in account(folder, group, rank)
     ]
     for step in range(1, steps + 1):

@@ -110,6 +110,28 @@ def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: Ranks, t
         assert (told(found, "outer/syncs"), told(found, "outer/failed_syncs")) == (2, 1)
 
 
+@pytest.mark.parametrize("groups", [3, 1])
+def test_a_run_goes_on_with_another_number_of_groups(ranks: Ranks, tmp_path: Path, groups: int) -> None:
+    method, argv = Method(4), (*ARGV, "task.global_batch=6")
+    with fleet(tmp_path, *argv, *method.keys(), min_groups=2) as found:
+        found.start(0, 1, troubles=[Trouble(6, "hold")])
+        found.reach(6, 0, 1)
+        found.stop(0)
+        found.stop(1)
+        found.go(6)
+        found.wait()
+    with fleet(tmp_path, *argv, *method.keys(), f"folder={found.folder}", groups=groups, min_groups=groups) as again:
+        again.start(*range(groups))
+        again.wait()
+        assert "goes on after step 7, " in again.log(0)
+        by_hand = ranks(1, simulate, again.folder, method, 2, {}, 0, (7, groups))[0]
+        for group in range(groups):
+            assert lived(again, group) == by_hand[group]
+            # What the group that did not save had done in steps 5, 6 and 7 is lost.
+            assert last(again.folder, group)["tokens"] == (STEPS - 3 / 2) * 6 * 32
+        assert told(again, "outer/syncs") == 3
+
+
 def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: Ranks, tmp_path: Path) -> None:
     plain = opened(*TINY, *ARGV, "data=synthetic", f"root={tmp_path / 'plain'}")
     assert ranks(1, live, plain) == [True]

@@ -30,7 +30,7 @@ def check(found: Fleet, groups: int, undisturbed: dict[int, float]) -> None:
     ends = [last(found.folder, group) for group in range(groups)]
     assert ends == [ends[0]] * groups
     assert (ends[0]["end"], ends[0]["position"]) == (STEPS, STEPS * BATCH)
-    assert audited(found.folder, groups, STEPS, BATCH)
+    assert audited(found.folder, STEPS, BATCH)
 
 
 def test_groups_take_the_steps_of_one_run(tmp_path: Path, undisturbed: dict[int, float]) -> None:
@@ -136,6 +136,24 @@ def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, u
         found.start(0, 1)
         found.wait()
         check(found, 2, undisturbed)
+
+
+@pytest.mark.parametrize("groups", [3, 1])
+def test_a_run_goes_on_with_another_number_of_groups(
+    tmp_path: Path, undisturbed: dict[int, float], groups: int
+) -> None:
+    with fleet(tmp_path, *ARGV, min_groups=2) as found:
+        found.start(0, 1, troubles=[Trouble(7, "hold")])
+        found.reach(7, 0, 1)
+        found.stop(0)
+        found.stop(1)
+        found.go(7)
+        found.wait()
+    with fleet(tmp_path, *ARGV, f"folder={found.folder}", groups=groups, min_groups=groups) as again:
+        again.start(*range(groups))
+        again.wait()
+        assert "goes on after step 9, " in again.log(0)
+        check(again, groups, undisturbed)
 
 
 def test_groups_follow_a_lighthouse_that_moves(tmp_path: Path, undisturbed: dict[int, float]) -> None:
