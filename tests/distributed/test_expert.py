@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.checkpoint.store import Store
 from src.distributed.compiling import Compile
@@ -117,36 +118,55 @@ def in_bf16(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return grouped_product(rows.bfloat16(), matrices.bfloat16(), ends).float()
 
 
-def readings(layout: str) -> tuple[int, int]:
-    """How often the host asks for numbers of rows, in a layer's forward and in its backward.
+class Words(TorchDispatchMode):
+    """What a mixture does that takes time: rows go, rows must have come, matrices of the shared experts multiply."""
+
+    names: ClassVar = {"all_to_all_single": "go", "wait_tensor": "wait", "mm": "product"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.said += [word] if (word := self.names.get(operation.overloadpacket.__name__)) else []
+        return operation(*args, **(kwargs or {}))
+
+
+def told(layout: str) -> tuple[str, str]:
+    """The words of a layer's forward and of its backward; `ask` is the host's, for numbers of rows.
 
     Tensors have no values here: whatever else were asked of them, a number, a comparison, a size, would raise.
     """
-    mesh, asked = Mesh(degrees(layout), "cpu"), []
+    mesh = Mesh(degrees(layout), "cpu")
     mesh.spread_experts()
+    with FakeTensorMode(), Words() as words:
 
-    def read(sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        asked.append(sizes)
-        return (40, 8), (40, 40)
+        def read(_: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+            words.said.append("ask")
+            return (40, 8), (40, 40)
 
-    with FakeTensorMode():
         moe = MoE(16, tiny_moe(), balanced=True)
         moe.experts.product = in_bf16
         split_experts(moe, mesh)
-        x = torch.randn(2, 8, 16)
+        x = torch.randn(2, 8, 16, requires_grad=True)
         with patch.object(Sizes, "read", read):
             routed, counts = moe(x)
-            forward = len(asked)
-            routed.sum().backward()
-        for value in (counts.tolist, lambda: counts.nonzero(), *([] if layout == "single" else [lambda: moe(x)])):
+        forward, words.said = " ".join(words.said), []
+        routed.sum().backward()
+        backward = " ".join(words.said)
+        for value in (counts.tolist, counts.nonzero, *([] if layout == "single" else [lambda: moe(x)])):
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
                 value()
-    return forward, len(asked) - forward
+    return forward, backward
 
 
-def test_the_host_reads_once_a_layer(ranks: Ranks) -> None:
-    assert ranks(1, readings, "single") == [(0, 0)]
-    assert ranks(2, readings, "fsdp2_ep2") == [(1, 0)] * 2
+def test_the_host_asks_once_and_shared_experts_compute_while_rows_travel(ranks: Ranks) -> None:
+    assert ranks(1, told, "single") == [("product product product", " ".join(["product"] * 8))]
+    for forward, backward in ranks(2, told, "fsdp2_ep2"):
+        # Numbers of rows; rows and their weights, beside three matrices; results home.
+        assert forward == "go wait ask go go product product product wait wait go wait"
+        # Results; rows and weights, beside the six products of three matrices; the router.
+        assert backward == f"go wait go go {'product ' * 6}wait wait product product"
 
 
 def test_rows_are_grouped_by_expert() -> None:
