@@ -112,8 +112,9 @@ class Apart(Synchronous):
     def settle(self, step: int, tokens: int) -> int:
         self._at, self._unshared = step, self._unshared + tokens
         if self.rounds.leaves(step):
-            while not self._gather():
-                pass  # each time it waits for the others
+            while not self._gather():  # each time it waits for the others
+                if self.gave_up:
+                    return 0  # what is due is the next life's
         self._exchange()
         others, self._others = self._others, 0
         return others

@@ -107,13 +107,15 @@ class Membership:
             quorum_retries=AGAIN,
         )
 
-    def meet(self, version: int, own: Own) -> Quorum:
+    def meet(self, version: int, own: Own) -> Quorum | None:
         """Collective. Wait for the others, and be healed or heal: `version` says who is ahead.
 
-        A failure is kept in `error`: the step must still be voted on.
+        A failure is kept in `error`: the step must still be voted on. None: told to stop while it waited.
         """
         self.error = None
-        answer = self._ask(version, own.tell)
+        answer = self._ask(version, own)
+        if any_rank(answer is None, torch.device("cpu")):
+            return None
         self._version = answer.max_step
         members = (answer.quorum_id, tuple(answer.replica_ids))
         if members != self._quorum or self.failures:
@@ -126,8 +128,11 @@ class Membership:
         healed = answer.heal and self._heal(answer, own)
         return Quorum(answer.quorum_id, answer.replica_rank, answer.replica_world_size, healed)
 
-    def _ask(self, version: int, tell: Callable[[str], None]) -> Any:
-        """The lighthouse's answer, however long it takes; who waits is told what for, and follows one that moves."""
+    def _ask(self, version: int, own: Own) -> Any:
+        """The lighthouse's answer, however long it takes; who waits is told what for, and follows one that moves.
+
+        None where a signal wants this rank to stop instead.
+        """
         while True:
             answers: queue.Queue[Any] = queue.Queue()
             # A daemon: an answer of a lighthouse that is gone never comes.
@@ -136,18 +141,20 @@ class Membership:
                 try:
                     answer = answers.get(timeout=LOOK_SECONDS)
                 except queue.Empty:
+                    if own.stopped():
+                        return None
                     if look % LOOKS_PER_WORD == 0:
-                        tell(self._waits_for())
+                        own.tell(self._waits_for())
                     if self.replica.address() != self._lighthouse:
                         break
                     continue
                 if isinstance(answer, BaseException):
                     raise answer
                 return answer
-            tell(f"the lighthouse is at {self.replica.address()} now")
+            own.tell(f"the lighthouse is at {self.replica.address()} now")
             if self.ranks.rank == 0:
                 self._server.shutdown()
-            self._serve(tell)
+            self._serve(own.tell)
 
     def _quorum_into(self, answers: "queue.Queue[Any]", version: int) -> None:
         try:

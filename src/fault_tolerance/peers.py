@@ -19,6 +19,7 @@ class Own:
     give: Callable[[], Tree]  # nested dicts of live tensors and plain values
     take: Callable[[Tree], None]  # the plain values, after the tensors were filled in place
     tell: Callable[[str], None]  # a line for a person
+    stopped: Callable[[], bool]  # whether this rank was told to stop
 
 
 class Peers:
@@ -32,6 +33,7 @@ class Peers:
     group = 0
     leads = True  # whether this group writes for all: metrics, checkpoints
     counted = True  # what the last `agree` said
+    gave_up = False  # a meeting, since this group was told to stop while it waited for the others
 
     def watch(self, network: "Network", refresh: Sequence[Callable[[], None]]) -> None:
         """Whose weights groups exchange; `refresh`: what follows from new ones, in order; collective."""

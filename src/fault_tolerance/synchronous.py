@@ -45,7 +45,7 @@ class Synchronous(Peers):
             own.take(tree["run"])
             self._history, self._stale = tree["history"], False
 
-        self._own = Own(give, take, own.tell)
+        self._own = Own(give, take, own.tell, own.stopped)
 
     @property
     def members(self) -> Membership:
@@ -58,7 +58,11 @@ class Synchronous(Peers):
         assert self._own is not None, "introduce() comes first"
         members, before, began = self.members, self._quorum, time.perf_counter()
         # A group with another past than its peers is behind them, however many steps it has done.
-        self._quorum = quorum = members.meet(2 * step + (not self._stale), self._own)
+        quorum = members.meet(2 * step + (not self._stale), self._own)
+        if quorum is None:
+            self.gave_up = True
+            return None
+        self._quorum = quorum
         so_far = (self._lost, self._failures, members.heal_seconds)
         row = Row(self.group, self._led, self._leaving, self._history, *so_far)
         table = Table.exchange(row, quorum, members, self.options.heal_seconds)
@@ -113,6 +117,8 @@ class Synchronous(Peers):
 
     @property
     def saves(self) -> bool:
+        if self.gave_up:  # those that were leaving have left
+            return self.table.heir() == self.group
         return self.leads and (not self._leaving or self.table.all_leave)
 
     def metrics(self) -> Mapping[str, float]:

@@ -54,6 +54,11 @@ class Table:
         """The group that speaks for all: the one that did so far, if it is there."""
         return next((row.group for row in self.rows if row.led), self.rows[0].group)
 
+    def heir(self) -> int | None:
+        """The group that speaks once those that leave have left; None: there is none."""
+        staying = tuple(row for row in self.rows if not row.leaving)
+        return Table(staying).leader() if staying else None
+
     @property
     def all_leave(self) -> bool:
         return all(row.leaving for row in self.rows)

@@ -77,7 +77,7 @@ class Loop:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
             gc.collect(1)
-        self.peers.introduce(Own(self._state, self._adopt, self._tell))
+        self.peers.introduce(Own(self._state, self._adopt, self._tell, lambda: self.stop.seen is not None))
         self.throughput.restart()
         for batches, waited in self._fetched() if self.peers.alone else self._met():
             if self._stopping:
@@ -121,6 +121,7 @@ class Loop:
         while state.step < self.plan.steps and not self._stopping:
             share = self.peers.meet(state.step, self.plan.micro_batches)
             self.report.lead(self.peers.leads)
+            self._stopping = self.peers.gave_up
             if share is not None:
                 began = time.perf_counter()
                 yield self.batches.step(state.position, share), time.perf_counter() - began
@@ -159,6 +160,7 @@ class Loop:
             return  # the others may have left; what is due is the next life's
         others = self.peers.settle(state.step, self._last.tokens)  # which may replace the state
         state.tokens += others
+        self._stopping = self._stopping or self.peers.gave_up
 
     def _learning_rate(self, step: int) -> float:
         return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)

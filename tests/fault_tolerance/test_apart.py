@@ -132,6 +132,24 @@ def test_a_run_goes_on_with_another_number_of_groups(ranks: Ranks, tmp_path: Pat
         assert told(again, "outer/syncs") == 3
 
 
+def test_a_group_told_to_stop_while_it_waits_for_another_saves(tmp_path: Path) -> None:
+    with fleet(tmp_path, *ARGV, "checkpoint.every=100", *Method(4).keys(), min_groups=2) as found:
+        found.start(0)
+        found.start(1, troubles=[Trouble(7, "hold")])
+        found.reach(8, 0)
+        found.reach(7, 1)
+        found.one_asks()
+        found.stop(0)
+        found.wait(0)
+        found.stop(1)
+        found.go(7)
+        found.wait(1)
+        assert [path.name for path in (found.folder / "checkpoints").iterdir()] == ["step_00000008"]
+        found.start(0, 1)
+        found.wait()
+        assert told(found, "outer/syncs") == 3
+
+
 def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: Ranks, tmp_path: Path) -> None:
     plain = opened(*TINY, *ARGV, "data=synthetic", f"root={tmp_path / 'plain'}")
     assert ranks(1, live, plain) == [True]

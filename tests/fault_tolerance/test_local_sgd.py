@@ -82,7 +82,7 @@ def rounds(answers: list[bool], spoil: Callable[[dict[str, Tensor], int], None])
         peers = Apart(options, ranks)
     peers._membership = members  # type: ignore[assignment]
     training = assemble(make_run(), ranks, skips=0, peers=peers)
-    peers.introduce(Own(dict, lambda _: None, told.append))
+    peers.introduce(Own(dict, lambda _: None, told.append, lambda: False))
     assert peers.meet(0, 4) == range(4)
     for step in (1, 2, 3):
         weights = plain(training)

@@ -156,6 +156,20 @@ def test_a_run_goes_on_with_another_number_of_groups(
         check(again, groups, undisturbed)
 
 
+def test_groups_told_to_stop_while_they_wait_for_a_lighthouse_save(tmp_path: Path) -> None:
+    with fleet(tmp_path, *ARGV, min_groups=2) as found:
+        found.start(0, troubles=[Trouble(6, "hold")])
+        found.start(1)
+        found.reach(6, 0, 1)
+        found.lighthouse.kill()
+        found.go(6)
+        found.until(lambda: "step 7: waits for the lighthouse" in found.log(0))
+        found.stop(0)
+        found.stop(1)
+        found.wait()
+        assert [path.name for path in (found.folder / "checkpoints").iterdir()] == ["step_00000006"]
+
+
 def test_groups_follow_a_lighthouse_that_moves(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, min_groups=2) as found:
         found.lighthouse.move(tmp_path / "lighthouse.url")

@@ -41,6 +41,12 @@ def test_a_group_with_a_past_of_its_own_is_healed() -> None:
     assert [even.astray(row) for row in even.rows] == [False, True]
 
 
+def test_who_stays_inherits() -> None:
+    assert table(group=(0, 1), led=(True, False)).heir() == 0
+    assert table(group=(0, 1), led=(True, False), leaving=(True, False)).heir() == 1
+    assert table(group=(0, 1), leaving=(True, True)).heir() is None
+
+
 def test_all_leave_only_together() -> None:
     assert table(leaving=(True, True)).all_leave
     assert not table(leaving=(True, False)).all_leave
