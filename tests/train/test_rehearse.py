@@ -115,7 +115,7 @@ def test_a_batch_that_nobody_trains_on_is_a_warning(
     monkeypatch.setattr("sys.argv", [*command, "task.micro_batch=3"])
     assert launch.main() == 0
     (warning,) = json.loads(capsys.readouterr().out)["warnings"]
-    assert warning.startswith("task.global_batch=8 is no multiple of task.micro_batch=3 * 2 data ranks")
+    assert warning.startswith("task.global_batch=16 is no multiple of task.micro_batch=3 * 2 data ranks")
 
 
 @pytest.mark.parametrize(
