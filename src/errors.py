@@ -1,4 +1,4 @@
-"""Whose move it is: every error that a user can cause, and nothing else.
+"""Whose move it is: every error that a user can cause, how names are told in one, and nothing else.
 
 `launch.py` prints the problems of a `UserError` and exits with its code, 2 for all that the user can put right; any
 other exception is our fault and keeps its traceback. A promise between our own functions is an `assert`.
@@ -50,3 +50,9 @@ class VerdictError(UserError):
     """Nothing is wrong with the question: the answer is no."""
 
     exit_code = 1
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """Names for an error: the first few, and how many more there are."""
+    every = sorted(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

@@ -22,7 +22,7 @@ from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import File, Marker
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
 from src.checkpoint.team import Team
-from src.errors import CheckpointError
+from src.errors import CheckpointError, some
 
 VALUES = "values.json"
 log = logging.getLogger(__name__)
@@ -224,9 +224,10 @@ class Store:
         missing = set[str]().union(*(one[0] for one in looks))
         # Ranks of a pipeline have different names: unexpected is what no rank has a place for.
         unexpected = set.intersection(*(one[1] for one in looks))
-        problems = [f"{path}: {_count(missing)} missing in it: {_some(missing)}"] if missing else []
+        problems = [f"{path}: {_count(missing)} missing in it: {some(missing, most=8)}"] if missing else []
         if unexpected:
-            problems.append(f"{path}: {_count(unexpected)} in it that this run has no place for: {_some(unexpected)}")
+            names = some(unexpected, most=8)
+            problems.append(f"{path}: {_count(unexpected)} in it that this run has no place for: {names}")
         misfits = dict.fromkeys(f"{path}: {misfit}" for one in looks for misfit in one[2])
         if problems or misfits:
             raise CheckpointError([*problems, *misfits])
@@ -254,8 +255,3 @@ def _explained(error: CheckpointException, what: str) -> Exception:
 
 def _count(names: set[str]) -> str:
     return f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
-
-
-def _some(names: set[str], most: int = 8) -> str:
-    shown = sorted(names)[:most]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

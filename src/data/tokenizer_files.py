@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.errors import DataError
+from src.errors import DataError, some
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,8 +73,7 @@ def _from_folder(folder: Path) -> "Tokenizer":
         return _from_json(folder / "tokenizer.json")
     words = next((folder / name for name in ("vocab.json", "vocab.txt") if (folder / name).is_file()), None)
     if words is None:
-        names = sorted(entry.name for entry in folder.iterdir())
-        found = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
+        found = some(entry.name for entry in folder.iterdir()) or "nothing"
         raise DataError(
             f"tokenizer.path={folder}: needs tokenizer.json, or vocab.json and merges.txt; holds {found}. Pass "
             "tokenizer=file tokenizer.path=<folder with one>, or tokenizer=bytes"

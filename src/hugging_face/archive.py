@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.errors import CheckpointError
+from src.errors import CheckpointError, some
 from src.hugging_face.header import Entry, read_header
-from src.models.stored import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

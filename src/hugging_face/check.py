@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from math import ceil
 
-from src.errors import CheckpointError
+from src.errors import CheckpointError, some
 from src.hugging_face.archive import Archive, quantisation
 from src.hugging_face.header import Entry
 from src.models.base import ModelConfig
 from src.models.hugging_face import skipped, stored
-from src.models.stored import Stored, some
+from src.models.stored import Stored
 
 SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
 WEIGHTS = ("float32", "bfloat16", "float16")

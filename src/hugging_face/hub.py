@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from src.errors import CheckpointError
+from src.errors import CheckpointError, some
 from src.hugging_face.archive import CONVERSION, INDEX, SINGLE, shard_names
-from src.models.stored import some
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # What describes a model and its tokenizer; weights are named by the index. Folders inside hold other formats.

@@ -135,9 +135,3 @@ class Facts:
     def unread(self) -> list[str]:
         """Keys that nobody asked for and that are not known to change nothing."""
         return sorted(set(self.values) - self.seen - NEUTRAL)
-
-
-def some(names: Iterable[str], most: int = 6) -> str:
-    """Names for an error: the first few, and how many more there are."""
-    every = sorted(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

@@ -16,10 +16,9 @@ from src.checkpoint.folder import complete, is_complete, step_folder, step_of
 from src.config.groups import CONF
 from src.config.tree import Tree, read
 from src.config.wording import nearest
-from src.errors import CheckpointError
+from src.errors import CheckpointError, some
 from src.hugging_face.hub import fetch
 from src.hugging_face.load import model_section, noted
-from src.models.stored import some
 from src.tasks.earlier import check_typed, sections
 
 if TYPE_CHECKING:
