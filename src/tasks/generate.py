@@ -63,16 +63,22 @@ class Generate(Config):
 
     def problems(self, run: "Run") -> list[str]:
         """Prompts that are not there or do not fit the model, told on the launcher."""
+        return self._measured(run)[1]
+
+    def _measured(self, run: "Run") -> tuple[list[int], list[str]]:
+        """Tokens of each prompt, and what is wrong with them."""
         if (self.prompt is None) == (self.prompts is None):
-            return ['task.prompt: pass a text with prompt="...", or a file of them with prompts=<file>; one of the two']
+            line = 'task.prompt: pass a text with prompt="...", or a file of them with prompts=<file>; one of the two'
+            return [], [line]
         try:
             texts = self.texts()
             tokenizer = run.tokenizer.open(run.cache, run.data)
         except DataError as error:
-            return list(error.problems)
+            return [], list(error.problems)
+        lengths = [len(tokenizer.prompt(text)) for text in texts]
         room, found = run.model.max_seq_len - self.max_tokens, []
-        for number, text in enumerate(texts, 1):
-            length, which = len(tokenizer.prompt(text)), f"prompt {number}" if self.prompts else "task.prompt"
+        for number, length in enumerate(lengths, 1):
+            which = f"prompt {number}" if self.prompts else "task.prompt"
             if length == 0:
                 found.append(f"{which}: is empty, and this tokenizer begins no document by a token; give some text")
             elif length > room:
@@ -80,14 +86,13 @@ class Generate(Config):
                     f"{which}: {length} tokens and task.max_tokens={self.max_tokens} are more than model.max_seq_len="
                     f"{run.model.max_seq_len}; at most task.max_tokens={max(run.model.max_seq_len - length, 0)}"
                 )
-        return found
+        return lengths, found
 
     def remembered(self, run: "Run") -> tuple[int, int]:
         """Texts at once on a data rank, and columns of the longest; none where `problems` has something to say."""
-        if self.problems(run):
+        lengths, found = self._measured(run)
+        if found:
             return 0, 0
-        tokenizer = run.tokenizer.open(run.cache, run.data)
-        lengths = [len(tokenizer.prompt(text)) for text in self.texts()]
         texts = min(self.batch, ceil(len(lengths) / run.parallel.data_ranks))
         return texts, max(lengths) + self.max_tokens + pass_multiple(run.parallel)
 
