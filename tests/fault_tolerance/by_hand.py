@@ -175,12 +175,6 @@ def plain(training: Training) -> dict[str, Any]:
     return {name: getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for name, tensor in tensors.items()}
 
 
-def simulate(
-    folder: Path,
-    method: Method,
-    groups: int,
-    away: dict[int, tuple[int, int]],
-    refused: int = 0,
-    resumed: tuple[int, int] = (0, 0),
-) -> list[Life]:
-    return ByHand(folder, method, groups, away, refused, resumed).steps()
+def simulate(*story: Any) -> list[Life]:
+    """`story`: what ByHand is told."""
+    return ByHand(*story).steps()

@@ -131,6 +131,15 @@ class Fleet:
         """End a hold."""
         (self.folder / f"go_{step}").touch()
 
+    def stopped_together(self, step: int) -> None:
+        """The life of two groups, both told to stop after they have reached a step."""
+        self.start(0, 1, troubles=[Trouble(step, "hold")])
+        self.reach(step, 0, 1)
+        self.stop(0)
+        self.stop(1)
+        self.go(step)
+        self.wait()
+
     def until(self, true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not true():

@@ -114,12 +114,7 @@ def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: Ranks, t
 def test_a_run_goes_on_with_another_number_of_groups(ranks: Ranks, tmp_path: Path, groups: int) -> None:
     method, argv = Method(4), (*ARGV, "task.global_batch=6")
     with fleet(tmp_path, *argv, *method.keys(), min_groups=2) as found:
-        found.start(0, 1, troubles=[Trouble(6, "hold")])
-        found.reach(6, 0, 1)
-        found.stop(0)
-        found.stop(1)
-        found.go(6)
-        found.wait()
+        found.stopped_together(6)
     with fleet(tmp_path, *argv, *method.keys(), f"folder={found.folder}", groups=groups, min_groups=groups) as again:
         again.start(*range(groups))
         again.wait()

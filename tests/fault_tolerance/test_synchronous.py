@@ -143,12 +143,7 @@ def test_a_run_goes_on_with_another_number_of_groups(
     tmp_path: Path, undisturbed: dict[int, float], groups: int
 ) -> None:
     with fleet(tmp_path, *ARGV, min_groups=2) as found:
-        found.start(0, 1, troubles=[Trouble(7, "hold")])
-        found.reach(7, 0, 1)
-        found.stop(0)
-        found.stop(1)
-        found.go(7)
-        found.wait()
+        found.stopped_together(7)
     with fleet(tmp_path, *ARGV, f"folder={found.folder}", groups=groups, min_groups=groups) as again:
         again.start(*range(groups))
         again.wait()
