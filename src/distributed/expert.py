@@ -1,7 +1,8 @@
 """Expert parallelism (arXiv 2006.16668): routed experts are spread over ranks, and tokens travel to them and back.
 
-How many rows go where is known to the device only, and a transfer wants to know it on the host: one reading a layer.
-While the host waits for it the device sorts rows; while rows travel it computes the shared experts.
+How many rows go where is known to the device only, and a transfer wants to know it on the host: one reading a layer,
+and none where experts take turns. While the host waits for it the device sorts rows; while rows travel it computes
+the shared experts.
 """
 
 from collections.abc import Callable
@@ -62,14 +63,14 @@ class Exchange(nn.Module):
     def forward(self, x: Tensor, routing: Routing, experts: Experts, shared: nn.Module | None = None) -> Tensor:
         """Collective. As `LocalExchange`."""
         going = routing.counts.view(self.ranks, -1)  # (rank, its expert): rows of mine
-        coming = transposed(going, self.group)  # (rank, my expert): rows of that rank
-        sizes = Sizes(going, coming)
+        coming = going if routing.even else transposed(going, self.group)  # (rank, my expert): rows of that rank
+        sizes = None if routing.even else Sizes(going, coming)
         order, places = sorting(routing.experts)
         rows, weights = dispatch(x, order, places), arrange(routing.weights, order, places)
         scales: Tensor | None = weights
         if self.score_before_experts:
             rows, scales = (rows * weights.unsqueeze(-1)).to(x.dtype), None
-        out = Journey(self.group, *sizes.read())
+        out = Journey(self.group, *sizes.read()) if sizes else Journey.even(self.group, self.ranks, len(rows))
         flight, second = Flight(rows, out), None if scales is None else Flight(scales, out)
         beside = None if shared is None else shared(x)
         index, inverse = grouping(coming, sum(out.receives))

@@ -20,6 +20,12 @@ class Journey:
     sends: tuple[int, ...]
     receives: tuple[int, ...]
 
+    @classmethod
+    def even(cls, group: str, ranks: int, rows: int) -> "Journey":
+        """As many of `rows` to each rank as to any other."""
+        each = (rows // ranks,) * ranks
+        return cls(group, each, each)
+
     def reversed(self) -> "Journey":
         """Everything goes home."""
         return Journey(self.group, self.receives, self.sends)

@@ -70,9 +70,8 @@ class ModelConfig(Config):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of the keys and values that a core is given: of latent attention one for each query, expanded."""
-        heads: int = getattr(self, "n_kv_heads", self.n_heads)
-        return heads
+        """Heads of the keys and values that a core is given."""
+        return self.n_heads
 
     def attention_width(self) -> int:
         """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""

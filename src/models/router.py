@@ -15,6 +15,7 @@ class Routing(NamedTuple):
     weights: Tensor  # (tokens, top_k) fp32
     experts: Tensor  # (tokens, top_k) int64, different within a row
     counts: Tensor  # (n_experts) int64: rows that each expert gets; they add up to tokens * top_k
+    even: bool = False  # the counts are known to be equal before the device has counted
 
 
 class Router(nn.Module):
@@ -35,7 +36,8 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         # A sum of a map of flags: whole numbers, the same at every run, and no wait for the device as in bincount.
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, value=True)
-        return Routing(weights * self.config.scale, experts, chosen.sum(0))
+        even = self.config.forced_balance and experts.numel() % self.config.n_experts == 0
+        return Routing(weights * self.config.scale, experts, chosen.sum(0), even)
 
     def _best(self, scores: Tensor) -> Tensor:
         """The top_k of each row, within its best groups of neighbouring experts."""

@@ -88,6 +88,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "v2": {"n_layers": 2, "moe": {"hidden_dim": 32, "score_before_experts": True, "scale": 4.0, "n_shared": 0}},
 }
+IN_TURN: dict[str, Any] = {"n_layers": 2, "moe": {"hidden_dim": 32, "forced_balance": True}}
 OTHERS = ["hsdp2x2_ep2", "cp2_fsdp2_ep4", "cp2_tp2_ep2", "cp2_tp2_ep2_etp2"]
 
 
@@ -95,6 +96,13 @@ def test_each_gradient_is_that_of_one_device(ranks: Ranks) -> None:
     for name, found, expected in compared(ranks, [*grid(), *OTHERS], SHAPES["v3"]):
         difference = (found - expected).norm() / expected.norm()
         assert difference < 1e-4, f"{name}: {difference:.1e}"
+
+
+def test_experts_in_turn_compute_what_one_device_does(ranks: Ranks) -> None:
+    """Rows of 16 positions, or 8 on a tensor rank, times 3 choices are multiples of 8 experts: all turns agree."""
+    layouts = ["fsdp4_ep2", "fsdp4_ep4", "tp2_fsdp2_ep4", "tp2_fsdp2_ep2_etp2"]
+    for name, found, expected in compared(ranks, layouts, IN_TURN):
+        assert (found - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 def test_ranks_to_whose_experts_no_token_goes(ranks: Ranks) -> None:
@@ -132,7 +140,7 @@ class Words(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def told(layout: str) -> tuple[str, str]:
+def told(layout: str, in_turn: bool = False) -> tuple[str, str]:
     """The words of a layer's forward and of its backward; `ask` is the host's, for numbers of rows.
 
     Tensors have no values here: whatever else were asked of them, a number, a comparison, a size, would raise.
@@ -145,7 +153,7 @@ def told(layout: str) -> tuple[str, str]:
             words.said.append("ask")
             return (40, 8), (40, 40)
 
-        moe = MoE(16, tiny_moe(), balanced=True)
+        moe = MoE(16, tiny_moe(forced_balance=in_turn), balanced=True)
         moe.experts.product = in_bf16
         split_experts(moe, mesh)
         x = torch.randn(2, 8, 16, requires_grad=True)
@@ -154,7 +162,8 @@ def told(layout: str) -> tuple[str, str]:
         forward, words.said = " ".join(words.said), []
         routed.sum().backward()
         backward = " ".join(words.said)
-        for value in (counts.tolist, counts.nonzero, *([] if layout == "single" else [lambda: moe(x)])):
+        asked = [] if layout == "single" or in_turn else [lambda: moe(x)]
+        for value in (counts.tolist, counts.nonzero, *asked):
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
                 value()
     return forward, backward
@@ -166,6 +175,12 @@ def test_the_host_asks_once_and_shared_experts_compute_while_rows_travel(ranks: 
         # Numbers of rows; rows and their weights, beside three matrices; results home.
         assert forward == "go wait ask go go product product product wait wait go wait"
         # Results; rows and weights, beside the six products of three matrices; the router.
+        assert backward == f"go wait go go {'product ' * 6}wait wait product product"
+
+
+def test_nobody_asks_where_experts_take_turns(ranks: Ranks) -> None:
+    for forward, backward in ranks(2, told, "fsdp2_ep2", True):
+        assert forward == "go go product product product wait wait go wait"
         assert backward == f"go wait go go {'product ' * 6}wait wait product product"
 
 

@@ -85,6 +85,7 @@ def test_forced_balance_is_round_robin_with_true_weights(tokens: int) -> None:
     torch.testing.assert_close(routing.weights, scores.gather(1, routing.experts))
     most, least = int(routing.counts.max()), int(routing.counts.min())
     assert (most, least) == ((15, 15) if tokens == 40 else (16, 15))
+    assert routing.even == (tokens == 40)
 
 
 def test_a_bf16_router_decides_in_fp32() -> None:

@@ -70,6 +70,10 @@ class Llama3Config(ModelConfig):
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads
+
+    @property
     def ffn_dim(self) -> int:
         """Two thirds of 4 dim, times the multiplier, rounded up to `multiple_of`; doubles, each step truncated."""
         width = int(2 * (4 * self.dim) / 3)
