@@ -1,8 +1,8 @@
 """Activation checkpointing (arXiv 1604.06174): trade a second forward of a block for the memory of its activations."""
 
 from collections import Counter
-from collections.abc import Callable
 from functools import cache, partial
+from types import MethodType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -68,7 +68,7 @@ class Recompute(Config):
         assert self.mode != "auto", "the plan chooses: src.train.choice"
         if self.mode == "selective":
             for owner, method in model.graphs(experts_apart=experts_apart):
-                _wrap(owner, method, _selective)
+                _repeat(owner, method, context_fn=_selective)
 
     def apply_around(self, model: "Decoder") -> None:
         """After compiling: whole blocks are repeated by running their graphs again.
@@ -81,23 +81,20 @@ class Recompute(Config):
         for name, block in model.layers.items():
             # By the layer's number in the whole model: each part of a pipeline and each rebuild wraps the same blocks.
             if self.every is None or (int(name) + 1) % self.every == 0:
-                _wrap(block, "forward", None)
+                _repeat(block, "forward")
 
 
-def _wrap(owner: "nn.Module", method: str, contexts: "Callable[[], Any] | None") -> None:
+def _repeat(owner: "nn.Module", method: str, **how: Any) -> None:
+    """Run it again for the backward. `how`: what torch's `checkpoint` is told besides."""
     from torch.utils.checkpoint import checkpoint
 
-    selection: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    bound = getattr(owner, method)
+    # Function and module apart: torch 2.11 guards a graph by the module of a bound method alone, and would run the
+    # graph of one method for another.
+    function, first = (bound.__func__, (bound.__self__,)) if isinstance(bound, MethodType) else (bound, ())
     # early_stop=False: the whole block runs again, so a compiled block has one graph for both passes.
-    repeated = partial(
-        checkpoint,
-        getattr(owner, method),
-        use_reentrant=False,
-        preserve_rng_state=True,
-        early_stop=False,
-        **selection,
-    )
-    setattr(owner, method, repeated)
+    repeated = partial(checkpoint, function, *first, use_reentrant=False, preserve_rng_state=True, early_stop=False)
+    setattr(owner, method, partial(repeated, **how))
 
 
 def _selective() -> Any:
