@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What scontrol is told."""
     told: list[list[str]] = []
-    monkeypatch.setattr(deadline.subprocess, "run", lambda command, **_: told.append(command))
+    monkeypatch.setattr("subprocess.run", lambda command, **_: told.append(command))
     return told
 
 

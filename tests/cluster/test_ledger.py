@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from src.cluster import ledger_commands, queue
+from src.cluster import queue
 from src.cluster import sweep as sweeps
 from src.cluster.ledger import Ledger
 from src.cluster.ledger_commands import main
 from src.cluster.lock import Lock
 from src.cluster.standing import State
+from src.config.tree import identity
 from src.errors import UserError
 from src.metrics.launches import SUBMISSIONS_FILE
 from tests.cluster.sweeps import START, attempt, failed, finished, grid, train, tree
@@ -108,7 +109,7 @@ class Starts:
         if isinstance(end, Exception):
             raise end
         ended: tuple[str, int] = end
-        folder = Path(tree["root"]) / f"tiny-{sweeps.identity(tree)}"
+        folder = Path(tree["root"]) / f"tiny-{identity(tree)}"
         attempt(folder, len(self.given), START, ended[0], START + 9)
         return ended
 
@@ -175,7 +176,7 @@ def test_cancel_ends_a_job_and_keeps_waiting_points_from_starting(
         sent.append(command)
         return Done()
 
-    monkeypatch.setattr(ledger_commands.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     assert main(["cancel", str(ledger.path)]) == 0
     assert sent == [["scancel", "7_0"]]
     squeue(monkeypatch, {})

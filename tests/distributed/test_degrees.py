@@ -69,4 +69,4 @@ def test_precisions_are_dtypes_of_torch() -> None:
     for name, size in BYTES.items():
         assert getattr(torch, name).itemsize == size
     with pytest.raises(ValueError, match="float16"):
-        Precision(storage="float32", compute="float16", reduce="float32")  # type: ignore[arg-type]
+        Precision(storage="float32", compute="float16", reduce="float32", float8=None)  # type: ignore[arg-type]

@@ -213,14 +213,14 @@ def test_weights_rest_in_the_host_and_compute_on_the_gpu() -> None:
     from src.distributed.weights import initialise
 
     torch.cuda.set_device(0)
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("cuda:nccl,cpu:gloo", store=store, rank=0, world_size=1)
     try:
         runs = []
         for offload in (False, True):
             layout, config = degrees("single", cpu_offload=offload), tiny_llama()
             mesh, model = Mesh(layout, "cuda"), config.build().to("meta")
-            shard(model, mesh.fsdp, layout, BF16)
+            shard(model, mesh, BF16)
             materialise(model, torch.device("cuda"), offload=offload)
             initialise(model, 0)
             assert {parameter.device.type for parameter in model.parameters()} == {"cpu" if offload else "cuda"}

@@ -50,7 +50,7 @@ def plain(run: Path, step: int) -> Any:
     """The model on one device, with the weights of a checkpoint."""
     model: Any = build(read(run / "config.yaml"))["model"].build().eval()  # type: ignore[attr-defined]
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    dcp.load(weights, checkpoint_id=run / f"checkpoints/step_{step:08d}", no_dist=True)
+    dcp.load(weights, checkpoint_id=run / f"checkpoints/step_{step:08d}", no_dist=True)  # type: ignore[attr-defined]
     return model
 
 

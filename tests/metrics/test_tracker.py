@@ -226,7 +226,7 @@ def wandb_records(path: Path) -> list[Any]:
         parts += content[offset + 7 : offset + 7 + size]
         offset += 7 + size
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(parts)
             records.append(record)
             parts = b""

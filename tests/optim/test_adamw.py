@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
+from src.config.base import Config
 from src.optim.adamw import AdamW
 from src.optim.schedule import Schedule
 from src.optim.state import optimizer_state, set_learning_rate
@@ -267,7 +268,7 @@ def test_the_sections_are_light() -> None:
 
 @pytest.mark.parametrize("group", ["optim", "schedule"])
 def test_every_file_of_the_group_builds(group: str) -> None:
-    kind = {"optim": AdamW, "schedule": Schedule}[group]
+    kind: type[Config] = {"optim": AdamW, "schedule": Schedule}[group]
     files = {file.stem: yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml")}
     assert len(files) == {"optim": 2, "schedule": 4}[group]
     for fields in files.values():
