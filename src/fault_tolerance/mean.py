@@ -89,7 +89,10 @@ class Means:
             rows = pad(vector, (0, groups * chunk(vector.numel(), groups) - vector.numel()))
             sent = self._codec.encode(rows.to(self._device).view(groups, -1))
             received = torch.empty_like(sent)
-            _finish(group.alltoall_base(received, sent, [], [], self._parts))
+            # With sizes, a row each: without them torch calls ncclAlltoAll, and takes "in progress", which torchft's
+            # communicators answer until a transfer is queued, for an error.
+            each = [1] * groups
+            _finish(group.alltoall_base(received, sent, each, each, self._parts))
             mine = self._codec.encode(self._codec.decode(received).sum(0, keepdim=True) / contributors)
             whole = [torch.empty_like(mine) for _ in range(groups)]
             _finish(group.allgather([whole], [mine], self._wholes))
