@@ -121,6 +121,12 @@ def test_bfloat16_passes_its_own_tolerances(ranks: Ranks) -> None:
     assert 1e-4 < certificate.worst("gradient", "direction") < TOLERANCES["bfloat16"].gradient
 
 
+@pytest.mark.parametrize(("layout", "broken"), [("fsdp2", "averaged"), ("tp2", "unreduced")])
+def test_a_wrong_sum_is_beyond_the_tolerances_of_bfloat16(ranks: Ranks, layout: str, broken: str) -> None:
+    certificate = ranks(2, certified, run_of(layout, precision=section("precision", "bf16")), broken)[0]
+    assert {"gradient", "direction"} & {each.kind for each in certificate.failed}
+
+
 def culprits(certificate: Certificate) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for each in certificate.failed:
