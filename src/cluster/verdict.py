@@ -42,7 +42,11 @@ _HOST_MEMORY = re.compile(r"oom-kill|Out Of Memory|OUT_OF_MEMORY")
 _DIED = re.compile(
     r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Bus error|Segmentation fault|Aborted|Illegal instruction)"
 )
+# From here on it is srun that ends what still runs: whoever is killed later is not the cause.
+_ABORTED = re.compile(r"Job step aborted|Terminating StepId|CANCELLED AT")
 _NODE_FAILURE = re.compile(r"[Nn]ode failure on (\S+)")
+# Its step daemon is gone; srun counts the nodes of the step, from 0.
+_LOST_NODE = re.compile(r"[Aa]borting, io error (?:and missing step|with slurmstepd) on node (\d+)")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ def judge(evidence: Evidence) -> Verdict:
         return _hung(evidence.hang, evidence.nodes)
     if (down := _NODE_FAILURE.search(evidence.log)) is not None:
         return Verdict("node", "requeue", down[1].rstrip(".,"), f"{ADVICE['node']}: {down[0]}")
-    if (died := _DIED.search(evidence.log)) is not None:
+    if (lost := _LOST_NODE.search(evidence.log)) is not None:
+        node = _hosts(evidence)[int(lost[1])]
+        return Verdict("node", "requeue", node, f"{ADVICE['node']}, {node}: {lost[0]}")
+    if (died := _DIED.search(_ABORTED.split(evidence.log, maxsplit=1)[0])) is not None:
         return Verdict("died", "requeue", died[1], f"{ADVICE['died']}: {died[0]}")
     if evidence.hang is not None:
         return _hung(evidence.hang, evidence.nodes)
@@ -100,8 +107,12 @@ def _hung(found: hang.Hang, nodes: Sequence[str]) -> Verdict:
 def _silent_node(evidence: Evidence) -> str | None:
     """The one node none of whose ranks could write down an error, if the others did."""
     heard = {failure.node for failure in evidence.failures}
-    silent = [node for node in dict.fromkeys(evidence.nodes) if node not in heard]
+    silent = [node for node in _hosts(evidence) if node not in heard]
     return silent[0] if heard and len(silent) == 1 else None
+
+
+def _hosts(evidence: Evidence) -> list[str]:
+    return list(dict.fromkeys(evidence.nodes))
 
 
 def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], checkpoint: str | None, requeues: int) -> Verdict:

@@ -12,6 +12,12 @@ from src.errors import DataError
 NODES = ("a", "a", "b", "b")
 
 
+LOST = """srun: error: Aborting, io error and missing step on node 1
+srun: Job step aborted: Waiting up to 12 seconds for job step to finish.
+srun: error: a: task 0: Killed
+"""
+
+
 def failure(rank: int, kind: Kind, time_ns: int, bad_node: str | None = None) -> Failure:
     return Failure(rank, NODES[rank], time_ns, kind, f"{kind} of rank {rank}", "", bad_node)
 
@@ -53,6 +59,14 @@ def test_what_would_fail_again_is_not_started_again(kind: Kind) -> None:
         (evidence(failure(0, "peer", 1), failure(2, "node", 2, "b")), "node", "b"),
         (evidence(failure(0, "peer", 1), log="srun: error: Node failure on b\n"), "node", "b"),
         (evidence(failure(0, "peer", 1), log="srun: error: b: task 2: Killed\nsrun: error: a: task 0: x"), "died", "b"),
+        (evidence(failure(0, "peer", 1), log=LOST), "node", "b"),
+        (
+            evidence(log="srun: error: Task launch for StepId=7.0: aborting, io error with slurmstepd on node 0"),
+            "node",
+            "a",
+        ),
+        (evidence(failure(0, "peer", 1), log=LOST.partition("\n")[2]), "peer", "b"),
+        (evidence(log=LOST.partition("\n")[2]), "peer", None),
         (evidence(failure(0, "peer", 1), hang=Hang(3, "rank 3 (node b) never entered all_gather #9")), "hang", "b"),
         (evidence(failure(0, "peer", 1), hang=Hang(3, "rank 3 left no dump", silent=True)), "hang", "b"),
         (evidence(log="srun: error: a: task 0: Killed", hang=Hang(3, "rank 3 left no dump", silent=True)), "died", "a"),
