@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 MULTIPLE = 16  # the kernels want both sides of a matrix, as one rank holds it, to be multiples of this
 NEEDED_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 HOPPER = (9, 0)  # has grouped products of float8
+SPLITS_BACKWARD_SINCE = (
+    2,
+    13,
+)  # torch; 2.11 fails at a product of torchao when it asks for the weight's gradient alone
 EXPERT_KERNELS = "prototype/moe_training/fp8_grouped_mm.py"
 NO_GPU = "precision.float8: the CPU has no float8 products; pass precision.float8.emulate=true, or precision=bf16"
 
@@ -100,6 +105,11 @@ class Float8(Config):
                 f"precision.float8.all_gather=true gathers nothing: parallel.shard={degrees.shard}; "
                 "pass precision.float8.all_gather=false, or a layout with shards"
             )
+        if degrees.splits_backward and _torch() < SPLITS_BACKWARD_SINCE:
+            found.append(
+                f"precision.float8 with parallel.pipeline_schedule={degrees.pipeline_schedule} needs torch 2.13, and "
+                f"this is {version('torch')}; pass precision=bf16 or parallel.pipeline_schedule=Interleaved1F1B"
+            )
         if self.emulate and compiled:
             found.append("precision.float8.emulate=true is eager only; pass compile=off")
         if not self.emulate and not gpu:
@@ -174,6 +184,12 @@ class Float8(Config):
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
             precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def _torch() -> tuple[int, int]:
+    """Its version, without importing it."""
+    major, minor = version("torch").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _expert_problems(weights: Iterable[Matrix], degrees: "Degrees", *, gpu: bool) -> list[str]:

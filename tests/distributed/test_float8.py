@@ -82,6 +82,9 @@ def test_schedules_that_split_the_backward(ranks: Ranks, schedule: str) -> None:
     """They ask a float8 product for the gradient of its input first, and for that of its weight later."""
     overrides = ("parallel=pp2", f"parallel.pipeline_schedule={schedule}", "precision=fp8")
     cell = measured(ranks, (*overrides, *DENSE, "precision.float8.emulate=true"))
+    if torch.__version__ < "2.13":
+        assert "needs torch 2.13" in cell["refused"][0], cell
+        return
     assert cell["loss"] < 1e-4, cell
     assert cell["gradient"] < 0.01, cell
 
@@ -196,8 +199,10 @@ def test_ranks_may_send_float8(ranks: Ranks, layout: str) -> None:
     ranks(degrees(layout).world, exchanged, layout)
 
 
-def problems(float8: Float8, layout: str = "fsdp2", *, compiled: bool = False, gpu: bool = True) -> list[str]:
-    return float8.problems(tiny_llama().weights(), degrees(layout), compiled=compiled, gpu=gpu)
+def problems(
+    float8: Float8, layout: str = "fsdp2", *, compiled: bool = False, gpu: bool = True, **changes: Any
+) -> list[str]:
+    return float8.problems(tiny_llama().weights(), degrees(layout, **changes), compiled=compiled, gpu=gpu)
 
 
 def config(**changes: Any) -> Float8:
@@ -255,6 +260,17 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems(config()) == [
         "precision.float8 needs the package torchao; pip install torchao==0.17.0, or precision=bf16"
     ]
+
+
+def test_the_torch_that_cannot_split_a_float8_backward_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.distributed.float8.version", {"torch": "2.11.0+cu130"}.get)
+    assert problems(config(), "pp2") == []
+    assert problems(config(), "pp2", pipeline_schedule="DualPipeV") == [
+        "precision.float8 with parallel.pipeline_schedule=DualPipeV needs torch 2.13, and this is 2.11.0+cu130; "
+        "pass precision=bf16 or parallel.pipeline_schedule=Interleaved1F1B"
+    ]
+    monkeypatch.setattr("src.distributed.float8.version", {"torch": "2.13.0"}.get)
+    assert problems(config(), "pp2", pipeline_schedule="DualPipeV") == []
 
 
 def test_odd_matrices_stay_wide_and_are_named() -> None:
