@@ -220,13 +220,17 @@ class Held:
 
     def until_ended(self) -> Attempt:
         """The newest attempt, once SLURM has let go of the job."""
+        self.until_gone()
+        return attempts(self.folder)[-1]
+
+    def until_gone(self) -> None:
+        """Until SLURM has let go of the job, whether or not it came to an attempt."""
 
         def gone() -> bool:
             self._hurry()
             return self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
 
         until(gone, self.story)
-        return attempts(self.folder)[-1]
 
     def state(self) -> str:
         return self.cluster.run(

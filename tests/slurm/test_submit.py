@@ -47,7 +47,7 @@ def test_a_queued_run_is_not_submitted_twice(site: Site) -> None:
     assert again.returncode == 2
     assert f"wait for it, or scancel {run.job}" in again.stderr, "whether it waits already or runs"
     site.cluster.run("scancel", run.job)
-    run.until_ended()
+    run.until_gone()
     assert len(submissions(run.folder)) == 1
 
 
