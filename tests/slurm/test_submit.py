@@ -26,8 +26,8 @@ def test_a_run_is_submitted_from_a_frozen_folder(site: Site, straight: dict[int,
     try:
         run.until_held()
         site.cluster.run("scontrol", "requeue", run.job)
-        run.loosen()
         run.until_restarted(2)
+        run.loosen()  # not before: it could end before the signal comes
         assert run.until_ended().ended == "finished", run.story()
     finally:
         loop.write_text(before[0])
