@@ -82,15 +82,19 @@ def limit(run: Held) -> None:
     run.cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 1 + (seconds > 20)}")
 
 
+def intrude(site: Site) -> str:
+    """The job of somebody with a higher priority, on every node."""
+    job = ("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    return site.cluster.run("sbatch", "--parsable", *job).strip()
+
+
 def test_preemption_and_two_requeues(site: Site, straight: dict[int, float]) -> None:
     """Without grace time; then requeued by hand."""
     run = held(site, "preempted")
-    intruder = site.cluster.run(
-        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 600"
-    )
+    intruder = intrude(site)
     until(lambda: run.state() == "PENDING", run.story)
     run.hold(13)
-    site.cluster.run("scancel", intruder.strip())
+    site.cluster.run("scancel", intruder)
     run.until_restarted(2)
     run.until_held()
     site.cluster.run("scontrol", "requeue", run.job)
@@ -103,11 +107,9 @@ def test_preemption_and_two_requeues(site: Site, straight: dict[int, float]) -> 
 
 def test_preemption_with_grace_frees_the_nodes_as_soon_as_it_has_saved(site: Site, straight: dict[int, float]) -> None:
     run = held(site, "graced", "cluster.partition=graced")
-    intruder = site.cluster.run(
-        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 600"
-    )
+    intruder = intrude(site)
     until(lambda: attempts(run.folder)[0].ended is not None, run.story)
-    site.cluster.run("scancel", intruder.strip())
+    site.cluster.run("scancel", intruder)
     run.until_restarted(2)
     run.loosen()
     assert_whole(run, straight)
