@@ -139,3 +139,10 @@ def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 6
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # as nohup does
     )
+
+
+def until_heard(launcher: "subprocess.Popen[str]", name: str) -> None:
+    """Until it says that this signal came: two that come at once count once."""
+    assert launcher.stderr is not None
+    while f"{name}: the ranks save and stop" not in (line := launcher.stderr.readline()):
+        assert line, f"the launcher ended without saying that it heard {name}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.cluster.folder import attempts
-from tests.cluster.fakes import launch, place, repository
+from tests.cluster.fakes import launch, place, repository, until_heard
 
 PATIENCE_SECONDS = 120.0
 
@@ -142,9 +142,7 @@ def test_a_second_ctrl_c_ends_at_once(code: Path, tmp_path: Path) -> None:
     launcher = launch(tmp_path, code, "stubborn", 2)
     pids = alive(folder, launcher, 2)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.stderr is not None
-    while "SIGINT: the ranks save and stop" not in (line := launcher.stderr.readline()):
-        assert line, "the launcher ended without saying that it heard"
+    until_heard(launcher, "SIGINT")
     launcher.send_signal(signal.SIGINT)
     launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 130

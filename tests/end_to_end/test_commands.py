@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.cluster.fakes import until_heard
 from tests.end_to_end.commands import command, start, wait_for_step
 from tests.end_to_end.lives import live, opened, series
 from tests.ranks import Ranks
@@ -53,9 +54,7 @@ def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
     process = start(*text, *slow, "model.dim=256", "name=twice")
     wait_for_step(process, root, "twice-*", 1)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.stderr is not None
-    while "SIGINT: the ranks save and stop" not in (line := process.stderr.readline()):
-        assert line, "the launcher ended without saying that it heard"  # two signals that come at once count once
+    until_heard(process, "SIGINT")
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
