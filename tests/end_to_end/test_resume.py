@@ -20,7 +20,7 @@ def test_killed_and_resumed_is_the_straight_run_to_the_last_bit(
 ) -> None:
     argv = (*text, f"parallel={layout}", "name=killed")
     world, folder = WORLDS[layout], opened(*argv)
-    with pytest.raises(RankError, match="died"):
+    with pytest.raises(RankError, match="died of SIGKILL"):
         ranks(world, live, folder, Shot("step", signal.SIGKILL, at=14, rank=world - 1, saved=10, told=13))
     assert max(series(folder)) == 13
     assert opened(*argv) == folder
