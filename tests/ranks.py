@@ -142,9 +142,7 @@ class Ranks:
         processes = [process for process, _ in self._workers[:world]]
         ended = wait([each.sentinel for each in processes], timeout=SECONDS_TO_DIE)
         dead = [number for number, each in enumerate(processes) if each.sentinel in ended]
-        for number in dead:
-            processes[number].join()  # it may still hold its exit code back
-        self.close()
+        self.close()  # joins them: only then is the exit code there
         if dead:
             number, code = dead[0], processes[dead[0]].exitcode
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
