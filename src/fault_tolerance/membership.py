@@ -69,10 +69,11 @@ class Membership:
         self.heal_seconds = 0.0  # of the last time
         self._quorum: tuple[int, tuple[str, ...]] | None = None
         nccl = options.process_group == "nccl" or (options.process_group is None and ranks.device.type == "cuda")
-        limit = timedelta(seconds=options.sum_seconds)
         self.device = torch.device("cpu")  # of small sums, whose failures are then known at once
-        self._host: ProcessGroup = ProcessGroupGloo(limit)
-        self.group: ProcessGroup = ProcessGroupNCCL(limit) if nccl else self._host
+        # The limit of meeting only: sums bring their own. The lighthouse may still name a group that left while it
+        # waited, until its heartbeat is missed; those who are there find out here.
+        self._host: ProcessGroup = ProcessGroupGloo(timedelta(seconds=CONNECT_SECONDS))
+        self.group: ProcessGroup = ProcessGroupNCCL(timedelta(seconds=options.sum_seconds)) if nccl else self._host
         self._transport = HTTPTransport[Any](timedelta(seconds=options.heal_seconds), num_chunks=0)
         self._transport._server.RequestHandlerClass.log_message = _nothing  # each request would be a line of the log
         self._serve(tell)
@@ -225,7 +226,8 @@ class Membership:
 
     def _sum(self, tensors: list[Tensor], seconds: float) -> None:
         group = self._host if tensors[0].device.type == "cpu" else self.group
-        group.set_timeout(timedelta(seconds=seconds))  # what NCCL's goes by; gloo's goes by the option
+        if group is not self._host:
+            group.set_timeout(timedelta(seconds=seconds))  # what NCCL's goes by; gloo's goes by the option
         options = AllreduceCoalescedOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         options.timeout = timedelta(seconds=seconds)

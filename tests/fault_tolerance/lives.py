@@ -25,7 +25,7 @@ from tests.fault_tolerance.life import Seat, Trouble, live
 PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
 # A stall that only sum_seconds or heal_seconds would end is longer than a test's patience.
 QUICK = (
-    *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=0.5", "fault_tolerance.join_seconds=0.5"),
+    *("fault_tolerance=torchft", "fault_tolerance.join_seconds=0.5"),
     *("fault_tolerance.sum_seconds=600.0", "fault_tolerance.heal_seconds=600.0", "data=synthetic"),
 )
 
@@ -33,6 +33,7 @@ QUICK = (
 @dataclass
 class Lighthouse:
     min_groups: int
+    heartbeat_seconds: float = 0.5
     process: "subprocess.Popen[str] | None" = None
     address: str = ""
     file: Path | None = None  # where groups read the address, if it may change
@@ -40,7 +41,7 @@ class Lighthouse:
     def start(self) -> None:
         port = self.address.rpartition(":")[2] or "0"
         options = ("--port", port, "--min-groups", str(self.min_groups))
-        quick = ("--join-seconds", "0.5", "--heartbeat-seconds", "0.5")
+        quick = ("--join-seconds", "0.5", "--heartbeat-seconds", str(self.heartbeat_seconds))
         command = (sys.executable, "-m", "src.fault_tolerance.lighthouse", *options, *quick)
         environment = os.environ | {"RUST_LOG": "error"}
         pipe = subprocess.PIPE
@@ -104,7 +105,8 @@ class Fleet:
     def wait(self, *numbers: int) -> None:
         """Until these groups have ended, and well."""
         for number in numbers or tuple(self.groups):
-            assert self.ended(number) == {0}, self.log(number)
+            codes = self.ended(number)
+            assert codes == {0}, f"exit codes {codes}\n" + "\n".join(self.log(each) for each in self.groups)
 
     def died(self, number: int) -> None:
         """Until this group has died by the signal that a trouble sends."""
@@ -166,12 +168,19 @@ def forkserver() -> ForkServerContext:
 
 @contextmanager
 def fleet(
-    root: Path, *argv: str, groups: int = 2, min_groups: int = 1, world: int = 1, tiny: Sequence[str] = TINY
+    root: Path,
+    *argv: str,
+    groups: int = 2,
+    min_groups: int = 1,
+    world: int = 1,
+    tiny: Sequence[str] = TINY,
+    heartbeat_seconds: float = 0.5,
 ) -> Iterator[Fleet]:
     """`argv` beside `tiny` and QUICK; where `folder=` is one of them, the run there goes on."""
     counts = (f"fault_tolerance.groups={groups}", f"fault_tolerance.min_groups={min_groups}")
-    folder = opened(*tiny, *QUICK, *counts, f"root={root}", *argv)
-    found = Fleet(folder, Lighthouse(min_groups), world)
+    heartbeat = f"fault_tolerance.heartbeat_seconds={heartbeat_seconds}"
+    folder = opened(*tiny, *QUICK, *counts, heartbeat, f"root={root}", *argv)
+    found = Fleet(folder, Lighthouse(min_groups, heartbeat_seconds), world)
     found.lighthouse.start()
     try:
         yield found

@@ -128,7 +128,9 @@ def test_a_run_goes_on_with_another_number_of_groups(ranks: Ranks, tmp_path: Pat
 
 
 def test_a_group_told_to_stop_while_it_waits_for_another_saves(tmp_path: Path) -> None:
-    with fleet(tmp_path, *ARGV, "checkpoint.every=100", *Method(4).keys(), min_groups=2) as found:
+    """The lighthouse still takes it for alive when it is started again, and names it beside one that is."""
+    argv = (*ARGV, "checkpoint.every=100", *Method(4).keys())
+    with fleet(tmp_path, *argv, min_groups=2, heartbeat_seconds=5.0) as found:
         found.start(0)
         found.start(1, troubles=[Trouble(7, "hold")])
         found.reach(8, 0)
