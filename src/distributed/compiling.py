@@ -33,9 +33,11 @@ class Compile(Config):
         `round_each_step`: fused kernels round to the compute dtype wherever eager ones do, so float8 scales agree.
         `pipeline_products`: a matrix of tensor parallelism multiplies the parts of its input as they come, and sends
         the parts of its result as they are ready; the group must share memory: src/distributed/symmetric.py.
-        `experts_apart`: between router and experts all stays eager, for tokens travel by sizes read on the way.
+        `experts_apart`: between router and experts tokens travel, eagerly, by sizes read on the way.
         """
         import torch
+
+        from src.distributed.expert import Exchange
 
         if self.blocks:
             options = torch._inductor.list_mode_options(self.mode) | {
@@ -43,7 +45,9 @@ class Compile(Config):
                 "_micro_pipeline_tp": pipeline_products,
             }
             how = {"options": options} if budget is None else {"backend": within_budget(_inductor(options), budget)}
-            for owner, method in model.graphs(experts_apart=experts_apart):
+            exchanges = [module for module in model.modules() if isinstance(module, Exchange)]
+            between = [(exchange, method) for exchange in exchanges for method in exchange.graphs]
+            for owner, method in model.graphs(experts_apart=experts_apart) + between:
                 # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.
                 setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, **how))
         if self.loss and model.output is not None:

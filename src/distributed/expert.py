@@ -55,6 +55,10 @@ def _with_parts(kind: type[Experts]) -> type[Experts]:
 class Exchange(nn.Module):
     """In the place of `LocalExchange`: each rank of a group holds n_experts / ranks neighbouring experts."""
 
+    # What runs between two transfers. A compiler may make a graph of each; they keep only places for the backward, so
+    # there is nothing in them to recompute.
+    graphs = ("pack", "regroup", "unpack")
+
     def __init__(self, mesh: DeviceMesh, score_before_experts: bool) -> None:
         super().__init__()
         self.ranks, self.group = mesh.size(), mesh.get_group().group_name
@@ -65,23 +69,50 @@ class Exchange(nn.Module):
         going = routing.counts.view(self.ranks, -1)  # (rank, its expert): rows of mine
         coming = going if routing.even else transposed(going, self.group)  # (rank, my expert): rows of that rank
         sizes = None if routing.even else Sizes(going, coming)
-        order, places = sorting(routing.experts)
-        rows, weights = dispatch(x, order, places), arrange(routing.weights, order, places)
-        scales: Tensor | None = weights
-        if self.score_before_experts:
-            rows, scales = (rows * weights.unsqueeze(-1)).to(x.dtype), None
+        rows, scales, order, places = self.pack(x, routing.experts, routing.weights)
         out = Journey(self.group, *sizes.read()) if sizes else Journey.even(self.group, self.ranks, len(rows))
-        flight, second = Flight(rows, out), None if scales is None else Flight(scales, out)
+        first, second = Flight(rows, out), None if scales is None else Flight(scales, out)
         beside = None if shared is None else shared(x)
-        index, inverse = grouping(coming, sum(out.receives))
-        rows = permute(flight.land(), index, inverse)
-        scales = None if second is None else permute(second.land(), index, inverse)
-        for each in (rows, *(() if scales is None else (scales,))):
-            # Every number of rows is one graph's: a recomputation must not meet another one than the forward did.
-            torch._dynamo.maybe_mark_dynamic(each, 0)
+        rows, scales = first.land(), None if second is None else second.land()
+        _any_length(rows, scales)
+        rows, scales, index, inverse = self.regroup(rows, scales, coming)
+        _any_length(rows, scales)
         rows = permute(experts(rows, coming.sum(0), scales), inverse, index)
-        result = combine(Flight(rows, out.reversed()).land(), order, places)
+        return self.unpack(Flight(rows, out.reversed()).land(), order, places, beside)
+
+    def pack(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """x (tokens, dim) -> rows (tokens * top_k, dim), sorted by expert and so by rank; what scales their results,
+        where it is not scaled already; and for `unpack`, where rows came from and went to.
+        """
+        order, places = sorting(experts)
+        rows, scales = dispatch(x, order, places), arrange(weights, order, places)
+        if self.score_before_experts:
+            return (rows * scales.unsqueeze(-1)).to(x.dtype), None, order, places
+        return rows, scales, order, places
+
+    def regroup(
+        self, rows: Tensor, scales: Tensor | None, coming: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """From the order by rank, then expert, to that by expert; also the index that does it, and its inverse."""
+        index, inverse = grouping(coming, len(rows))
+        return (
+            permute(rows, index, inverse),
+            scales if scales is None else permute(scales, index, inverse),
+            index,
+            inverse,
+        )
+
+    def unpack(self, rows: Tensor, order: Tensor, places: Tensor, beside: Tensor | None) -> Tensor:
+        """Rows as `pack` sorted them -> (tokens, dim), the sum of each token's rows and of what it met `beside`."""
+        result = combine(rows, order, places)
         return result if beside is None else result + beside
+
+
+def _any_length(*tensors: Tensor | None) -> None:
+    """Every number of rows is one graph's: a recomputation must not meet another one than the forward did."""
+    for each in tensors:
+        if each is not None:
+            torch._dynamo.maybe_mark_dynamic(each, 0)
 
 
 def grouping(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
