@@ -1,4 +1,4 @@
-"""One gradient norm over every mesh, and clipping by it, without waiting for the device."""
+"""One gradient norm over every mesh, and what it asks of clipping, without waiting for the device."""
 
 from math import prod
 
@@ -32,9 +32,9 @@ class Gradients:
         norms = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32))
         return norms.square().mul(self.shares).sum()
 
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        """Scale by min(1, max_norm / norm), as torch.nn.utils.clip_grad_norm_ does."""
-        torch._foreach_mul_(self.local(), (max_norm / (norm + 1e-6)).clamp(max=1.0).to(self.device))
+    def excess(self, norm: Tensor, max_norm: float) -> Tensor:
+        """What gradients are to be divided by, at least 1, so that their norm is `max_norm` at most."""
+        return ((norm + 1e-6) / max_norm).clamp(min=1.0).to(self.device)
 
 
 def _pieces(parameter: nn.Parameter) -> int:

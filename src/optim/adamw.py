@@ -47,8 +47,8 @@ class AdamW(Config):
     ) -> "torch.optim.Optimizer":
         """The optimizer of the parameters that ask for gradients, with zero state in place.
 
-        It leaves everything as it is in a step where its attribute `found_inf`, a 0-dim float32 tensor on the device,
-        is 1; the host never waits to know.
+        Two attributes, 0-dim float32 tensors on the device, are read in each step, and the host never waits to know:
+        where `found_inf` is 1 everything stays as it is, and gradients are divided by `grad_scale`.
         """
         import torch
 

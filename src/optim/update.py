@@ -16,13 +16,17 @@ def update(
     step: Tensor,
     lr: Tensor,
     skip: Tensor,
+    scale: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of one tensor, in place (Loshchilov and Hutter 2019, algorithm 2); `step` counts from 1."""
-    wide_gradient = gradient.float()
+    """One step of one tensor, in place (Loshchilov and Hutter 2019, algorithm 2); `step` counts from 1.
+
+    The gradient is divided by `scale` first.
+    """
+    wide_gradient = gradient.float() / scale
     first = exp_avg.float().lerp(wide_gradient, 1.0 - beta1)
     second = exp_avg_sq.float() * beta2 + wide_gradient.square() * (1.0 - beta2)
     first_bias, second_bias = 1.0 - beta1**step, 1.0 - beta2**step
@@ -47,7 +51,9 @@ class PlainAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.moments = moments
+        # By the names, and with the meaning, that torch's fused optimizers know them.
         self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
         # One kernel for a tensor instead of about fifteen, for any shape; the CPU has nothing to gain from the wait.
         self._compiled = torch.compile(update, dynamic=True, fullgraph=True)
 
@@ -68,6 +74,7 @@ class PlainAdamW(Optimizer):
         if not state:
             initialise_state(state, parameter, self.moments)
         found_inf = self.found_inf if self.found_inf is not None else torch.zeros((), device=parameter.device)
+        scale = self.grad_scale if self.grad_scale is not None else torch.ones((), device=parameter.device)
         state["step"].add_(1.0 - found_inf)
         weight, gradient = local(parameter), local(parameter.grad)
         if weight.numel() == 0:  # an uneven shard can leave a rank without rows
@@ -82,6 +89,7 @@ class PlainAdamW(Optimizer):
             state["step"],
             torch.full((), group["lr"], device=weight.device),
             found_inf > 0,
+            scale,
             beta1,
             beta2,
             group["eps"],

@@ -72,8 +72,8 @@ class Stepper:
             self._forget(counters)
             return torch.stack((loss, norm, tokens.float(), torch.ones_like(loss), self.dead, votes)).double()
         skipped = self._decide(finite)
-        if self.max_norm is not None:
-            self.gradients.clip(norm, self.max_norm)
+        if self.max_norm is not None:  # divided as the optimizer reads them: one pass over all gradients less
+            self.optimizer.grad_scale = self.gradients.excess(norm, self.max_norm)  # type: ignore[attr-defined]
         still = torch.maximum(skipped, self.dead).to(self.gradients.device)  # where the optimizer works
         self.optimizer.found_inf = still  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -163,7 +163,7 @@ def test_offloaded_weights_rest_in_the_host() -> None:
 
 
 def mixed() -> tuple[float, float, list[float], list[float]]:
-    """Norm and clipped gradients of parameters on four kinds of mesh; then the same of the whole tensors."""
+    """Of parameters on four kinds of mesh, norm and gradients after clipping; then the same of the whole tensors."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
     torch.manual_seed(0)
     given = [torch.randn(6, 4), torch.randn(5, 3), torch.randn(7), torch.randn(4, 6), torch.randn(3)]
@@ -180,7 +180,8 @@ def mixed() -> tuple[float, float, list[float], list[float]]:
         parameter.grad = gradient
     gradients = Gradients(parameters, torch.distributed.get_world_size())
     norm = world_sum(gradients.squares()).sqrt()
-    gradients.clip(norm, 1.0)
+    for shard in gradients.local():
+        shard.div_(gradients.excess(norm, 1.0))
     plain = [nn.Parameter(torch.zeros_like(tensor)) for tensor in wholes]
     for parameter, gradient in zip(plain, wholes, strict=True):
         parameter.grad = gradient

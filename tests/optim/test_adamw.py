@@ -169,6 +169,27 @@ def test_refuses(changes: dict[str, Any], words: str) -> None:
         section(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"fused": True}, {"fused": False}, {"fused": False, "moments": "bfloat16"}], ids=str
+)
+def test_gradients_are_divided_as_they_are_read(changes: dict[str, Any]) -> None:
+    """The squares in the second moments tell whether they were divided, once."""
+    found = []
+    for scale in (None, 4.0):
+        model = network()
+        optimizer = section(**changes).build(model.named_parameters(), CPU)
+        for step in range(2):
+            gradients(model, step)
+            if scale is None:
+                torch._foreach_div_([each.grad for each in model.parameters() if each.grad is not None], 4.0)
+            else:
+                optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+            optimizer.step()
+        state = optimizer_state(optimizer, model.named_parameters())
+        found.append([*model.parameters(), *(one["exp_avg_sq"] for one in state.values())])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0.0)
+
+
 def _sharded(changes: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, bool]:
     """Three steps of a network that FSDP2 shards unevenly, one of them skipped; full weights and first moments."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -228,6 +249,7 @@ def _on_three_meshes(fused: bool) -> list[torch.Tensor]:
     for one in parameters:
         one.grad = one.detach() * 0.5
     optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    optimizer.grad_scale = torch.full((), 2.0)  # type: ignore[attr-defined]
     optimizer.step()
     return [(one.full_tensor() if isinstance(one, DTensor) else one).detach() for one in parameters]
 
@@ -254,6 +276,7 @@ def test_gpu_equals_cpu_and_skips(changes: dict[str, Any]) -> None:
                     generator = torch.Generator().manual_seed(step)
                     parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
             optimizer.found_inf = torch.full((), float(step == 2), device=device)  # type: ignore[attr-defined]
+            optimizer.grad_scale = torch.full((), 1.0 + step, device=device)  # type: ignore[attr-defined]
             optimizer.step()
         results.append([parameter.detach().cpu() for parameter in model.parameters()])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)  # a bfloat16 moment may round to its neighbour
