@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -33,7 +34,7 @@ def shard(model: Decoder, mesh: Mesh, precision: Precision) -> None:
     # A GPU reads pinned pages fast and without waiting; without a GPU there is nothing to pin for.
     pinned = torch.cuda.is_available()
     offload = CPUOffloadPolicy(pin_memory=pinned) if degrees.cpu_offload else OffloadPolicy()
-    wrap = partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy, offload_policy=offload)
+    wrap = partial(_wrap, grid=mesh.fsdp, mp_policy=policy, offload_policy=offload)
     always = degrees.reshard == "always"
     reshard = degrees.lets_go
     blocks = model.blocks()
@@ -43,10 +44,11 @@ def shard(model: Decoder, mesh: Mesh, precision: Precision) -> None:
         let_go = reshard and (always or block is not blocks[-1])
         experts = [module for module in block.modules() if isinstance(module, Experts)]
         place = partial(_cut_of_experts, {each for module in experts for each in module.parameters()}, degrees)
+        how: dict[str, Any] = {"reshard_after_forward": let_go, "shard_placement_fn": place}
         apart = experts if mesh.experts_fsdp is not None else []
         for unit in apart:
-            _follow(block, wrap(unit, mesh=mesh.experts_fsdp, reshard_after_forward=let_go, shard_placement_fn=place))
-        wrap(block, reshard_after_forward=let_go, shard_placement_fn=None if apart else place)
+            _follow(block, wrap(unit, **how | {"grid": mesh.experts_fsdp}))
+        wrap(block, **how)
         units.append([block, *apart])
     embedding = model.tok_embeddings
     head: list[nn.Module] = [module for module in (model.norm, model.output) if module is not None]
@@ -61,10 +63,17 @@ def shard(model: Decoder, mesh: Mesh, precision: Precision) -> None:
     # Without a word FSDP gathers as early as the host comes to it, and where experts are spread the host must wait.
     if degrees.prefetch > 1 or degrees.expert > 1:
         _prefetch(units, degrees.prefetch)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+
+
+def _wrap(unit: nn.Module | list[nn.Module], grid: DeviceMesh, **how: Any) -> FSDPModule:
+    """As `fully_shard`; of modules that are gathered together the first one speaks."""
+    fully_shard(unit, mesh=grid, **how)
+    made = unit[0] if isinstance(unit, list) else unit
+    assert isinstance(made, FSDPModule)
+    made.set_force_sum_reduction_for_comms(True)
+    if grid.size() > 1:  # an only rank would divide all of its gradients by this 1
+        made.set_gradient_divide_factor(1.0)
+    return made
 
 
 def _cut_of_experts(parameters: set[nn.Parameter], degrees: Degrees, parameter: nn.Parameter) -> Shard | None:
