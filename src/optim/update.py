@@ -7,31 +7,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+# A number of elements that is known to be a multiple lets a compiled kernel read and write 16 bytes at a time.
+ROW = 256
+
 
 def update(
     weight: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
+    factors: Tensor,
     skip: Tensor,
-    scale: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
 ) -> None:
-    """One step of one tensor, in place (Loshchilov and Hutter 2019, algorithm 2); `step` counts from 1.
+    """One step of one tensor, in place (Loshchilov and Hutter 2019, algorithm 2).
 
-    The gradient is divided by `scale` first.
+    `factors` (4): as `PlainAdamW._factors` makes them; `skip`: change nothing.
     """
-    wide_gradient = gradient.float() / scale
+    shrink, keep, rate, root = factors.unbind()
+    wide_gradient = gradient.float() * shrink
     first = exp_avg.float().lerp(wide_gradient, 1.0 - beta1)
     second = exp_avg_sq.float() * beta2 + wide_gradient.square() * (1.0 - beta2)
-    first_bias, second_bias = 1.0 - beta1**step, 1.0 - beta2**step
-    direction = first / first_bias / ((second / second_bias).sqrt() + eps)
-    wide = weight.float() * (1.0 - lr * weight_decay) - lr * direction
+    wide = weight.float() * keep - rate * first / (second.sqrt() * root + eps)
     weight.copy_(torch.where(skip, weight, wide.to(weight.dtype)))
     exp_avg.copy_(torch.where(skip, exp_avg, first.to(exp_avg.dtype)))
     exp_avg_sq.copy_(torch.where(skip, exp_avg_sq, second.to(exp_avg_sq.dtype)))
@@ -55,7 +54,7 @@ class PlainAdamW(Optimizer):
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
         # One kernel for a tensor instead of about fifteen, for any shape; the CPU has nothing to gain from the wait.
-        self._compiled = torch.compile(update, dynamic=True, fullgraph=True)
+        self._compiled = torch.compile(update, fullgraph=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -64,37 +63,36 @@ class PlainAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._step_all(parameters, group)
         return loss
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            initialise_state(state, parameter, self.moments)
-        found_inf = self.found_inf if self.found_inf is not None else torch.zeros((), device=parameter.device)
-        scale = self.grad_scale if self.grad_scale is not None else torch.ones((), device=parameter.device)
-        state["step"].add_(1.0 - found_inf)
-        weight, gradient = local(parameter), local(parameter.grad)
-        if weight.numel() == 0:  # an uneven shard can leave a rank without rows
-            return
-        beta1, beta2 = group["betas"]
-        apply = self._compiled if weight.is_cuda else update
-        apply(
-            flat(weight),
-            flat(gradient),
-            flat(local(state["exp_avg"])),
-            flat(local(state["exp_avg_sq"])),
-            state["step"],
-            torch.full((), group["lr"], device=weight.device),
-            found_inf > 0,
-            scale,
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-        )
+    def _step_all(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                initialise_state(self.state[parameter], parameter, self.moments)
+        found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1.0 - found_inf)
+        skip = found_inf > 0
+        for parameter, factors in zip(parameters, self._factors(parameters, group), strict=True):
+            state, weight = self.state[parameter], local(parameter)
+            if weight.numel() == 0:  # an uneven shard can leave a rank without rows
+                continue
+            tensors = (weight, local(parameter.grad), local(state["exp_avg"]), local(state["exp_avg_sq"]))
+            apply: Callable[..., None] = self._compiled if weight.is_cuda else update
+            apply(*map(rows, tensors), factors, skip, *group["betas"], group["eps"])
+
+    def _factors(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """(parameters, 4) float32, of which each kernel reads a row, or its every element would take powers.
+
+        What the gradient is multiplied by, the weight for its decay, the direction, and the root of the second moment.
+        """
+        steps = torch.stack([self.state[parameter]["step"] for parameter in parameters])
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        shrink = torch.ones_like(steps) if self.grad_scale is None else self.grad_scale.reciprocal().expand_as(steps)
+        keep = torch.full_like(steps, 1.0 - lr * group["weight_decay"])
+        return torch.stack((shrink, keep, lr / (1.0 - beta1**steps), (1.0 - beta2**steps).rsqrt()), dim=1)
 
 
 def initialise_state(state: dict[str, Any], parameter: Tensor, moments: torch.dtype) -> None:
@@ -111,6 +109,10 @@ def local(tensor: Tensor | None) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """One axis where memory allows it, so that one compiled kernel serves every shape."""
-    return tensor.view(-1) if tensor.is_contiguous() else tensor
+def rows(tensor: Tensor) -> Tensor:
+    """(any, ROW), or one axis, where memory allows it, so that one or two compiled kernels serve every shape."""
+    if not tensor.is_contiguous():
+        return tensor
+    view = tensor.view(-1, ROW) if tensor.numel() % ROW == 0 else tensor.view(-1)
+    torch._dynamo.maybe_mark_dynamic(view, 0)
+    return view
