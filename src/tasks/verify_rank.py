@@ -167,15 +167,12 @@ def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
         for _ in range(task.steps):
             outcomes.append(training.stepper(batches, stop=False).tolist())
     losses, grad_norms = [outcome[0] for outcome in outcomes], [outcome[1] for outcome in outcomes]
-    table = world_sum(measured[0])
-    # The step has clipped what was measured; the norm that it clipped by undoes it.
-    clipped = 1.0 if run.optim.max_norm is None else min(1.0, run.optim.max_norm / (grad_norms[0] + 1e-6))
-    return Trace(losses, grad_norms, _read(names, table, clipped))
+    return Trace(losses, grad_norms, _read(names, world_sum(measured[0])))
 
 
 @contextmanager
 def _first_gradients(training: Training, measure: Callable[[], Tensor]) -> Iterator[list[Tensor]]:
-    """What `measure` finds just before the first update, in a list that is empty until then."""
+    """What `measure` finds just before the first update (which clips as it reads), in a list; it is empty until then."""
     found: list[Tensor] = []
 
     def look(*_: object) -> None:
@@ -215,12 +212,12 @@ def _measure(
     return table
 
 
-def _read(names: list[str], table: Tensor, clipped: float = 1.0) -> dict[str, Gradient]:
+def _read(names: list[str], table: Tensor) -> dict[str, Gradient]:
     """A shard that several ranks hold was counted as often: the third column has become that number."""
     found = {}
     for name, (squares, direction, copies) in zip(names, table.tolist(), strict=True):
         assert copies, f"no rank holds {name}"
-        found[name] = Gradient((squares / copies) ** 0.5 / clipped, direction / copies / clipped)
+        found[name] = Gradient((squares / copies) ** 0.5, direction / copies)
     return found
 
 
