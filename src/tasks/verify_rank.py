@@ -172,7 +172,7 @@ def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
 
 @contextmanager
 def _first_gradients(training: Training, measure: Callable[[], Tensor]) -> Iterator[list[Tensor]]:
-    """What `measure` finds just before the first update (which clips as it reads), in a list; it is empty until then."""
+    """What `measure` finds just before the first update, which clips as it reads. Until then the list is empty."""
     found: list[Tensor] = []
 
     def look(*_: object) -> None:
