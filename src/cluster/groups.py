@@ -74,9 +74,9 @@ class Groups:
 
     def run(self) -> Outcome:
         """Returns when every group has ended for good."""
-        self._folder.begin(self._world * self._options.groups)
         previous = {number: signal.getsignal(number) for number in FORWARDED}
         with Lighthouse(self._options, self._folder) as lighthouse:
+            self._folder.begin(self._world * self._options.groups)
             self._groups = [self._group(number, lighthouse.address) for number in range(self._options.groups)]
             for number in FORWARDED:
                 if previous[number] != signal.SIG_IGN:

@@ -3,13 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
 from src.cluster.folder import RunFolder
 from src.cluster.forward import tell
+from src.errors import PlanError
 
 if TYPE_CHECKING:
     from src.cluster.groups import Options
@@ -45,6 +45,9 @@ class Lighthouse:
     def __enter__(self) -> Self:
         if self._options.lighthouse is None:
             self.address = self._start(0)
+            if not self.address:
+                why = (self._log.read_text().splitlines() or ["it said nothing"])[-1]
+                raise PlanError(f"fault_tolerance.lighthouse=null: none can be started here ({why}): {self._log}")
         return self
 
     def __exit__(
@@ -61,7 +64,8 @@ class Lighthouse:
             self._start(urlsplit(self.address).port or 0)
 
     def _start(self, port: int) -> str:
-        with Path(self._log).open("a") as log:
+        """Its address; empty where it ended at once."""
+        with self._log.open("a") as log:
             self._process = subprocess.Popen(
                 command(("--port", str(port), *arguments(self._options))),
                 cwd=self._source,

@@ -15,6 +15,7 @@ import pytest
 
 from src.cluster.folder import RunFolder, attempts
 from src.cluster.groups import Group, Groups
+from src.errors import PlanError
 from tests.end_to_end.commands import command, start
 from tests.end_to_end.lives import TINY, opened, records, series, write_text
 from tests.train.runs import changed, section
@@ -106,6 +107,17 @@ def supervised(tmp_path: Path, programs: dict[int, str], **options: Any) -> tupl
         with patch.object(Groups, "_start", begin):
             outcome = groups.run()
     return groups, started, outcome
+
+
+def test_a_lighthouse_that_cannot_start_is_told_at_once(tmp_path: Path) -> None:
+    """A package that torchft needs is missing, say."""
+    path = opened(*TINY, "data=synthetic", f"root={tmp_path}", "fault_tolerance=torchft")
+    (code,) = (path / "code").iterdir()
+    broken = patch("src.cluster.lighthouse.command", lambda _: [sys.executable, "-c", "import no_such_package"])
+    with RunFolder.rejoin(path, code.name) as folder, broken, pytest.raises(PlanError) as caught:
+        Groups(folder, section("fault_tolerance", "torchft"), [{}, {}], world=1, grace_seconds=20.0).run()
+    assert "ModuleNotFoundError: No module named 'no_such_package'" in str(caught.value)
+    assert len(attempts(path)) == 1, "only the one that the test has made"
 
 
 def test_a_group_that_fails_again_and_again_is_given_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
