@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.ranks import CrashError, RankError, Ranks
 
@@ -21,6 +22,7 @@ def pool() -> Iterator[Ranks]:
 def crash(folder: Path, times: int) -> int:
     """Rank 1 crashes that many times; then, how often it was tried."""
     rank = int(os.environ["RANK"])
+    dist.barrier()  # or rank 0 may have left while rank 1 still connects to it
     tried = len(list(folder.iterdir()))
     if rank == 1 and tried < times:
         (folder / str(tried)).touch()
