@@ -13,8 +13,6 @@ from tests.train.runs import changed, make_run, section
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
 FOUR_GPUS = ("fsdp4", "tp2_fsdp2", "tp4", "cp2_fsdp2", "hsdp2x2", "pp2_fsdp2")
 ONE, TWO = {"micro_batch": 1, "global_batch": 4}, {"micro_batch": 2, "global_batch": 4}
-
-
 LEAN = {"optim": "adamw_bf16", "precision": "bf16_reduce16"}
 
 
