@@ -98,7 +98,7 @@ def _node(line: str) -> NodeFacts:
 
 
 def minutes(text: str) -> int | None:
-    """SLURM's [days-][hours:]minutes:seconds; None for "infinite"."""
+    """SLURM's `[days-][hours:]minutes:seconds`; None for "infinite"."""
     if not re.fullmatch(r"(\d+-)?[\d:]+", text):
         return None
     days, _, clock = text.rpartition("-")

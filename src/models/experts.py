@@ -17,7 +17,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """w2[e](silu(w1[e] x) * w3[e] x) for the rows of expert e."""
+    """`w2[e] @ (silu(w1[e] @ x) * (w3[e] @ x))` for the rows of expert e."""
 
     # Another precision puts its own in the place, and says what the number of each expert's rows must be a multiple of.
     product: Product
