@@ -7,6 +7,8 @@ traceback; one that a signal ends, with the signal's name, after the stacks of i
 Once in some fifteen runs of all tests the heap of a worker is damaged under torch 2.13 ("malloc(): unaligned tcache
 chunk detected", in a step that is right at every other time; neither valgrind nor a quarantine of freed blocks found
 the write that does it). So one crash of a pool is told as a warning and its world is run again; the second one raises.
+
+A death fails the call in which it happens, clean-up included, and no other: workers that died since are replaced.
 """
 
 import faulthandler
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any
 TIMEOUT_SECONDS = 120.0
 SECONDS_TO_DIE = 1.0  # a rank that lost its peer may speak before the peer is seen to be dead
 MOST_THREADS = 60  # of a worker; it begins with 5
+GONE = (EOFError, OSError)  # what a pipe raises whose other end died; ConnectionResetError where it left data unread
 CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)  # nobody sends these: libc or the processor does
 
 
@@ -46,10 +49,11 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    pipe.send(None)
     while True:
         try:
             rank, world, store, function, args = pipe.recv()
-        except EOFError:
+        except GONE:
             return
         try:
             dist.init_process_group(
@@ -64,6 +68,7 @@ def _serve(pipe: Connection) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             _forget()
+        pipe.send(None)  # clean-up can kill too (groups that caches held end here), and that is this call's failure
 
 
 def _forget() -> None:
@@ -91,6 +96,8 @@ class Ranks:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._calls = 0
         self._crashed = False
 
     def __call__(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -104,36 +111,75 @@ class Ranks:
             warnings.warn(f"{crash}; run again in new workers", stacklevel=2)
             return self._run(world, function, args)
 
-    def _grow(self, world: int) -> None:
+    def _run(self, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        try:
+            pipes = self._start(world, function, args)
+            results: dict[int, Any] = {}
+            for rank, (fine, result) in self._replies(pipes, function.__name__):
+                if not fine:
+                    raise self._failure(rank, world, result, function.__name__)
+                results[rank] = result
+            for rank, reply in self._replies(pipes, function.__name__):
+                if reply is not None:
+                    raise self._failure(rank, world, reply[1], f"the clean-up after {function.__name__}")
+        except BaseException:  # Ctrl-C too: the next call would read what this one left in the pipes
+            self.close()
+            raise
+        return [results[rank] for rank in range(world)]
+
+    def _start(self, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Connection]:
+        """Hands the work to `world` living workers. One that dies as it is asked has run nothing, and neither have the
+        others, who wait for it in init_process_group: so all of them are replaced and asked again, once.
+        """
+        try:
+            return self._send(world, function, args)
+        except GONE:
+            self.close()
+            return self._send(world, function, args)
+
+    def _send(self, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Connection]:
+        store = self._grow(world)
+        pipes = [pipe for _, pipe in self._workers[:world]]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((rank, world, store, function, args))
+        return pipes
+
+    def _grow(self, world: int) -> str:
+        """At least `world` living workers; returns the file where they are to meet."""
+        if dead := [process for process, _ in self._workers if not process.is_alive()]:
+            codes = sorted(_how(process.exitcode) for process in dead)
+            self.close()
+            warnings.warn(f"workers died of {', '.join(codes)} between two calls; all are replaced", stacklevel=6)
+        # As long as the workers: FileStore's destructor, which may run calls later, looks for its file and then opens
+        # it, and aborts where that has gone in between.
+        self._folder = self._folder or tempfile.TemporaryDirectory()
+        old = len(self._workers)
         while len(self._workers) < world:
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))
+        for _, pipe in self._workers[old:]:
+            pipe.recv()  # torch is imported: that may take longer on a busy machine than ranks wait for each other
+        self._calls += 1
+        return str(Path(self._folder.name) / str(self._calls))
 
-    def _run(self, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-        self._grow(world)
-        with tempfile.TemporaryDirectory() as folder:
-            store = Path(folder) / "store"
-            pipes = [pipe for _, pipe in self._workers[:world]]
-            for rank, pipe in enumerate(pipes):
-                pipe.send((rank, world, str(store), function, args))
-            results: dict[int, Any] = {}
-            while len(results) < world:
-                ready = wait([pipes[r] for r in range(world) if r not in results], timeout=TIMEOUT_SECONDS)
-                if not ready:
-                    self.close()
-                    raise RankError(f"ranks {sorted(set(range(world)) - set(results))} hang in {function.__name__}")
-                for pipe in ready:
-                    rank = pipes.index(pipe)  # type: ignore[arg-type]
-                    try:
-                        fine, results[rank] = pipe.recv()  # type: ignore[union-attr]
-                    except EOFError:
-                        fine, results[rank] = False, "no word"
-                    if not fine:
-                        raise self._failure(rank, world, results[rank], function.__name__)
-            return [results[rank] for rank in range(world)]
+    @staticmethod
+    def _replies(pipes: list[Connection], name: str) -> Iterator[tuple[int, Any]]:
+        """The next message of each rank as it comes: None after clean-up, else whether it went well, and the result or
+        a traceback; (False, "no word") of one that is gone.
+        """
+        left = dict(enumerate(pipes))
+        while left:
+            ready = wait(list(left.values()), timeout=TIMEOUT_SECONDS)
+            if not ready:
+                raise RankError(f"ranks {sorted(left)} hang in {name}")
+            for rank in [rank for rank, pipe in left.items() if pipe in ready]:
+                try:
+                    yield rank, left.pop(rank).recv()
+                except GONE:
+                    yield rank, (False, "no word")
 
     def _failure(self, rank: int, world: int, told: str, name: str) -> RankError:
         """What ended this world, first of all a rank that died. The others may wait for it for ever, so the pool ends;
@@ -145,8 +191,7 @@ class Ranks:
         self.close()  # joins them: only then is the exit code there
         if dead:
             number, code = dead[0], processes[dead[0]].exitcode
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return (CrashError if -code in CRASHES else RankError)(f"rank {number} died of {how} in {name}")
+            return (CrashError if -code in CRASHES else RankError)(f"rank {number} died of {_how(code)} in {name}")
         return RankError(f"rank {rank} of {world} in {name}:\n{told}")
 
     def close(self) -> None:
@@ -156,3 +201,11 @@ class Ranks:
             process.kill()
             process.join()
         self._workers.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+def _how(code: int) -> str:
+    """A process ended: the name of the signal, or its exit code."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
