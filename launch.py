@@ -13,17 +13,17 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from src.cluster.scripts import scripts
-from src.cluster.search import search
-from src.cluster.start import checked, start
-from src.cluster.sweep import in_group, sweep, title
 from src.config.compose import asked
 from src.errors import UserError, VerdictError
+from src.launch.dry_run import scripts
+from src.launch.start import checked, start
+from src.sweeps.grid import in_group, sweep, title
+from src.sweeps.search import search
 from src.tasks.source import completed
 
 if TYPE_CHECKING:
-    from src.train.plan import Plan
-    from src.train.run import Run
+    from src.planning.plan import Plan
+    from src.run import Run
 
 PATIENCE_SECONDS = 5.0  # torchrun looks at its ranks every 0.1 s
 
@@ -32,10 +32,10 @@ def show(run: "Run", plan: "Plan") -> list[str]:
     """The table for people on stderr, the JSON for machines on stdout; returns where ranks that were built disagree."""
     from rich.console import Console
 
-    from src.train.rehearse import rehearse
-    from src.train.rehearse import render as compared
-    from src.train.run import Rehearses
-    from src.train.table import render
+    from src.launch.rehearse import rehearse
+    from src.launch.rehearse import render as compared
+    from src.planning.table import render
+    from src.run import Rehearses
 
     terminal = Console(stderr=True)
     terminal.print(render(plan))

@@ -148,7 +148,7 @@ def rank_of(group: Path) -> int:
     """A process of this group's ranks."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         words = file.read_bytes().decode(errors="replace").split("\0")
-        if "src.cluster.job" in words and str(group) in words:
+        if "src.cluster.rank" in words and str(group) in words:
             return int(file.parent.name)
     raise SystemExit(f"{group}: no rank lives")
 

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src.checkpoint.team import Team
+from src.checkpoint.host_group import Team
 from src.distributed.mesh import Mesh
-from src.distributed.process import Ranks, device_type
+from src.distributed.process.rank_context import Ranks, device_type
 from src.hugging_face.archive import INDEX
 from src.hugging_face.read import THREADS
 from src.hugging_face.save import Form, publish, save

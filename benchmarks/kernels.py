@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from src.distributed.float8_experts import emulated, kernels
+from src.distributed.precision.float8_experts import emulated, kernels
 from src.models.attention import CausalAttention, block_mask
-from src.models.experts import Experts, Product, grouped_product
-from src.models.moe import combine, dispatch, sorting
-from src.models.router import precise_product
+from src.models.moe.experts import Experts, Product, grouped_product
+from src.models.moe.moe import combine, dispatch, sorting
+from src.models.moe.router import precise_product
 
 RECORD = Path(__file__).parent / "records" / "kernels.json"
 BACKENDS = {

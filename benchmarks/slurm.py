@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from src.cluster.folder import attempts
-from src.metrics.lines import METRICS_FILE, Lines
+from src.runs.folder import attempts
+from src.storage.json_lines import METRICS_FILE, Lines
 from tests.slurm.cluster import cluster, missing
 from tests.slurm.runs import Held, Site, told_by, until
 

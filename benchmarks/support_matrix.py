@@ -30,13 +30,13 @@ from omegaconf import open_dict
 from src.config.build import build
 from src.config.groups import CONF, options
 from src.config.tree import resolve
-from src.distributed.process import Ranks as Process
-from src.distributed.stages import SCHEDULES
+from src.distributed.pipeline.stages import SCHEDULES
+from src.distributed.process.rank_context import Ranks as Process
 from src.errors import UserError
-from src.tasks.verify import Verify
-from src.tasks.verify_rank import certify
-from src.train.plan import plan
-from src.train.run import Run
+from src.planning.plan import plan
+from src.run import Run
+from src.tasks.verify.config import Verify
+from src.tasks.verify.rank import certify
 from tests.ranks import RankError, Ranks
 from tests.train.runs import section
 
@@ -96,8 +96,8 @@ INTRODUCTION = f"""# What works with what
 
 Every cell is a run of `task=verify` on CPU ranks: the layout and a single device take the same steps from the same
 weights on the same data, and are compared. `ok` comes with the largest relative difference of losses and norms / of any
-parameter's gradient in the first step; src/tasks/certificate.py has the tolerances. `refused` is the answer before
-anything starts, in the plan's own words, which are numbered below. fp32 where the column does not say otherwise.
+parameter's gradient in the first step; src/tasks/verify/certificate.py has the tolerances. `refused` is the answer
+before anything starts, in the plan's own words, which are numbered below. fp32 where the column does not say otherwise.
 Compiled blocks are captured whole and run without generated kernels; float8 is emulated; document masks are the
 predicate of FlexAttention as a dense mask. `experts cut`: every routed expert is cut over the tensor ranks, who divide
 tokens otherwise.

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from src.cluster.start import checked
 from src.config.compose import asked
 from src.errors import UserError
+from src.launch.start import checked
 
 DEEPSEEK = "model=deepseek_v3_debug"
 REFUSED = {

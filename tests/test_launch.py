@@ -9,11 +9,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import launch
-from src.cluster.start import checked
 from src.config.compose import asked
 from src.config.groups import CONF
 from src.config.tree import Tree, identity
 from src.errors import UserError
+from src.launch.start import checked
 
 HOME = Path(__file__).parents[1]
 

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from src.checkpoint import folder as files
-from src.checkpoint.aside import Aside
+from src.checkpoint.background import Aside
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import File, Marker
+from src.checkpoint.host_group import Team
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
-from src.checkpoint.team import Team
 from src.errors import CheckpointError, some
 
 VALUES = "values.json"

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from src.distributed.collectives import mesh_sum
-from src.distributed.degrees import Degrees
+from src.distributed.parallel_dims import Degrees
 
 
 class Mesh:

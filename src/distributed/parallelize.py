@@ -2,15 +2,15 @@
 were.
 """
 
-from src.distributed.compiling import Compile
-from src.distributed.context import split_context
-from src.distributed.expert import split_experts
+from src.distributed.compile import Compile
+from src.distributed.context.context_parallel import split_context
+from src.distributed.expert.expert_parallel import split_experts
+from src.distributed.expert.stopwatch import watch
+from src.distributed.fsdp.shard import shard
 from src.distributed.mesh import Mesh
-from src.distributed.precision import Precision
+from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
-from src.distributed.shard import shard
-from src.distributed.stopwatch import watch
-from src.distributed.tensor import split_tensor
+from src.distributed.tensor.tensor_parallel import split_tensor
 from src.models.decoder import Decoder
 
 

@@ -26,7 +26,7 @@ KEPT = (
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_attention_math",
     "aten._scaled_dot_product_fused_attention_overrideable",
-    "context_parallel.attention",  # of a cut sequence: src/distributed/exchange.py
+    "context_parallel.attention",  # of a cut sequence: src/distributed/context/ring_attention.py
     "aten._grouped_mm",
     "aten._scaled_grouped_mm",
     "_c10d_functional.reduce_scatter_tensor",
@@ -65,7 +65,7 @@ class Recompute(Config):
 
         `experts_apart`: as in `Compile.apply`. Tokens that have travelled are kept.
         """
-        assert self.mode != "auto", "the plan chooses: src.train.choice"
+        assert self.mode != "auto", "the plan chooses: src.planning.recompute_choice"
         if self.mode == "selective":
             for owner, method in model.graphs(experts_apart=experts_apart):
                 _repeat(owner, method, context_fn=_selective)

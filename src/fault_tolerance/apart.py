@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from src.distributed.collectives import any_rank, world_sum
-from src.distributed.network import Network
-from src.distributed.process import Ranks
+from src.distributed.model_stages import Network
+from src.distributed.process.rank_context import Ranks
 from src.fault_tolerance.fragments import Modules, Rounds
 from src.fault_tolerance.local_sgd import DiLoCo, LocalSGD
 from src.fault_tolerance.mean import Exchange, Means, sent_bytes

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from src.config.base import Config
 
 if TYPE_CHECKING:
-    from src.distributed.process import Ranks
+    from src.distributed.process.rank_context import Ranks
     from src.fault_tolerance.peers import Peers
 
 

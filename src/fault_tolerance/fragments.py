@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from src.distributed.stages import even, modules
+from src.distributed.pipeline.stages import even, modules
 
 Modules = tuple[tuple[str, ...], ...]
 

@@ -9,7 +9,7 @@ from src.fault_tolerance.config import Asked, TorchFT
 from src.fault_tolerance.fragments import Modules, Rounds, cut, problems
 
 if TYPE_CHECKING:
-    from src.distributed.process import Ranks
+    from src.distributed.process.rank_context import Ranks
     from src.fault_tolerance.outer import Rule
     from src.fault_tolerance.peers import Peers
 

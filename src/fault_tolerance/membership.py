@@ -29,7 +29,7 @@ from torchft.coordination import ManagerClient, ManagerServer
 from torchft.process_group import ProcessGroup, ProcessGroupGloo, ProcessGroupNCCL
 
 from src.distributed.collectives import any_rank
-from src.distributed.process import Ranks, Replica
+from src.distributed.process.rank_context import Ranks, Replica
 from src.fault_tolerance.carry import fill, shards
 from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.peers import Own

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from src.distributed.network import Network
-from src.distributed.stages import module_of
+from src.distributed.model_stages import Network
+from src.distributed.pipeline.stages import module_of
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import Modules
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from src.distributed.network import Network
+    from src.distributed.model_stages import Network
 
 Tree = dict[str, Any]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.distributed.collectives import any_rank
-from src.distributed.process import Ranks, Replica
+from src.distributed.process.rank_context import Ranks, Replica
 from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.membership import Membership, Quorum
 from src.fault_tolerance.peers import Own, Peers, Tree

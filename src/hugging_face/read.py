@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from src.errors import CheckpointError
 from src.hugging_face.archive import Archive, quantisation
-from src.hugging_face.box import Box, blocks, runs, spans
 from src.hugging_face.check import FLOAT8, SCALE
 from src.hugging_face.header import Entry
+from src.hugging_face.tensor_slice import Box, blocks, runs, spans
 from src.models.stored import Stored, rotary_row
 
 PIECE_BYTES = 8 * 2**20  # per thread, counted in float32

@@ -22,7 +22,7 @@ FACTS = "export.json"  # also says that the folder was written here, and may be 
 
 
 class Team(Protocol):
-    """Agreements between all ranks: src.checkpoint.team.Team."""
+    """Agreements between all ranks: src.checkpoint.host_group.Team."""
 
     def each(self, action: Callable[[], T]) -> list[T]: ...
     def first(self, action: Callable[[], T]) -> T: ...

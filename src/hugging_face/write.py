@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from src.hugging_face.archive import SINGLE
-from src.hugging_face.box import Box, blocks, runs, spans
 from src.hugging_face.check import FLOAT8, SCALE
 from src.hugging_face.header import DTYPES, NAMES, Entry, make_header
 from src.hugging_face.read import PIECE_BYTES, THREADS
+from src.hugging_face.tensor_slice import Box, blocks, runs, spans
 from src.models.stored import Stored, rotary_row
 
 BLOCK = 128  # rows and columns that share a scale

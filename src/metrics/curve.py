@@ -5,7 +5,7 @@ from typing import Any
 
 from src.errors import FolderError
 from src.metrics.history import Series, read
-from src.metrics.lines import METRICS_FILE
+from src.storage.json_lines import METRICS_FILE
 
 CURVE_FILE = "loss.png"
 TRAIN, TRAIN_POINTS, VALIDATION = "#1f4e79", "#9dbcd9", "#d9622b"

@@ -9,8 +9,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.metrics.launches import Span, asked, spans
-from src.metrics.lines import METRICS_FILE, Lines
+from src.runs.records import Span, asked, spans
+from src.storage.json_lines import METRICS_FILE, Lines
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.metrics.lines import METRICS_FILE, Lines
+from src.storage.json_lines import METRICS_FILE, Lines
 
 RESERVED = {"step", "attempt", "time", "event"}
 

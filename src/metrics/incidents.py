@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from src.metrics.lines import Lines
+from src.storage.json_lines import Lines
 
 logger = logging.getLogger(__name__)
 

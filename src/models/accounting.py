@@ -14,7 +14,7 @@ HEAD_CHUNK_ROWS = 4096
 
 
 class Grid(Protocol):
-    """Over how many ranks a weight is cut; `src.distributed.degrees.Degrees` is one."""
+    """Over how many ranks a weight is cut; `src.distributed.parallel_dims.Degrees` is one."""
 
     @property
     def tensor(self) -> int: ...

@@ -10,11 +10,11 @@ from src.models.accounting import Counts, Grid, Saved, Slice, Weight, count
 
 if TYPE_CHECKING:
     from src.models.decoder import Decoder
-    from src.models.moe_config import MixtureOfExperts
+    from src.models.moe.config import MixtureOfExperts
 
 
 class Layout(Grid, Protocol):
-    """All degrees that a model may refuse; `src.distributed.degrees.Degrees` is one."""
+    """All degrees that a model may refuse; `src.distributed.parallel_dims.Degrees` is one."""
 
     @property
     def context(self) -> int: ...

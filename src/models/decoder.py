@@ -23,7 +23,7 @@ class Decoder(nn.Module):
     `attention_mask`.
     """
 
-    # How tensor parallelism may cut each module: src/distributed/tensor.py gives the words their meaning.
+    # How tensor parallelism may cut each module: src/distributed/tensor/tensor_parallel.py gives the words meaning.
     roles: ClassVar[Mapping[str, str]]
 
     config: ModelConfig

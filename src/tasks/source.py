@@ -19,11 +19,11 @@ from src.config.wording import nearest
 from src.errors import CheckpointError, some
 from src.hugging_face.hub import fetch
 from src.hugging_face.load import model_section, noted
-from src.tasks.earlier import check_typed, sections
+from src.tasks.inherit import check_typed, sections
 
 if TYPE_CHECKING:
-    from src.distributed.network import Network
-    from src.train.run import Run
+    from src.distributed.model_stages import Network
+    from src.run import Run
 
 # Sections that say what the weights are and what they were trained on.
 INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")

@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 
 from src.distributed.collectives import mesh_max
-from src.distributed.network import Network
+from src.distributed.model_stages import Network
 from src.metrics.expert_load import ExpertLoad, LayerLoad
-from src.models.moe import MoE
+from src.models.moe.moe import MoE
 
 
 def expert_load(network: Network, tokens: int) -> ExpertLoad | None:

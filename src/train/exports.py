@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.checkpoint.aside import Aside
-from src.checkpoint.team import Team
-from src.distributed.network import Network
+from src.checkpoint.background import Aside
+from src.checkpoint.host_group import Team
+from src.distributed.model_stages import Network
 from src.errors import UserError
 from src.hugging_face.companions import card
 from src.hugging_face.save import FACTS, Form, publish, save

@@ -10,7 +10,7 @@ from src.checkpoint.config import Checkpoint, hardly_fits
 from src.checkpoint.store import Store
 from src.data.batches import Batch, Batches
 from src.distributed.collectives import any_rank
-from src.distributed.compiling import compile_seconds
+from src.distributed.compile import compile_seconds
 from src.errors import DivergedError
 from src.fault_tolerance.peers import Own, Peers
 from src.metrics.console import format_startup, format_validation
@@ -21,9 +21,9 @@ from src.metrics.throughput import Throughput
 from src.optim.adamw import AdamW
 from src.optim.schedule import Schedule
 from src.optim.state import set_learning_rate
+from src.planning.plan import Plan
 from src.train.expert_load import expert_load
 from src.train.exports import Exports
-from src.train.plan import Plan
 from src.train.report import Report
 from src.train.setup import Training
 from src.train.step import Outcome, Readback

@@ -6,7 +6,7 @@ from pathlib import Path
 from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.incidents import write_incident
-from src.metrics.tracker import Log, Status
+from src.metrics.trackers.config import Log, Status
 from src.train.step import Outcome
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from src.checkpoint.host_group import Team
 from src.checkpoint.store import Store
-from src.checkpoint.team import Team
 from src.data.batches import Batches
-from src.distributed.network import Network
+from src.distributed.model_stages import Network
 from src.errors import CheckpointError, DataError
 from src.hugging_face.load import load
 from src.train.state import TrainState

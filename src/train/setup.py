@@ -5,16 +5,16 @@ from functools import partial
 
 import torch
 
+from src.distributed.init_weights import initialise, materialise
 from src.distributed.mesh import Mesh
-from src.distributed.network import Network
+from src.distributed.model_stages import Network
 from src.distributed.parallelize import parallelize
-from src.distributed.pipeline import build, connect
-from src.distributed.process import Ranks
-from src.distributed.symmetric import share_memory
-from src.distributed.weights import initialise, materialise
+from src.distributed.pipeline.pipeline_parallel import build, connect
+from src.distributed.process.rank_context import Ranks
+from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.peers import Peers
 from src.models.decoder import Decoder
-from src.train.run import Run
+from src.run import Run
 from src.train.state import TrainState
 from src.train.step import Stepper
 

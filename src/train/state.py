@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from src.distributed.network import Network
+from src.distributed.model_stages import Network
 from src.fault_tolerance.peers import Peers
 from src.optim.state import optimizer_state
 

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from src.data.batches import Batch
 from src.distributed.collectives import world_sum
-from src.distributed.gradients import Gradients
-from src.distributed.network import Network
+from src.distributed.fsdp.gradient_norm import Gradients
+from src.distributed.model_stages import Network
 from src.fault_tolerance.peers import Peers
 from src.models.cross_entropy import IGNORED
 

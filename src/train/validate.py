@@ -7,7 +7,7 @@ import torch
 
 from src.data.batches import Batch, Batches
 from src.distributed.collectives import world_sum
-from src.distributed.network import Network
+from src.distributed.model_stages import Network
 from src.models.cross_entropy import IGNORED
 
 

@@ -29,7 +29,7 @@ TASK = """
 import os, signal, sys, time
 from pathlib import Path
 import src
-from src.distributed.process import Facts, Ranks
+from src.distributed.process.rank_context import Facts, Ranks
 from src.errors import CheckpointError, VerdictError
 from src.train.stop import Stop
 
@@ -82,8 +82,8 @@ class Fake:
 LAUNCH = """
 import json, sys
 from pathlib import Path
-from src.cluster.folder import RunFolder
-from src.cluster.local import Local
+from src.runs.folder import RunFolder
+from src.cluster.local.config import Local
 from src.config.tree import identity
 tree, root, repository, grace = json.loads(sys.argv[1])
 cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace))
@@ -97,16 +97,16 @@ sys.exit(outcome.exit_code)
 
 def repository(into: Path) -> Path:
     """A copy of the rooms under test, with stand-ins for those above and beside them."""
-    floors = ("errors.py", "config/tree.py", "metrics/launches.py", "metrics/lines.py", "train/stop.py")
-    for name in ("__init__.py", *floors, "distributed/process.py", "distributed/recorder.py"):
+    for name in ("__init__.py", "errors.py", "config/tree.py", "train/stop.py"):
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "src" / name, into / "src" / name)
-    shutil.copytree(HERE / "src/cluster", into / "src/cluster", ignore=shutil.ignore_patterns("__pycache__"))
-    written = {"config/build.py": BUILD, "train/run.py": RUN, "tasks/fake.py": TASK}
+    for room in ("cluster", "distributed/process", "runs", "storage"):
+        shutil.copytree(HERE / "src" / room, into / "src" / room, ignore=shutil.ignore_patterns("__pycache__"))
+    written = {"config/build.py": BUILD, "run.py": RUN, "tasks/fake.py": TASK}
     for name, text in written.items():
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         (into / "src" / name).write_text(text)
-    for folder in ("config", "distributed", "metrics", "train", "tasks"):
+    for folder in ("config", "distributed", "train", "tasks"):
         (into / "src" / folder / "__init__.py").write_text("")
     (into / "conf").mkdir()
     (into / "conf/config.yaml").write_text("seed: 0\n")

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from src.cluster.console import Screen
+from src.cluster.rank_log import Screen
 
 RANK = """
 import os, sys
 from pathlib import Path
-from src.cluster.console import keep_log, only_log
+from src.cluster.rank_log import keep_log, only_log
 keep_log(Path(sys.argv[1]), terminal=True)
 print("drawn" if sys.stdout.isatty() else "plain")
 print("half", end="")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from src.cluster import deadline, queue
-from src.cluster.deadline import Deadline, margin
-from src.cluster.folder import attempts
+from src.cluster.slurm import client, time_limit
+from src.cluster.slurm.time_limit import Deadline, margin
+from src.runs.folder import attempts
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Of a run in its first attempt, with one checkpoint; the rank remembers its signals and acts on none."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(deadline, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(time_limit, "POLL_SECONDS", 0.01)
     started = {"number": 1, "started": "2026-01-01T00:00:00+00:00", "host": "n1", "world": 1, "code": "c", "sha": None}
     (tmp_path / "attempts.jsonl").write_text(json.dumps(started | {"job": "7", "changed": []}) + "\n")
     save(tmp_path, 5)
@@ -43,7 +43,7 @@ def save(folder: Path, step: int) -> None:
 
 def left(monkeypatch: pytest.MonkeyPatch, seconds: list[float | None]) -> None:
     """What SLURM says, one answer after another; the last one for ever."""
-    monkeypatch.setattr(queue, "seconds_left", lambda _: seconds.pop(0) if len(seconds) > 1 else seconds[0])
+    monkeypatch.setattr(client, "seconds_left", lambda _: seconds.pop(0) if len(seconds) > 1 else seconds[0])
 
 
 def stuck(folder: Path, until_verdicts: int, *, saves: int | None = None, requeues: int = 20) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.cluster import hang
-from src.distributed.process import host_store
+from src.cluster.diagnosis import hang
+from src.distributed.process.rank_context import host_store
 
 RANK = """
 import sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from src.cluster.failures import classify
-from src.distributed import recorder
-from src.distributed.process import Ranks
+from src.cluster.diagnosis.rank_failure import classify
+from src.distributed.process.rank_context import flight_recorder
+from src.distributed.process.rank_context import Ranks
 
 traces, forgetful = Path(sys.argv[1]), int(sys.argv[2])
 ranks = Ranks.join("cpu", 3, timeout_seconds=60.0, traces=traces)
@@ -40,7 +40,7 @@ try:
     dist.all_gather_object([None] * 3, "late")
 except RuntimeError as error:
     assert classify(error) == "peer", error
-    recorder.ask(traces, 3)
+    flight_recorder.ask(traces, 3)
 """
 
 
@@ -69,7 +69,7 @@ import sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from src.distributed.process import Ranks
+from src.distributed.process.rank_context import Ranks
 
 ranks = Ranks.join("cuda", 2, timeout_seconds=120.0, traces=Path(sys.argv[1]))
 x = torch.ones(3, device=ranks.device)

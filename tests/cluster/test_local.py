@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from src.cluster.folder import attempts
+from src.runs.folder import attempts
 from tests.cluster.fakes import launch, place, repository, until_heard
 
 PATIENCE_SECONDS = 120.0

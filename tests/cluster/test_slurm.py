@@ -9,11 +9,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from src.cluster import queue
-from src.cluster.queue import NodeFacts, minutes
-from src.cluster.resources import Resources, problems
-from src.cluster.slurm import Slurm, slow_saves
-from src.metrics.lines import Lines
+from src.cluster.slurm.client import NodeFacts, minutes
+from src.cluster.slurm.config import Slurm, client, slow_saves
+from src.cluster.slurm.resources import Resources, problems
+from src.storage.json_lines import Lines
 
 CONF = Path(__file__).parents[2] / "conf/cluster"
 TWO_NODES = {"nodes": 2, "ranks_per_node": 8, "world": 16}
@@ -89,7 +88,9 @@ def test_a_container_is_a_matter_of_flags(tmp_path: Path) -> None:
     ours = "--container-image=a.sqsh --container-mounts=/d:/d --no-container-mount-home"
     (ranks,) = (line for line in lines if line.startswith("srun "))
     assert f"--cpus-per-task=12 {ours} python3 -u -m submitit.core._submit" in ranks
-    assert any(f"srun --overlap --nodes=1 --ntasks=1 {ours} python3 -m src.cluster.verdict" in line for line in lines)
+    assert any(
+        f"srun --overlap --nodes=1 --ntasks=1 {ours} python3 -m src.cluster.diagnosis.verdict" in line for line in lines
+    )
 
 
 def test_setup_comes_before_the_path_to_the_frozen_code(tmp_path: Path) -> None:
@@ -139,8 +140,8 @@ def test_times(text: str, expected: int | None) -> None:
     [("0:31", 31), ("9:59:00", 35940), ("1-00:00:01", 86401), ("-0:05", -5), ("UNLIMITED", None), ("", None)],
 )
 def test_time_left(text: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "_ask", lambda *_: f"{text}\n")
-    assert queue.seconds_left("7") == expected
+    monkeypatch.setattr(client, "_ask", lambda *_: f"{text}\n")
+    assert client.seconds_left("7") == expected
 
 
 def test_a_grace_that_hardly_holds_a_save_is_told(tmp_path: Path) -> None:

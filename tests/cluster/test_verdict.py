@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from src.cluster.failures import Failure, Kind, classify
-from src.cluster.hang import Hang, compare
-from src.cluster.verdict import Evidence, capped, judge
-from src.distributed.preflight import PreflightError
+from src.cluster.diagnosis.hang import Hang, compare
+from src.cluster.diagnosis.rank_failure import Failure, Kind, classify
+from src.cluster.diagnosis.verdict import Evidence, capped, judge
+from src.distributed.process.preflight import PreflightError
 from src.errors import DataError
 
 NODES = ("a", "a", "b", "b")

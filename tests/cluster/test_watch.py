@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from src.cluster.watch import wandb_address
 from src.config import tree as trees
-from src.metrics.weights_and_biases import run_id
+from src.metrics.trackers.wandb_address import wandb_address
+from src.metrics.trackers.weights_and_biases import run_id
 
 
 @pytest.mark.parametrize(

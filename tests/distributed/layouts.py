@@ -9,15 +9,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from src.distributed.compiling import Compile
-from src.distributed.degrees import Degrees
+from src.distributed.compile import Compile
+from src.distributed.init_weights import initialise, materialise
 from src.distributed.mesh import Mesh
-from src.distributed.network import Network
+from src.distributed.model_stages import Network
+from src.distributed.parallel_dims import Degrees
 from src.distributed.parallelize import parallelize
-from src.distributed.pipeline import build, connect
-from src.distributed.precision import Precision
+from src.distributed.pipeline.pipeline_parallel import build, connect
+from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
-from src.distributed.weights import initialise, materialise
 from src.models.llama3.config import Llama3Config
 
 SINGLE = Path(__file__).parents[2] / "conf" / "parallel" / "single.yaml"

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.distributed.exchange import attention, by_rank, cut, in_order
+from src.distributed.context.ring_attention import attention, by_rank, cut, in_order
 from src.distributed.mesh import Mesh
 from src.models.llama3.config import Llama3Config
-from src.train.draw import Rule
-from src.train.generate import generate
+from src.tasks.generate.decoding import generate
+from src.tasks.generate.sampling import Rule
 from src.train.step import Stepper
 from src.train.validate import validate
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.distributed.exchange import attention, cut, gather
-from src.distributed.kernels import Cudnn, fastest
+from src.distributed.context.attention_kernels import Cudnn, fastest
+from src.distributed.context.ring_attention import attention, cut, gather
 from tests.ranks import Ranks
 
 

@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from src.distributed.degrees import Degrees
-from src.distributed.precision import BYTES, Precision
+from src.distributed.parallel_dims import Degrees
+from src.distributed.precision.config import BYTES, Precision
 from tests.train.runs import CONF, changed, section
 
 AXES = {"ddp": "replicate", "fsdp": "shard", "tp": "tensor", "cp": "context", "pp": "pipeline", "ep": "expert"}

@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.checkpoint.store import Store
-from src.distributed.compiling import Compile
-from src.distributed.expert import grouping, permute, split_experts
+from src.distributed.compile import Compile
+from src.distributed.expert.all_to_all import Sizes
+from src.distributed.expert.expert_parallel import grouping, permute, split_experts
 from src.distributed.mesh import Mesh
-from src.distributed.precision import Precision
-from src.distributed.travel import Sizes
-from src.models.experts import grouped_product
-from src.models.moe import MoE
+from src.distributed.precision.config import Precision
+from src.models.moe.experts import grouped_product
+from src.models.moe.moe import MoE
 from src.optim.state import materialise
 from src.train.state import TrainState
 from src.train.step import Stepper

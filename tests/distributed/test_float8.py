@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from benchmarks.support_matrix import DENSE, measured
-from src.distributed.float8 import Float8
+from src.distributed.fsdp.shard import shard
+from src.distributed.init_weights import initialise, materialise
 from src.distributed.mesh import Mesh
-from src.distributed.precision import Precision
-from src.distributed.shard import shard
-from src.distributed.tensor import split_tensor
-from src.distributed.weights import initialise, materialise
+from src.distributed.precision.config import Precision
+from src.distributed.precision.float8 import Float8
+from src.distributed.tensor.tensor_parallel import split_tensor
 from src.errors import PlanError
 from src.metrics.throughput import peak_flops
 from src.models.llama3.config import Llama3Config
@@ -256,20 +256,20 @@ def test_refused_with_a_reason(found: list[str], said: list[str]) -> None:
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.distributed.float8.find_spec", {}.get)
+    monkeypatch.setattr("src.distributed.precision.float8.find_spec", {}.get)
     assert problems(config()) == [
         "precision.float8 needs the package torchao; pip install torchao==0.17.0, or precision=bf16"
     ]
 
 
 def test_the_torch_that_cannot_split_a_float8_backward_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.distributed.float8.version", {"torch": "2.11.0+cu130"}.get)
+    monkeypatch.setattr("src.distributed.precision.float8.version", {"torch": "2.11.0+cu130"}.get)
     assert problems(config(), "pp2") == []
     assert problems(config(), "pp2", pipeline_schedule="DualPipeV") == [
         "precision.float8 with parallel.pipeline_schedule=DualPipeV needs torch 2.13, and this is 2.11.0+cu130; "
         "pass precision=bf16 or parallel.pipeline_schedule=Interleaved1F1B"
     ]
-    monkeypatch.setattr("src.distributed.float8.version", {"torch": "2.13.0"}.get)
+    monkeypatch.setattr("src.distributed.precision.float8.version", {"torch": "2.13.0"}.get)
     assert problems(config(), "pp2", pipeline_schedule="DualPipeV") == []
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.distributed.float8 import Float8
-from src.distributed.float8_experts import emulated, kernels
-from src.distributed.precision import Precision
-from src.models.experts import Experts, grouped_product
+from src.distributed.precision.config import Precision
+from src.distributed.precision.float8 import Float8
+from src.distributed.precision.float8_experts import emulated, kernels
+from src.models.moe.experts import Experts, grouped_product
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
@@ -99,7 +99,7 @@ def test_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ]
     other = ModuleSpec("torchao", None)
     other.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr("src.distributed.float8.find_spec", lambda _: other)
+    monkeypatch.setattr("src.distributed.precision.float8.find_spec", lambda _: other)
     assert problems() == []
     assert problems(emulate=False) == [
         "precision.float8.experts=true: this torchao has no kernels for them; pip install torchao==0.17.0"

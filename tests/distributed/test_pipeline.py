@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from src.checkpoint.store import Store
-from src.distributed.gradients import Gradients
-from src.distributed.network import Network
+from src.distributed.fsdp.gradient_norm import Gradients
+from src.distributed.model_stages import Network
 from src.models.cache import Cache, attending
 from src.optim.state import materialise
 from src.train.state import TrainState

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from src.distributed.process import Facts, Ranks, host_store, joined
+from src.distributed.process.rank_context import Facts, Ranks, host_store, joined
 from src.errors import PlanError
 from tests.ranks import Ranks as Pool
 
 ALONE = """
 import torch, torch.distributed as dist
-from src.distributed.process import Ranks, joined
+from src.distributed.process.rank_context import Ranks, joined
 assert not joined()
 ranks = Ranks.join("cpu", 1, timeout_seconds=30)
 value = torch.ones(2)
@@ -26,7 +26,7 @@ print(dist.is_initialized())
 """
 CLIENT = """
 import torch, torch.distributed as dist
-from src.distributed.process import Ranks
+from src.distributed.process.rank_context import Ranks
 ranks = Ranks.join("cpu", 2, timeout_seconds=30)
 value = torch.tensor([ranks.rank + 1.0])
 dist.all_reduce(value)

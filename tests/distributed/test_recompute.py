@@ -16,11 +16,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.distributed.compiling import Compile, within_budget
+from src.distributed.compile import Compile, within_budget
 from src.distributed.mesh import Mesh
-from src.distributed.pipeline import keep
+from src.distributed.pipeline.pipeline_parallel import keep
 from src.distributed.recompute import Recompute
-from src.distributed.tensor import split_tensor
+from src.distributed.tensor.tensor_parallel import split_tensor
 from src.models.accounting import Slice
 from src.models.base import ModelConfig
 from src.models.decoder import Decoder

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from src.distributed.collectives import world_sum
-from src.distributed.gradients import Gradients
-from src.distributed.precision import Precision
-from src.distributed.weights import materialise
+from src.distributed.fsdp.gradient_norm import Gradients
+from src.distributed.init_weights import materialise
+from src.distributed.precision.config import Precision
 from src.optim.adamw import AdamW
 from src.optim.state import materialise as materialise_state
 from src.train.step import Stepper
@@ -208,10 +208,10 @@ def test_weights_rest_in_the_host_and_compute_on_the_gpu() -> None:
     """One rank; the same losses with and without."""
     import torch.distributed as dist
 
+    from src.distributed.fsdp.shard import shard
+    from src.distributed.init_weights import initialise
     from src.distributed.mesh import Mesh
-    from src.distributed.network import Whole
-    from src.distributed.shard import shard
-    from src.distributed.weights import initialise
+    from src.distributed.model_stages import Whole
 
     torch.cuda.set_device(0)
     store = dist.HashStore()  # type: ignore[attr-defined]

@@ -5,8 +5,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from src.distributed.degrees import SPLITTING, Degrees
-from src.distributed.stages import (
+from src.distributed.parallel_dims import SPLITTING, Degrees
+from src.distributed.pipeline.stages import (
     SCHEDULES,
     in_flight,
     module_of,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.distributed.compiling import Compile
+from src.distributed.compile import Compile
 from src.distributed.mesh import Mesh
-from src.distributed.symmetric import share_memory
+from src.distributed.tensor.symmetric_memory import share_memory
 from src.errors import PlanError
 from tests.distributed.layouts import degrees, parallel_model, rows
 from tests.models.shapes import tiny_llama

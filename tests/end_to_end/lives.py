@@ -15,16 +15,16 @@ from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
-from src.cluster.folder import RunFolder
-from src.cluster.job import perform
-from src.cluster.start import checked, feed, fetched, record, wanted
+from src.cluster.rank import perform
 from src.config import tree as trees
 from src.config.compose import asked
-from src.distributed.network import Whole
+from src.distributed.model_stages import Whole
 from src.errors import UserError
 from src.hugging_face.load import note
+from src.launch.start import checked, feed, fetched, record, wanted
+from src.planning.plan import plan
+from src.runs.folder import RunFolder
 from src.tasks.source import completed
-from src.train.plan import plan
 from src.train.step import Stepper
 
 HOME = Path(__file__).parents[2]
@@ -96,9 +96,9 @@ class Shot:
             yield
             return
         target = {
-            "start": "src.tasks.pretrain_rank.resume",
+            "start": "src.tasks.pretrain.rank.resume",
             "step": "src.train.step.Stepper.__call__",
-            "validation": "src.distributed.network.Whole.loss",
+            "validation": "src.distributed.model_stages.Whole.loss",
         }[self.where]
         calls = 0
 
@@ -120,7 +120,7 @@ class Shot:
 
 def live(folder: Path, shot: Shot | None = None) -> bool | tuple[str, ...]:
     """A rank's life: whether it came to the end of its task; the problems, where the user is told some."""
-    import src.tasks.pretrain_rank  # noqa: F401  (aimed at by name)
+    import src.tasks.pretrain.rank  # noqa: F401  (aimed at by name)
 
     with contextlib.nullcontext() if shot is None else shot.aimed(folder):
         try:

@@ -13,13 +13,13 @@ from src.config.build import build
 from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import reopen
-from src.distributed.process import Ranks
-from src.distributed.stages import module_of
+from src.distributed.pipeline.stages import module_of
+from src.distributed.process.rank_context import Ranks
 from src.fault_tolerance.carry import fill, shards
 from src.fault_tolerance.fragments import cut
 from src.optim.state import set_learning_rate
-from src.train.plan import plan
-from src.train.run import Run
+from src.planning.plan import plan
+from src.run import Run
 from src.train.setup import Training, assemble
 from tests.fault_tolerance.life import digest
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from src.cluster.job import perform
+from src.cluster.rank import perform
 from src.config.tree import read
 from src.fault_tolerance.membership import Membership
 from src.train.loop import Loop

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from src.cluster.folder import RunFolder
-from src.distributed.process import host_store
+from src.distributed.process.rank_context import host_store
+from src.runs.folder import RunFolder
 from tests.end_to_end.lives import HOME, TINY, opened
 from tests.fault_tolerance.life import Seat, Trouble, live
 

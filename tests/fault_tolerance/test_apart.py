@@ -11,7 +11,7 @@ import pytest
 
 from src.config.build import build
 from src.config.tree import read
-from src.train.run import Run
+from src.run import Run
 from tests.end_to_end.lives import TINY, live, opened, series
 from tests.fault_tolerance import lives
 from tests.fault_tolerance.by_hand import Life, Method, simulate

@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.distributed.stages import modules, split
+from src.distributed.pipeline.stages import modules, split
 from src.fault_tolerance.fragments import Rounds, cut, problems
 from tests.distributed.layouts import degrees
 

@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import pytest
 
-from src.cluster.folder import RunFolder, attempts
-from src.cluster.groups import Group, Groups
+from src.cluster.replicas.supervisor import Group, Groups
 from src.errors import PlanError
+from src.runs.folder import RunFolder, attempts
 from tests.end_to_end.commands import command, start
 from tests.end_to_end.lives import TINY, opened, records, series, write_text
 from tests.train.runs import changed, section
@@ -64,7 +64,7 @@ def test_a_dead_rank_and_a_dead_lighthouse_are_started_again(tmp_path: Path) -> 
     given = (*QUICK, f"folder={folder}", "parallel=fsdp2", "task.steps=100000", "checkpoint.every=100000")
     process = start(*argv, *given)
     until(lambda: 2 in there(folder), process)
-    os.kill(pids("src.cluster.job", f"{folder}/groups/1")[0], signal.SIGKILL)
+    os.kill(pids("src.cluster.rank", f"{folder}/groups/1")[0], signal.SIGKILL)
     until(lambda: 1 in there(folder)[there(folder).index(2) :], process)
     until(lambda: there(folder)[-1] == 2, process)
     (lighthouse,) = (pid for pid in pids("src.fault_tolerance.lighthouse") if _parent(pid) == process.pid)
@@ -113,7 +113,9 @@ def test_a_lighthouse_that_cannot_start_is_told_at_once(tmp_path: Path) -> None:
     """A package that torchft needs is missing, say."""
     path = opened(*TINY, "data=synthetic", f"root={tmp_path}", "fault_tolerance=torchft")
     (code,) = (path / "code").iterdir()
-    broken = patch("src.cluster.lighthouse.command", lambda _: [sys.executable, "-c", "import no_such_package"])
+    broken = patch(
+        "src.cluster.replicas.lighthouse.command", lambda _: [sys.executable, "-c", "import no_such_package"]
+    )
     with RunFolder.rejoin(path, code.name) as folder, broken, pytest.raises(PlanError) as caught:
         Groups(folder, section("fault_tolerance", "torchft"), [{}, {}], world=1, grace_seconds=20.0).run()
     assert "ModuleNotFoundError: No module named 'no_such_package'" in str(caught.value)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.distributed.process import Ranks
-from src.distributed.stages import modules
+from src.distributed.pipeline.stages import modules
+from src.distributed.process.rank_context import Ranks
 from src.fault_tolerance.apart import Apart
 from src.fault_tolerance.config import Asked
 from src.fault_tolerance.membership import Quorum

@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from src.distributed.process import Ranks
-from src.distributed.stages import module_of
+from src.distributed.pipeline.stages import module_of
+from src.distributed.process.rank_context import Ranks
 from src.errors import PlanError
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import cut
 from src.fault_tolerance.outer import Averaging, Nesterov, Outer, Rule
-from src.train.estimate import GIB
-from src.train.plan import plan
-from src.train.run import Run
+from src.planning.memory import GIB
+from src.planning.plan import plan
+from src.planning.table import render
+from src.run import Run
 from src.train.setup import assemble
-from src.train.table import render
 from tests.ranks import Ranks as Workers
 from tests.train.runs import Here, changed, make_run, section
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from src.checkpoint.store import Store
-from src.distributed.process import Ranks
+from src.distributed.process.rank_context import Ranks
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import cut
 from src.fault_tolerance.outer import Nesterov, Outer, Place

@@ -7,7 +7,7 @@ import pytest
 from src.errors import PlanError
 from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.table import Row, Table, share
-from src.train.plan import plan
+from src.planning.plan import plan
 from tests.train.runs import Gpus, changed, make_run, section
 
 ROW = Row(group=0, led=False, leaving=False, history=5, lost=0, failures=0, heal_seconds=0.0)

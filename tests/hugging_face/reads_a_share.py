@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from src.hugging_face.archive import Archive
-from src.hugging_face.box import Box
 from src.hugging_face.read import Reader
+from src.hugging_face.tensor_slice import Box
 from src.models.stored import Stored
 
 KIB = 2**10

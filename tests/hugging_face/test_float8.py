@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.checkpoint.team import Team
+from src.checkpoint.host_group import Team
 from src.distributed.mesh import Mesh
-from src.distributed.process import Ranks as Joined
+from src.distributed.process.rank_context import Ranks as Joined
 from src.hugging_face.archive import Archive
 from src.hugging_face.check import SCALE, check
 from src.hugging_face.load import examine, load

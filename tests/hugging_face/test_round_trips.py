@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from src.checkpoint.team import Team
+from src.checkpoint.host_group import Team
+from src.distributed.init_weights import initialise, seed_of
 from src.distributed.mesh import Mesh
-from src.distributed.network import Network
-from src.distributed.process import Ranks as Joined
-from src.distributed.weights import initialise, seed_of
+from src.distributed.model_stages import Network
+from src.distributed.process.rank_context import Ranks as Joined
 from src.hugging_face.archive import INDEX, Archive
 from src.hugging_face.load import load
 from src.hugging_face.read import Reader

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from src.errors import FolderError
 from src.metrics.curve import TRAIN, VALIDATION, plot, smoothed
-from src.metrics.tracker import Log
+from src.metrics.trackers.config import Log
 
 
 def write(folder: Path, points: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from src.metrics.goodput import Goodput, Meter, goodput
-from src.metrics.tracker import Log
+from src.metrics.trackers.config import Log
 
 
 def life(attempt: int, began: float, first: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.metrics.incidents import write_incident
-from src.metrics.lines import Lines
+from src.storage.json_lines import Lines
 
 
 def test_round_trip_with_values_that_json_lacks(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import wandb
 import yaml
 
-from src.metrics.sync import main, offline
+from src.metrics.trackers.sync import main, offline
 
 STARTS = {1: 100.0, 2: 200.0, 3: 300.0}
 

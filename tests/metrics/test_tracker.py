@@ -13,9 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from src.metrics.history import read
-from src.metrics.lines import Lines
-from src.metrics.side import Side
-from src.metrics.tracker import Log, Tracker
+from src.metrics.trackers.background import Side
+from src.metrics.trackers.config import Log, Tracker
+from src.storage.json_lines import Lines
 
 CONF = Path(__file__).parents[2] / "conf" / "tracker"
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from src.models.deepseek_v3.config import DeepseekV3Config, Yarn
 from src.models.llama3.config import Llama3Config, RopeScaling
-from src.models.moe_config import MixtureOfExperts
+from src.models.moe.config import MixtureOfExperts
 
 TINY: dict[str, Any] = {
     "dim": 64,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.models.experts import Experts, fill, filling, unfill
+from src.models.moe.experts import Experts, fill, filling, unfill
 
 
 def test_segments_by_hand() -> None:

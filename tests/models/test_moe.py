@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from src.models.experts import Experts
-from src.models.moe import MoE, arrange, balance, combine, dispatch, sorting
+from src.models.moe.experts import Experts
+from src.models.moe.moe import MoE, arrange, balance, combine, dispatch, sorting
 from tests.models.shapes import tiny_deepseek, tiny_moe
 
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from src.models.attention import CausalAttention
-from src.models.experts import Experts
-from src.models.moe import MoE
+from src.models.moe.experts import Experts
+from src.models.moe.moe import MoE
 from tests.models.shapes import tiny_moe
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.models.router import Router, Routing
+from src.models.moe.router import Router, Routing
 from tests.models.shapes import tiny_moe
 
 

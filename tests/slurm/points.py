@@ -7,12 +7,12 @@ from unittest.mock import patch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from src.cluster.folder import RunFolder
-from src.cluster.slurm import Prepared, Slurm
-from src.cluster.start import checked, feed, record
+from src.cluster.slurm.config import Prepared, Slurm
 from src.config.compose import asked
 from src.config.tree import identity
-from src.train.plan import plan
+from src.launch.start import checked, feed, record
+from src.planning.plan import plan
+from src.runs.folder import RunFolder
 from tests.slurm.runs import FACTS, HOME, Site
 
 

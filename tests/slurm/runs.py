@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.cluster.folder import Attempt, attempts
+from src.runs.folder import Attempt, attempts
 from tests.end_to_end.lives import TINY, series, write_text
 from tests.slurm.cluster import TestCluster
 

@@ -2,7 +2,7 @@
 
 import re
 
-from src.cluster.folder import attempts
+from src.runs.folder import attempts
 from tests.slurm.runs import Site, until
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from src.cluster.folder import attempts
+from src.runs.folder import attempts
 from tests.end_to_end.lives import series
 from tests.slurm.runs import Held, Site, told_by, until
 

@@ -6,7 +6,7 @@ import re
 import signal
 from pathlib import Path
 
-from src.cluster.folder import attempts
+from src.runs.folder import attempts
 from tests.slurm.runs import STEPS, Held, Site, until
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from src.cluster.folder import attempts
-from src.cluster.queue import submissions
+from src.cluster.slurm.client import submissions
+from src.runs.folder import attempts
 from tests.end_to_end.lives import series
 from tests.slurm.points import prepared, slurm
 from tests.slurm.runs import STEPS, Site, told_by, until

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from src.cluster.folder import attempts
-from src.cluster.ledger import Ledger
-from src.cluster.queue import submissions
+from src.cluster.slurm.client import submissions
+from src.runs.folder import attempts
+from src.sweeps.ledger import Ledger
 from tests.slurm.runs import STEPS, Site, until
 
 WILD = "1e+30"  # a learning rate after which no loss is finite
@@ -18,7 +18,7 @@ WILD = "1e+30"  # a learning rate after which no loss is finite
 def ledger(site: Site, *argv: str) -> str:
     """What a command says to a person on the login node."""
     done = subprocess.run(
-        [sys.executable, "-m", "src.cluster.ledger", *argv],
+        [sys.executable, "-m", "src.sweeps.ledger", *argv],
         cwd=site.repository,
         env=site.environment(),
         capture_output=True,

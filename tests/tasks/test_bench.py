@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from src.metrics.kernels import breakdown
-from src.tasks.bench_rank import _kernels, _routing
+from src.tasks.bench.rank import _kernels, _routing
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.train.runs import make_run
 

@@ -17,15 +17,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 import launch
-from src.cluster.folder import attempts
-from src.distributed.gradients import Gradients
-from src.distributed.process import Ranks as Process
+from src.distributed.fsdp.gradient_norm import Gradients
+from src.distributed.process.rank_context import Ranks as Process
 from src.errors import PlanError, VerdictError
-from src.tasks.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
-from src.tasks.verify import Verify
-from src.tasks.verify_rank import certify, rows
-from src.train.plan import one_device_problems, plan
-from src.train.run import Run
+from src.planning.plan import one_device_problems, plan
+from src.run import Run
+from src.runs.folder import attempts
+from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
+from src.tasks.verify.config import Verify
+from src.tasks.verify.rank import certify, rows
 from src.train.step import Stepper
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from src.config.base import Config
 from src.config.build import build
-from src.train.run import Run
+from src.run import Run
 
 TOP = {"name": "test", "seed": 0, "root": "runs", "folder": None, "dry_run": True}
 CONF = Path(__file__).parents[2] / "conf"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.metrics.expert_load import ExpertLoad
-from src.models.router import Router
+from src.models.moe.router import Router
 from src.train.expert_load import expert_load
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share

@@ -117,7 +117,7 @@ WITHOUT_WAITS = {
 @pytest.mark.parametrize("kind", WITHOUT_WAITS)
 def test_no_step_waits_for_the_device(kind: str) -> None:
     """torch raises at any call that would; the outcome of a step is read while the next one runs."""
-    from src.distributed.process import Ranks as Process
+    from src.distributed.process.rank_context import Ranks as Process
 
     documents = kind == "documents"
     run = make_run(precision="bf16", parallel="single", **WITHOUT_WAITS[kind])

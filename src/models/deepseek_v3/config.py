@@ -9,7 +9,7 @@ from src.config.base import Config
 from src.models.accounting import Saved, Slice, Weight
 from src.models.base import Layout, ModelConfig, divisors
 from src.models.deepseek_v3.saved import saved_by_block
-from src.models.moe_config import MixtureOfExperts, aligned
+from src.models.moe.config import MixtureOfExperts, aligned
 
 if TYPE_CHECKING:
     from src.models.deepseek_v3.model import DeepseekV3

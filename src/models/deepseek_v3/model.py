@@ -17,7 +17,7 @@ from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config
 from src.models.feed_forward import FeedForward
 from src.models.init import Constant, Initializer, Normal
-from src.models.moe import MoE, balance
+from src.models.moe.moe import MoE, balance
 from src.models.rope import inverse_frequencies, rotary_table, rotate, scale_yarn
 
 

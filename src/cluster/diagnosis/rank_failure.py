@@ -1,0 +1,92 @@
+"""What each failing rank of a SLURM job leaves behind for the verdict."""
+
+import json
+import os
+import re
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from src.errors import UserError
+
+Kind = Literal["memory", "user", "code", "node", "peer"]
+
+# A device that is broken, not a program: the words of CUDA's and the driver's errors.
+_BROKEN_DEVICE = re.compile(
+    r"uncorrectable|ECC error|hardware error|unspecified launch failure|device is lost|GPU has fallen off|"
+    r"CUDA driver initialization failed|no CUDA-capable device|system not yet initialized|NVLink|Xid",
+    re.IGNORECASE,
+)
+# Somebody else died, or hangs: gloo's, NCCL's and the store's words.
+_LOST_PEER = re.compile(
+    r"connection (closed|reset|refused)|connectFullMesh|closed by peer|broken pipe|timed out|NCCL error|remote process|"
+    r"failed to (recv|send)|socket|ProcessGroup|watchdog|DistBackendError|DistNetworkError|DistStoreError",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's last words."""
+
+    rank: int
+    node: str
+    time_ns: int
+    kind: Kind
+    error: str  # one line
+    traceback: str
+    bad_node: str | None = None  # which node the rank itself accuses
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int, node: str) -> Self:
+        kind = classify(error)
+        accused = getattr(error, "node", None) if kind == "node" else None
+        if kind == "node" and type(error).__name__ != "PreflightError":
+            accused = node
+        stack = "".join(traceback.format_exception(error))
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return cls(rank, node, time.time_ns(), kind, line, stack, accused)
+
+    def write(self, place: Path) -> None:
+        """Whole or not at all."""
+        place.mkdir(parents=True, exist_ok=True)
+        partial = place / f"rank_{self.rank}.partial"
+        partial.write_text(json.dumps(asdict(self)))
+        partial.replace(place / f"rank_{self.rank}.error.json")
+
+
+def classify(error: BaseException) -> Kind:
+    """By type first, then by the words of the libraries, which raise RuntimeError for most of it."""
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, UserError):
+        return "user"
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text:
+        return "memory"
+    if name == "PreflightError" or _BROKEN_DEVICE.search(text):
+        return "node"
+    if isinstance(error, ConnectionError) or name.startswith("Dist"):
+        return "peer"
+    return "peer" if isinstance(error, RuntimeError) and _LOST_PEER.search(text) else "code"
+
+
+def gather_traces(error: BaseException, folder: Path) -> None:
+    """After a collective that gloo gave up: have all ranks say which ones they entered. NCCL sees to that itself."""
+    from src.distributed.process.rank_context import Facts, device_type, flight_recorder
+
+    world = Facts.read().world
+    if world > 1 and classify(error) == "peer" and device_type() == "cpu" and (folder / "traces").exists():
+        flight_recorder.ask(folder / "traces", world)
+
+
+def place(folder: Path) -> Path:
+    """Of this start of this job; every rank and the batch script know it without asking each other."""
+    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    return folder / "logs" / f"job_{job}.{restart}"
+
+
+def read(where: Path) -> list[Failure]:
+    """The earliest first."""
+    found = [Failure(**json.loads(file.read_text())) for file in where.glob("rank_*.error.json")]
+    return sorted(found, key=lambda failure: failure.time_ns)

@@ -1,0 +1,204 @@
+"""Why an attempt on SLURM failed, and whether starting again can help.
+
+The batch script runs `python -m src.cluster.diagnosis.verdict <folder> --requeues n` when its ranks ended badly. Words
+for people go to stderr, which is the job's log; stdout says `requeue`, `requeue <bad node>` or `stop`, and the script
+does it.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from src.checkpoint.folder import complete
+from src.cluster.diagnosis import hang, rank_failure
+from src.cluster.slurm import client
+from src.runs.folder import attempts, end
+
+FILE = "verdicts.jsonl"
+# A failure that comes back at the same checkpoint is no accident, whatever it looks like.
+FAILURES_WITHOUT_PROGRESS = 3
+
+Kind = Literal["memory", "user", "code", "node", "peer", "died", "hang", "saved", "late"]
+
+ADVICE: dict[Kind, str] = {
+    "memory": "a smaller task.micro_batch, recompute=full or more parallel.shard takes less memory; not started again",
+    "user": "starting again would end the same way; change what it says, and submit again to go on",
+    "code": "an error of the code: starting again would end the same way; submit again once it is mended, to go on",
+    "node": "a broken machine",
+    "peer": "ranks lost each other",
+    "died": "a process died without a word",
+    "hang": "a collective never came to its end",
+    "saved": "saved, and only the requeue failed",
+    "late": "the save did not end before the time limit; pass a larger cluster.grace_seconds",
+}
+_HOST_MEMORY = re.compile(r"oom-kill|Out Of Memory|OUT_OF_MEMORY")
+# srun: error: n2: task 5: Killed     srun: error: n2: tasks 4-7: Bus error
+_DIED = re.compile(
+    r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Bus error|Segmentation fault|Aborted|Illegal instruction)"
+)
+# From here on it is srun that ends what still runs: whoever is killed later is not the cause.
+_ABORTED = re.compile(r"Job step aborted|Terminating StepId|CANCELLED AT")
+_NODE_FAILURE = re.compile(r"[Nn]ode failure on (\S+)")
+# Its step daemon is gone; srun counts the nodes of the step, from 0.
+_LOST_NODE = re.compile(r"[Aa]borting, io error (?:and missing step|with slurmstepd) on node (\d+)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kind: Kind
+    action: Literal["requeue", "stop"]
+    node: str | None  # to be left out by the next start
+    words: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an attempt left behind."""
+
+    failures: Sequence[rank_failure.Failure]  # the earliest first
+    log: str  # of the job, from the start of this attempt
+    hang: hang.Hang | None
+    nodes: Sequence[str]  # by rank
+    saved: bool  # all ranks had saved and stopped
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """What failed first decides: a rank that lost a peer only says that another one was in trouble."""
+    for failure in evidence.failures:
+        if failure.kind in ("memory", "user", "code"):
+            words = f"rank {failure.rank} (node {failure.node}): {failure.error}\n{ADVICE[failure.kind]}"
+            return Verdict(failure.kind, "stop", None, words)
+    if _HOST_MEMORY.search(evidence.log):
+        return Verdict(
+            "memory", "stop", None, "the node ran out of host memory; pass a larger cluster.memory_gib_per_gpu"
+        )
+    if evidence.saved and not evidence.failures:
+        return Verdict("saved", "requeue", None, ADVICE["saved"])
+    for failure in evidence.failures:
+        if failure.kind == "node":
+            return Verdict("node", "requeue", failure.bad_node, f"{ADVICE['node']}: {failure.error}")
+    if evidence.hang is not None and not evidence.hang.silent:
+        return _hung(evidence.hang, evidence.nodes)
+    if (down := _NODE_FAILURE.search(evidence.log)) is not None:
+        return Verdict("node", "requeue", down[1].rstrip(".,"), f"{ADVICE['node']}: {down[0]}")
+    if (lost := _LOST_NODE.search(evidence.log)) is not None:
+        node = _hosts(evidence)[int(lost[1])]
+        return Verdict("node", "requeue", node, f"{ADVICE['node']}, {node}: {lost[0]}")
+    if (died := _DIED.search(_ABORTED.split(evidence.log, maxsplit=1)[0])) is not None:
+        return Verdict("died", "requeue", died[1], f"{ADVICE['died']}: {died[0]}")
+    if evidence.hang is not None:
+        return _hung(evidence.hang, evidence.nodes)
+    quiet = _silent_node(evidence)
+    first = evidence.failures[0].error if evidence.failures else "no rank left a word"
+    silent = "" if quiet is None else f"; nothing was heard of node {quiet}"
+    return Verdict("peer", "requeue", quiet, f"{ADVICE['peer']}: {first}{silent}")
+
+
+def _hung(found: hang.Hang, nodes: Sequence[str]) -> Verdict:
+    return Verdict("hang", "requeue", nodes[found.rank], f"{ADVICE['hang']}: {found.words}")
+
+
+def _silent_node(evidence: Evidence) -> str | None:
+    """The one node none of whose ranks could write down an error, if the others did."""
+    heard = {failure.node for failure in evidence.failures}
+    silent = [node for node in _hosts(evidence) if node not in heard]
+    return silent[0] if heard and len(silent) == 1 else None
+
+
+def _hosts(evidence: Evidence) -> list[str]:
+    return list(dict.fromkeys(evidence.nodes))
+
+
+def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], checkpoint: str | None, requeues: int) -> Verdict:
+    """No requeue for ever: not beyond `requeues`, nor for a failure that returns without a step forward."""
+    if verdict.action == "stop":
+        return verdict
+    again = [each for each in earlier if each["action"] == "requeue"]
+    here = [each for each in again if each["checkpoint"] == checkpoint]
+    if len(again) >= requeues:
+        why = f"cluster.requeues={requeues} are used up"
+    elif len(here) >= FAILURES_WITHOUT_PROGRESS - 1:
+        why = f"the {FAILURES_WITHOUT_PROGRESS}rd failure in a row without a new checkpoint"
+    else:
+        return verdict
+    return replace(verdict, action="stop", words=f"{verdict.words}\nnot started again: {why}")
+
+
+def settle(folder: Path, job: str, verdict: Verdict, requeues: int) -> Verdict:
+    """Capped, and kept in verdicts.jsonl."""
+    checkpoint = newest(folder)
+    file = folder / FILE
+    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    verdict = capped(verdict, [each for each in earlier if each["job"] == job], checkpoint, requeues)
+    record = {"job": job, "time": round(time.time(), 3), "checkpoint": checkpoint} | asdict(verdict)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    return verdict
+
+
+def newest(folder: Path) -> str | None:
+    """The name of the newest complete checkpoint."""
+    found = complete(folder / "checkpoints")
+    return found[-1].name if found else None
+
+
+def gather(folder: Path) -> Evidence:
+    """Of the newest attempt of this job."""
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    per_node = int(json.loads((folder / "plan.json").read_text())["ranks_per_node"])
+    nodes = [node for node in SlurmJobEnvironment().hostnames for _ in range(per_node)]
+    tried = attempts(folder)
+    mine = bool(tried) and tried[-1].job == os.environ["SLURM_JOB_ID"]
+    since = datetime.fromisoformat(tried[-1].started).timestamp() if tried else 0.0
+    return Evidence(
+        failures=rank_failure.read(rank_failure.place(folder)),
+        log=_log(folder),
+        hang=hang.find(folder / "traces", since, nodes, keep=rank_failure.place(folder)),
+        nodes=nodes,
+        saved=mine and tried[-1].ended == "stopped",
+    )
+
+
+def _log(folder: Path) -> str:
+    """Of this start alone: SLURM appends to one file."""
+    submitted = client.submissions(folder)
+    if not submitted:
+        return ""
+    try:
+        text = Path(submitted[-1]["log"]).read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return text.rpartition("Starting with JobEnvironment(")[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m src.cluster.diagnosis.verdict")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--requeues", type=int, required=True)
+    given = parser.parse_args(arguments)
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        if client.states([job]).get(job) != "RUNNING":
+            return 0  # cancelled, at its time limit, or requeued already: SLURM's own affair
+    except client.SilentError as error:
+        print(f"squeue does not answer ({error}); judged without it", file=sys.stderr)
+    verdict = settle(given.folder, job, judge(gather(given.folder)), given.requeues)
+    if verdict.kind != "saved" and attempts(given.folder):
+        end(given.folder, "failed", verdict.words.partition("\n")[0], overrule=True)
+    leaving = f", without node {verdict.node}" if verdict.node and verdict.action == "requeue" else ""
+    print(f"verdict: {verdict.words}\n{verdict.action}{leaving}", file=sys.stderr, flush=True)
+    print(f"{verdict.action} {verdict.node or ''}".strip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

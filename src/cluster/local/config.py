@@ -1,0 +1,176 @@
+"""Ranks on this machine, through torch's elastic process launcher.
+
+Of torch.distributed.elastic only the process layer is used: the agent above it ends ranks 30 s after a signal, and a
+save may take longer. The rendezvous store lives in the launcher, as the agent's does.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from src.cluster.rank import Job
+from src.config.base import Config
+from src.errors import PlanError
+from src.runs.folder import RunFolder, attempts, end, log_folder
+
+if TYPE_CHECKING:
+    from src.cluster.local.supervisor import Crew, Failure
+    from src.cluster.replicas.supervisor import Options
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What ranks may use here. `count` is None on the CPU: any number of ranks shares it."""
+
+    kind: Literal["cpu", "cuda"]
+    count: int | None
+    memory_gib: float | None
+    name: str
+    capability: tuple[int, int] | None = None  # CUDA's compute capability
+    host_gib: float | None = None  # memory that ranks on the CPU share
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended and the exit code that says so: 0 also for a run that saved and stopped on a signal."""
+
+    status: Literal["finished", "stopped", "failed", "killed", "submitted"]
+    exit_code: int
+
+
+class Local(Config):
+    """cluster=local."""
+
+    gpus: Annotated[int, Field(ge=0)] | None  # None: all that are visible; 0: the CPU
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None  # None: what the GPU says
+    threads: Annotated[int, Field(ge=1)] | None  # torch threads per rank; None: cores // ranks
+    grace_seconds: Annotated[float, Field(gt=0)]  # between a signal and the end of ranks that still save
+
+    def devices(self) -> Devices:
+        """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""
+        found = _visible_gpus() if self.gpus is None else self.gpus
+        if found == 0:
+            return Devices("cpu", None, None, "CPU", host_gib=_host_gib())
+        name, memory_gib, capability = _first_gpu()
+        return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
+
+    def submit(self, folder: RunFolder, world: int) -> Outcome:
+        """Start `world` ranks of the folder, show rank 0, and return when all have ended.
+
+        Ctrl-C, SIGTERM, SIGHUP and SIGUSR2 reach every rank once; a second Ctrl-C, or `grace_seconds`, ends them.
+        """
+        from src.cluster.local.supervisor import Crew
+
+        devices = self.devices()
+        if devices.kind == "cuda" and (here := _visible_gpus()) < max(world, self.gpus or 0):
+            wanted = f"{world} ranks need a GPU each" if here < world else f"cluster.gpus={self.gpus}"
+            raise PlanError(
+                f"{wanted}, but {here} are visible here; choose a layout of at most {here} ranks, or cluster.gpus=0"
+            )
+        job = Job(folder.path, folder.code)
+        crew = Crew(job, folder.begin(world), self._environment(job, world, devices), self.grace_seconds)
+        return conclude(crew, crew.run(), folder.path)
+
+    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> Outcome:
+        """The same for replica groups of `world` ranks each, on GPUs of its own; one that fails is started again."""
+        from src.cluster.replicas.supervisor import Groups
+
+        devices, total = self.devices(), world * options.groups
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(devices.count or 0)]
+        environment = self._environment(Job(folder.path, folder.code), total, devices)
+        environments = [dict(environment) for _ in range(options.groups)]
+        if devices.kind == "cuda":
+            if len(names) < total:
+                raise PlanError(f"{total} ranks need a GPU each, but {len(names)} are visible here")
+            for number, each in enumerate(environments):
+                each["CUDA_VISIBLE_DEVICES"] = ",".join(names[number * world : (number + 1) * world])
+        return Groups(folder, options, environments, world, self.grace_seconds).run()
+
+    def _environment(self, job: Job, world: int, devices: Devices) -> dict[str, str]:
+        """What every rank inherits on top of this process's environment."""
+        assert job.source is not None, "local ranks run the frozen code"
+        paths = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = self.threads or os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // world)
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+        if devices.kind == "cpu":
+            return environment | {"CUDA_VISIBLE_DEVICES": ""}
+        # Sequence lengths and recompute make block sizes vary; without this the allocator fragments.
+        return environment | {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+
+
+def conclude(crew: "Crew", failure: "Failure | None", folder: Path, title: str = "") -> Outcome:
+    """Record the end and say it: the failing rank's error first. `title`: whose rank, where groups share a terminal."""
+    from src.cluster.local.signals import tell
+
+    if crew.killed:
+        end(folder, "killed", crew.killed, overrule=True)
+        tell(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
+        return Outcome("killed", 130 if crew.killed == "Ctrl-C twice" else 137)
+    if failure is not None and crew.signal is not None and failure.exit_code == 128 + crew.sent:
+        end(folder, "stopped", f"{crew.signal} outside of training")
+        tell(f"stopped by {crew.signal} before training began or after it ended; the same command continues: {folder}")
+        return Outcome("stopped", 0)
+    if failure is not None:
+        end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)
+        tell(f"{title}rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
+        return Outcome("failed", failure.exit_code)
+    newest = attempts(folder)[-1]
+    if newest.ended == "finished":
+        return Outcome("finished", 0)
+    if newest.ended == "stopped":
+        tell(f"stopped{f' by {crew.signal}' if crew.signal else ''}; the same command continues: {folder}")
+        return Outcome("stopped", 0)
+    end(folder, "failed", "rank 0 left in the middle of its task")
+    tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
+    return Outcome("failed", 1)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _host_gib() -> float | None:
+    """Of this machine; None where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _visible_gpus() -> int:
+    """Counted without making a CUDA context, which would take some 500 MB of the first GPU from its rank."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _first_gpu() -> tuple[str, float | None, tuple[int, int] | None]:
+    """Name, GiB and compute capability of the first GPU here.
+
+    Asked of the driver's tool, since torch would make a context to answer; None of what an old driver does not tell.
+    """
+    memory = _of_first_gpu("name,memory.total")
+    capability = _of_first_gpu("compute_cap")
+    name, _, mebibytes = memory.rpartition(",")
+    if not mebibytes.strip().isdecimal():
+        return "GPU", None, None
+    found = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    return name.strip(), int(mebibytes) / 1024, None if found is None else (int(found[1]), int(found[2]))
+
+
+def _of_first_gpu(query: str) -> str:
+    """What nvidia-smi answers; nothing where it cannot."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", first]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return told.stdout.strip() if told.returncode == 0 else ""

@@ -1,0 +1,209 @@
+"""The living ranks of one attempt: started, watched, signalled, and their first error told."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
+
+from src.cluster.diagnosis import hang
+from src.cluster.local.signals import FORWARDED, POLL_SECONDS, tell
+from src.cluster.rank import Job
+from src.distributed.process.rank_context import host_store
+from src.errors import UserError
+from src.runs.folder import Attempt, log_folder
+
+# A failed rank's companions fail in a moment or wait for it for ever; in this time they write down which.
+ABANDON_SECONDS = 5.0
+_LAST_LINES = 20
+# Errors whose text is all that there is to say; of any other the traceback is shown.
+_FOR_THE_USER = {UserError.__name__, *(kind.__name__ for kind in UserError.__subclasses__())}
+_NANOSECONDS = 10**9
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first rank that failed; `exit_code` is a shell's (128 + signal)."""
+
+    rank: int
+    exit_code: int
+    error: str  # one line
+    text: str  # what a person reads: problems, traceback or the last lines of the log
+    log: Path
+
+
+class ErrorFiles(LogsSpecs):
+    """Tells torch's launcher where each rank's `record` writes; logs are the ranks' own matter (console.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(log_dir=str(folder))
+        self.folder = folder
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self.folder)
+
+    def path(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.error.json"
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        for rank, environment in envs.items():
+            environment["TORCHELASTIC_ERROR_FILE"] = str(self.path(rank))
+        terminal = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=terminal, stderrs=dict(terminal), error_files={r: str(self.path(r)) for r in envs})
+
+
+class Crew:
+    """The ranks of one attempt on this machine. Main thread only: it takes the signals over while it runs."""
+
+    def __init__(self, job: Job, attempt: Attempt, environment: Mapping[str, str], grace_seconds: float) -> None:
+        self.signal: str | None = None  # the first one seen
+        self.sent = 0  # what the ranks got for it
+        self.killed: str = ""  # why, if the ranks were ended by force
+        self._attempt = attempt
+        self._grace_seconds = grace_seconds
+        self._began = time.time()
+        self._deadline = float("inf")
+        self._logs = log_folder(job.folder, attempt.number)
+        self._files = ErrorFiles(self._logs)
+        self._noticed: dict[int, int] = {}  # rank -> time_ns of its failure
+        self._abandoned: set[int] = set()
+        self._job = job
+        self._environment = dict(environment)
+
+    def run(self) -> Failure | None:
+        """Returns when every rank has ended; None when all ended well."""
+        store, port = host_store()
+        previous = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGQUIT)}
+        context = self._start(port)
+        for number in FORWARDED:
+            if previous[number] != signal.SIG_IGN:  # nohup, or a script's background job: meant not to hear it
+                signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGQUIT, previous[signal.SIGQUIT])
+        try:
+            self._watch(context)
+        finally:
+            self._kill(context)
+            context.close()
+            if self._abandoned and os.isatty(1):
+                os.write(1, b"\x1b[?25h\n")  # a killed progress line leaves the cursor hidden
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            del store  # the ranks' rendezvous, alive until the last of them has ended
+        return self._failure(context)
+
+    def _start(self, port: int) -> SubprocessContext:
+        world = self._attempt.world
+        options = ("--code", self._job.code, "--attempt", self._attempt.number, "--launcher", os.getpid())
+        command = ("-P", "-m", "src.cluster.rank", self._job.folder, *options)
+        # torch would raise in the middle of our loop: it gets a signal that nobody sends, taken back below.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        context = start_processes(
+            name="rank",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(world), command),
+            envs={rank: self._environment | _facts(rank, world, port) for rank in range(world)},
+            logs_specs=self._files,
+        )
+        assert isinstance(context, SubprocessContext), "a command line is started as a subprocess"
+        self._context = context
+        return context
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.signal is None:
+            self.signal, self.sent = name, FORWARDED[signal.Signals(number)]
+            self._deadline = time.monotonic() + self._grace_seconds
+            tell(
+                f"\n{name}: the ranks save and stop (at most {self._grace_seconds:g} s); Ctrl-C again ends them at once"
+            )
+            for rank, process in self._context.subprocess_handlers.items():
+                if rank not in self._noticed and process.proc.poll() is None:
+                    process.proc.send_signal(self.sent)
+        elif number == signal.SIGINT:
+            self.killed = "Ctrl-C twice"
+            self._deadline = time.monotonic()
+
+    def _watch(self, context: SubprocessContext) -> None:
+        abandon = float("inf")
+        while True:
+            codes = {rank: each.proc.poll() for rank, each in context.subprocess_handlers.items()}
+            if all(code is not None for code in codes.values()):
+                return
+            for rank, code in codes.items():
+                if code not in (None, 0) and rank not in self._noticed:
+                    self._noticed[rank] = time.time_ns()
+                    abandon = min(abandon, time.monotonic() + ABANDON_SECONDS)
+            now = time.monotonic()
+            if now >= self._deadline:
+                self.killed = self.killed or f"not saved {self._grace_seconds:g} s after {self.signal}"
+            if now >= min(self._deadline, abandon):
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _kill(self, context: SubprocessContext) -> None:
+        for rank, each in context.subprocess_handlers.items():
+            if each.proc.poll() is None:
+                self._abandoned.add(rank)
+                os.killpg(each.proc.pid, signal.SIGKILL)  # its data workers too
+        for each in context.subprocess_handlers.values():
+            each.proc.wait()
+
+    def _failure(self, context: SubprocessContext) -> Failure | None:
+        codes = {rank: each.proc.returncode for rank, each in context.subprocess_handlers.items()}
+        failed = [rank for rank, code in codes.items() if code != 0 and rank not in self._abandoned]
+        if not failed:
+            return None
+        rank = min(failed, key=self._when)
+        found = hang.find(self._job.folder / "traces", self._began, [self._attempt.host] * self._attempt.world)
+        told = self._describe(rank, codes[rank])
+        return told if found is None else replace(told, text=f"{told.text}\n\n{found.words}")
+
+    def _when(self, rank: int) -> int:
+        """Nanoseconds: when it wrote its error; a rank that could not write one died before the others noticed."""
+        try:
+            return self._files.path(rank).stat().st_mtime_ns
+        except FileNotFoundError:
+            return self._noticed.get(rank, time.time_ns()) - _NANOSECONDS
+
+    def _describe(self, rank: int, code: int) -> Failure:
+        log = self._logs / f"rank_{rank}.log"
+        if code < 0:
+            name = signal.Signals(-code).name
+            error = f"ended by {name}" + (" (the system's out-of-memory killer?)" if code == -signal.SIGKILL else "")
+            return Failure(rank, 128 - code, error, _tail(log), log)
+        try:
+            message = json.loads(self._files.path(rank).read_text())["message"]
+        except (OSError, ValueError):
+            return Failure(rank, code, f"ended with exit code {code}", _tail(log), log)
+        error, stack = message["message"], message["extraInfo"]["py_callstack"]
+        if error.partition(":")[0] in _FOR_THE_USER:
+            return Failure(rank, code, error.partition("\n")[0], error.partition(": ")[2], log)
+        return Failure(rank, code, error.partition("\n")[0], stack.rstrip(), log)
+
+
+def _facts(rank: int, world: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # the launcher hosts the store, so that rank 0 joins it as a client like the others
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _tail(log: Path) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+    except FileNotFoundError:
+        return "(it wrote no log)"

@@ -1,0 +1,140 @@
+"""The payload of a run: a path. `python -m src.cluster.rank <folder> ...` is one rank of it.
+
+Nothing but the folder is read: config.yaml as it was resolved and the code as it was frozen when the run was started.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from src.cluster.diagnosis.rank_failure import gather_traces
+from src.cluster.rank_log import keep_log, only_log
+from src.config import tree as trees
+from src.distributed.process.rank_context import Facts
+from src.errors import UserError
+from src.runs.folder import end, log_folder
+from src.runs.frozen_code import verify
+
+
+class Task(Protocol):
+    """What a config's task section builds."""
+
+    def run(self, run: object, folder: Path) -> bool | None:
+        """A rank's whole life; false when it stopped early, after saving, because a signal asked for it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Picklable and small: start, resume and requeue are the same call."""
+
+    folder: Path
+    code: str | None  # hash8 of the snapshot that must run; None where an outer launcher chose the code
+
+    @property
+    def source(self) -> Path | None:
+        """Where the frozen code is: what PYTHONPATH must lead to."""
+        return None if self.code is None else self.folder / "code" / self.code
+
+    def __call__(self) -> bool:
+        """False when the task stopped early, after saving."""
+        if self.source is not None:
+            verify(self.source)
+        return perform(trees.read(self.folder / "config.yaml"), self.folder)
+
+
+def perform(tree: trees.Tree, folder: Path) -> bool:
+    """One rank's life; false when it stopped early, after saving.
+
+    attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails.
+    """
+    from src.config.build import build
+    from src.run import Run
+
+    rank = Facts.read().rank
+    try:
+        run = Run.from_sections(build(tree))
+        finished = cast(Task, run.task).run(run, folder) is not False
+    except Exception as error:
+        end(folder, "failed", f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    if rank == 0:
+        end(folder, "finished" if finished else "stopped")
+    return finished
+
+
+def by_launcher(module: str, description: str) -> argparse.ArgumentParser:
+    """What every process on a run folder is told by the one that starts it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--code", required=True, help="hash of the snapshot below <folder>/code")
+    parser.add_argument("--launcher", type=int, required=True, help="pid; this process ends with it")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """A rank that src/cluster/local/config.py started."""
+    parser = by_launcher("src.cluster.rank", "One rank of a run folder.")
+    parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, for the log")
+    given = parser.parse_args(arguments)
+    end_with(given.launcher)
+    # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    rank = Facts.read().rank
+    keep_log(log_folder(given.folder, given.attempt) / f"rank_{rank}.log", terminal=rank == 0)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        record(Job(given.folder, given.code).__call__)()
+    except UserError as error:
+        only_log()
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:  # noqa: BLE001 (the last word of a rank: any error goes to its log and to the launcher)
+        only_log()
+        traceback.print_exc()
+        gather_traces(error, given.folder)
+        return 1
+    only_log()
+    return 0
+
+
+def end_with(launcher: int) -> None:
+    """A launcher (our parent) ended by kill -9 must not leave ranks on the GPUs, nor a second writer in the folder."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    else:
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    if os.getppid() != launcher:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit(code: int) -> None:
+    """Leave a failed rank without waiting for its threads and process groups: they may wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (0, UserError.exit_code):
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _exit(main())

@@ -1,0 +1,146 @@
+"""What SLURM's own commands say about jobs, partitions and nodes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.runs.records import SUBMISSIONS_FILE
+
+_ANSWER_SECONDS = 60
+
+
+class SilentError(Exception):
+    """A command is absent, failed, or did not answer; the text is its own words."""
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node of a partition."""
+
+    name: str
+    cpus: int
+    memory_mib: int
+    gpus: int
+    limit_minutes: int | None  # of the partition; None: no limit
+
+
+def available() -> bool:
+    """Whether jobs can be submitted from this machine."""
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """Those of the jobs that SLURM still knows, with their state; an element of an array goes by either of its ids.
+
+    SilentError when squeue does not answer: then nobody knows.
+    """
+    wanted = set(jobs)
+    found: dict[str, str] = {}
+    for line in _ask("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%A|%i|%T").splitlines():
+        raw, shown, state = line.strip().split("|")
+        found |= {each: state for each in (raw, shown) if each in wanted}
+    return found
+
+
+def live(job: str) -> bool:
+    """Whether the job is queued or running; also true when nobody can say."""
+    try:
+        state = states([job]).get(job)
+    except SilentError:
+        return True
+    return state is not None and state not in ENDED
+
+
+class SlurmScheduler:
+    """SLURM's answers to src.runs.scheduler."""
+
+    def current_job(self) -> str | None:
+        """Id of the job that this process runs in."""
+        return os.environ.get("SLURM_JOB_ID")
+
+    def is_live(self, job: str) -> bool:
+        """Whether the job is queued or running; also true when squeue cannot say."""
+        return live(job)
+
+    def cancel_command(self, job: str) -> str:
+        """What a person types to end the job."""
+        return f"scancel {job}"
+
+
+def seconds_left(job: str) -> float | None:
+    """Until the job's time limit; None without one, or when nobody can say."""
+    try:
+        text = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%L").strip()
+    except SilentError:
+        return None
+    if not re.fullmatch(r"-?(\d+-)?(\d+:)?\d+:\d+", text):
+        return None  # UNLIMITED, NOT_SET, INVALID
+    days, _, clock = text.lstrip("-").rpartition("-")
+    hours, minutes, seconds = [0, *map(int, clock.split(":"))][-3:]
+    return float(int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds) * (-1 if text[0] == "-" else 1)
+
+
+# What squeue --states=all may still show of a job that will not run again.
+ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")
+)
+
+
+def partitions() -> list[str]:
+    return sorted(set(_ask("sinfo", "--noheader", "--format=%R").split()))
+
+
+def default_partition() -> str | None:
+    """Where SLURM queues what names no partition."""
+    marked = [each for each in _ask("sinfo", "--noheader", "--format=%P").split() if each.endswith("*")]
+    return marked[0].removesuffix("*") if marked else None
+
+
+def nodes(partition: str) -> list[NodeFacts]:
+    """Every node of a partition, or of several as "a,b"; none when there is no such partition."""
+    lines = _ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%m|%G|%l").splitlines()
+    return [_node(line) for line in lines]
+
+
+def _node(line: str) -> NodeFacts:
+    name, cpus, memory, gres, limit = line.strip().split("|")
+    gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
+    return NodeFacts(name, int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus, minutes(limit))
+
+
+def minutes(text: str) -> int | None:
+    """SLURM's `[days-][hours:]minutes:seconds`; None for "infinite"."""
+    if not re.fullmatch(r"(\d+-)?[\d:]+", text):
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minute = [*parts, 0][:2]
+    else:
+        hours, minute = parts[-3] if len(parts) > 2 else 0, parts[-2] if len(parts) > 1 else parts[0]
+    return int(days or 0) * 1440 + hours * 60 + minute
+
+
+def submissions(folder: Path) -> list[dict[str, Any]]:
+    """Every time the run was handed to SLURM, oldest first."""
+    try:
+        lines = (folder / SUBMISSIONS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SilentError(str(error)) from error
+    if done.returncode != 0:
+        raise SilentError(done.stderr.strip() or f"{command[0]} ended with code {done.returncode}")
+    return done.stdout

@@ -1,0 +1,192 @@
+"""A run folder as a SLURM job: first start, requeue and the start after a node failure are the same call."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from src.cluster.diagnosis import rank_failure
+from src.cluster.rank import Job, end_with
+from src.cluster.slurm import client
+from src.cluster.slurm.replica_groups import introduce
+from src.cluster.slurm.time_limit import Deadline
+from src.config import tree as trees
+from src.distributed.process.rank_context import Facts
+from src.errors import FolderError, UserError
+from src.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from submitit.core.utils import DelayedSubmission
+
+SAVED_NOT_REQUEUED = 75  # what sendmail calls a temporary failure: the batch script sees to the requeue
+LOCK_SECONDS = 60.0  # the launcher holds the folder until sbatch has answered
+# Peers notice a dead rank within moments of each other; the first to leave makes srun end the others.
+LAST_WORDS_SECONDS = 3.0
+_POLL_SECONDS = 0.5
+# What decides about compiled kernels; they are kept by content below it, so more would only split the cache.
+_COMPILED = ("model", "parallel", "precision", "recompute", "compile")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """The whole payload: where the run is, and what of the site its ranks must know."""
+
+    folder: Path
+    code: str  # hash8 of the snapshot
+    world: int
+    home: Path  # where relative paths of the config count from
+    device: Literal["cuda", "cpu"]
+    preflight_seconds: float
+
+    def __call__(self) -> None:
+        os.chdir(self.home)
+        end_with(os.getppid())  # a dead step daemon must not leave ranks on its GPUs
+        nodes = _export(self.device, self.folder)
+        facts = Facts.read()
+        node = nodes[facts.rank // facts.local_world]
+        try:
+            finished = self._live(facts, nodes)
+            if not finished:
+                self._hand_over(facts.rank)
+        except Exception as error:  # noqa: BLE001 (the last word of a rank, whatever it is)
+            _leave(rank_failure.Failure.of(error, facts.rank, node), self.folder, error)
+
+    def checkpoint(self) -> "DelayedSubmission":
+        """What submitit starts at the requeue."""
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _live(self, facts: Facts, nodes: list[str]) -> bool:
+        _assert_frozen(self.folder / "code" / self.code)
+        tree = trees.read(self.folder / "config.yaml")
+        _share_compile_cache(tree, self.code)
+        introduce(self.folder, tree)
+        if facts.rank > 0:
+            return self._run(facts, nodes)
+        with _rejoin(self.folder, self.code) as folder:
+            attempt = folder.begin(self.world)
+            print(f"attempt {attempt.number} of {self.folder} as job {attempt.job}", flush=True)
+            site = tree["cluster"]
+            with Deadline(self.folder, site["requeues"], site["grace_seconds"]):
+                return self._run(facts, nodes)
+
+    def _run(self, facts: Facts, nodes: list[str]) -> bool:
+        from src.distributed.process.preflight import preflight, table
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # One port above the run's own, so that both rendezvous may come and go.
+        present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds)
+        if facts.rank == 0:
+            print(table(present), flush=True)
+        return Job(self.folder, self.code)()
+
+    def _hand_over(self, rank: int) -> NoReturn:
+        """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it.
+
+        Until then no rank may leave: it would count as done, and SLURM, which grants a job some time before it preempts
+        it, would not requeue what is done. After that all leave at once, instead of when SLURM's patience ends.
+        """
+        from submitit.core.utils import UncompletedJobError
+
+        released = rank_failure.place(self.folder) / "released"
+        if rank == 0 and _running():
+            requeue = signal.getsignal(signal.SIGUSR2)
+            assert callable(requeue), "submitit sets its handler before it calls us"
+            try:
+                requeue(signal.SIGUSR2, None)
+            except SystemExit:
+                print("requeued", flush=True)
+            except UncompletedJobError as error:
+                raise UserError(
+                    f"{self.folder}: saved, and {error} Submit it again to go on, or raise cluster.requeues"
+                ) from error
+            except (OSError, subprocess.SubprocessError) as error:
+                print(f"requeue failed: {error}", file=sys.stderr, flush=True)
+                _release(released)
+                time.sleep(4 * _POLL_SECONDS)  # srun ends by force whoever is still there when this rank has left
+                os._exit(SAVED_NOT_REQUEUED)
+        if rank == 0:
+            _release(released)
+        while not released.exists():
+            time.sleep(_POLL_SECONDS)
+        os._exit(0)
+
+
+def _release(mark: Path) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def _export(device: str, folder: Path) -> list[str]:
+    """RANK and the rest from this job's own environment; returns the names of the nodes."""
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = JobEnvironment()
+    # Another port for each run and start: the last one's may not be free yet. From 32768 on Linux gives ports away.
+    seed = f"{folder}.{job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    os.environ["MASTER_PORT"] = str(random.Random(seed).randrange(15000, 32000, 2))
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return list(job.hostnames)
+
+
+def _assert_frozen(snapshot: Path) -> None:
+    """The modules of this process are those of the snapshot, whatever the site's environment did to Python's path."""
+    import src
+
+    here = Path(src.__file__ or "").resolve().parents[1]
+    if here != snapshot.resolve():
+        raise FolderError(f"{snapshot}: this rank imports {here} instead; let cluster.setup leave PYTHONPATH alone")
+
+
+def _share_compile_cache(tree: trees.Tree, code: str) -> None:
+    """A requeue, and every other point of this shape, finds its kernels compiled."""
+    parts = json.dumps({key: tree.get(key) for key in _COMPILED}, sort_keys=True)
+    key = f"{code}-{hashlib.sha256(parts.encode()).hexdigest()[:8]}"
+    cache = Path(tree["root"]).expanduser().absolute() / "cache" / "compile" / key
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+
+
+def _rejoin(path: Path, code: str) -> RunFolder:
+    """The launcher may still hold the folder."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return RunFolder.rejoin(path, code, client.SlurmScheduler())
+        except FolderError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def _running() -> bool:
+    """Whether SLURM wants this job to run: false when it is cancelled, preempted or requeued already."""
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        return client.states([job]).get(job) == "RUNNING"
+    except client.SilentError:
+        return True
+
+
+def _leave(failure: rank_failure.Failure, folder: Path, error: Exception) -> NoReturn:
+    """Say it, keep it, and go without waiting for threads or process groups, which may wait for other ranks."""
+    failure.write(rank_failure.place(folder))
+    text = "\n".join(error.problems) if isinstance(error, UserError) else failure.traceback
+    print(f"rank {failure.rank} on {failure.node} failed\n{text}", file=sys.stderr, flush=True)
+    rank_failure.gather_traces(error, folder)
+    if failure.kind == "peer":
+        time.sleep(LAST_WORDS_SECONDS)
+    os._exit(error.exit_code if isinstance(error, UserError) else 1)

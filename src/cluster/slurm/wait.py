@@ -1,0 +1,87 @@
+"""cluster.wait=true: a table of the runs in SLURM's hands, until the last one has ended."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from src.cluster.local.config import Outcome
+from src.cluster.slurm import client
+from src.runs.folder import attempts
+from src.storage.json_lines import Lines
+
+POLL_SECONDS = 5.0
+# squeue forgets a job for a moment between its end and its requeue.
+GONE_POLLS = 2
+
+
+class Handed(Protocol):
+    """What is known of a submission."""
+
+    @property
+    def job(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands."""
+
+    state: str  # squeue's word; "finished", "failed" ... once it has ended
+    attempts: int
+    step: int | None
+    loss: float | None
+    ended: bool
+
+
+def wait(runs: Sequence[Handed], poll_seconds: float = POLL_SECONDS) -> Outcome:
+    """Returns when no run is queued or running. Ctrl-C leaves the jobs alone."""
+    unseen = dict.fromkeys((run.job for run in runs), 0)
+    with Live(console=Console(stderr=True), auto_refresh=False) as live:
+        while True:
+            states = _states(list(unseen))
+            for job in unseen:
+                unseen[job] = 0 if states is None or _alive(states.get(job)) else unseen[job] + 1
+            standings = [standing(run, states, gone=unseen[run.job] >= GONE_POLLS) for run in runs]
+            live.update(_table(runs, standings), refresh=True)
+            if all(each.ended for each in standings):
+                break
+            time.sleep(poll_seconds)
+    failed = [each for each in standings if each.state != "finished"]
+    return Outcome("failed", 1) if failed else Outcome("finished", 0)
+
+
+def standing(run: Handed, states: dict[str, str] | None, *, gone: bool) -> Standing:
+    """From SLURM while it knows the job, and from the run's own records after that."""
+    tried = attempts(run.folder)
+    last = Lines(run.folder / "metrics.jsonl").last() or {}
+    step, loss = last.get("step"), last.get("loss")
+    state = "unknown" if states is None else states.get(run.job, "gone")
+    if gone:
+        state = tried[-1].ended or state if tried else state
+    return Standing(state, len(tried), step, loss, gone)
+
+
+def _states(jobs: list[str]) -> dict[str, str] | None:
+    try:
+        return client.states(jobs)
+    except client.SilentError:
+        return None
+
+
+def _alive(state: str | None) -> bool:
+    return state is not None and state not in client.ENDED
+
+
+def _table(runs: Sequence[Handed], standings: Sequence[Standing]) -> Table:
+    table = Table("job", "run", "state", "attempts", "step", "loss", box=None)
+    for run, each in zip(runs, standings, strict=True):
+        step, loss = "" if each.step is None else str(each.step), "" if each.loss is None else f"{each.loss:.4f}"
+        table.add_row(run.job, run.folder.name, each.state, str(each.attempts), step, loss)
+    return table

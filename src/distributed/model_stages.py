@@ -1,0 +1,114 @@
+"""What a rank holds of a model, and the passes through all of it: of a whole model here, of stages in pipeline.py."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from src.data.batches import Batch
+from src.distributed.fsdp.shard import synchronise_gradients
+from src.distributed.mesh import Mesh
+from src.distributed.precision.float8 import plain
+from src.models.decoder import Decoder
+
+
+class Network(ABC):
+    """`parts` are in the model's order and keep its names; together with those of other ranks they are all of it."""
+
+    # How many micro-batches `loss` likes at once: enough to keep every rank busy.
+    width: int
+
+    def __init__(self, parts: Sequence[Decoder], mesh: Mesh, device: torch.device) -> None:
+        self.parts, self.mesh, self.device = tuple(parts), mesh, device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of this rank, under the names that they have in the whole model."""
+        return chain.from_iterable(part.named_parameters() for part in self.parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live parameters and persistent buffers by name; a tied weight once, by its first name."""
+        return {name: plain(tensor) for part in self.parts for name, tensor in _unshared(part)}
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Forward passes without a trace: no gradients, and gathered weights let go of, since no backward pass will."""
+        for part in self.parts:
+            part.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part in self.parts:
+                part.train()
+                for module in part.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+
+    @abstractmethod
+    def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
+        """Collective. Gradients of the summed cross entropy times `scale`; returns this rank's part of that loss."""
+
+    @abstractmethod
+    def loss(self, batches: Sequence[Batch]) -> Tensor:
+        """Collective. This rank's part of the summed cross entropy; forward passes only."""
+
+    @abstractmethod
+    def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Collective. (rows, vocabulary) after that column of tokens (rows, length), on all ranks of these rows.
+
+        `positions`, `mask`: of src/models/cache.py, whose attention cores the parts have; None without a cache.
+        """
+
+
+class Whole(Network):
+    """All of the model is on this rank, or cut over ranks that go through it together."""
+
+    width = 1
+
+    def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
+        (model,) = self.parts
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            synchronise_gradients(model, last or self.mesh.degrees.sync_each_micro_batch, last=last)
+            loss = forward_loss(model, batch, self.device) * scale.float()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, batches: Sequence[Batch]) -> Tensor:
+        (model,) = self.parts
+        return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
+
+    def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        (model,) = self.parts
+        result: Tensor = model(tokens, positions=positions, mask=mask)
+        return result[:, column]
+
+
+def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:
+    """The summed cross entropy of one micro-batch through a whole model."""
+    tokens, inputs = ready(model, batch, device)
+    loss: Tensor = model(tokens, **inputs)
+    return loss
+
+
+def ready(model: Decoder, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """The batch on the device, as arguments of `Decoder.forward`: what is embedded, and what every stage must know."""
+    tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
+    positions, documents = (
+        None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.documents)
+    )
+    mask = model.attention_mask(documents, *tokens.shape)
+    return tokens, {"labels": labels, "positions": positions, "mask": mask}
+
+
+def _unshared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared -= {name for name, _ in model.named_parameters()}
+    return ((name, tensor) for name, tensor in model.state_dict().items() if name not in shared)

@@ -1,0 +1,163 @@
+"""Before anything slow begins, every rank says where it is and all add up once; who is missing is named by its node."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from src.distributed.process.rank_context import DeviceType, Facts
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+_POLL_SECONDS = 0.05
+_MARGIN_SECONDS = 60.0
+# A rank arrives when it has imported torch, which a cold disk may stretch to a minute on one node and not on another.
+_ARRIVAL_SHARE = 3
+
+
+class PreflightError(RuntimeError):
+    """The machines, not the run: `node` is the one to leave out, where one can be named."""
+
+    def __init__(self, text: str, node: str | None) -> None:
+        super().__init__(text, node)
+        self.text, self.node = text, node
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a rank says of itself."""
+
+    rank: int
+    node: str
+    device: str
+    world: int
+
+
+def preflight(
+    facts: Facts,
+    device_type: DeviceType,
+    world: int,
+    nodes: Sequence[str],
+    address: tuple[str, int],
+    seconds: float,
+) -> list[Presence]:
+    """Collective. PreflightError on every rank that arrived, instead of a hang; the ranks in order otherwise.
+
+    `nodes`: names by node number. `address`: where rank 0 can open a rendezvous.
+    `seconds`: for the sum, and three times that without one more rank arriving.
+    """
+    if facts.world != world:
+        raise PreflightError(f"{facts.world} ranks were started, but the plan has {world}", None)
+    node = nodes[facts.rank // facts.local_world]
+    mine = Presence(facts.rank, node, _device(facts, device_type, node), facts.world)
+    if world == 1:
+        return [mine]
+    store = _store(facts, nodes, address, _ARRIVAL_SHARE * seconds)
+    present = _gather(store, mine, nodes, facts, _ARRIVAL_SHARE * seconds)
+    _add_up(store, facts, device_type, nodes, seconds)
+    return present
+
+
+def table(present: Sequence[Presence]) -> str:
+    """A line per node."""
+    lines = []
+    for node in dict.fromkeys(each.node for each in present):
+        here = [each for each in present if each.node == node]
+        devices = ", ".join(dict.fromkeys(each.device for each in here))
+        ranks = f"rank {here[0].rank}" if len(here) == 1 else f"ranks {here[0].rank}-{here[-1].rank}"
+        lines.append(f"{node}: {ranks} on {devices}")
+    return "\n".join(lines)
+
+
+def _device(facts: Facts, device_type: DeviceType, node: str) -> str:
+    import torch
+
+    if device_type == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available() or facts.local_rank >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise PreflightError(f"rank {facts.rank} on {node}: no GPU {facts.local_rank}; torch sees {seen} there", node)
+    return torch.cuda.get_device_name(facts.local_rank)
+
+
+def _store(facts: Facts, nodes: Sequence[str], address: tuple[str, int], seconds: float) -> "Store":
+    import torch.distributed as dist
+
+    host, port = address
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=facts.rank == 0, wait_for_workers=False, timeout=timedelta(seconds=seconds)
+        )
+    except (dist.DistError, RuntimeError) as error:
+        if facts.rank == 0:
+            raise PreflightError(f"rank 0 on {nodes[0]}: port {port} cannot be opened: {error}", nodes[0]) from error
+        raise PreflightError(f"rank 0 on {nodes[0]}:{port} cannot be reached: {error}", nodes[0]) from error
+
+
+def _gather(store: "Store", mine: Presence, nodes: Sequence[str], facts: Facts, seconds: float) -> list[Presence]:
+    """Rank 0 waits for the others and tells all the answer."""
+    store.set(f"rank/{mine.rank}", json.dumps(asdict(mine)))
+    if mine.rank == 0:
+        missing = _missing(store, mine.world, seconds)
+        places = {nodes[rank // facts.local_world]: rank for rank in reversed(missing)}
+        text = "".join(f"; rank {rank} on {node}" for node, rank in reversed(places.items()))
+        told = {
+            "text": text and f"no word for {seconds:g} s of {len(missing)} ranks{text}",
+            "node": next(reversed(places), None),
+        }
+        store.set("answer", json.dumps(told))
+    # Rank 0 gives each late rank its time; an answer comes unless rank 0 itself dies, which closes the connection.
+    store.wait(["answer"], timedelta(seconds=seconds * mine.world + _MARGIN_SECONDS))
+    answer = json.loads(store.get("answer"))
+    if answer["text"]:
+        raise PreflightError(answer["text"], answer["node"])
+    return [Presence(**json.loads(store.get(f"rank/{rank}"))) for rank in range(mine.world)]
+
+
+def _missing(store: "Store", world: int, seconds: float) -> list[int]:
+    missing, last = list(range(world)), time.monotonic()
+    while missing and time.monotonic() - last < seconds:
+        late = [rank for rank in missing if not store.check([f"rank/{rank}"])]
+        if len(late) < len(missing):
+            last = time.monotonic()
+        missing = late
+        time.sleep(_POLL_SECONDS)
+    return missing
+
+
+def _add_up(store: "Store", facts: Facts, device_type: DeviceType, nodes: Sequence[str], seconds: float) -> None:
+    """The first collective, over the network that training will use; the group is gone afterwards."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device(device_type, facts.local_rank) if device_type == "cuda" else torch.device("cpu")
+    node = nodes[facts.rank // facts.local_world]
+    try:
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            store=dist.PrefixStore("preflight", store),  # type: ignore[attr-defined]
+            rank=facts.rank,
+            world_size=facts.world,
+            timeout=timedelta(seconds=seconds),
+            device_id=device if device_type == "cuda" else None,
+        )
+        total = torch.tensor(float(facts.rank), device=device)
+        dist.all_reduce(total)
+        got = total.item()
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        raise PreflightError(
+            f"rank {facts.rank} on {node}: the first sum over all ranks failed: {error}", None
+        ) from error
+    wanted = facts.world * (facts.world - 1) / 2
+    if got != wanted:
+        raise PreflightError(f"rank {facts.rank} on {node}: the ranks add up to {got:g}, not {wanted:g}", None)
+    store.set(f"done/{facts.rank}", "")
+    if facts.rank == 0:  # it hosts the store
+        store.wait([f"done/{rank}" for rank in range(facts.world)])

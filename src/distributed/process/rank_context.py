@@ -1,0 +1,223 @@
+"""The process as a rank: its facts from the environment, its device, its process group. Read nowhere else.
+
+torch is imported inside the functions, so that a launcher may ask `joined()` without paying for it.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from src.distributed.process.flight_recorder import watch
+from src.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+DeviceType = Literal["cpu", "cuda"]
+
+# 20000 collectives are some minutes of a large run and about 10 MB of host memory per rank.
+_FLIGHT_RECORDER_ENTRIES = 20_000
+
+
+def joined() -> bool:
+    """Whether an outer launcher (torchrun, srun, our own) has already made this process a rank."""
+    return "RANK" in os.environ
+
+
+def device_type() -> DeviceType:
+    """What the ranks of this machine compute on; a launcher hides the GPUs where the CPU is wanted."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the launcher says about this process."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @classmethod
+    def read(cls) -> Self:
+        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a world of one when there is no launcher."""
+        if not joined():
+            return cls(rank=0, world=1, local_rank=0, local_world=1)
+        problems: list[str] = []
+
+        def number(key: str, otherwise: int | None = None) -> int:
+            text = os.environ.get(key)
+            if text is None and otherwise is not None:
+                return otherwise
+            if text is None or not text.isdecimal():
+                problems.append(
+                    f"{key}={text}: RANK is set, so {key} must be a whole number; start through launch.py or torchrun"
+                )
+                return 0
+            return int(text)
+
+        rank, world = number("RANK"), number("WORLD_SIZE")
+        local_rank = number("LOCAL_RANK", 0 if world == 1 else None)
+        facts = cls(rank=rank, world=world, local_rank=local_rank, local_world=number("LOCAL_WORLD_SIZE", world))
+        if not problems and not 0 <= rank < world:
+            problems.append(f"RANK={rank} is not below WORLD_SIZE={world}")
+        if problems:
+            raise PlanError(problems)
+        return facts
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Which of the replica groups of src/fault_tolerance this process belongs to, and where they meet."""
+
+    group: int
+    lighthouse: str  # its URL, or a file that holds it: then it may move
+
+    def address(self) -> str:
+        """URL of the lighthouse as it is now."""
+        return Path(self.lighthouse).read_text().strip() if self.lighthouse.startswith("/") else self.lighthouse
+
+    @classmethod
+    def read(cls) -> Self:
+        """From REPLICA_GROUP_ID and TORCHFT_LIGHTHOUSE, which whoever starts the groups has set."""
+        group, lighthouse = os.environ.get("REPLICA_GROUP_ID"), os.environ.get("TORCHFT_LIGHTHOUSE")
+        if group is None or not group.isdecimal() or not lighthouse:
+            raise PlanError(
+                f"REPLICA_GROUP_ID={group} and TORCHFT_LIGHTHOUSE={lighthouse}: replica groups need a number and the "
+                "address of their lighthouse; start through launch.py, or pass fault_tolerance=none"
+            )
+        return cls(int(group), lighthouse)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank among all of them, with the default process group up."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: "torch.device"
+    owner: bool  # whether `join` made the process group, so that `leave` ends it
+
+    @classmethod
+    def join(
+        cls,
+        device_type: DeviceType,
+        world: int,
+        *,
+        timeout_seconds: float,
+        traces: Path | None = None,
+    ) -> Self:
+        """Collective. `world` is the plan's; another one is refused here, before the first collective could hang.
+
+        `traces`: folder for the flight recorder's dumps.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            facts = replace(Facts.read(), rank=dist.get_rank(), world=dist.get_world_size())
+        else:
+            facts = Facts.read()
+        _check(facts, device_type, world)
+        device = torch.device(device_type, facts.local_rank) if device_type == "cuda" else torch.device("cpu")
+        owner = not dist.is_initialized()
+        if device_type == "cuda":
+            torch.cuda.set_device(device)
+            if owner:
+                _prepare_nccl(traces, first=facts.rank == 0)
+        elif owner and traces is not None and facts.world > 1:
+            os.environ["TORCH_FR_BUFFER_SIZE"] = str(_FLIGHT_RECORDER_ENTRIES)
+            watch(traces, facts.rank)
+        if owner:
+            _initialise(facts, device, timedelta(seconds=timeout_seconds))
+        return cls(facts.rank, facts.world, facts.local_rank, facts.local_world, device, owner)
+
+    def set_timeout(self, seconds: float, groups: "list[dist.ProcessGroup]") -> None:
+        """Collective. The long timeout covers compiling and loading; call this after the first step."""
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        dist.barrier()  # no rank may still be in the slow part when the short timeout starts to count
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        assert dist.group.WORLD is not None, "join() made the default group"
+        for group in [dist.group.WORLD, *groups]:
+            _set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def leave(self) -> None:
+        """End the process group; a second call does nothing.
+
+        Not for the way out of an error: it would make other ranks fail too, and the first error is the one to show.
+        """
+        import torch.distributed as dist
+
+        if self.owner and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def host_store() -> tuple[object, int]:
+    """A rendezvous store on a free port of this machine, and the port; ranks join it as clients.
+
+    The launcher binds the port itself and keeps it: nothing can take it between choosing and listening.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return store, store.port
+
+
+def _check(facts: Facts, device_type: DeviceType, world: int) -> None:
+    import torch
+
+    if facts.world != world:
+        started = f"WORLD_SIZE={facts.world}" if joined() else "no launcher (RANK is not set), so 1 rank"
+        raise PlanError(
+            f"{started}, but the plan has {world} ranks: start {world}, or choose a layout of {facts.world}"
+        )
+    if device_type == "cuda" and facts.local_rank >= torch.cuda.device_count():
+        raise PlanError(
+            f"LOCAL_RANK={facts.local_rank} has no GPU: {torch.cuda.device_count()} are visible to this process; "
+            "start at most one rank per GPU"
+        )
+
+
+def _prepare_nccl(traces: Path | None, *, first: bool) -> None:
+    """What NCCL's watchdog reads when the process group starts: die on errors, keep and dump the last collectives."""
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, without the abort that can itself hang
+        "TORCH_FR_BUFFER_SIZE": str(_FLIGHT_RECORDER_ENTRIES),
+    }
+    if traces is not None:
+        if first:
+            traces.mkdir(parents=True, exist_ok=True)
+        wanted |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": str(traces / "rank_")}
+    for key, value in wanted.items():
+        before = os.environ.get(key)
+        if first and before not in (None, value):
+            warnings.warn(f"{key}={before} of the environment is replaced by {value}", stacklevel=3)
+        os.environ[key] = value
+
+
+def _initialise(facts: Facts, device: "torch.device", timeout: timedelta) -> None:
+    import torch.distributed as dist
+
+    # CPU tensors (flags, asynchronous checkpoints) must not wait behind the GPU's stream.
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if facts.world > 1 and not os.environ.get(key)]
+    if missing:
+        raise PlanError([f"{key}: missing; {facts.world} ranks cannot find each other without it" for key in missing])
+    # A world of one needs neither a network nor an address.
+    store = dist.HashStore() if facts.world == 1 else None  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend, store=store, rank=facts.rank, world_size=facts.world, timeout=timeout, device_id=device_id
+    )

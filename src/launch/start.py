@@ -1,0 +1,208 @@
+"""From checked configs to started runs: what `python launch.py` and a sweep's ledger have in common."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+
+from src.cluster.replicas.supervisor import Options
+from src.cluster.slurm.client import SlurmScheduler
+from src.config.build import build
+from src.config.tree import Tree, identity
+from src.distributed.process.rank_context import Facts, joined
+from src.errors import DataError, PlanError, UserError
+from src.runs.folder import place
+
+if TYPE_CHECKING:
+    from src.cluster.local.config import Outcome
+    from src.data.corpus import Corpus
+    from src.hugging_face.hub import Fetched
+    from src.planning.plan import Plan
+    from src.run import Run
+    from src.runs.folder import RunFolder
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+class Cluster(Protocol):
+    """What every class of the group cluster can do."""
+
+    def submit(self, folder: "RunFolder", world: int) -> "Outcome": ...
+    def submit_groups(self, folder: "RunFolder", world: int, options: Options) -> "Outcome": ...
+
+
+def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
+    """What `act` makes of each; the problems of all of them at once."""
+    made: list[Made] = []
+    problems: list[str] = []
+    for each in given:
+        try:
+            made.append(act(each))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    return made
+
+
+def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
+    """Every point's objects and plan. What can take seconds to import comes after all configs are proven right."""
+    sections = every(build, trees)
+    from src.planning.plan import plan
+    from src.run import Run
+
+    runs = every(Run.from_sections, sections)
+    plans = every(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
+    every(lambda pair: examine(*pair), zip(trees, runs, strict=True))
+    return list(zip(trees, runs, plans, strict=True))
+
+
+def unfit(run: "Run") -> list[str]:
+    """What is wrong with the tokenizer, before it has read a text, and with the task's own inputs."""
+    from src.data.tokenizer import vocabulary_problems
+    from src.models.hugging_face import export_problems
+    from src.run import Checks
+
+    found = vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+    if run.task.needs_corpus and run.checkpoint.export_every is not None:
+        found += export_problems(run.model)
+    return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
+
+
+def examine(tree: Tree, run: "Run") -> None:
+    """Whether weights in Hugging Face layout that are on this machine fit the run that starts from them."""
+    from src.hugging_face.hub import is_local
+
+    if (source := wanted(tree, run)) is not None and is_local(source):
+        fetched(source, run)
+
+
+def wanted(tree: Tree, run: "Run") -> str | None:
+    """Weights in Hugging Face layout that this run still needs: one that has saved never reads them again."""
+    from src.checkpoint.folder import complete
+    from src.hugging_face.load import pinned
+
+    folder, source = place(run.root, run.name, identity(tree), run.folder), run.checkpoint.foreign
+    return None if source is None or complete(folder / "checkpoints") else pinned(folder, source)
+
+
+def fetched(source: str, run: "Run") -> "Fetched":
+    """Weights on this machine, downloaded if need be; CheckpointError when they do not fit the run."""
+    from src.hugging_face.hub import fetch
+    from src.hugging_face.load import examine as look
+
+    found = fetch(source, weights=True)
+    print(
+        *(f"warning: hf:{source}: {line}\n" for line in look(Path(found.folder), run.model)),
+        sep="",
+        end="",
+        file=sys.stderr,
+    )
+    return found
+
+
+def feed(run: "Run") -> "Corpus | None":
+    """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
+    from src.data.corpus import check
+    from src.data.prepare import prepare
+    from src.run import Evaluates, Validates
+
+    task = run.task
+    if not task.needs_corpus:
+        return None
+    corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
+    print(corpus.preparation.line(), file=sys.stderr)
+    problems = check(
+        corpus,
+        run.data,
+        seq_len=task.seq_len,
+        global_batch=task.global_batch,
+        steps=0 if isinstance(task, Evaluates) else task.steps,
+        validation_samples=task.validate_samples if isinstance(task, Validates) and task.validate_every else 0,
+    )
+    problems += task.corpus_problems(corpus) if isinstance(task, Evaluates) else []
+    if problems:
+        raise DataError(problems)
+    return corpus
+
+
+def record(corpus: "Corpus", folder: Path) -> None:
+    """data.json: what the ranks open. A run that has begun goes on with its own data or not at all."""
+    file = folder / "data.json"
+    recipe = corpus.recipe()
+    if file.exists() and json.loads(file.read_text())["fingerprint"] != recipe["fingerprint"]:
+        raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
+    file.write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def opening(folder: "RunFolder") -> str:
+    if folder.finished:
+        return f"finished before: {folder.path}; for a run from the start pass another name= or seed="
+    return f"{'resumes' if folder.resumed else 'starts'} {folder.path}"
+
+
+def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
+    """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie."""
+    from src.hugging_face.load import note
+    from src.planning.plan import plan
+    from src.runs.folder import RunFolder
+
+    source = wanted(tree, run)
+    weights = None if source is None else fetched(source, run)
+    corpus = feed(run)
+    answers = plan(run, corpus, run.cluster.devices())
+    print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
+    path = place(run.root, run.name, identity(tree), run.folder)
+    facts = answers.to_dict()
+    folder = RunFolder.open(
+        tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=SlurmScheduler()
+    )
+    try:
+        print(opening(folder), file=sys.stderr)
+        if corpus is not None:
+            record(corpus, folder.path)
+        if weights is not None:
+            note(folder.path, weights)
+    except BaseException:
+        folder.close()
+        raise
+    return folder, answers
+
+
+def start(tree: Tree, run: "Run") -> tuple[str, int]:
+    """How the run ended, and the exit code that says so."""
+    if joined():
+        return _join(tree, run), 0
+    folder, _ = prepare(tree, run)
+    with folder:
+        cluster, world = cast(Cluster, run.cluster), run.parallel.world
+        if isinstance(run.fault_tolerance, Options):
+            outcome = cluster.submit_groups(folder, world, run.fault_tolerance)
+        else:
+            outcome = cluster.submit(folder, world)
+        return outcome.status, outcome.exit_code
+
+
+def _join(tree: Tree, run: "Run") -> str:
+    """Be a rank of an outer launcher."""
+    if run.fault_tolerance.on:
+        raise PlanError(
+            "fault_tolerance: each group is started and watched by launch.py, not by torchrun or srun; start launch.py "
+            "itself, or pass fault_tolerance=none"
+        )
+    from src.cluster.rank import perform
+
+    outer = Facts.read()
+    if outer.world != run.parallel.world:
+        raise PlanError(f"WORLD_SIZE={outer.world}, but parallel asks for {run.parallel.world} ranks")
+    if run.cluster.devices().count is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
+    if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
+        return "finished" if perform(tree, place(run.root, run.name, identity(tree), run.folder)) else "stopped"
+    folder, _ = prepare(tree, run)
+    with folder:
+        folder.begin(run.parallel.world)
+        return "finished" if perform(tree, folder.path) else "stopped"

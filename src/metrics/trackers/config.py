@@ -1,0 +1,98 @@
+"""Where the numbers of a run go: metrics.jsonl always, other trackers beside it."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from src.config.base import Config
+from src.metrics.goodput import Meter
+from src.metrics.trackers.background import Side, Sink
+from src.metrics.trackers.tensorboard import EventFiles
+from src.metrics.trackers.weights_and_biases import WeightsAndBiases
+from src.storage.json_lines import METRICS_FILE, Lines
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["done", "stopped", "failed"]
+
+
+class Tracker(Config):
+    queue_points: PositiveInt
+    finish_seconds: NonNegativeFloat
+    wandb: WeightsAndBiases | None
+    tensorboard: EventFiles | None
+
+    def open(self, folder: Path, facts: Mapping[str, Any]) -> "Log":
+        """The log of one attempt at the run in this folder; `facts` are shown with it. For rank 0 alone."""
+        sinks: list[Sink] = []
+        if self.wandb is not None:
+            sinks.append(self.wandb.sink(folder, facts, self.finish_seconds))
+        if self.tensorboard is not None:
+            sinks.append(self.tensorboard.sink(folder))
+        return Log(folder, (Side(sink, self.queue_points) for sink in sinks), self.finish_seconds)
+
+
+class Log:
+    """No method waits for a tracker (`finish` does, up to `finish_seconds`) and none raises.
+
+    A record of metrics.jsonl holds `step`, `attempt` (1 at a run's first start, one more at each restart) and `time`
+    (seconds since 1970), beside its values; lines with `event` tell of starts and ends. A line that ends optimizer
+    steps also says where the run's time went so far (goodput.py).
+    """
+
+    def __init__(self, folder: Path, sides: Iterable[Side] = (), finish_seconds: float = 0.0) -> None:
+        self.folder = folder
+        self._lines = Lines(folder / METRICS_FILE)
+        self._told = False
+        last = self._lines.last()
+        self.attempt = 1 if last is None else int(last["attempt"]) + 1
+        self._sides = list(sides)
+        self._finish_seconds = finish_seconds
+        self._step: int | None = None
+        self._meter = Meter(folder, self.attempt, self._append({"event": "start"}))
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        self._step = step
+        line = {name: float(value) for name, value in values.items()}
+        now = _now()
+        with contextlib.suppress(OSError):  # a disk with a bad day: the account goes on with the next line
+            line |= self._meter.metrics({"time": now, "step": step, **line})
+        self._record(step, line, now)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._append({"event": "image", "step": step, "name": name, "path": str(path)})
+        for side in self._sides:
+            side.put("image", step, name, path)
+
+    def finish(self, status: Status) -> None:
+        now = _now()
+        if self._step is not None and (account := self._meter.last(now)):
+            self._record(self._step, account, now)
+        lost = {side.sink.name: side.finish(status != "failed", self._finish_seconds) for side in self._sides}
+        self._append({"event": "finish", "status": status, "lost": lost})
+
+    def _record(self, step: int, values: Mapping[str, float], now: float) -> None:
+        self._append({"step": step, **values}, now)
+        for side in self._sides:
+            side.put("record", step, {"attempt": self.attempt, **values})
+
+    def _append(self, record: Mapping[str, Any], now: float | None = None) -> float:
+        """Returns the moment that the line bears."""
+        now = _now() if now is None else now
+        try:
+            self._lines.append({"attempt": self.attempt, "time": now, **record})
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                logger.warning("%s cannot be written: %s; training goes on", self._lines.path, error)
+        return now
+
+
+def _now() -> float:
+    """Seconds since 1970."""
+    return round(time.time(), 3)

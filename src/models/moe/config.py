@@ -1,0 +1,107 @@
+"""The numbers of a mixture of experts; src/models/moe/moe.py makes the module."""
+
+from typing import Annotated, Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationInfo, field_validator
+
+from src.config.base import Config
+from src.models.accounting import Grid
+from src.models.base import divisors
+
+# The grouped matrix product reads 16 bytes at a time: 8 numbers of bf16.
+WIDTH_MULTIPLE = 8
+
+
+class MixtureOfExperts(Config):
+    """A router, many small SwiGLUs of which each token meets a few, and one SwiGLU that all tokens meet."""
+
+    n_experts: PositiveInt
+    groups: PositiveInt
+    groups_kept: PositiveInt
+    top_k: PositiveInt
+    n_shared: NonNegativeInt
+    hidden_dim: PositiveInt
+    score: Literal["softmax", "sigmoid"]
+    group_score: Literal["top2sum", "max"]
+    normalise: bool
+    scale: PositiveFloat
+    score_before_experts: bool
+    balance_rate: PositiveFloat | None
+    unbalanced_layers: Annotated[tuple[NonNegativeInt, ...], Strict(strict=False)]
+    forced_balance: bool
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_are_equal(cls, groups: int, info: ValidationInfo) -> int:
+        n_experts = info.data.get("n_experts")
+        if n_experts is not None and n_experts % groups:
+            raise ValueError(f"{groups} does not divide n_experts={n_experts} ({divisors(n_experts, groups)})")
+        return groups
+
+    @field_validator("groups_kept")
+    @classmethod
+    def _keeps_what_there_is(cls, groups_kept: int, info: ValidationInfo) -> int:
+        groups = info.data.get("groups")
+        if groups is not None and groups_kept > groups:
+            raise ValueError(f"{groups_kept} is more than groups={groups}; at most {groups}")
+        return groups_kept
+
+    @field_validator("top_k")
+    @classmethod
+    def _enough_to_choose_from(cls, top_k: int, info: ValidationInfo) -> int:
+        n_experts, groups, kept = (info.data.get(key) for key in ("n_experts", "groups", "groups_kept"))
+        if n_experts and groups and kept and top_k > (left := n_experts // groups * kept):
+            raise ValueError(f"{top_k} is more than the {left} experts of groups_kept={kept}; at most {left}")
+        return top_k
+
+    @field_validator("hidden_dim")
+    @classmethod
+    def _rows_are_aligned(cls, hidden_dim: int) -> int:
+        return aligned(hidden_dim)
+
+    @field_validator("group_score")
+    @classmethod
+    def _two_in_a_group(cls, group_score: str, info: ValidationInfo) -> str:
+        n_experts, groups = info.data.get("n_experts"), info.data.get("groups")
+        if group_score == "top2sum" and n_experts and groups and groups > 1 and n_experts // groups < 2:
+            raise ValueError(f"top2sum needs two experts in each of groups={groups}; group_score=max does with one")
+        return group_score
+
+    def problems(self, grid: Grid, dim: int) -> list[str]:
+        """Why experts between vectors of `dim` features cannot lie on these ranks."""
+        found = []
+        if self.n_experts % grid.expert:
+            legal = divisors(self.n_experts, grid.expert)
+            found.append(
+                f"parallel.expert={grid.expert} does not divide model.moe.n_experts={self.n_experts} ({legal})"
+            )
+        width, remainder = divmod(self.hidden_dim, grid.expert_tensor)
+        if remainder or width % WIDTH_MULTIPLE:
+            legal = divisors(self.hidden_dim // WIDTH_MULTIPLE, grid.expert_tensor)
+            found.append(
+                f"parallel.expert_tensor={grid.expert_tensor} cuts model.moe.hidden_dim={self.hidden_dim} into parts "
+                f"that are no multiples of {WIDTH_MULTIPLE} ({legal})"
+            )
+        if not found and grid.cuts_inside(self.n_experts) and (width % grid.expert_shard or dim % grid.expert_shard):
+            found.append(
+                f"FSDP cannot deal {self.n_experts // grid.expert} experts out to the {grid.expert_shard} ranks that "
+                f"share them, nor cut {width} x {dim} features by as many; pass another parallel.expert, or more ranks "
+                "as parallel.replicate"
+            )
+        return found
+
+    @property
+    def shared_dim(self) -> int:
+        """Width of the SwiGLU that every token meets; 0: there is none."""
+        return self.n_shared * self.hidden_dim
+
+
+def aligned(width: int) -> int:
+    """`width` itself, or ValueError where a grouped matrix product cannot read rows of it."""
+    if width % WIDTH_MULTIPLE:
+        lower = width // WIDTH_MULTIPLE * WIDTH_MULTIPLE
+        words = f"{lower} or {lower + WIDTH_MULTIPLE}" if lower else f"{WIDTH_MULTIPLE}"
+        raise ValueError(
+            f"{width} is no multiple of {WIDTH_MULTIPLE}, as grouped matrix products need ({words} would do)"
+        )
+    return width

@@ -1,0 +1,107 @@
+"""Which experts a token meets, and with what weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from src.models.moe.config import MixtureOfExperts
+
+
+class Routing(NamedTuple):
+    """The choice for some tokens."""
+
+    weights: Tensor  # (tokens, top_k) fp32
+    experts: Tensor  # (tokens, top_k) int64, different within a row
+    counts: Tensor  # (n_experts) int64: rows that each expert gets; they add up to tokens * top_k
+    even: bool = False  # the counts are known to be equal before the device has counted
+
+
+class Router(nn.Module):
+    """All of it in fp32: bf16 logits would tie or swap experts that are close."""
+
+    def __init__(self, dim: int, config: MixtureOfExperts) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Gate(dim, config.n_experts)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Routing:
+        """x (tokens, dim); `bias` (n_experts) fp32 moves the choice, never the weights or a gradient."""
+        logits = self.gate(x)
+        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        experts = self._in_turn(scores) if self.config.forced_balance else self._best(scores.detach() + bias)
+        weights = scores.gather(-1, experts)
+        if self.config.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        # A sum of a map of flags: whole numbers, the same at every run, and no wait for the device as in bincount.
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, value=True)
+        even = self.config.forced_balance and experts.numel() % self.config.n_experts == 0
+        return Routing(weights * self.config.scale, experts, chosen.sum(0), even)
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """The top_k of each row, within its best groups of neighbouring experts."""
+        config = self.config
+        if config.groups_kept < config.groups:
+            grouped = scores.unflatten(-1, (config.groups, -1))
+            best = grouped.amax(-1) if config.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+            kept = best.topk(config.groups_kept, dim=-1, sorted=False).indices
+            out = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, value=False)
+            scores = grouped.masked_fill(out.unsqueeze(-1), float("-inf")).flatten(-2)
+        return scores.topk(config.top_k, dim=-1, sorted=False).indices
+
+    def _in_turn(self, scores: Tensor) -> Tensor:
+        """Expert p mod n_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
+        places = torch.arange(len(scores) * self.config.top_k, device=scores.device)
+        return (places % self.config.n_experts).view(len(scores), -1)
+
+
+class Gate(nn.Linear):
+    """x (tokens, dim) -> logits (tokens, n_experts) fp32."""
+
+    def __init__(self, dim: int, n_experts: int) -> None:
+        super().__init__(dim, n_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        project: Callable[..., Tensor] = _PreciseLinear.apply
+        return project(x, self.weight)
+
+
+@torch.library.custom_op("router::product", mutates_args=())
+def precise_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) @ b (k, m), both of one dtype, summed and returned in fp32.
+
+    The product of two bf16 numbers is exact in fp32, so the fast kernels lose nothing; casting both up would take
+    three times the memory traffic and the slow ones. An operator of its own, so that a compiler keeps a and b as they
+    came.
+    """
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@precise_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+
+class _PreciseLinear(torch.autograd.Function):
+    """x w^T in fp32, keeping x and w as they came, and gradients as exact as their dtypes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        logits: Tensor = precise_product(x, weight.T)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        if x.dtype != torch.bfloat16:
+            return grads[0] @ weight, grads[0].T @ x
+        # Two bf16 numbers add up to 16 bits of a gradient: their products are as cheap as one of half the precision.
+        high = grads[0].bfloat16()
+        parts = torch.cat((high, (grads[0] - high).bfloat16()), dim=-1)  # (tokens, 2 * n_experts)
+        grad_x = parts @ torch.cat((weight, weight))
+        grad_weight = precise_product(parts.T, x).unflatten(0, (2, -1)).sum(0)
+        return grad_x, grad_weight.to(weight.dtype)

@@ -1,0 +1,252 @@
+"""Bytes on the fullest GPU, from shapes: what a run needs before anybody queues for it.
+
+Every coefficient that is a judgement and not arithmetic is a named constant here or a commented term of a model's
+`saved_by_block`. benchmarks/ holds measured peaks to compare with.
+"""
+
+from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Literal
+
+from src.distributed.parallel_dims import Degrees
+from src.distributed.pipeline.stages import Share, module_of, shares
+from src.distributed.precision.config import BYTES, Precision
+from src.distributed.recompute import Recompute
+from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
+from src.models.base import ModelConfig
+
+GIB = 2**30
+MIB = 2**20
+
+# The block at work and the one that FSDP fetches ahead.
+BLOCKS_GATHERED = 2
+# First and second moment.
+MOMENTS = 2
+# CUDA context 0.5 GiB, NCCL buffers, cuBLAS and cuDNN workspaces: taken from the GPU, outside of torch's allocator.
+RUNTIME_BYTES = int(1.5 * GIB)
+# Of torch's allocator: freed pieces that fit no later request.
+FRAGMENTATION = 0.02
+
+
+@dataclass(frozen=True)
+class Load:
+    """All that memory depends on."""
+
+    model: ModelConfig
+    degrees: Degrees
+    precision: Precision
+    moments: Literal["float32", "bfloat16"]
+    recompute: Recompute  # never `auto`
+    compiled_blocks: bool
+    compiled_loss: bool
+    seq_len: int
+    micro_batch: int
+    micro_batches: int
+    forward_only: bool
+    texts: int  # whose keys and values are kept while they grow, at once on this rank; 0: of a task that writes none
+    columns: int  # of the longest of them
+    outer_bytes: int  # of each weight, that groups which train apart keep beside it on its device
+
+    def changed(self, **changes: object) -> "Load":
+        return replace(self, **changes)  # type: ignore[arg-type]  # names and types are those of the fields above
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. The parts are not all there at once: `peak` is the largest of three moments of a step."""
+
+    parameters: int  # this rank's share, in the storage dtype
+    gradients: int  # this rank's share, or the whole accumulated gradient between synchronisations
+    optimizer: int
+    cache: int  # keys and values of texts that are gone on with
+    outer: int  # what groups that train apart agree on: src/fault_tolerance/outer.py
+    gathered: int  # weights gathered for use, in the compute dtype
+    reducing: int  # the gradient of the largest unit while ranks add it up
+    activations: int  # kept for the backward, all blocks and micro-batches in flight
+    working: int  # of one block's backward, beyond what was kept: its gradients, and what it computes again
+    loss: int  # a chunk of logits, its gradient, and both gradients of the head
+    at_loss: int
+    at_backward: int
+    at_update: int
+    runtime: int
+    fragmentation: int
+
+    @property
+    def peak(self) -> int:
+        """What a GPU must have."""
+        return self.allocated + self.fragmentation + self.runtime
+
+    @property
+    def allocated(self) -> int:
+        """Live tensors at the worst moment: compare with torch.cuda.max_memory_allocated."""
+        return max(self.at_loss, self.at_backward, self.at_update)
+
+
+def estimate(load: Load) -> Memory:
+    """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
+    degrees = load.degrees
+    parts = [
+        (module_of(weight.name), weight.unit, weight.local_elements(degrees), prod(weight.gathered_shape(degrees)))
+        for weight in load.model.weights()
+    ]
+    ranks = shares(degrees, load.model.n_layers, load.micro_batches)
+    return max((_of_rank(load, share, _Weights(parts, share)) for share in ranks), key=lambda memory: memory.peak)
+
+
+def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
+    parameters = weights.local * BYTES[load.precision.storage]
+    optimizer = weights.local * MOMENTS * BYTES[load.moments]
+    outer = weights.local * load.outer_bytes
+    gradients, accumulated = _gradients(load, weights)
+    if load.degrees.cpu_offload:  # what rests, rests in the host
+        parameters = optimizer = outer = gradients = 0
+    gathered, reducing = _traffic(load, weights)
+    activations, working = _activations(load, share)
+    activations += _travelling(load, share) + _waiting_heads(load, share, weights)
+    if load.forward_only:  # one block at a time, and nothing is kept for a backward
+        optimizer = gradients = accumulated = reducing = activations = 0
+    loss = _loss(load, weights) if share.has_head else 0
+    cache = _cache(load, share)
+    resident = parameters + optimizer + cache + outer
+    held = _held(load, share, activations, accumulated)
+    at_loss = resident + gathered + held + loss
+    at_backward = resident + gathered + held + reducing + working
+    at_update = resident + gradients
+    return Memory(
+        parameters=parameters,
+        gradients=max(gradients, accumulated),
+        optimizer=optimizer,
+        cache=cache,
+        outer=outer,
+        gathered=gathered,
+        reducing=reducing,
+        activations=activations,
+        working=working,
+        loss=loss,
+        at_loss=at_loss,
+        at_backward=at_backward,
+        at_update=at_update,
+        runtime=RUNTIME_BYTES,
+        fragmentation=int(FRAGMENTATION * max(at_loss, at_backward, at_update)),
+    )
+
+
+class _Weights:
+    """Elements on one rank: its share, and each FSDP unit when gathered."""
+
+    def __init__(self, parts: list[tuple[str, str, int, int]], share: Share) -> None:
+        """`parts`: module, unit, share and gathered elements of each weight."""
+        self.local = 0
+        self.units: dict[str, int] = {}
+        for module, unit, local, whole in parts:
+            if module in share.modules:
+                self.local += local
+                self.units[unit] = self.units.get(unit, 0) + whole
+        blocks = [elements for unit, elements in self.units.items() if unit.startswith("layers.")]
+        self.largest_block = max(blocks, default=0)
+        self.largest = max(self.units.values())
+        self.blocks = sum(blocks)
+        self.whole = sum(self.units.values())
+        self.head = self.units.get("head", self.units.get("embedding", 0)) if share.has_head else 0  # tied: one unit
+
+
+def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:
+    """Bytes at the update, and bytes already there when the last micro-batch runs."""
+    at_update = weights.local * BYTES[load.precision.storage]  # FSDP hands them over in the parameters' dtype
+    if load.micro_batches == 1 and load.degrees.pipeline == 1:
+        return at_update, 0
+    if load.degrees.sync_each_micro_batch:
+        return at_update, at_update
+    # Not reduced in between: each rank adds up the gradient of all that its tensor rank owns, in the reduce dtype.
+    return at_update, weights.whole * BYTES[load.precision.reduce]
+
+
+def _held(load: Load, share: Share, activations: int, accumulated: int) -> int:
+    """Bytes of activations and of gradients added up so far, when they are most together.
+
+    Once the last forward is done, each backward lets go of activations, and the first of a stage makes its gradient.
+    """
+    waiting = round(share.in_flight * share.stages)
+    before = load.micro_batches * share.stages - waiting  # backwards by then; in rounds of as many as there are ranks
+    moments = (
+        activations * (waiting - done) // waiting
+        + accumulated * min(share.stages, ceil((before + done) / load.degrees.pipeline)) // share.stages
+        for done in range(waiting)
+    )
+    return max(moments)
+
+
+def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
+    """Bytes of gathered weights, and of the gradients under way; FSDP over one rank still makes these copies."""
+    compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
+    # The head is not resharded before its backward: it is needed again at once.
+    if not load.degrees.lets_go:
+        blocks, others = weights.blocks, weights.whole - weights.blocks
+    else:
+        ahead = BLOCKS_GATHERED - 1 + load.degrees.prefetch
+        blocks, others = min(weights.blocks, ahead * weights.largest_block), weights.head
+    float8 = load.precision.float8
+    block_bytes = 1 if float8 is not None and float8.all_gather else compute
+    # The gradient twice: as autograd made it, and the copy that is sent.
+    return blocks * block_bytes + others * compute, weights.largest * (compute + reduce)
+
+
+def _slice(load: Load) -> Slice:
+    return Slice(
+        tokens=load.micro_batch * load.seq_len // load.degrees.context,
+        tensor=load.degrees.tensor,
+        element_bytes=BYTES[load.precision.compute],
+        compiled=load.compiled_blocks,
+        expert=load.degrees.expert,
+        expert_tensor=load.degrees.expert_tensor,
+        float8_inputs=load.precision.float8 is not None and load.compiled_blocks and load.precision.float8.keeps_float8,
+    )
+
+
+def _activations(load: Load, share: Share) -> tuple[int, int]:
+    """Bytes that blocks keep, of all micro-batches in flight, and those of one block's backward."""
+    saved: Saved = load.model.saved_by_block(_slice(load))
+    layers, recompute = len(share.layers), load.recompute
+    if recompute.mode == "every":
+        every = recompute.every
+        assert every is not None
+        again = sum((layer + 1) % every == 0 for layer in share.layers)
+        kept_by_all = (layers - again) * saved.whole + again * saved.input
+        return int(share.in_flight * kept_by_all), saved.whole - saved.input + saved.working
+    kept = {"none": saved.whole, "full": saved.input, "selective": saved.selective}.get(recompute.mode)
+    if kept is None:
+        assert recompute.budget is not None, "auto is settled before"
+        kept = saved.input + int(recompute.budget * (saved.whole - saved.input))
+    return int(share.in_flight * layers * kept), max(0, saved.whole - kept) + saved.working
+
+
+def _cache(load: Load, share: Share) -> int:
+    """Bytes that the attention cores of this rank remember in the compute dtype: src/models/cache.py."""
+    heads = load.model.kv_heads // load.degrees.tensor
+    elements = load.texts * load.columns * heads * sum(load.model.head_widths)
+    return len(share.layers) * elements * BYTES[load.precision.compute]
+
+
+def _travelling(load: Load, share: Share) -> int:
+    """torch's stages keep a buffer for what each micro-batch brings: a hidden state or its gradient."""
+    cut = _slice(load)
+    hidden = int(cut.tokens * load.model.dim / cut.tensor * cut.element_bytes)
+    return share.borders * load.micro_batches * hidden
+
+
+def _waiting_heads(load: Load, share: Share, weights: _Weights) -> int:
+    """Gradients of the head and of its input, made in the forward, of micro-batches whose backward comes later."""
+    cut = _slice(load)
+    each = weights.head + int(cut.tokens * load.model.dim * (1 + 1 / cut.tensor))
+    return max(0, share.heads_in_flight - 1) * each * cut.element_bytes
+
+
+def _loss(load: Load, weights: _Weights) -> int:
+    cut = _slice(load)
+    words = load.model.vocab_size / cut.tensor
+    # Logits and their gradient, both in the compute dtype; eager arithmetic makes three fp32 copies on its way.
+    logit_bytes = 2 * cut.element_bytes + (0 if load.compiled_loss else 3 * 4)
+    chunk = min(cut.tokens, HEAD_CHUNK_ROWS) * words * logit_bytes
+    # The final norm's input, its output, and the gradient of that; the head's own gradient is made in the forward.
+    hidden = cut.tokens * load.model.dim * (2 + 1 / cut.tensor) * cut.element_bytes
+    return int(chunk + hidden + weights.head * cut.element_bytes)

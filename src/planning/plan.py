@@ -1,0 +1,370 @@
+"""Every derived number of a run, and every reason why it cannot work, before anything starts.
+
+Pure arithmetic on frozen objects: no process group, no model, no GPU, no clock. What this machine has comes in as an
+argument.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, Protocol
+
+from src.distributed.parallel_dims import Degrees
+from src.distributed.pipeline import stages
+from src.distributed.precision.config import BYTES
+from src.distributed.recompute import Recompute
+from src.errors import PlanError
+from src.planning import batch, replica_groups
+from src.planning.advice import problem as fit_problem
+from src.planning.advice import told
+from src.planning.memory import GIB, Load, Memory, estimate
+from src.planning.recompute_choice import NONE, cheapest
+from src.run import Compares, Devices, Infers, Nodes, Rehearses, Remembers, Run, Validates
+
+NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
+
+
+class Corpus(Protocol):
+    """What the plan asks of prepared data; whether they can feed the run is `src.data.corpus.check`'s question."""
+
+    def windows(self, split: str, seq_len: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Answers; config.yaml keeps the question."""
+
+    world: int  # of one replica group, as everything here
+    groups: int  # replica groups; 1: the run is no more than its ranks
+    nodes: int
+    ranks_per_node: int
+    axes: dict[str, int]  # degrees above 1, outermost first
+    expert_axes: dict[str, int]  # how routed experts lie on the same ranks of a stage; empty: as all weights do
+    data_ranks: int
+    micro_batch: int  # sequences
+    micro_batches: int  # forwards of one rank per optimizer step
+    sequences_per_step: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    epochs: float | None  # of the training split; None before the data are prepared
+    parameters: int
+    active_parameters: int
+    parameters_per_gpu: int  # on the fullest
+    stages: tuple[int, ...]  # parameters of each stage of the pipeline; none without
+    flops_per_token: int  # attention counted in full
+    flops_per_token_causal: int
+    schedule_end: int  # the step at which the decay ends
+    last_lr: float  # of the last step
+    recompute: Recompute  # never `auto`
+    memory: Memory  # bytes on the fullest GPU, estimated
+    memory_limit: int | None  # bytes
+    fits: bool | None  # None: no limit is known
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `memory` with its sums."""
+        memory = asdict(self.memory) | {"allocated": self.memory.allocated, "peak": self.memory.peak}
+        return asdict(self) | {
+            "memory": memory,
+            "recompute": self.recompute.model_dump(),
+            "warnings": list(self.warnings),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None, problems: Iterable[str] = ()) -> Plan:
+    """Raises PlanError with every problem at once, those of other rooms (`problems`) first.
+
+    `devices`: of the machine that shall run it, `run.cluster.devices()`; None: count and memory are not judged.
+    """
+    load = load_of(run)
+    limit = _memory_limit(run, devices)
+    if run.recompute.mode == "auto":
+        load = load.changed(recompute=cheapest(load, limit))
+    found = [
+        *problems,
+        *_layout_problems(run, devices),
+        *_pipeline_problems(run, load.micro_batches),
+        *batch.length_problems(run),
+        *([] if _rehearses(run) or _infers(run) else batch.problems(run)),
+        *_section_problems(run),
+        *replica_groups.problems(run, devices, load.micro_batches, _pipeline_problems),
+        *_rehearsal_problems(run),
+        *_float8_problems(run, devices),
+        *_kernel_problems(run, devices),
+        *_host_problems(run, load, devices),
+    ]
+    if limit is not None and (unfit := fit_problem(load, limit)) is not None:
+        found.append(unfit)
+    if limit is not None:
+        found += one_device_problems(run, limit)
+    if found:
+        raise PlanError(found)
+    return _answers(run, load, limit, corpus)
+
+
+def load_of(run: Run) -> Load:
+    """What the memory estimate depends on; legal or not."""
+    texts, columns = 0, 0
+    if isinstance(run.task, Remembers):
+        texts, columns = run.task.remembered(run)
+        run = run.holding_weights()
+    micro_batch = batch.micro_batch(run)
+    sequences_per_pass = micro_batch * run.parallel.data_ranks
+    micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))
+    if _infers(run):  # a forward pass follows no schedule: as many as any schedule likes
+        micro_batches = stages.stage_count(run.parallel, run.model.n_layers)
+    return Load(
+        model=run.model,
+        degrees=run.parallel,
+        precision=run.precision,
+        moments=run.optim.moments,
+        recompute=NONE if run.recompute.mode == "auto" else run.recompute,
+        compiled_blocks=run.compile.blocks,
+        compiled_loss=run.compile.loss,
+        seq_len=run.task.seq_len,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        forward_only=_infers(run),
+        texts=texts,
+        columns=columns,
+        outer_bytes=run.fault_tolerance.outer_bytes(BYTES[run.precision.storage]),
+    )
+
+
+def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> Plan:
+    task, degrees = run.task, run.parallel
+    counts = run.model.counts(task.seq_len)
+    memory = estimate(load)
+    tokens_per_step = task.global_batch * task.seq_len
+    per_node = _ranks_per_node(run)
+    local = [
+        _local_elements(run, share.modules) for share in stages.shares(degrees, run.model.n_layers, load.micro_batches)
+    ]
+    cut = stages.split(degrees, run.model.n_layers)
+    epochs = None if corpus is None or _infers(run) else _epochs(run, corpus)
+    return Plan(
+        world=degrees.world,
+        groups=run.fault_tolerance.copies,
+        nodes=degrees.world // per_node,
+        ranks_per_node=per_node,
+        axes={axis: degree for axis, degree in degrees.axes.items() if degree > 1},
+        expert_axes=degrees.expert_axes if run.model.routed else {},
+        data_ranks=degrees.data_ranks,
+        micro_batch=load.micro_batch,
+        micro_batches=load.micro_batches,
+        sequences_per_step=task.global_batch,
+        tokens_per_step=tokens_per_step,
+        steps=task.steps,
+        tokens=task.steps * tokens_per_step,
+        epochs=epochs,
+        parameters=counts.parameters,
+        active_parameters=counts.active,
+        parameters_per_gpu=max(local),
+        stages=tuple(_parameters(run, frozenset(modules)) for modules in cut) if len(cut) > 1 else (),
+        flops_per_token=counts.flops_per_token,
+        flops_per_token_causal=counts.flops_per_token_causal,
+        schedule_end=run.schedule.total_steps or task.steps,
+        last_lr=run.optim.lr * run.schedule.multiplier(task.steps - 1, task.steps),
+        recompute=load.recompute,
+        memory=memory,
+        memory_limit=limit,
+        fits=None if limit is None else True,
+        warnings=tuple(_warnings(run, load.micro_batches, epochs)),
+    )
+
+
+def _local_elements(run: Run, modules: frozenset[str]) -> int:
+    """On one rank that holds these modules."""
+    degrees = run.parallel
+    mine = (weight for weight in run.model.weights() if stages.module_of(weight.name) in modules)
+    return sum(weight.local_elements(degrees) for weight in mine)
+
+
+def _parameters(run: Run, modules: frozenset[str]) -> int:
+    return sum(weight.elements for weight in run.model.weights() if stages.module_of(weight.name) in modules)
+
+
+def _ranks_per_node(run: Run) -> int:
+    """All of them on one machine, unless the cluster has several."""
+    world = run.parallel.world
+    return min(world, run.cluster.gpus_per_node) if isinstance(run.cluster, Nodes) else world
+
+
+def _memory_limit(run: Run, devices: Devices | None) -> int | None:
+    if run.cluster.gpu_memory_gib is not None:
+        return int(run.cluster.gpu_memory_gib * GIB)
+    return None if devices is None or devices.memory_gib is None else int(devices.memory_gib * GIB)
+
+
+def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
+    degrees: Degrees = run.parallel
+    found = run.model.problems(degrees)
+    found += degrees.problems(
+        flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=_has_gpu(run, devices)
+    )
+    dense = (weight for weight in run.model.weights() if not weight.experts)  # of experts the model's problems tell
+    rows, name = min((weight.gathered_shape(degrees)[0], weight.name) for weight in dense)
+    if degrees.fsdp > rows:
+        found.append(
+            f"parallel.shard={degrees.shard} leaves ranks without a row of {name}, which has {rows} to share; "
+            f"at most {rows // degrees.context} shards, more ranks as parallel.replicate"
+        )
+    shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)
+    if devices is not None and devices.count is not None and degrees.world > devices.count:
+        found.append(
+            f"parallel asks for {degrees.world} ranks ({shape}) and there are {devices.count} GPUs; "
+            f"choose a layout of at most {devices.count} ranks"
+        )
+    if isinstance(run.cluster, Nodes) and degrees.world > (size := run.cluster.gpus_per_node) and degrees.world % size:
+        lower = degrees.world // size * size
+        found.append(
+            f"parallel asks for {degrees.world} ranks ({shape}), which do not fill nodes of "
+            f"cluster.gpus_per_node={size} ({lower} or {lower + size} do)"
+        )
+    return found
+
+
+def _pipeline_problems(run: Run, micro_batches: int) -> list[str]:
+    """What the stages ask of the model, the batch and the compiler."""
+    degrees, name = run.parallel, run.parallel.pipeline_schedule
+    found = stages.problems(degrees, run.model.n_layers, micro_batches)
+    if degrees.splits_backward and run.compile.blocks:
+        found.append(
+            f"parallel.pipeline_schedule={name} asks for the gradients of inputs and of weights apart, and a compiled "
+            "block gives them at once; pass compile.blocks=false or parallel.pipeline_schedule=Interleaved1F1B"
+        )
+    return found
+
+
+def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
+    """Whether a task that needs the whole model on one device has the memory; only fewer layers make room there."""
+    if not isinstance(run.task, Compares):
+        return []
+    load = load_of(run.on_one_device())
+    if (peak := estimate(load).peak) <= limit_bytes:
+        return []
+    smaller = (run.model.model_copy(update={"n_layers": layers}) for layers in range(run.model.n_layers - 1, 0, -1))
+    fits = next((model for model in smaller if estimate(load.changed(model=model)).peak <= limit_bytes), None)
+    way_out = "pass a smaller model" if fits is None else f"pass model.n_layers={fits.n_layers}, or a smaller model"
+    return [
+        f"this task also trains the whole model on one device: {told(peak)}, there are {told(limit_bytes)}; {way_out}"
+    ]
+
+
+def _infers(run: Run) -> bool:
+    return isinstance(run.task, Infers) and run.task.forward_only
+
+
+def _rehearses(run: Run) -> bool:
+    """Then ranks are built and counted, and a batch that does not fit the layout is a warning: nobody trains on it."""
+    return isinstance(run.task, Rehearses) and run.task.rehearse
+
+
+def _rehearsal_problems(run: Run) -> list[str]:
+    if not isinstance(run.task, Rehearses) or not run.task.rehearse:
+        return []
+    found = [] if run.dry_run else ["task.rehearse=true builds ranks and trains nothing; pass dry_run=true"]
+    world = run.parallel.world
+    if beyond := [rank for rank in run.task.rehearse_ranks or () if rank >= world]:
+        found.append(f"task.rehearse_ranks={beyond} are beyond the {world} ranks of parallel; at most {world - 1}")
+    return found
+
+
+def _section_problems(run: Run) -> list[str]:
+    """Options that contradict each other over the border of two sections."""
+    found = []
+    storage = run.precision.storage
+    if run.optim.fused and run.optim.moments != storage:
+        found.append(
+            f"optim.fused=true keeps moments in precision.storage={storage}, not in optim.moments={run.optim.moments}; "
+            "pass optim.fused=false"
+        )
+    if run.recompute.mode == "budget" and not run.compile.blocks:
+        found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
+    if run.compile.blocks and run.model.routed and run.precision.compute != "bfloat16":
+        found.append(
+            f"compile.blocks=true with precision.compute={run.precision.compute}: grouped products of experts are "
+            "traced in bfloat16 only; pass precision=bf16 or compile=off"
+        )
+    if run.model.within_documents and not run.data.document_masks:
+        found.append("model.mask=block_causal needs to know the documents; pass data.document_masks=true")
+    if run.data.document_masks and not run.model.within_documents:
+        found.append(
+            "data.document_masks=true does nothing to this model's attention; pass model.attention=flex "
+            "model.mask=block_causal, or data.document_masks=false"
+        )
+    if isinstance(run.task, Validates) and run.task.validate_every > 0 and run.data.validation_fraction == 0:
+        found.append(
+            f"task.validate_every={run.task.validate_every} has nothing to read: data.validation_fraction=0; "
+            "pass task.validate_every=0 or a fraction such as 0.01"
+        )
+    return found
+
+
+def _float8_problems(run: Run, devices: Devices | None) -> list[str]:
+    float8 = run.precision.float8
+    if float8 is None:
+        return []
+    capability = None if devices is None else devices.capability
+    return float8.problems(
+        run.model.weights(),
+        run.parallel,
+        compiled=run.compile.blocks,
+        gpu=_has_gpu(run, devices),
+        capability=capability,
+    )
+
+
+def _kernel_problems(run: Run, devices: Devices | None) -> list[str]:
+    narrowest = min(run.model.head_widths)
+    if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD:
+        return []
+    if devices is None or not _has_gpu(run, devices):  # ranks on a CPU plan again, without asking for devices
+        return []
+    return [
+        f"model.attention=flex has no GPU kernel for heads of {narrowest} elements, only from {NARROWEST_FLEX_HEAD}; "
+        "pass wider or fewer heads, model.attention=sdpa, or cluster.gpus=0"
+    ]
+
+
+def _host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
+    """Ranks on a CPU share its memory; a system that runs out of it ends any process. A dry run is for elsewhere."""
+    if devices is None or devices.host_gib is None or run.dry_run:
+        return []
+    ranks, peak, there = run.parallel.world * run.fault_tolerance.copies, estimate(load).peak, devices.host_gib * GIB
+    if ranks * peak <= there:
+        return []
+    return [
+        f"does not fit: there is no GPU here, and the {ranks} ranks need about {told(ranks * peak)} of the "
+        f"{told(int(there))} of this machine; pass a smaller model, cluster=slurm, or dry_run=true for the plan alone"
+    ]
+
+
+def _has_gpu(run: Run, devices: Devices | None) -> bool:
+    """As far as anybody knows here."""
+    return devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
+
+
+def _epochs(run: Run, corpus: Corpus) -> float:
+    return run.task.steps * run.task.global_batch / corpus.windows("train", run.task.seq_len)
+
+
+def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
+    # A benchmark and a verification keep the learning rate; only a run over data follows the schedule.
+    trains = run.task.needs_corpus and not _infers(run)
+    found = list(run.schedule.warnings(run.task.steps)) if trains else []
+    found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
+    found += run.model.warnings()
+    found += batch.problems(run) if _rehearses(run) else []
+    if epochs is not None and epochs > 1:
+        found.append(f"task.steps={run.task.steps} reads the training data {epochs:.1f} times")
+    if (float8 := run.precision.float8) is not None:
+        found += float8.left_out(run.model.weights(), run.parallel.tensor)
+    if run.parallel.tensor > _ranks_per_node(run):
+        found.append(f"parallel.tensor={run.parallel.tensor} crosses nodes of {_ranks_per_node(run)} GPUs: slow")
+    return found

@@ -1,0 +1,74 @@
+"""A plan for the eyes."""
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from src.planning.advice import PARTS, told
+from src.planning.plan import Plan
+
+SOME = ("cache", "outer")  # parts that most runs do not have
+
+
+def render(plan: Plan) -> Group:
+    """Two tables and the warnings; print it with a rich console, or `plan.to_json()` for machines."""
+    warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
+    return Group(_table("plan", _facts(plan)), _table("memory of the fullest GPU, estimated", _memory(plan)), *warnings)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    mesh = " x ".join(f"{axis} {degree}" for axis, degree in plan.axes.items()) or "one rank"
+    batch = f"{plan.micro_batches} x {plan.micro_batch} x {plan.data_ranks}"
+    rows = [
+        ("ranks", f"{plan.world} on {plan.nodes} node{'s' if plan.nodes > 1 else ''}"),
+        *([("replica groups of these ranks", f"{plan.groups}")] if plan.groups > 1 else []),
+        ("mesh", mesh),
+        ("sequences per step", f"{plan.sequences_per_step:,}"),
+        ("  = micro-batches x micro-batch x data ranks", batch),
+        ("tokens per step", f"{plan.tokens_per_step:,}"),
+        ("steps", f"{plan.steps:,}"),
+        ("tokens in total", f"{plan.tokens:,}"),
+        ("parameters", f"{plan.parameters:,}"),
+        ("parameters per GPU", f"{plan.parameters_per_gpu:,}"),
+        ("flops per token, full attention", f"{plan.flops_per_token:,}"),
+        ("flops per token, causal attention", f"{plan.flops_per_token_causal:,}"),
+        ("learning rate decays until step", f"{plan.schedule_end:,}"),
+        ("last learning rate", f"{plan.last_lr:.3g}"),
+        ("recompute", str(plan.recompute)),
+    ]
+    if plan.expert_axes:
+        rows.insert(
+            2, ("  of routed experts", " x ".join(f"{axis} {degree}" for axis, degree in plan.expert_axes.items()))
+        )
+    if plan.stages:
+        rows.append(("parameters of the smallest, largest stage", f"{min(plan.stages):,}, {max(plan.stages):,}"))
+    if plan.active_parameters != plan.parameters:
+        rows.append(("active parameters", f"{plan.active_parameters:,}"))
+    if plan.epochs is not None:
+        rows.append(("epochs", f"{plan.epochs:.2f}"))
+    return rows
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    memory = plan.memory
+    sizes = {part: getattr(memory, part) for part in PARTS}
+    rows = [(PARTS[part], told(size)) for part, size in sizes.items() if size or part not in SOME]
+    rows += [
+        ("live at the loss", told(memory.at_loss)),
+        ("live in the backward", told(memory.at_backward)),
+        ("live at the update", told(memory.at_update)),
+        ("fragmentation", told(memory.fragmentation)),
+        ("CUDA context, NCCL and workspaces", told(memory.runtime)),
+        ("peak", told(memory.peak)),
+    ]
+    limit = "unknown" if plan.memory_limit is None else told(plan.memory_limit)
+    return [*rows, ("memory of a GPU", limit)]

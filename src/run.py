@@ -1,0 +1,198 @@
+"""One run's frozen sections, with their types: what every room above the config receives instead of a dict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
+
+from src.checkpoint.config import Checkpoint
+from src.data.config import Data
+from src.data.corpus import Corpus
+from src.data.tokenizer import TokenizerConfig
+from src.distributed.compile import Compile
+from src.distributed.parallel_dims import Degrees
+from src.distributed.precision.config import Precision
+from src.distributed.recompute import Recompute
+from src.errors import ConfigError
+from src.fault_tolerance.config import FaultTolerance
+from src.metrics.trackers.config import Tracker
+from src.models.base import ModelConfig
+from src.optim.adamw import AdamW
+from src.optim.schedule import Schedule
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the ranks do; the classes live in src/tasks."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def micro_batch(self) -> int | None: ...
+    @property
+    def needs_corpus(self) -> bool: ...
+
+    def run(self, run: "Run", folder: Path) -> bool:
+        """A rank's whole life: false when it stopped early, after saving, because a signal asked; raises on failure."""
+
+
+@runtime_checkable
+class Validates(Protocol):
+    """A task that looks at held-out data."""
+
+    @property
+    def validate_every(self) -> int: ...
+    @property
+    def validate_samples(self) -> int: ...
+
+
+@runtime_checkable
+class Compares(Protocol):
+    """A task that also trains the whole model on one device."""
+
+    @property
+    def trains_on_one_device(self) -> bool: ...
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """A task whose layout can be built on one machine, one rank at a time; see src/launch/rehearse.py."""
+
+    @property
+    def rehearse(self) -> bool: ...
+    @property
+    def rehearse_ranks(self) -> tuple[int, ...] | None: ...
+
+
+@runtime_checkable
+class Infers(Protocol):
+    """A task that only goes forward: nothing has a gradient or a moment, and a batch need not fill the layout."""
+
+    @property
+    def forward_only(self) -> bool: ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A task that goes on from texts, and keeps the keys and values of what it has read."""
+
+    def remembered(self, run: "Run") -> tuple[int, int]:
+        """Texts at once on a data rank, and the columns of each: what src/models/cache.py makes room for."""
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """A task that reads data and trains nothing on them."""
+
+    def corpus_problems(self, corpus: Corpus) -> list[str]: ...
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A task with inputs of its own, which it looks at on the launcher."""
+
+    def problems(self, run: "Run") -> list[str]: ...
+
+
+class Devices(Protocol):
+    """What the ranks of one machine may use; None where nobody knows or there is no limit, such as ranks on a CPU."""
+
+    @property
+    def count(self) -> int | None: ...
+    @property
+    def memory_gib(self) -> float | None: ...
+    @property
+    def host_gib(self) -> float | None:
+        """Of a machine on whose CPU all ranks compute."""
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA's compute capability."""
+
+
+@runtime_checkable
+class Cluster(Protocol):
+    """Where the ranks live; the classes live in src/cluster."""
+
+    @property
+    def gpu_memory_gib(self) -> float | None: ...
+    @property
+    def grace_seconds(self) -> float: ...
+
+    def devices(self) -> Devices:
+        """Asks the machine; only launch.py calls it."""
+
+
+@runtime_checkable
+class Nodes(Protocol):
+    """A cluster of several machines says how large one is."""
+
+    @property
+    def gpus_per_node(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The whole question that a command line asks; nothing below launch.py sees more of it."""
+
+    task: Task
+    model: ModelConfig
+    parallel: Degrees
+    precision: Precision
+    recompute: Recompute
+    compile: Compile
+    data: Data
+    tokenizer: TokenizerConfig
+    optim: AdamW
+    schedule: Schedule
+    checkpoint: Checkpoint
+    tracker: Tracker
+    fault_tolerance: FaultTolerance
+    cluster: Cluster
+    name: str
+    seed: int
+    root: Path
+    folder: Path | None
+    dry_run: bool
+
+    @classmethod
+    def from_sections(cls, sections: Mapping[str, Any]) -> Self:
+        """From what `src.config.build.build` returns; a `_target_` of another group's kind is told by its section."""
+        kinds = get_type_hints(cls)
+        problems = [
+            f"{name}: _target_ is a {type(sections[name]).__name__}, which is no {kinds[name].__name__}"
+            for name in kinds
+            if name not in TOP and not isinstance(sections[name], kinds[name])
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return cls(**{field.name: sections[field.name] for field in fields(cls)})
+
+    def on_one_device(self) -> Self:
+        """The same run without a layout, and without anything that is there for speed or memory."""
+        whole = dict.fromkeys((*self.parallel.axes, "expert", "expert_tensor"), 1)
+        plain = {"stages": None, "layers_per_stage": None, "async_tensor": False, "cpu_offload": False}
+        return replace(
+            self,
+            parallel=self.parallel.model_copy(update=whole | plain),
+            recompute=self.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
+            compile=self.compile.model_copy(update={"blocks": False, "loss": False}),
+        )
+
+    def holding_weights(self) -> Self:
+        """Where every rank has all of its matrices anyway, they stay cast to the compute dtype from pass to pass."""
+        if self.parallel.fsdp > 1 or self.parallel.reshard != "default":
+            return self
+        return replace(self, parallel=self.parallel.model_copy(update={"reshard": "never"}))
+
+    @property
+    def cache(self) -> Path:
+        """Token shards and trained tokenizers, shared by all runs of one root."""
+        return self.root / "cache"
+
+
+TOP = ("name", "seed", "root", "folder", "dry_run")  # plain values, checked where they are read

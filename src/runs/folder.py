@@ -1,0 +1,285 @@
+"""A run's folder: made once, found again, refused to another run.
+
+config.yaml plan.json git.json git.diff   of the newest attempt
+code/<hash8>/                             the code that attempts ran, one folder per content
+logs/attempt_<n>/                         config.yaml of that attempt, rank_<r>.log
+checkpoints/  attempts.jsonl  lock
+"""
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from src.config import tree as trees
+from src.errors import ConfigError, FolderError
+from src.runs.frozen_code import REPOSITORY, Git, freeze
+from src.runs.lock import Lock
+from src.runs.records import ATTEMPTS_FILE
+from src.runs.scheduler import NoScheduler, Scheduler
+
+Ended = Literal["finished", "stopped", "failed", "killed"]
+
+# What may differ between two attempts of one run, and why the run stays the same run. The keys that trees.SITE names
+# (root, cluster, tracker ...) never count as a difference at all.
+OPERATIONAL: Mapping[str, str] = {
+    "name": "a label: the folder is already chosen",
+    "parallel": "checkpoints are mesh-free and the samples of a step do not depend on the layout",
+    "compile": "the same mathematics, other kernels",
+    "recompute": "the same mathematics, activations computed twice",
+    "checkpoint": "when and how state is kept, not what it is",
+    "task.micro_batch": "the loss is normalised over the global batch",
+    "task.log_every": "what is told, not what is computed",
+    "task.validate_every": "validation does not disturb training",
+    "task.validate_samples": "validation does not disturb training",
+    "task.sample_prompt": "a sample is text for a person, made after the last step",
+    "task.sample_tokens": "a sample is text for a person, made after the last step",
+    "task.sample_temperature": "a sample is text for a person, made after the last step",
+    "task.gc_every": "when Python tidies up",
+    "task.deterministic": "the same mathematics, other kernels",
+    "fault_tolerance.groups": "the samples of a step do not depend on how many groups share them",
+    "fault_tolerance.min_groups": "who is waited for, not what is computed",
+    "fault_tolerance.process_group": "the same sums, over another network",
+    "fault_tolerance.lighthouse": "where groups meet",
+    "fault_tolerance.heartbeat_seconds": "when a group counts as gone",
+    "fault_tolerance.join_seconds": "how long groups wait for each other",
+    "fault_tolerance.sum_seconds": "when a sum over groups is given up",
+    "fault_tolerance.heal_seconds": "how long healing may take",
+    "fault_tolerance.copy_on": "where the outer weights are kept, not what they are",
+    "fault_tolerance.restarts": "how often a group is started again",
+    "fault_tolerance.backoff_seconds": "when a group is started again",
+    "data.processes": "how many processes tokenise, not what they write",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run, as attempts.jsonl has it."""
+
+    number: int
+    started: str
+    host: str
+    world: int
+    code: str  # hash8 of the snapshot
+    sha: str | None  # git
+    job: str | None  # the scheduler's id
+    changed: tuple[str, ...] = ()  # operational differences to the attempt before
+    ended: Ended | None = None  # None: lives, or vanished without a word (kill -9, power)
+    detail: str = ""
+
+
+class RunFolder:
+    """An open run folder: this process holds its lock until `close`."""
+
+    def __init__(
+        self, path: Path, lock: Lock, code: str, git: Git, changed: tuple[str, ...], scheduler: Scheduler
+    ) -> None:
+        self.path = path
+        self.code = code
+        self.git = git
+        self.changed = changed
+        self._lock = lock
+        self._scheduler = scheduler
+
+    @classmethod
+    def open(
+        cls,
+        tree: trees.Tree,
+        plan: Mapping[str, Any],
+        *,
+        root: Path,
+        name: str,
+        identity: str,
+        folder: Path | None = None,
+        repository: Path = REPOSITORY,
+        scheduler: Scheduler | None = None,
+    ) -> Self:
+        """Create, resume or refuse `folder`, or else `<root>/<name>-<identity>`.
+
+        FolderError when it is live in another process, holds another run, or cannot be written.
+        """
+        path = place(root, name, identity, folder)
+        _make(path)
+        scheduler = scheduler or NoScheduler()
+        lock = Lock(path / "lock", scheduler)
+        try:
+            lock.take()
+        except OSError as error:
+            raise FolderError(f"{path}: cannot be written ({error.strerror}); pass another root=...") from error
+        try:
+            changed = _compare(path, tree)
+            for part in ("logs", "checkpoints", "code"):
+                (path / part).mkdir(exist_ok=True)
+            code, git = freeze(repository, path / "code"), Git.read(repository)
+            _replace(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
+            _replace(path / "git.diff", git.diff)
+            _replace(path / "plan.json", json.dumps(plan, indent=2) + "\n")
+            trees.write(path / "config.yaml.partial", tree)
+            os.replace(path / "config.yaml.partial", path / "config.yaml")  # last: its presence says that all is there
+        except OSError as error:
+            lock.release()
+            raise FolderError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, code, git, changed, scheduler)
+
+    @classmethod
+    def rejoin(cls, path: Path, code: str, scheduler: Scheduler | None = None) -> Self:
+        """A folder that `open` has made ready, now held by the process that runs it; FolderError while another does."""
+        scheduler = scheduler or NoScheduler()
+        lock = Lock(path / "lock", scheduler)
+        lock.take()
+        git = json.loads((path / "git.json").read_text())
+        return cls(path, lock, code, Git(**git, diff=""), (), scheduler)
+
+    def group(self, number: int) -> Path:
+        """The folder of a replica group: its own lock, logs and attempts, and the run's everything else."""
+        path = group_folder(self.path, number)
+        path.mkdir(parents=True, exist_ok=True)
+        for shared in ("config.yaml", "git.json", "code", "checkpoints"):
+            if not (path / shared).is_symlink():
+                (path / shared).symlink_to(Path("..", "..", shared))
+        return path
+
+    def begin(self, world: int) -> Attempt:
+        """Record the start of an attempt and make the folder of its logs."""
+        earlier = attempts(self.path)
+        attempt = Attempt(
+            number=earlier[-1].number + 1 if earlier else 1,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=socket.gethostname(),
+            world=world,
+            code=self.code,
+            sha=self.git.sha,
+            job=self._scheduler.current_job(),
+            changed=self.changed,
+        )
+        logs = log_folder(self.path, attempt.number)
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "config.yaml").write_bytes((self.path / "config.yaml").read_bytes())
+        record = {key: value for key, value in asdict(attempt).items() if key not in ("ended", "detail")}
+        _append(self.path, record)
+        return attempt
+
+    @property
+    def finished(self) -> bool:
+        """Whether an attempt ran to the end of the task."""
+        return any(attempt.ended == "finished" for attempt in attempts(self.path))
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier attempt exists."""
+        return bool(attempts(self.path))
+
+    def close(self) -> None:
+        """Let another process open the folder; a second call does nothing."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def place(root: Path, name: str, identity: str, folder: Path | None = None) -> Path:
+    """Absolute, since ranks and later jobs may start elsewhere."""
+    return (root / f"{name}-{identity}" if folder is None else folder).expanduser().absolute()
+
+
+def group_folder(path: Path, number: int) -> Path:
+    """Of a replica group of the run in `path`."""
+    return path / "groups" / str(number)
+
+
+def log_folder(path: Path, attempt: int) -> Path:
+    """Where the logs of one attempt are."""
+    return path / "logs" / f"attempt_{attempt}"
+
+
+def attempts(path: Path) -> list[Attempt]:
+    """Every start of the run, oldest first; a line cut off by a crash is passed over."""
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        lines = (path / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found.setdefault(record["number"], {}).update(record)
+    return [
+        Attempt(**record | {"changed": tuple(record["changed"])}) for record in found.values() if "started" in record
+    ]
+
+
+def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -> None:
+    """Record how the newest attempt ended. The first word stands, unless who saw all ranks end knows better."""
+    newest = attempts(path)[-1]
+    if newest.ended is None or overrule:
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        _append(path, {"number": newest.number, "ended": ended, "detail": f"{when} {detail}".strip()})
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    # One write of one whole line: O_APPEND keeps lines of two processes apart. A leading newline closes a torn line.
+    file = path / ATTEMPTS_FILE
+    torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(("\n" if torn else "") + json.dumps(record) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+    os.replace(partial, path)
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        blocked = next(p for p in (path, *path.parents) if p.exists())
+        raise FolderError(f"{blocked}: a file is where a folder belongs; move it, or pass another root=...") from error
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be made ({error.strerror}); pass a root=... that you may write") from error
+
+
+def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
+    """The operational differences to the config that is there; FolderError for any other."""
+    config = path / "config.yaml"
+    if not config.exists():
+        ours = {"lock", "logs", "checkpoints", "code", "git.json", "git.diff", "plan.json"}
+        strange = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(".partial"))
+        if strange:
+            raise FolderError(
+                f"{path}: no run folder, but not empty either ({', '.join(strange[:5])}); choose another folder"
+            )
+        return ()
+    try:
+        before = trees.read(config)
+    except ConfigError as error:
+        raise FolderError(
+            f"{config}: unreadable, so this run cannot be told from another; restore or move it"
+        ) from error
+    changed = trees.difference(before, tree)
+    refused = [line for line in changed if not _operational(line.partition(":")[0])]
+    if refused:
+        advice = "leave folder= out, or name another folder; of a run only these may change: "
+        heading = f"{path}: holds another run; {advice}{', '.join(sorted({*OPERATIONAL, *trees.SITE}))}"
+        raise FolderError([heading, *refused])
+    return tuple(changed)
+
+
+def _operational(key: str) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in OPERATIONAL)

@@ -1,0 +1,53 @@
+"""What those who start ranks note in a run folder: when it was asked for, and every start and end."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from src.storage.json_lines import Lines
+
+ATTEMPTS_FILE = "attempts.jsonl"  # a line for each start of the ranks, another for its end
+SUBMISSIONS_FILE = "slurm.jsonl"  # a line for each time that the run was handed to a scheduler
+
+
+@dataclass(frozen=True)
+class Span:
+    """One attempt as its launcher saw it, in seconds since 1970; `ended` is None where nobody noted it."""
+
+    started: float
+    ended: float | None
+
+
+def spans(folder: Path) -> list[Span]:
+    """Of every attempt, oldest first."""
+    return [Span(_seconds(each["started"]), _ended(each)) for each in _attempts(folder)]
+
+
+def jobs(folder: Path) -> list[str]:
+    """The scheduler's ids, oldest first; a requeued job has one for ever."""
+    return list(dict.fromkeys(each["job"] for each in _attempts(folder) if each.get("job")))
+
+
+def asked(folder: Path, otherwise: float | None = None) -> float | None:
+    """Seconds since 1970: when the run was first submitted; `otherwise` is what somebody else knows of that."""
+    first = next(Lines(folder / SUBMISSIONS_FILE).read(), {})
+    known = [float(each) for each in (first.get("submitted"), otherwise) if each is not None]
+    return min(known, default=None)
+
+
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = defaultdict(dict)
+    for line in Lines(folder / ATTEMPTS_FILE).read():
+        found[line["number"]].update(line)
+    return [each for each in found.values() if "started" in each]
+
+
+def _ended(attempt: Mapping[str, Any]) -> float | None:
+    return None if attempt.get("ended") is None else _seconds(attempt["detail"].partition(" ")[0])
+
+
+def _seconds(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp()

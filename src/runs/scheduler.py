@@ -1,0 +1,32 @@
+"""What a run folder asks of a batch system: which job a process belongs to, and whether another job still lives."""
+
+from typing import Protocol
+
+
+class Scheduler(Protocol):
+    """A batch system such as SLURM; src/cluster/slurm/client.py has its answers."""
+
+    def current_job(self) -> str | None:
+        """Id of the job that this process belongs to; None outside of any."""
+        ...
+
+    def is_live(self, job: str) -> bool:
+        """Whether the job is queued or running; also true when nobody can say."""
+        ...
+
+    def cancel_command(self, job: str) -> str:
+        """What a person types to end the job."""
+        ...
+
+
+class NoScheduler:
+    """Processes on this machine only. A job that somebody recorded counts as live: nobody here can say otherwise."""
+
+    def current_job(self) -> str | None:
+        return None
+
+    def is_live(self, job: str) -> bool:
+        return True
+
+    def cancel_command(self, job: str) -> str:
+        return f"cancel job {job}"

@@ -1,0 +1,211 @@
+"""`python -m src.sweeps.ledger <command> <sweep folder>`: look at a sweep, and act on some of its points."""
+
+import argparse
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from src.cluster.slurm import client
+from src.cluster.slurm.pack import CANCEL_FILE
+from src.errors import FolderError, UserError
+from src.metrics.goodput import duration
+from src.runs.lock import Lock
+from src.sweeps.ledger import Ledger, Point
+from src.sweeps.status import BROKEN, LIVE, OPEN, Standing, State
+
+Row = tuple[Point, Standing]
+COLOURS: dict[State, str] = {
+    "finished": "green",
+    "running": "cyan",
+    "queued": "blue",
+    "failed": "red",
+    "diverged": "magenta",
+    "lost": "red",
+    "refused": "red",
+    "stopped": "yellow",
+    "missing": "yellow",
+    "cancelled": "bright_black",
+}
+
+
+def status(ledger: Ledger) -> int:
+    """How every point stands."""
+    table = Table("#", "state", "run", "step", "loss", "attempts", "job", "what is known", box=box.SIMPLE)
+    rows = ledger.standings()
+    for point, now in rows:
+        colour = f"[{COLOURS[now.state]}]{now.state}[/]"
+        loss = "" if now.loss is None else f"{now.loss:.4f}"
+        step = "" if now.step is None else str(now.step)
+        table.add_row(
+            str(point.number), colour, point.folder.name, step, loss, str(now.attempts), now.job or "", now.detail
+        )
+    console = _console()
+    console.print(table)
+    states = [now.state for _, now in rows]
+    console.print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)), highlight=False)
+    return 0
+
+
+def table(ledger: Ledger) -> int:
+    """What every point was and brought: on the terminal, and in table.csv for other programs."""
+    rows = ledger.standings()
+    swept = ledger.swept()
+    shown = Table("#", "state", *swept, "final loss", "tok/s/device", "useful", "and the rest", box=box.SIMPLE)
+    for point, now in sorted(rows, key=lambda row: (row[1].loss is None, row[1].loss)):
+        values = [point.overrides.get(key, "") for key in swept]
+        share = "" if now.goodput.share is None else f"{100 * now.goodput.share:.0f}%"
+        rate = "" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}"
+        parts = {part: seconds for part, seconds in now.goodput.to_dict().items() if part != "useful" and seconds >= 1}
+        rest = " ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items())
+        loss = "" if now.loss is None else f"{now.loss:.4f}"
+        shown.add_row(str(point.number), now.state, *values, loss, rate, share, rest)
+    _console().print(shown)
+    print(f"written: {write_csv(ledger, rows)}", file=sys.stderr)
+    return 0
+
+
+def write_csv(ledger: Ledger, rows: Sequence[Row]) -> Path:
+    """Every override and every number, a line per point."""
+    path = ledger.path / "table.csv"
+    keys = list(dict.fromkeys(key for point, _ in rows for key in point.overrides))
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        parts = [f"{part}_seconds" for part in rows[0][1].goodput.to_dict()] if rows else []
+        writer.writerow(
+            ["number", "run", "state", *keys, "attempts", "step", "loss", "tokens_per_second", *parts, "folder"]
+        )
+        for point, now in rows:
+            overrides = [point.overrides.get(key, "") for key in keys]
+            seconds = [round(each, 3) for each in now.goodput.to_dict().values()]
+            facts = [now.attempts, now.step, now.loss, now.tokens_per_second, *seconds, point.folder]
+            writer.writerow([point.number, point.folder.name, now.state, *overrides, *facts])
+    partial.replace(path)
+    return path
+
+
+def retry(ledger: Ledger, numbers: Sequence[int]) -> int:
+    """Hand over again what failed or is missing; points named by number also if they were cancelled."""
+    from src.sweeps.grid import hand_over, ready
+
+    rows = _chosen(ledger, numbers)
+    again = OPEN | BROKEN | ({"cancelled"} if numbers else set())
+    chosen = [point for point, now in rows if now.state in again]
+    for point, now in rows:
+        if numbers and point not in chosen:
+            print(f"{point.number}: {now.state}, left alone", file=sys.stderr)
+    if not chosen:
+        print("nothing failed or missing", file=sys.stderr)
+    os.chdir(ledger.home)
+    return hand_over(ledger, ready(ledger, chosen))
+
+
+def cancel(ledger: Ledger, numbers: Sequence[int]) -> int:
+    """End what lives, after it has saved where it can, and keep what waits from being started."""
+    code = 0
+    for point, now in _chosen(ledger, numbers):
+        if now.state not in LIVE | OPEN:
+            continue
+        ledger.cancelled(point)
+        said = _end(point, now) if now.state in LIVE else None
+        print(f"{point.number}: {said or 'cancelled'}", file=sys.stderr)
+        code = code or (1 if said else 0)
+    return code
+
+
+def _end(point: Point, now: Standing) -> str | None:
+    """What went wrong, if anything."""
+    owner = Lock(point.folder / "lock", client.SlurmScheduler()).owner() or {}
+    handed = client.submissions(point.folder)
+    if now.job is not None and handed[-1].get("packed"):
+        (point.folder / CANCEL_FILE).touch()  # its neighbours go on
+        return None
+    job = now.job or owner.get("job")
+    if job is not None and client.available():
+        done = subprocess.run(["scancel", job], capture_output=True, text=True)
+        return None if done.returncode == 0 else f"scancel {job}: {done.stderr.strip()}"
+    if owner.get("host") != socket.gethostname():
+        return f"it runs on {owner.get('host')}: end process {owner.get('pid')} there"
+    os.kill(int(owner["pid"]), signal.SIGTERM)
+    return None
+
+
+def extend(ledger: Ledger, more: Sequence[str]) -> int:
+    """The sweep's own command with these values in place of its own for the same keys; what is there stays."""
+    from src.config.compose import asked
+    from src.launch.start import checked
+    from src.sweeps.grid import enter, in_group
+    from src.sweeps.search import search
+    from src.tasks.source import completed
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.chdir(ledger.home)
+    keys = {_key(each) for each in more}
+    argv = [*(each for each in ledger.argv if _key(each) not in keys), *more]
+    question = asked(argv if "-m" in argv else ["-m", *argv], completed)
+    if question.space:
+        return search(question, argv, ledger)
+    points = checked(in_group(question.trees, ledger.path.name))
+    given = zip(points, question.points, strict=True)
+    return enter(ledger, [(tree, run, point.overrides) for (tree, run, _), point in given])
+
+
+def report(ledger: Ledger) -> int:
+    """A page with plots that needs nothing but a browser."""
+    from src.sweeps.report import write
+
+    write_csv(ledger, rows := ledger.standings())
+    print(write(ledger, rows))
+    return 0
+
+
+def _console() -> Console:
+    """As wide as the terminal; a file or a pipe wraps nothing."""
+    return Console() if sys.stdout.isatty() else Console(width=250)
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("+~").partition("=")[0]
+
+
+def _chosen(ledger: Ledger, numbers: Sequence[int]) -> list[Row]:
+    rows = ledger.standings()
+    if strangers := set(numbers) - {point.number for point, _ in rows}:
+        raise FolderError(
+            f"{ledger.path}: no point {', '.join(map(str, sorted(strangers)))}; there are 1 to {len(rows)}"
+        )
+    return [(point, now) for point, now in rows if not numbers or point.number in numbers]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m src.sweeps.ledger", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plain: dict[str, Callable[[Ledger], int]] = {"status": status, "table": table, "report": report}
+    some: dict[str, Callable[[Ledger, Sequence[int]], int]] = {"retry": retry, "cancel": cancel}
+    for name, act in {**plain, **some, "extend": extend}.items():
+        command = commands.add_parser(name, help=act.__doc__, description=act.__doc__)
+        command.add_argument("folder", type=Path, help="<root>/sweeps/<name>-<hash>")
+        if name in some:
+            command.add_argument("numbers", type=int, nargs="*", help="of points; none: all that it may concern")
+    commands.choices["extend"].add_argument(
+        "overrides", nargs="+", help="such as optim.lr=3e-3,1e-2 or sweep.trials=40"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        ledger = Ledger.open(given.folder)
+        if given.command in some:
+            return some[given.command](ledger, given.numbers)
+        return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)
+    except UserError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return error.exit_code

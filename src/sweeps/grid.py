@@ -1,0 +1,202 @@
+"""The points of a sweep: entered in its ledger, handed over if need be, on this machine or to SLURM."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from src.config.base import Config
+from src.config.tree import Tree, identity
+from src.distributed.process.rank_context import joined
+from src.errors import PlanError, UserError
+from src.launch.start import checked, prepare, start
+from src.sweeps.ledger import Ledger, Point
+from src.sweeps.status import OPEN, State
+
+if TYPE_CHECKING:
+    from src.cluster.slurm.config import Prepared, Submitted
+    from src.run import Run
+
+SWEEPS = "sweeps"
+ADVICE = "python -m src.sweeps.ledger status|table|report|retry|cancel|extend"
+
+
+class Grid(Config):
+    """sweep=grid: the points are those that were asked for."""
+
+    name: str | None
+
+
+@runtime_checkable
+class Submits(Protocol):
+    """A cluster that takes many runs at once and does not wait for them."""
+
+    def submit_all(self, points: "Sequence[Prepared]") -> "list[Submitted]": ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point, ready to be handed over."""
+
+    point: Point
+    tree: Tree
+    run: "Run"
+
+
+def title(trees: Sequence[Tree], salt: str = "") -> str:
+    """sweep.name, else what the points' names have in common up to a separator, with a hash of what they are."""
+    names = {str(tree["name"]) for tree in trees}
+    words = zip(*(re.split("[_-]", name) for name in names), strict=False)
+    shared = "_".join(first for first, *_ in takewhile(lambda each: len(set(each)) == 1, words))
+    shared = names.pop() if len(names) == 1 else shared
+    digest = hashlib.sha256(" ".join([*sorted(map(identity, trees)), salt]).encode()).hexdigest()[:8]
+    return f"{trees[0]['sweep']['name'] or shared or 'sweep'}-{digest}"
+
+
+def in_group(trees: Sequence[Tree], name: str) -> list[Tree]:
+    """With the sweep's name as their wandb group, unless they have their own."""
+    found = []
+    for tree in trees:
+        wandb = tree["tracker"].get("wandb")
+        grouped = tree["tracker"] if wandb is None else tree["tracker"] | {"wandb": wandb | _group(wandb, name)}
+        found.append(tree | {"tracker": grouped})
+    return found
+
+
+def _group(wandb: Mapping[str, Any], name: str) -> dict[str, str]:
+    return {"group": wandb.get("group") or name}
+
+
+def sweep(given: "Sequence[tuple[Tree, Run, dict[str, str]]]", argv: Sequence[str]) -> int:
+    """Hand over what is missing of the points that were asked for; the first code of a local point that is not 0.
+
+    The same command again finds the same ledger, and starts nothing that lives, is done or has failed.
+    """
+    if joined():
+        raise PlanError("a sweep starts its own ranks, one point after the other; leave the outer launcher out")
+    run = given[0][1]
+    ledger = Ledger.make(run.root / SWEEPS / title([tree for tree, _, _ in given]), argv, {})
+    return enter(ledger, given)
+
+
+def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, dict[str, str]]]") -> int:
+    """Write points down, then hand over those that nobody works on."""
+    entries = [Entry(ledger.add(tree, overrides), tree, run) for tree, run, overrides in given]
+    entries = list({entry.point.identity: entry for entry in entries}.values())
+    states = {point.identity: standing.state for point, standing in ledger.standings()}
+    chosen = [entry for entry in entries if states[entry.point.identity] in OPEN]
+    for state in dict.fromkeys(states[entry.point.identity] for entry in entries if entry not in chosen):
+        same = [entry for entry in entries if states[entry.point.identity] == state]
+        print(f"{_counted(len(same))} {state}{_hint(state)}", file=sys.stderr)
+    code = hand_over(ledger, chosen)
+    print(f"ledger: {ledger.path}\n{ADVICE} {ledger.path}", file=sys.stderr)
+    return code
+
+
+def ready(ledger: Ledger, points: Sequence[Point]) -> list[Entry]:
+    """Points of the ledger with the runs that their configs make; those that make none are refused, one by one."""
+    found: list[Entry] = []
+    for point in points:
+        try:
+            ((tree, run, _),) = checked([ledger.tree(point)])
+        except UserError as error:
+            _refuse(ledger, point, error)
+        else:
+            found.append(Entry(point, tree, run))
+    return found
+
+
+def hand_over(ledger: Ledger, entries: Sequence[Entry], *, wait: bool = False) -> int:
+    """SLURM takes all at once; this machine one after the other. `wait`: until SLURM's have ended, too."""
+    code = 0
+    for entry in entries:
+        ledger.resumed(entry.point)
+    queued = [entry for entry in entries if isinstance(entry.run.cluster, Submits)]
+    while queued:  # one submission per cluster: points may ask for several partitions
+        cluster: Any = queued[0].run.cluster
+        same = [entry for entry in queued if entry.run.cluster == cluster]
+        queued = [entry for entry in queued if entry.run.cluster != cluster]
+        code = code or _submit(ledger, cluster, same, wait=wait or cluster.wait)
+    return code or _one_by_one(ledger, [entry for entry in entries if not isinstance(entry.run.cluster, Submits)])
+
+
+def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[Entry], *, wait: bool) -> int:
+    from src.cluster.slurm.config import Prepared
+
+    opened: list[tuple[Entry, Prepared]] = []
+    code = 0
+    try:
+        for entry in entries:
+            try:
+                if entry.run.fault_tolerance.on:
+                    raise PlanError("fault_tolerance: a sweep on SLURM hands over runs of one group; pass none")
+                folder, answers = prepare(entry.tree, entry.run)
+                opened.append((entry, Prepared(folder, answers.to_dict())))
+            except UserError as error:
+                code = code or _refuse(ledger, entry.point, error)
+        handed = cluster.submit_all([prepared for _, prepared in opened]) if opened else []
+    except UserError as error:
+        for entry, _ in opened:
+            ledger.refused(entry.point, "; ".join(error.problems))
+        print(*error.problems, sep="\n", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        for _, prepared in opened:
+            prepared.folder.close()
+    for (entry, _), each in zip(opened, handed, strict=True):
+        ledger.submitted(entry.point)
+        print(f"{_label(entry.point)}\n{each.text()}", file=sys.stderr)
+    if wait and handed:
+        from src.cluster.slurm.wait import wait as until_ended
+
+        code = code or until_ended(handed).exit_code
+    return code
+
+
+def _one_by_one(ledger: Ledger, entries: Sequence[Entry]) -> int:
+    """A point that fails does not stop the later ones; a stop ends all."""
+    failed: dict[str, int] = {}
+    for count, entry in enumerate(entries, start=1):
+        if _cancelled(ledger, entry.point):  # meanwhile, from another terminal
+            continue
+        print(f"[{count}/{len(entries)}] {_label(entry.point)}", file=sys.stderr)
+        ledger.submitted(entry.point)
+        try:
+            status, code = start(entry.tree, entry.run)
+        except UserError as error:
+            status, code = "refused", _refuse(ledger, entry.point, error)
+        if code:
+            failed[_label(entry.point)] = code
+        if status in ("stopped", "killed") and not _cancelled(ledger, entry.point):
+            break
+    print(*(f"{label} ended with code {code}\n" for label, code in failed.items()), sep="", end="", file=sys.stderr)
+    return next(iter(failed.values()), 0)
+
+
+def _refuse(ledger: Ledger, point: Point, error: UserError) -> int:
+    ledger.refused(point, "; ".join(error.problems))
+    print(f"{_label(point)} refused", *error.problems, sep="\n", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _cancelled(ledger: Ledger, point: Point) -> bool:
+    return any(each.cancelled for each in ledger.points() if each.identity == point.identity)
+
+
+def _label(point: Point) -> str:
+    return f"{point.number}: {point.folder.name}"
+
+
+def _counted(count: int) -> str:
+    return f"{count} point{'s' if count > 1 else ''}"
+
+
+def _hint(state: State) -> str:
+    return {
+        "failed": ": not started again; see status, then retry",
+        "diverged": ": not started again; see status, then retry",
+        "cancelled": ": not started again; name its number to retry",
+    }.get(state, "")

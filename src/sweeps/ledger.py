@@ -1,0 +1,192 @@
+"""A sweep's folder: what was asked, and what was done about it. `python -m src.sweeps.ledger --help` for the commands.
+
+sweep.json         arguments, where they were typed, what is searched
+ledger.jsonl       one line per event: a point, a submission, a refusal, a cancellation; only ever appended to
+points/<hash>.yaml the config of each point, as resolved
+table.csv report.html
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from src.config import tree as trees
+from src.errors import FolderError
+from src.runs.folder import place
+from src.storage.json_lines import Lines
+from src.sweeps.status import Handed, Standing, job_states, stand
+
+SWEEP = "sweep.json"
+EVENTS = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the sweep; its identity is its config's."""
+
+    number: int  # from 1, in the order of asking
+    identity: str
+    folder: Path
+    overrides: Mapping[str, str]
+    submitted: float | None = None  # the last time, in seconds since 1970
+    refused: str | None = None  # why it could not be started, if that was the last word
+    cancelled: bool = False
+    proposal: Mapping[str, Any] | None = None  # what a search drew, by key
+
+    @property
+    def handed(self) -> Handed:
+        return Handed(self.folder, self.submitted, self.refused, self.cancelled)
+
+
+class Ledger:
+    """Safe against a kill at any moment; every method reads or appends, none keeps state."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self._events = Lines(self.path / EVENTS)
+
+    @classmethod
+    def make(cls, path: Path, argv: Sequence[str], space: Mapping[str, str]) -> Self:
+        """The folder of this sweep, new or found again."""
+        ledger = cls(path)
+        try:
+            (ledger.path / "points").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FolderError(f"{path}: cannot be made ({error.strerror}); pass another root=...") from error
+        if not (ledger.path / SWEEP).exists():
+            partial = ledger.path / f"{SWEEP}.partial"
+            about = {"argv": [*argv], "space": dict(space), "home": str(Path.cwd())}
+            partial.write_text(json.dumps(about, indent=2) + "\n")
+            partial.replace(ledger.path / SWEEP)
+        return ledger
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """FolderError where no sweep is."""
+        if not (path / SWEEP).exists():
+            raise FolderError(f"{path}: no sweep folder; they are at <root>/sweeps/<name>-<hash>")
+        return cls(path)
+
+    @property
+    def argv(self) -> list[str]:
+        """What the sweep was asked with."""
+        return [*self._about()["argv"]]
+
+    @property
+    def home(self) -> Path:
+        """The folder from which the command's relative paths count."""
+        return Path(self._about()["home"])
+
+    @property
+    def space(self) -> dict[str, str]:
+        """What is searched; empty where the points were given."""
+        return dict(self._about()["space"])
+
+    def add(
+        self,
+        tree: trees.Tree,
+        overrides: Mapping[str, str],
+        proposal: Mapping[str, Any] | None = None,
+    ) -> Point:
+        """A point already there is left as it is."""
+        identity = trees.identity(tree)
+        given = tree["folder"]
+        folder = place(Path(tree["root"]), tree["name"], identity, None if given is None else Path(given))
+        known = {point.identity: point for point in self.points()}
+        config = self.path / "points" / f"{identity}.yaml"
+        partial = config.with_suffix(".partial")
+        trees.write(partial, tree)
+        partial.replace(config)  # the newest root, cluster and tracker
+        if identity in known:
+            return known[identity]
+        point = Point(len(known) + 1, identity, folder, dict(overrides), proposal=proposal)
+        self._note(
+            "point", point, number=point.number, folder=str(folder), overrides=dict(overrides), proposal=proposal
+        )
+        return point
+
+    def submitted(self, point: Point) -> None:
+        """It is handed over now."""
+        self._note("submitted", point)
+
+    def resumed(self, point: Point) -> None:
+        """It shall go on after all."""
+        if point.cancelled:
+            self._note("resumed", point)
+
+    def refused(self, point: Point, why: str) -> None:
+        """It could not be handed over."""
+        self._note("refused", point, why=why)
+
+    def cancelled(self, point: Point) -> None:
+        """It shall not go on."""
+        self._note("cancelled", point)
+
+    def tree(self, point: Point) -> trees.Tree:
+        """The config of a point."""
+        return trees.read(self.path / "points" / f"{point.identity}.yaml")
+
+    def points(self) -> list[Point]:
+        """In the order of asking."""
+        found: dict[str, dict[str, Any]] = {}
+        for line in self._events.read():
+            fact = found.setdefault(line["identity"], {"submitted": None, "refused": None, "cancelled": False})
+            if line["event"] == "point":
+                fact |= {key: line[key] for key in ("number", "overrides", "proposal")}
+                fact["folder"] = Path(line["folder"])
+            elif line["event"] == "submitted":
+                fact |= {"submitted": line["time"], "refused": None}
+            elif line["event"] == "refused":
+                fact["refused"] = line["why"]
+            elif line["event"] in ("cancelled", "resumed"):
+                fact["cancelled"] = line["event"] == "cancelled"
+        return sorted((Point(identity=key, **fact) for key, fact in found.items()), key=lambda point: point.number)
+
+    def standings(self) -> list[tuple[Point, Standing]]:
+        """Every point with how it stands now; SLURM is asked once.
+
+        Keys that only others name, as after `extend`, are read from the point's config.
+        """
+        points = self.points()
+        keys = list(dict.fromkeys(key for point in points for key in point.overrides))
+        points = [self._completed(point, keys) for point in points]
+        jobs = job_states([point.folder for point in points])
+        return [(point, stand(point.handed, jobs)) for point in points]
+
+    def swept(self) -> list[str]:
+        """The keys in which points differ, in the order of the command line."""
+        points = self.points()
+        keys = list(dict.fromkeys(key for point in points for key in point.overrides))
+        return [key for key in keys if len({point.overrides.get(key) for point in points}) > 1]
+
+    def _completed(self, point: Point, keys: Sequence[str]) -> Point:
+        absent = [key for key in keys if key not in point.overrides]
+        if not absent:
+            return point
+        tree = self.tree(point)
+        values = {key: value for key in absent if not isinstance(value := _at(tree, key), Mapping)}
+        return replace(point, overrides={**point.overrides, **{key: str(value) for key, value in values.items()}})
+
+    def _about(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / SWEEP).read_text()))
+
+    def _note(self, event: str, point: Point, **facts: object) -> None:
+        self._events.append({"event": event, "time": round(time.time(), 3), "identity": point.identity, **facts})
+
+
+def _at(tree: trees.Tree, key: str) -> Any:
+    """The value at a dotted path; nothing where there is none."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part, "") if isinstance(value, Mapping) else ""
+    return value
+
+
+if __name__ == "__main__":
+    from src.sweeps.commands import main
+
+    sys.exit(main())

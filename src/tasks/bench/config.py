@@ -1,0 +1,32 @@
+"""task=bench: speed and memory of a model in a layout, on random tokens."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import PositiveInt
+
+from src.config.base import Config, RankNumbers
+
+if TYPE_CHECKING:
+    from src.run import Run
+
+
+class Bench(Config):
+    """Measure `steps` optimizer steps after `warmup_steps`; the figures go into bench.json of the run folder."""
+
+    needs_corpus: ClassVar[bool] = False
+
+    steps: PositiveInt
+    warmup_steps: PositiveInt
+    seq_len: PositiveInt
+    global_batch: PositiveInt
+    micro_batch: PositiveInt | None
+    profile: bool
+    rehearse: bool
+    rehearse_ranks: RankNumbers | None
+
+    def run(self, run: "Run", folder: Path) -> bool:
+        """Collective: a rank's whole life."""
+        from src.tasks.bench.rank import bench
+
+        return bench(self, run, folder)

@@ -1,0 +1,55 @@
+"""task=evaluate: how well a checkpoint predicts a text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from src.config.base import Config
+
+if TYPE_CHECKING:
+    from src.data.corpus import Corpus
+    from src.run import Run
+
+
+class Evaluate(Config):
+    """Read sequences of `split` once, with whatever layout; what training calls its validation loss, by source too."""
+
+    needs_corpus: ClassVar[bool] = True
+    forward_only: ClassVar[bool] = True
+    steps: ClassVar[int] = 1
+
+    source: str = Field(alias="run")
+    step: PositiveInt | None
+    split: Literal["validation", "train"]
+    samples: PositiveInt | None
+    seq_len: PositiveInt
+    micro_batch: PositiveInt
+
+    @property
+    def global_batch(self) -> int:
+        """No more than a pass: nothing is added up over several but the loss."""
+        return self.micro_batch
+
+    def corpus_problems(self, corpus: "Corpus") -> list[str]:
+        """Why these data have not what is asked for."""
+        held = corpus.windows(self.split, self.seq_len)
+        if held == 0:
+            share = "raise" if self.split == "validation" else "lower"
+            return [
+                f"task.split={self.split}: {corpus.documents(self.split)} documents with {corpus.tokens(self.split)} "
+                f"tokens make no sequence of task.seq_len={self.seq_len} in every source; {share} "
+                "data.validation_fraction, or pass a smaller task.seq_len"
+            ]
+        if self.samples is not None and self.samples > held:
+            return [
+                f"task.samples={self.samples} is more than the {held} sequences of task.split={self.split} at "
+                f"task.seq_len={self.seq_len}; pass task.samples={held} or less, or null for all"
+            ]
+        return []
+
+    def run(self, run: "Run", folder: Path) -> bool:
+        """Collective: a rank's whole life."""
+        from src.tasks.evaluate.rank import evaluate
+
+        return evaluate(self, run, folder)

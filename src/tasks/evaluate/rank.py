@@ -1,0 +1,116 @@
+"""What each rank of task=evaluate does: build the layout, fill it, read every source's sequences."""
+
+import json
+from dataclasses import asdict, dataclass
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from src.config.tree import read
+from src.data.batches import Batches
+from src.data.corpus import Corpus, reopen
+from src.distributed.collectives import any_rank
+from src.distributed.mesh import Mesh
+from src.distributed.model_stages import Network
+from src.distributed.process.rank_context import Ranks, device_type
+from src.run import Run
+from src.tasks.evaluate.config import Evaluate
+from src.tasks.source import load
+from src.train.setup import START_TIMEOUT_SECONDS, unfilled
+from src.train.stop import Stop
+from src.train.validate import summed_loss
+
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one source, or of all together."""
+
+    tokens: int  # that were predicted
+    loss: float  # nats per token
+    perplexity: float
+    bits_per_byte: float | None  # of UTF-8; from the bytes per token of the whole split
+
+    @classmethod
+    def of(cls, nats: float, tokens: float, text_bytes: float) -> "Score":
+        loss = nats / tokens
+        return cls(int(tokens), loss, _exp(loss), nats / log(2) / text_bytes if text_bytes else None)
+
+
+def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
+    """Collective. False when a signal came before the last source was read; nothing is written then."""
+    with Stop() as stop:
+        ranks = Ranks.join(
+            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        )
+        network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
+        origin = load(task, run, network, folder)
+        corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)
+        scores = _scores(task, run, network, corpus, stop)
+        if scores is not None and ranks.rank == 0:
+            facts = _facts(task, run, origin) | {"data": read(folder / "config.yaml")["data"]}
+            values = {name: asdict(score) for name, score in scores.items()}
+            (folder / EVALUATION_FILE).write_text(json.dumps(facts | {"scores": values}, indent=2) + "\n")
+            _tell(f"{origin}, split {task.split}", scores, folder)
+        ranks.leave()
+        return scores is not None
+
+
+def _scores(task: Evaluate, run: Run, network: Network, corpus: Corpus, stop: Stop) -> dict[str, Score] | None:
+    """Collective. By source, then "all" where there are several."""
+    batches = Batches(
+        corpus,
+        run.data,
+        seq_len=task.seq_len,
+        seed=run.seed,
+        rank=network.mesh.data_rank,
+        ranks=network.mesh.data_ranks,
+        micro_batch=task.micro_batch,
+        micro_batches=1,
+    )
+    sums: dict[str, tuple[float, float, float]] = {}
+    for number, part in enumerate(corpus.parts):
+        rows = batches.fixed(task.split, task.samples, source=number)
+        found = summed_loss(network, rows, lambda: any_rank(stop.seen is not None, network.device))
+        if found is None:
+            return None
+        bytes_per_token = part.shards.text_bytes(task.split) / max(part.shards.tokens(task.split), 1)
+        if found[1]:  # so few samples may have left a source out
+            sums[part.name] = (*found, found[1] * bytes_per_token)
+    if len(sums) > 1:
+        nats, tokens, text_bytes = (sum(column) for column in zip(*sums.values(), strict=True))
+        sums["all"] = (nats, tokens, text_bytes)
+    return {name: Score.of(*each) for name, each in sums.items()}
+
+
+def _exp(loss: float) -> float:
+    """Infinite where a float ends."""
+    try:
+        return exp(loss)
+    except OverflowError:
+        return float("inf")
+
+
+def _facts(task: Evaluate, run: Run, origin: Path) -> dict[str, Any]:
+    return {
+        "weights": str(origin),
+        "split": task.split,
+        "samples": task.samples,
+        "seq_len": task.seq_len,
+        "arithmetic": run.precision.arithmetic,
+        "layout": {axis: degree for axis, degree in run.parallel.axes.items() if degree > 1},
+    }
+
+
+def _tell(title: str, scores: dict[str, Score], folder: Path) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("source", "tokens", "loss", "perplexity", "bits per byte"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for name, score in scores.items():
+        bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
+        table.add_row(name, f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.perplexity:,.3f}", bits)
+    Console(soft_wrap=True).print(table, f"{folder / EVALUATION_FILE}")

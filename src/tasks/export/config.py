@@ -1,0 +1,79 @@
+"""task=export: a checkpoint as a folder in Hugging Face layout."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from src.checkpoint.config import FOREIGN
+from src.config.base import Config, PathField
+from src.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from src.run import Run
+
+
+class Export(Config):
+    """Write the folder, check it, and send it if asked to."""
+
+    needs_corpus: ClassVar[bool] = False
+    forward_only: ClassVar[bool] = True
+    # No rows are read; the text that is compared is padded to what the layout can cut.
+    steps: ClassVar[int] = 1
+    seq_len: ClassVar[int] = 0
+    global_batch: ClassVar[int] = 1
+    micro_batch: ClassVar[int] = 1
+
+    source: str = Field(alias="run")
+    step: PositiveInt | None
+    to: PathField | None
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    fp8: bool
+    biases: Literal["refuse", "drop", "keep"]
+    shard_gb: PositiveFloat
+    check: bool
+    text: str
+    push: str | None
+    send: bool
+
+    @field_validator("push")
+    @classmethod
+    def _names_a_repository(cls, push: str | None) -> str | None:
+        from src.hugging_face.hub import HUB_NAME
+
+        if push is not None and ("@" in push or not HUB_NAME.fullmatch(push)):
+            raise ValueError(f"{push!r} is no hub id; such as me/my-model")
+        return push
+
+    @property
+    def target(self) -> Path:
+        """The folder that is written."""
+        if self.to is not None:
+            return self.to.expanduser().absolute()
+        form = "".join(f"-{part}" for part in (self.dtype, "fp8" if self.fp8 else None) if part)
+        return Path(self.source) / "exports" / f"step_{self.step or 0:08d}{form}"
+
+    def problems(self, run: "Run") -> list[str]:
+        """Told on the launcher: a model that transformers does not have, a place that is taken, no tokenizer."""
+        from src.hugging_face.save import refuse_foreign
+        from src.models.hugging_face import export_problems
+
+        found: list[str] = []
+        if self.to is None and self.source.startswith(FOREIGN):
+            found.append(f"task.to=null: {self.source} is no run folder to write into; pass to=<folder>")
+        found += export_problems(run.model)
+        try:
+            refuse_foreign(self.target)
+        except CheckpointError as error:
+            found += error.problems
+        try:
+            run.tokenizer.open(run.cache, run.data)
+        except DataError as error:
+            found += error.problems
+        return found
+
+    def run(self, run: "Run", folder: Path) -> bool:
+        """Collective: a rank's whole life. Raises VerdictError when transformers computes something else."""
+        from src.tasks.export.rank import export
+
+        return export(self, run, folder)

@@ -1,0 +1,145 @@
+"""What each rank of task=export does: fill the layout, write its shards, read them back, compare, send."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from src.checkpoint.folder import is_complete, read_marker, step_of
+from src.checkpoint.host_group import Team
+from src.checkpoint.store import VALUES
+from src.data.tokenizer import Tokenizer
+from src.distributed.mesh import Mesh
+from src.distributed.model_stages import Network
+from src.distributed.process.rank_context import Ranks, device_type
+from src.errors import VerdictError
+from src.hugging_face.companions import card, describe, tokenizer_files
+from src.hugging_face.push import push
+from src.hugging_face.save import FACTS, Form, publish, save
+from src.hugging_face.write import held
+from src.metrics.console import Console
+from src.models.hugging_face import stored
+from src.run import Run
+from src.tasks.export.config import Export
+from src.tasks.export.self_check import Finding, Logits, native_logits, read_back, with_transformers
+from src.tasks.source import load
+from src.train.setup import START_TIMEOUT_SECONDS, unfilled
+
+GB = 10**9
+
+
+def export(task: Export, run: Run, folder: Path) -> bool:
+    """Collective. Always true: an export that was stopped is written anew."""
+    ranks = Ranks.join(
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+    )
+    run = _precise(run)
+    network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
+    origin = load(task, run, network, folder)
+    team, tokenizer = Team(), run.tokenizer.open(run.cache, run.data)
+    form = _form(task, run, team, network)
+    beside = _beside(task, run, tokenizer, form, origin)
+    ids = tokenizer.prompt(task.text)[: run.model.max_seq_len]
+    before = native_logits(network, ids) if task.check else None
+    parts = held(network.tensors())
+    draft = save(team, task.target, parts, run.model, form, beside, _largest, ranks.device)
+    if before is not None:
+        finding = _check(task, run, network, team, draft, ids, before, form)
+        if ranks.rank == 0:
+            _tell(finding)
+        if finding.problems:
+            raise VerdictError(finding.problems)
+    team.first(lambda: publish(draft, task.target))
+    if ranks.rank == 0:
+        print(f"exported: {task.target}", flush=True)
+    if task.push is not None:
+        repository = task.push
+        team.first(lambda: print(push(task.target, repository, send=task.send), flush=True))
+    ranks.leave()
+    return True
+
+
+def _precise(run: Run) -> Run:
+    """Weights as they were saved, arithmetic in float32, attention that is causal: what a comparison needs."""
+    precision = run.precision.model_copy(update={"compute": "float32", "reduce": "float32", "float8": None})
+    model = run.model.model_copy(update={"attention": "sdpa", "mask": "causal"})
+    return replace(
+        run,
+        model=model,
+        precision=precision,
+        recompute=run.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
+        compile=run.compile.model_copy(update={"blocks": False, "loss": False}),
+        parallel=run.parallel.model_copy(update={"async_tensor": False}),
+    )
+
+
+def _form(task: Export, run: Run, team: Team, network: Network) -> Form:
+    """Collective. Biases that transformers has no place for must not go lost in silence."""
+    names = {each.name for each in stored(run.model) if each.optional}
+    mine = [bool(tensor.any()) for name, tensor in network.tensors().items() if name in names]
+    biased = any(each for part in team.each(lambda: mine) for each in part)
+    if biased and task.biases == "refuse":
+        raise VerdictError(
+            "task.biases=refuse: this model's routers have softmax scores and biases that balance experts, for which "
+            "transformers' deepseek_v2 has no place; biases=drop leaves them out (other experts will be chosen), "
+            "biases=keep writes them for vLLM and for this repository"
+        )
+    return Form(
+        task.dtype or run.precision.storage, task.fp8, biased and task.biases == "keep", int(task.shard_gb * GB)
+    )
+
+
+def _beside(task: Export, run: Run, tokenizer: Tokenizer, form: Form, origin: Path) -> dict[str, bytes]:
+    """All files but the weights."""
+    facts = _facts(task, run, form, origin)
+    return {
+        **describe(run.model, tokenizer, form.dtype, fp8=form.fp8),
+        **tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len),
+        "README.md": card(Path(task.source).name, facts),
+        FACTS: (json.dumps(facts | {"form": asdict(form)}, indent=2) + "\n").encode(),
+    }
+
+
+def _facts(task: Export, run: Run, form: Form, origin: Path) -> dict[str, Any]:
+    counts = run.model.counts(run.model.max_seq_len)
+    facts: dict[str, Any] = {
+        "run": Path(task.source).name,
+        "model": run.model.family,
+        "parameters": f"{counts.parameters:,}",
+        "weights": f"{form.dtype}{', linear ones in float8 with 128 x 128 scales' if form.fp8 else ''}",
+        "torch": torch.__version__,
+    }
+    if counts.active != counts.parameters:
+        facts["parameters of one token"] = f"{counts.active:,}"
+    if is_complete(origin):
+        values = json.loads((origin / VALUES).read_text())
+        facts |= {"optimizer steps": step_of(origin), "tokens": f"{values['tokens']:,}", "seed": values["rng.seed"]}
+        facts |= {"layout of the training": read_marker(origin).facts.get("layout")}
+    return facts
+
+
+def _check(
+    task: Export, run: Run, network: Network, team: Team, draft: Path, ids: list[int], before: Logits, form: Form
+) -> Finding:
+    """Collective. The same on every rank."""
+    after = read_back(network, team, draft, ids)
+    exact = form.dtype == run.precision.storage and not form.fp8 and task.biases != "drop"
+    if form.biases and run.model.routed and task.biases == "keep":
+        return Finding(["not compared with transformers, which has no place for this router's biases"])
+    tokenizer = run.tokenizer.open(run.cache, run.data)
+    return team.first(lambda: with_transformers(draft, tokenizer, task.text, before, after, exact=exact))
+
+
+def _tell(finding: Finding) -> None:
+    with Console(1) as console:
+        for line in finding.lines:
+            console.say(line)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor

@@ -1,0 +1,169 @@
+"""Does an exported folder compute what the run computes? Our model reads it back, and transformers by itself."""
+
+import importlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.checkpoint.host_group import Team
+from src.data.tokenizer import Tokenizer
+from src.distributed.model_stages import Network
+from src.hugging_face.archive import quantisation, read_json
+from src.hugging_face.check import SCALE
+from src.hugging_face.load import load
+from src.hugging_face.write import BLOCK
+from src.models.base import pass_multiple
+
+PLACES = 8  # of the text
+SENTENCE = 24  # tokens that transformers goes on with
+# Both compute in float32, in another order, some hundred sums deep: of the largest logit.
+TOLERANCE = 2e-4
+Logits = Mapping[int, Tensor]  # by place in the text: (vocabulary) float32 on the host
+
+
+@dataclass
+class Finding:
+    """Lines for people; `problems`: why the folder must not be used."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def places_of(ids: Sequence[int]) -> list[int]:
+    """Some places of a text, the last of them included."""
+    return sorted({(len(ids) - 1) * place // (PLACES - 1) for place in range(PLACES)})
+
+
+def native_logits(network: Network, ids: Sequence[int]) -> Logits:
+    """Collective. After some of the tokens of a text."""
+    padding = -len(ids) % pass_multiple(network.mesh.degrees)  # comes after, where nobody looks
+    row = torch.tensor([[*ids, *[0] * padding]], device=network.device)
+    with network.inference():
+        return {place: network.logits(row, place, None, None)[0].float().cpu() for place in places_of(ids)}
+
+
+def read_back(network: Network, team: Team, folder: Path, ids: Sequence[int]) -> Logits:
+    """Collective. The network has the folder's weights afterwards."""
+    team.each(lambda: load(folder, network.tensors(), network.parts[0].config))
+    return native_logits(network, ids)
+
+
+def with_transformers(
+    folder: Path, tokenizer: Tokenizer, text: str, before: Logits, after: Logits, *, exact: bool
+) -> Finding:
+    """On one rank. `before`: of the run's weights, `after`: of the folder's; `exact`: nothing was rounded."""
+    finding = Finding()
+    moved = _difference(before, after)
+    if exact and moved > 0:
+        finding.problems.append(
+            f"{folder}: read back, its weights move logits by {moved:.3g}; they must be the same bits"
+        )
+    finding.lines.append(f"rounding moves logits by at most {moved:.3g}" if not exact else "read back: the same bits")
+    if (why_not := obstacle(folder)) is not None:
+        finding.lines.append(f"not compared: {why_not}")
+        return finding
+    ids = tokenizer.prompt(text)[: max(after) + 1]
+    compare(folder, text, ids, after, finding, gpu=True)
+    finding.problems += _tokenizer_problems(folder, tokenizer, text)
+    return finding
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why transformers cannot read the folder here."""
+    if find_spec("transformers") is None:
+        return "transformers is not installed"
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 4
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed <= free:
+        return None
+    return f"transformers would need up to {needed / 2**30:.0f} GiB of this host's {free / 2**30:.0f}"
+
+
+def compare(folder: Path, text: str, ids: Sequence[int], ours: Logits, finding: Finding, *, gpu: bool) -> None:
+    """transformers' logits of a text beside ours, and what it goes on with. `gpu`: where there is room on one."""
+    model, info = _opened(folder, gpu=gpu)
+    if strangers := {key: sorted(names) for key, names in info.items() if names}:
+        finding.problems.append(f"{folder}: transformers tells of {strangers}")
+    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    with torch.no_grad():
+        logits = model(row).logits[0].float().cpu()
+    theirs = {place: logits[place] for place in ours}
+    difference, largest = _difference(theirs, ours), max(float(each.abs().max()) for each in ours.values())
+    finding.lines.append(
+        f"transformers' logits differ by at most {difference:.3g} (the largest is {largest:.3g}), "
+        f"after {len(ours)} places of {len(ids)} tokens"
+    )
+    if not difference <= TOLERANCE * max(1.0, largest):
+        finding.problems.append(
+            f"{folder}: transformers' logits differ by {difference:.3g} where the largest is {largest:.3g}; it is left "
+            "there for a look, and must not be used"
+        )
+    with torch.no_grad():
+        written = model.generate(row, max_new_tokens=SENTENCE, do_sample=False, attention_mask=torch.ones_like(row))
+    finding.lines.append(f"greedy: {text}[...]{opened_tokenizer(folder).decode(written[0, len(ids) :].tolist())}")
+
+
+def _opened(folder: Path, *, gpu: bool) -> tuple[Any, dict[str, Any]]:
+    """transformers' model in float32, and what it missed or did not expect in the files."""
+    logging.disable(logging.WARNING)  # torchao, which it imports, warns of kernels that this machine cannot load
+    try:
+        transformers: Any = importlib.import_module("transformers")
+        importlib.import_module("transformers.quantizers.auto")
+    finally:
+        logging.disable(logging.NOTSET)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    given: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if quantisation(read_json(folder / "config.json")) is None:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **given)
+    elif find_spec("accelerate") is not None:  # what transformers needs to multiply float8 out by itself
+        given["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **given)
+    else:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        del config.quantization_config
+        given |= {"config": config, "state_dict": _multiplied_out(folder)}
+        family = getattr(transformers, config.architectures[0])
+        model, info = family.from_pretrained(None, **given)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if gpu and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * size:
+        model = model.cuda()
+    return model.eval(), info
+
+
+def _multiplied_out(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a float8 folder, whole: not by the code that reads shards, which this is to check."""
+    from safetensors.torch import load_file
+
+    found = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    for key in [key for key in found if key.endswith(SCALE)]:
+        scale, name = found.pop(key), key.removesuffix(SCALE)
+        rows, columns = found[name].shape
+        whole = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
+        found[name] = found[name].float() * whole
+    return found
+
+
+def opened_tokenizer(folder: Path) -> Any:
+    """transformers' own."""
+    transformers: Any = importlib.import_module("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer_problems(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
+    """Of the text alone: whether it is begun by a token is a habit of each."""
+    (ours,), theirs = tokenizer.encode([text]), opened_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+    if theirs == ours.tolist():
+        return []
+    return [f"{folder}: transformers' tokenizer makes {theirs[:8]}... of the text, the run's {ours.tolist()[:8]}..."]
+
+
+def _difference(first: Logits, second: Logits) -> float:
+    return max(float((first[place] - second[place]).abs().max()) for place in second)

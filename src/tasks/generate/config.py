@@ -1,0 +1,121 @@
+"""task=generate: text from a checkpoint."""
+
+import json
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from src.config.base import Config, PathField
+from src.errors import DataError
+from src.models.base import pass_multiple
+
+if TYPE_CHECKING:
+    from src.run import Run
+
+
+class Generate(Config):
+    """Go on from each prompt; the texts are shown, and kept as generated.jsonl of the task's own run folder."""
+
+    needs_corpus: ClassVar[bool] = False
+    forward_only: ClassVar[bool] = True
+    # No rows are read: a prompt is as long as it is, and every pass is padded to what the layout can cut.
+    steps: ClassVar[int] = 1
+    seq_len: ClassVar[int] = 0
+
+    source: str = Field(alias="run")
+    step: PositiveInt | None
+    prompt: str | None
+    prompts: PathField | None
+    max_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    top_k: PositiveInt | None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    batch: PositiveInt
+
+    @model_validator(mode="after")
+    def _chance_has_a_temperature(self) -> "Generate":
+        for key in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} does nothing at temperature=0, which takes the likeliest token; "
+                    f"pass {key}=null or a temperature such as 0.8"
+                )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """What is at once on a rank."""
+        return self.batch
+
+    @property
+    def global_batch(self) -> int:
+        """No more than a pass: nothing is added up over several."""
+        return self.batch
+
+    def texts(self) -> list[str]:
+        """The prompts; DataError when their file is no such file."""
+        if self.prompts is None:
+            assert self.prompt is not None, "else `problems` has refused"
+            return [self.prompt]
+        return read_prompts(self.prompts)
+
+    def problems(self, run: "Run") -> list[str]:
+        """Prompts that are not there or do not fit the model, told on the launcher."""
+        return self._measured(run)[1]
+
+    def _measured(self, run: "Run") -> tuple[list[int], list[str]]:
+        """Tokens of each prompt, and what is wrong with them."""
+        if (self.prompt is None) == (self.prompts is None):
+            line = 'task.prompt: pass a text with prompt="...", or a file of them with prompts=<file>; one of the two'
+            return [], [line]
+        try:
+            texts = self.texts()
+            tokenizer = run.tokenizer.open(run.cache, run.data)
+        except DataError as error:
+            return [], list(error.problems)
+        lengths = [len(tokenizer.prompt(text)) for text in texts]
+        room, found = run.model.max_seq_len - self.max_tokens, []
+        for number, length in enumerate(lengths, 1):
+            which = f"prompt {number}" if self.prompts else "task.prompt"
+            if length == 0:
+                found.append(f"{which}: is empty, and this tokenizer begins no document by a token; give some text")
+            elif length > room:
+                found.append(
+                    f"{which}: {length} tokens and task.max_tokens={self.max_tokens} are more than model.max_seq_len="
+                    f"{run.model.max_seq_len}; at most task.max_tokens={max(run.model.max_seq_len - length, 0)}"
+                )
+        return lengths, found
+
+    def remembered(self, run: "Run") -> tuple[int, int]:
+        """Texts at once on a data rank, and columns of the longest; none where `problems` has something to say."""
+        lengths, found = self._measured(run)
+        if found:
+            return 0, 0
+        texts = min(self.batch, ceil(len(lengths) / run.parallel.data_ranks))
+        return texts, max(lengths) + self.max_tokens + pass_multiple(run.parallel)
+
+    def run(self, run: "Run", folder: Path) -> bool:
+        """Collective: a rank's whole life."""
+        from src.tasks.generate.rank import write
+
+        return write(self, run, folder)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One text a line, empty lines left out; of a .jsonl the `prompt` of each line."""
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"task.prompts={file}: cannot be read as text ({error})") from error
+    if not lines:
+        raise DataError(f"task.prompts={file}: holds no prompt")
+    return [_prompt(file, number, line) for number, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines
+
+
+def _prompt(file: Path, number: int, line: str) -> str:
+    try:
+        return str(json.loads(line)["prompt"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"task.prompts={file}, line {number}: is no JSON object with a text under prompt") from error

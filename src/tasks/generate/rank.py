@@ -1,0 +1,57 @@
+"""What each rank of task=generate does: build the layout, fill it, go on from every prompt."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from src.distributed.mesh import Mesh
+from src.distributed.process.rank_context import Ranks, device_type
+from src.run import Run
+from src.tasks.generate.config import Generate
+from src.tasks.generate.decoding import generate
+from src.tasks.generate.sampling import Rule
+from src.tasks.source import load
+from src.train.setup import START_TIMEOUT_SECONDS, unfilled
+
+TEXTS_FILE = "generated.jsonl"
+
+
+def write(task: Generate, run: Run, folder: Path) -> bool:
+    """Collective. Always true: texts that were not finished are written anew."""
+    ranks = Ranks.join(
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+    )
+    run = run.holding_weights()
+    network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
+    origin = load(task, run, network, folder)
+    tokenizer, texts = run.tokenizer.open(run.cache, run.data), task.texts()
+    written = generate(
+        network,
+        [tokenizer.prompt(text) for text in texts],
+        count=task.max_tokens,
+        rule=Rule(task.temperature, task.top_k, task.top_p),
+        seed=run.seed,
+        end=tokenizer.eos_id,
+        batch=task.batch,
+    )
+    if ranks.rank == 0:
+        answers = [tokenizer.decode(ids) for ids in written]
+        lines = (
+            {"prompt": text, "text": answer, "tokens": len(ids), "ended": len(ids) < task.max_tokens}
+            for text, answer, ids in zip(texts, answers, written, strict=True)
+        )
+        (folder / TEXTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        _tell(origin, list(zip(texts, answers, strict=True)), folder)
+    ranks.leave()
+    return True
+
+
+def _tell(origin: Path, texts: list[tuple[str, str]], folder: Path) -> None:
+    """Prompts in bold, where there is a terminal; a blank line between two texts."""
+    terminal = Console(soft_wrap=True, highlight=False)
+    terminal.print(f"weights: {origin}", markup=False)
+    for prompt, text in texts:
+        terminal.print(Text.assemble("\n", (prompt, "bold"), text))
+    terminal.print(f"\ntexts: {folder / TEXTS_FILE}", markup=False)

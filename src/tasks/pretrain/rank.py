@@ -1,0 +1,173 @@
+"""What each rank of task=pretrain does, in order."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from src.checkpoint.store import Store
+from src.config.tree import read
+from src.data.batches import Batches
+from src.data.corpus import Corpus, reopen
+from src.distributed.process.rank_context import Ranks, device_type
+from src.fault_tolerance.peers import Peers
+from src.hugging_face.companions import describe, tokenizer_files
+from src.hugging_face.load import noted
+from src.metrics.console import Console
+from src.metrics.curve import plot
+from src.metrics.startup import Startup
+from src.metrics.throughput import Throughput, peak_flops
+from src.planning.plan import Plan, plan
+from src.planning.recompute_choice import settled
+from src.run import Run
+from src.tasks.export.check_folder import check_apart
+from src.tasks.generate.decoding import generate
+from src.tasks.generate.sampling import Rule
+from src.tasks.pretrain.config import Pretrain
+from src.train.exports import Exports
+from src.train.loop import Loop
+from src.train.report import Report
+from src.train.resume import resume
+from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble, make_deterministic
+from src.train.stop import Stop
+
+
+def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
+    """Collective. True when the run is complete; false when a signal stopped it, after saving."""
+    startup = Startup()
+    startup.done("import")
+    with Stop() as stop:
+        ranks = Ranks.join(
+            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        )
+        if task.deterministic:
+            make_deterministic()
+        peers, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)
+        asked, run = run.recompute, settled(run, home)
+        training = assemble(run, ranks, skips=task.skips, peers=peers)
+        startup.done("init")
+        report = _report(task, run, home, ranks, peers)
+        if run.recompute != asked:
+            report.say(f"recompute: {run.recompute}, the cheapest that fits")
+        status: Literal["done", "stopped", "failed"] = "failed"
+        try:
+            corpus = reopen(json.loads((home / "data.json").read_text()), run.cache)
+            loop = _loop(task, run, home, corpus, training, startup, report, stop, peers)
+            finished = loop.run()
+            peers.leave()
+            _farewell(task, run, home, corpus, training, report, finished)
+            status = "done" if finished else "stopped"
+        finally:
+            report.close(status)
+        ranks.leave()
+        return finished
+
+
+def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks, peers: Peers) -> Report:
+    """Rank 0 speaks for all, and rank 0 of one group for all groups."""
+    if ranks.rank != 0:
+        return Report(None, None, folder)
+    open_log = partial(run.tracker.open, folder, read(folder / "config.yaml"))
+    if peers.alone:
+        return Report(open_log(), Console(task.steps), folder)
+    return Report(None, Console(task.steps, title=f"group {peers.group}: "), folder, open_log)
+
+
+def _loop(
+    task: Pretrain,
+    run: Run,
+    folder: Path,
+    corpus: Corpus,
+    training: Training,
+    startup: Startup,
+    report: Report,
+    stop: Stop,
+    peers: Peers,
+) -> Loop:
+    """Collective. Everything that the steps need, with the state of the newest checkpoint."""
+    planned = plan(run, corpus)
+    batches = Batches(
+        corpus,
+        run.data,
+        seq_len=task.seq_len,
+        seed=run.seed,
+        rank=training.mesh.data_rank,
+        ranks=training.mesh.data_ranks,
+        micro_batch=planned.micro_batch,
+        micro_batches=planned.micro_batches,
+    )
+    store = Store(folder / "checkpoints", run.checkpoint, shared=not peers.alone)
+    report.say(resume(training.state, store, batches, task.steps, noted(folder)))
+    startup.done("load")
+    return Loop(
+        training=training,
+        plan=planned,
+        cadence=task,
+        optim=run.optim,
+        schedule=run.schedule,
+        batches=batches,
+        checkpoint=run.checkpoint,
+        store=store,
+        exports=_exports(run, folder, corpus),
+        throughput=_throughput(run, planned, training.ranks.device),
+        startup=startup,
+        report=report,
+        stop=stop,
+        peers=peers,
+        facts={"run": folder.name, "layout": planned.axes},
+        grace_seconds=run.cluster.grace_seconds,
+    )
+
+
+def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
+    """Collective. Where checkpoint.export_every asks for them."""
+    if run.checkpoint.export_every is None:
+        return None
+    dtype, tokenizer = run.precision.storage, corpus.tokenizer
+    files = tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len)
+    beside = describe(run.model, tokenizer, dtype, fp8=False) | files
+    return Exports(folder / "exports", run.model, dtype, beside, check_apart)
+
+
+def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return Throughput(
+        devices=planned.world * run.fault_tolerance.copies,
+        flops_per_token=planned.flops_per_token,
+        flops_per_token_causal=planned.flops_per_token_causal,
+        peak=None if name is None else peak_flops(name, run.precision.arithmetic),
+    )
+
+
+def _farewell(
+    task: Pretrain, run: Run, folder: Path, corpus: Corpus, training: Training, report: Report, finished: bool
+) -> None:
+    """Collective. What a person wants to see at the end: what the model writes, and the curve."""
+    if not finished:
+        saves = run.checkpoint.every is not None
+        then = "the same command goes on from there" if saves else "nothing was saved: checkpoint.every=null"
+        report.say(f"stopped after step {training.state.step}; {then}")
+        return
+    if task.sample_prompt is not None:
+        report.say(_sample(task, run, corpus, training, task.sample_prompt))
+    if training.ranks.rank == 0:
+        report.say(f"curve: {plot(folder)}")
+
+
+def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt: str) -> str:
+    """Collective. The prompt and what the model goes on with."""
+    ids = corpus.tokenizer.prompt(prompt)
+    if (room := run.model.max_seq_len - len(ids)) < 1:
+        return f"sample: none, task.sample_prompt fills the {run.model.max_seq_len} tokens of model.max_seq_len"
+    (written,) = generate(
+        training.network,
+        [ids],
+        count=min(task.sample_tokens, room),
+        rule=Rule(task.sample_temperature),
+        seed=training.state.seed,
+        end=corpus.eos_id,
+        batch=1,
+    )
+    return f"sample: {corpus.tokenizer.decode([*ids, *written])}"

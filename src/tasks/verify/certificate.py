@@ -1,0 +1,183 @@
+"""What a layout did beside what one device did: figures, tolerances, a verdict. Only arithmetic on numbers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, sqrt
+from typing import Any, Literal
+
+from rich.table import Table
+
+from src.distributed.precision.config import Dtype
+
+SHOWN = 12  # parameters in the table; the certificate has them all
+
+# A gradient far below the others is the small difference of large sums: its rounding is judged against this share of
+# the root mean square of all parameters' norms.
+SMALL = 0.1
+# Every step sees the same rows, which a wide model knows by heart after one (Llama 3 8B with 4 layers: from 12.2 to
+# 0.001 nats). A loss that has fallen below this share of the first one is judged against the share.
+KNOWN = 0.5
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Relative differences that another order of the same sums may make."""
+
+    loss: float
+    grad_norm: float
+    gradient: float  # norm of one parameter's, in the first step
+    direction: float  # of the same: see `Gradient`
+    why: str
+
+
+TOLERANCES: dict[Dtype | Literal["float8"], Tolerances] = {
+    "float32": Tolerances(
+        loss=2e-5,
+        grad_norm=5e-4,
+        gradient=1e-4,
+        direction=1e-4,
+        why="fp32 sums in another order differ by some 1e-6 in the first step; then AdamW divides by the root of a "
+        "moment, which magnifies what is near zero, step by step. A wrong reduction is off by 1e-2 and more.",
+    ),
+    "bfloat16": Tolerances(
+        loss=5e-3,
+        grad_norm=5e-2,
+        gradient=5e-2,
+        direction=1.5e-1,
+        why="bf16 keeps 8 bits (4e-3): another kernel, cut or order of sums rounds each activation anew, and a "
+        "gradient is some hundred such roundings deep, 2e-2 to 4e-2 of it. A norm averages that out; one product with "
+        "a random tensor differs by a normal variable of that size, the worst of many by four times as much. "
+        "A wrong sum over two ranks halves a norm, and wrong rows or signs move most directions by 1 and more.",
+    ),
+    "float8": Tolerances(
+        loss=1e-2,
+        grad_norm=1e-1,
+        gradient=2e-1,
+        direction=2e-1,
+        why="e4m3 keeps 4 bits and e5m2 3 (6e-2, 1e-1): a cut sequence has other largest values, so other scales, and "
+        "every number rounds anew. What a layout breaks besides shows without float8.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One parameter's gradient in two numbers."""
+
+    norm: float
+    direction: float  # its product with a fixed random tensor: sees order and sign, which a norm does not
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one layout did, over the whole world."""
+
+    losses: list[float]
+    grad_norms: list[float]  # before clipping
+    gradients: dict[str, Gradient]  # of the first step, before clipping, by parameter
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of the layout beside that of the single device."""
+
+    kind: str  # loss, grad_norm, gradient or direction
+    name: str  # a step, or a parameter
+    value: float
+    expected: float
+    error: float  # relative
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # a nan passes nothing
+
+    @property
+    def rank(self) -> float:
+        """For sorting: the worst has the largest; what is not finite is worst."""
+        return self.error if isfinite(self.error) else float("inf")
+
+
+def compare(layout: Trace, single: Trace, tolerances: Tolerances) -> list[Difference]:
+    """Every figure, in the order of steps and parameters."""
+    return [
+        *_by_step("loss", layout.losses, single.losses, tolerances.loss, least=KNOWN * abs(single.losses[0])),
+        *_by_step("grad_norm", layout.grad_norms, single.grad_norms, tolerances.grad_norm),
+        *_by_parameter(layout.gradients, single.gradients, tolerances),
+    ]
+
+
+def _by_step(
+    kind: str, layout: Sequence[float], single: Sequence[float], tolerance: float, least: float = 0.0
+) -> Iterator[Difference]:
+    for step, (value, expected) in enumerate(zip(layout, single, strict=True), start=1):
+        error = abs(value - expected) / max(abs(expected), least)
+        yield Difference(kind, f"step {step}", value, expected, error, tolerance)
+
+
+def _by_parameter(
+    layout: dict[str, Gradient], single: dict[str, Gradient], tolerances: Tolerances
+) -> Iterator[Difference]:
+    assert layout.keys() == single.keys(), "both have every parameter of the model"
+    least = SMALL * sqrt(sum(gradient.norm**2 for gradient in single.values()) / len(single))
+    for name, expected in single.items():
+        value, scale = layout[name], max(expected.norm, least)
+        error = abs(value.norm - expected.norm) / scale
+        yield Difference("gradient", name, value.norm, expected.norm, error, tolerances.gradient)
+        error = abs(value.direction - expected.direction) / scale
+        yield Difference("direction", name, value.direction, expected.direction, error, tolerances.direction)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The proof that is kept."""
+
+    facts: dict[str, Any]  # config, layout, versions, device
+    tolerances: Tolerances
+    differences: list[Difference]
+
+    @property
+    def failed(self) -> list[Difference]:
+        """Worst first."""
+        return sorted((each for each in self.differences if not each.passed), key=lambda each: -each.rank)
+
+    def worst(self, *kinds: str) -> float:
+        """The largest relative error among figures of these kinds."""
+        return max(each.rank for each in self.differences if each.kind in kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What certificate.json holds."""
+        return {
+            "verdict": "failed" if self.failed else "passed",
+            "largest_error": {kind: self.worst(kind) for kind in ("loss", "grad_norm", "gradient", "direction")},
+            **self.facts,
+            "tolerances": asdict(self.tolerances),
+            "figures": [asdict(each) | {"passed": each.passed} for each in self.differences],
+        }
+
+    def problem(self) -> str:
+        """In a line: how many figures are off, and the worst of them."""
+        named = dict.fromkeys(f"{each.kind} of {each.name} by {each.error:.1e}" for each in self.failed)
+        some = ", ".join(list(named)[:SHOWN])
+        return f"{len(self.failed)} of {len(self.differences)} figures are beyond their tolerance: {some}"
+
+    def tables(self) -> tuple[Table, Table]:
+        """Steps in order, parameters with the worst first."""
+        parameters = [each for each in self.differences if each.kind in ("gradient", "direction")]
+        parameters.sort(key=lambda each: -each.rank)
+        steps = [each for each in self.differences if each.kind in ("loss", "grad_norm")]
+        title = f"gradients of step 1, the worst {min(SHOWN, len(parameters))} of {len(parameters)} figures"
+        return _table("steps", steps), _table(title, parameters[:SHOWN])
+
+
+def _table(title: str, rows: list[Difference]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in ("figure", "of"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("layout", "one device", "error", "tolerance", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        verdict = "ok" if row.passed else "[bold red]WRONG[/]"
+        numbers = (f"{row.value:.6g}", f"{row.expected:.6g}", f"{row.error:.1e}", f"{row.tolerance:.0e}")
+        table.add_row(row.kind, row.name, *numbers, verdict)
+    return table

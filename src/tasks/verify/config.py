@@ -1,0 +1,29 @@
+"""task=verify: does a layout train like one device?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import PositiveInt
+
+from src.config.base import Config
+
+if TYPE_CHECKING:
+    from src.run import Run
+
+
+class Verify(Config):
+    """Take the same `steps` in the layout and on a single device, and compare; the proof is certificate.json."""
+
+    needs_corpus: ClassVar[bool] = False
+    trains_on_one_device: ClassVar[bool] = True
+
+    steps: PositiveInt
+    seq_len: PositiveInt
+    global_batch: PositiveInt
+    micro_batch: PositiveInt
+
+    def run(self, run: "Run", folder: Path) -> bool:
+        """Collective: a rank's whole life. Raises VerdictError when the layout differs from the single device."""
+        from src.tasks.verify.rank import verify
+
+        return verify(self, run, folder)
