@@ -117,7 +117,8 @@ def test_gradient_norms_of_bf16(ranks: Ranks) -> None:
     """Vectors of 64 numbers over 2,048 tokens: with fewer the rounding of one device itself is as large.
 
     A gradient differs by up to 7.5e-3 in all, two roundings of bf16 (2^-8), and its norm by up to 2.8e-3 on one
-    processor and 3.3e-3 on another. 1e-2 is three times that; where one rank's part of four is missing, 1 - sqrt(3/4) = 0.13.
+    processor and 3.3e-3 on another. 1e-2 is three times that; where one rank's part of four is missing, the norm is off
+    by 1 - sqrt(3/4) = 0.13.
     """
     changes = SHAPES["v3"] | {"kv_lora_rank": 64, "max_seq_len": 256}
     layouts = ["fsdp4_ep4", "tp2_fsdp2_ep2_etp2", "tp4", "tp4_etp4"]
