@@ -1,32 +1,35 @@
 """docs/support_matrix.md: which layout works with which feature, measured by task=verify on CPU ranks.
 
-python -m benchmarks.support_matrix                 fill in what is missing or out of date, then write the page
+python -m benchmarks.support_matrix                 measure what is missing or stale, then write the page
 python -m benchmarks.support_matrix --again         measure every cell again
 python -m benchmarks.support_matrix --only "pp2 |"  only cells whose name contains this
-python -m benchmarks.support_matrix --check         measure nothing; say what is out of date (exit code 1)
+python -m benchmarks.support_matrix --check         measure nothing: are all cells there, none broken, the page theirs?
+python -m benchmarks.support_matrix --sample        measure one cell in 23 and compare; each commit has the next sample
+python -m benchmarks.support_matrix --sample=7      this one
 
-Stopped in between it goes on where it was: support_matrix.json beside this file keeps every cell with a hash of what
-it depends on, comments and layout of the code left out. A cell that is broken makes the exit code 1.
+support_matrix.json beside this file keeps every cell with the commit at which it was measured. A cell is stale when a
+source that concerns it means something else since (benchmarks/history.py); what is refused is asked again every time,
+for that takes no time. Stopped in between it goes on where it was. The exit code is 1 when a cell is broken or, with
+--check or --sample, anything is not as it is written down.
 """
 
 import argparse
-import ast
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator
-from functools import cache, partial
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import hydra
 import torch
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
+from benchmarks import history
 from src.config.build import build
 from src.config.groups import CONF, options
 from src.config.tree import resolve
@@ -44,21 +47,24 @@ HOME = Path(__file__).resolve().parents[1]
 CELLS = Path(__file__).with_suffix(".json")
 PAGE = HOME / "docs" / "support_matrix.md"
 COMMAND = "python -m benchmarks.support_matrix"
-# What decides whether a layout trains like one device, and which cells it concerns: those whose name has the text.
-SOURCES = ("src/distributed/*.py", "src/models/llama3/*.py", "src/models/decoder.py", "src/models/cross_entropy.py",
-           "src/train/setup.py", "src/train/step.py", "src/models/deepseek_v3/*.py",
-           *(f"src/models/{name}.py" for name in ("moe", "experts", "router")))  # fmt: skip
+# What decides whether a layout trains like one device.
+SOURCES = ("src/distributed/", "src/models/llama3/", "src/models/deepseek_v3/", "src/models/decoder", "src/models/moe",
+           "src/models/experts", "src/models/router", "src/models/cross_entropy", "src/train/setup", "src/train/step",
+           "conf/parallel/")  # fmt: skip
+FOLDERS = ("src", "conf/parallel")  # a file that moved in or out of the above moved within these
+# Which cells a source concerns: those whose name has the text. It goes by the last of these words in the source's path.
 CONCERNS = {
-    **dict.fromkeys(("context.py", "exchange.py"), "cp"),
-    **dict.fromkeys(("pipeline.py", "stages.py"), "pp"),
-    **dict.fromkeys(("tensor.py", "symmetric.py"), "tp"),
-    **dict.fromkeys(("float8.py", "float8_tensor.py"), "float8"),
-    "recompute.py": "recompute",
-    "compiling.py": "compile",
-    **dict.fromkeys(("expert.py", "travel.py", "plain_tensor.py"), "deepseek"),
+    **dict.fromkeys(("context", "exchange"), "cp"),
+    **dict.fromkeys(("pipeline", "stages"), "pp"),
+    **dict.fromkeys(("tensor", "symmetric"), "tp"),
+    **dict.fromkeys(("float8", "float8_tensor"), "float8"),
+    "recompute": "recompute",
+    "compiling": "compile",
+    **dict.fromkeys(("deepseek_v3", "moe", "experts", "router", "expert", "travel", "plain_tensor"), "deepseek"),
     # They start ranks, look at machines, multiply experts in float8, and name tensors of files, which no cell does.
-    **dict.fromkeys(("process.py", "preflight.py", "recorder.py", "float8_experts.py", "hugging_face.py"), "no cell"),
+    **dict.fromkeys(("process", "preflight", "recorder", "float8_experts", "hugging_face"), "no cell"),
 }
+SAMPLES = 23  # 17 cells each, some 3 minutes on two cores; a prime, so that a sample has all features and layouts
 
 MOST_RANKS, MOST_RANKS_ROUTED = 8, 4  # every way to spread experts fits four
 # 4 layers for two stages on each of two ranks, 4 key heads for tp4, 64 tokens for two pieces on each of 2 x 2 ranks.
@@ -105,46 +111,16 @@ tokens otherwise.
 Written by `{COMMAND}`; do not edit.
 """
 
-Cell = dict[str, Any]  # sources, and {loss, gradient} or {refused: [...]} or {broken: ...}
-
-
-def fingerprint(name: str) -> str:
-    """8 hex digits of what a cell depends on."""
-    digest = hashlib.sha256()
-    for file, content in sources().items():
-        if concern(file) in name:
-            digest.update(f"{file}\n{content}\n".encode())
-    layout = (CONF / "parallel" / f"{name.partition(' | ')[0]}.yaml").read_text()
-    return hashlib.sha256(f"{digest.hexdigest()} {yaml.safe_load(layout)}".encode()).hexdigest()[:8]
+Cell = dict[str, Any]  # commit, and {loss, gradient} or {refused: [...]} or {broken: ...}
 
 
 def concern(file: str) -> str:
-    """What is in the names of the cells that a file concerns."""
-    name = Path(file).name
-    routed = "deepseek_v3" in file or name in ("moe.py", "experts.py", "router.py")
-    return CONCERNS.get(name, FAMILY if routed else "")
-
-
-@cache
-def sources() -> dict[str, str]:
-    """Every file of SOURCES as its syntax tree without docstrings."""
-    files = sorted(file for pattern in SOURCES for file in HOME.glob(pattern))
-    return {str(file.relative_to(HOME)): meaning(file.read_text()) for file in files}
-
-
-def meaning(code: str) -> str:
-    """The same text for the same program, however it is written down."""
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]
-    return ast.dump(tree)
+    """What is in the names of the cells that a source concerns."""
+    path = Path(file)
+    if path.parts[:2] == ("conf", "parallel"):
+        return f"{path.stem} | "
+    words = (*path.parent.parts, path.stem)
+    return next((CONCERNS[word] for word in reversed(words) if word in CONCERNS), "")
 
 
 def layouts(*, routed: bool = False) -> list[str]:
@@ -217,8 +193,64 @@ def measured(ranks: Ranks, overrides: tuple[str, ...]) -> Cell:
 
 
 def stale(cells: dict[str, Cell]) -> list[str]:
-    """Cells that are missing or were measured with other sources."""
-    return [name for name, _ in wanted() if cells.get(name, {}).get("sources") != fingerprint(name)]
+    """Cells that are missing, or that a source concerns which means something else now than when they were measured.
+    Those of a commit that git does not know are not among them.
+    """
+    found = []
+    for name, _ in wanted():
+        try:
+            since = history.changed(cells[name]["commit"], FOLDERS) if name in cells else None
+        except history.NoHistoryError:
+            continue
+        if since is None or any(touches(file, name) for file in since):
+            found.append(name)
+    return found
+
+
+def touches(file: str, name: str) -> bool:
+    """Whether a change of this file may change this cell."""
+    if not file.startswith(SOURCES):
+        return False
+    text = concern(file)
+    return name.startswith(text) if file.startswith("conf/parallel/") else text in name
+
+
+def unknown(cells: dict[str, Cell]) -> set[str]:
+    """Commits of cells that git does not know here."""
+    found = set()
+    for commit in {cell["commit"] for cell in cells.values()}:
+        try:
+            history.git("cat-file", "-e", f"{commit}^{{commit}}")
+        except history.NoHistoryError:
+            found.add(commit)
+    return found
+
+
+def sample(number: int) -> list[str]:
+    """Names of one in SAMPLES cells."""
+    return [name for name, _ in wanted()][number % SAMPLES :: SAMPLES]
+
+
+def turn() -> int:
+    """Whose turn it is: every commit has the next sample; where their number is not known, every day has."""
+    try:
+        return history.commits() % SAMPLES
+    except history.NoHistoryError:
+        return date.today().toordinal() % SAMPLES
+
+
+def disagreement(written: Cell, found: Cell) -> str | None:
+    """What a cell that was measured again says against the one that is written down. How far it is from one device is
+    judged by the certificate's tolerances, beyond which it is broken: another processor rounds otherwise.
+    """
+    kinds = [next(kind for kind in ("refused", "broken", "loss") if kind in cell) for cell in (written, found)]
+    if "broken" not in kinds and kinds[0] == kinds[1] and written.get("refused") == found.get("refused"):
+        return None
+    was, now = (
+        told(cell, {}) if kind == "loss" else f"{kind}: {cell[kind]}"
+        for kind, cell in zip(kinds, (written, found), strict=True)
+    )
+    return f"now {now}; written down: {was}"
 
 
 def read() -> dict[str, Cell]:
@@ -275,43 +307,80 @@ def told(cell: Cell | None, notes: dict[str, int]) -> str:
 
 
 def outdated() -> list[str]:
-    """Why the page is not what it would be now."""
+    """Why the page is not what it should be."""
     cells = read()
-    found = []
-    if old := stale(cells):
-        found.append(
-            f"{len(old)} of {len(list(wanted()))} cells were measured with other sources, or never: {old[0]} ..."
-        )
+    missing = [name for name, _ in wanted() if name not in cells]
+    found = [f"{len(missing)} cells were never measured: {', '.join(missing[:3])} ..."] if missing else []
+    found += [f"{name} is broken: {cell['broken']}" for name, cell in cells.items() if "broken" in cell]
     if not PAGE.exists() or PAGE.read_text() != page(cells):
         found.append(f"{PAGE.relative_to(HOME)} is not written from {CELLS.relative_to(HOME)}")
     return found
+
+
+def each_measured(names: set[str]) -> Iterator[tuple[str, Cell]]:
+    """Cells with these names, told on stderr as they come."""
+    todo = {name: overrides for name, overrides in wanted() if name in names}
+    ranks, began = Ranks(), time.monotonic()
+    for number, (name, overrides) in enumerate(todo.items(), 1):
+        cell = measured(ranks, overrides)
+        passed = time.monotonic() - began
+        print(f"{number}/{len(todo)} {passed:5.0f} s  {name:45} {told(cell, {})}", file=sys.stderr, flush=True)
+        yield name, cell
+    ranks.close()
+
+
+def compare(number: int) -> list[str]:
+    """Measure one sample; what is not as it is written down."""
+    print(f"sample {number} of {SAMPLES}", file=sys.stderr)
+    cells, found = read(), []
+    for name, cell in each_measured(set(sample(number))):
+        if name not in cells:
+            found.append(f"{name} was never measured")
+        elif problem := disagreement(cells[name], cell):
+            found.append(f"{name}: {problem}")
+    return found
+
+
+def renew(*, again: bool, only: str) -> list[str]:
+    """Measure what is missing, stale or refused, or all of it; what is broken. Each cell is written at once."""
+    commit = history.head()
+    if dirty := [path for path in history.uncommitted(*FOLDERS) if path.startswith(SOURCES)]:
+        return [f"commit {', '.join(dirty[:3])} first: a cell carries the commit at which it was measured"]
+    cells = read()
+    if not again and (lost := unknown(cells)):
+        print(
+            f"git does not know {', '.join(sorted(lost))} here (a shallow clone?): whether its cells are stale cannot "
+            "be told, and they stay; --again measures them",
+            file=sys.stderr,
+        )
+    refused = {name for name, cell in cells.items() if "refused" in cell}
+    names = {name for name, _ in wanted()} if again else refused | set(stale(cells))
+    for name, cell in each_measured({name for name in names if only in name}):
+        if cell != {"refused": cells.get(name, {}).get("refused")}:  # still refused: nothing was measured
+            cells[name] = {"commit": commit} | cell
+        write(cells)
+    write(cells)
+    PAGE.write_text(page(read()))
+    return [f"{name}: {cell['broken']}" for name, cell in read().items() if "broken" in cell]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--again", action="store_true", help="measure every cell again")
     parser.add_argument("--only", default="", help="cells whose name contains this")
-    parser.add_argument("--check", action="store_true", help="only say what is out of date")
+    parser.add_argument("--check", action="store_true", help="measure nothing; say what is missing or broken")
+    parser.add_argument("--sample", type=int, nargs="?", const=turn(), help="measure one cell in 23 and compare")
     given = parser.parse_args()
-    if given.check:
-        problems = outdated()
-        print(*problems, *([f"run {COMMAND}"] if problems else []), sep="\n", file=sys.stderr)
-        return 1 if problems else 0
-    cells = read()
-    old = set(cells if given.again else ()) | set(stale(cells))
-    todo = {name: overrides for name, overrides in wanted() if name in old and given.only in name}
-    ranks, began = Ranks(), time.monotonic()
-    for number, (name, overrides) in enumerate(todo.items(), 1):
-        cells[name] = {"sources": fingerprint(name)} | measured(ranks, overrides)
-        passed = time.monotonic() - began
-        print(f"{number}/{len(todo)} {passed:5.0f} s  {name:45} {told(cells[name], {})}", file=sys.stderr, flush=True)
-        write(cells)
-    ranks.close()
-    write(cells)
-    PAGE.write_text(page(read()))
-    broken = [f"{name}: {cell['broken']}" for name, cell in read().items() if "broken" in cell]
-    print(*broken, sep="\n", file=sys.stderr)
-    return 1 if broken else 0
+    problems = outdated() if given.check else []
+    if given.sample is not None:
+        problems += compare(given.sample)
+    elif not given.check:
+        try:
+            problems = renew(again=given.again, only=given.only)
+        except history.NoHistoryError as error:
+            problems = [f"no git history here ({error}): only --check and --sample work without it"]
+    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
