@@ -48,21 +48,20 @@ CELLS = Path(__file__).with_suffix(".json")
 PAGE = HOME / "docs" / "support_matrix.md"
 COMMAND = "python -m benchmarks.support_matrix"
 # What decides whether a layout trains like one device.
-SOURCES = ("src/distributed/", "src/models/llama3/", "src/models/deepseek_v3/", "src/models/decoder", "src/models/moe",
-           "src/models/experts", "src/models/router", "src/models/cross_entropy", "src/train/setup", "src/train/step",
-           "conf/parallel/")  # fmt: skip
+SOURCES = ("src/distributed/", "src/models/llama3/", "src/models/deepseek_v3/", "src/models/moe/", "src/models/decoder",
+           "src/models/cross_entropy", "src/train/setup", "src/train/step", "conf/parallel/")  # fmt: skip
 FOLDERS = ("src", "conf/parallel")  # a file that moved in or out of the above moved within these
 # Which cells a source concerns: those whose name has the text. It goes by the last of these words in the source's path.
 CONCERNS = {
-    **dict.fromkeys(("context", "exchange"), "cp"),
-    **dict.fromkeys(("pipeline", "stages"), "pp"),
-    **dict.fromkeys(("tensor", "symmetric"), "tp"),
-    **dict.fromkeys(("float8", "float8_tensor"), "float8"),
+    "context": "cp",
+    "pipeline": "pp",
+    "tensor": "tp",
+    **dict.fromkeys(("float8", "float8_styles"), "float8"),
     "recompute": "recompute",
-    "compiling": "compile",
-    **dict.fromkeys(("deepseek_v3", "moe", "experts", "router", "expert", "travel", "plain_tensor"), "deepseek"),
+    "compile": "compile",
+    **dict.fromkeys(("deepseek_v3", "moe", "expert", "plain_tensor"), "deepseek"),
     # They start ranks, look at machines, multiply experts in float8, and name tensors of files, which no cell does.
-    **dict.fromkeys(("process", "preflight", "recorder", "float8_experts", "hugging_face"), "no cell"),
+    **dict.fromkeys(("process", "float8_experts", "hugging_face"), "no cell"),
 }
 SAMPLES = 23  # 17 cells each, some 3 minutes on two cores; a prime, so that a sample has all features and layouts
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 HOME = Path(__file__).parents[1]
 FILES = sorted([*HOME.glob("src/**/*.py"), HOME / "launch.py"])
 TESTS = sorted(HOME.glob("tests/**/*.py"))
@@ -78,6 +76,7 @@ def room(module: str) -> str | None:
     return next((each for each in floors() if within(module, each)), None)
 
 
+@cache
 def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
@@ -95,10 +94,15 @@ def named(file: Path, *, types: bool) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level + (node.module or "")
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Attribute):
-            text = ast.unparse(node)
-            if text.startswith(("torch.", "os.")):
-                yield node.lineno, text
+        elif isinstance(node, ast.Attribute) and root(node) in ("torch", "os"):
+            yield node.lineno, ast.unparse(node)
+
+
+def root(node: ast.expr) -> str | None:
+    """The first word of a dotted name."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def upward(module: str, imported: str) -> bool:
@@ -127,26 +131,28 @@ def test_every_file_has_its_floor() -> None:
     assert floors()["launch"] == 11
 
 
-@pytest.mark.parametrize("file", FILES, ids=name)
-def test_imports_go_downward(file: Path) -> None:
-    imports = list(named(file, types=False))
-    wrong = [f"{file.name}:{line} {each}" for line, each in imports if upward(name(file), each)]
-    relative = [f"{file.name}:{line} {each}" for line, each in imports if each.startswith(".")]
-    assert (wrong, relative) == ([], [])
+def test_imports_go_downward() -> None:
+    imports = [(file, line, each) for file in FILES for line, each in named(file, types=False)]
+    assert [f"{name(file)}:{line} {each}" for file, line, each in imports if upward(name(file), each)] == []
+    assert [f"{name(file)}:{line} {each}" for file, line, each in imports if each.startswith(".")] == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=name)
-def test_fences(file: Path) -> None:
-    names = named(file, types=True)
-    assert [f"{file.name}:{line} {each}" for line, each in names if fenced(each, name(file))] == []
+def test_fences() -> None:
+    names = [(file, line, each) for file in FILES for line, each in named(file, types=True)]
+    assert [f"{name(file)}:{line} {each}" for file, line, each in names if fenced(each, name(file))] == []
 
 
-@pytest.mark.parametrize("file", [*FILES, *TESTS], ids=name)
-def test_sizes_and_names(file: Path) -> None:
-    assert not NO_NOUNS & set(name(file).split("."))
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= (LONGEST_TEST_FILE if file in TESTS else LONGEST_FILE)
-    functions = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {each.name: (each.end_lineno or each.lineno) - each.lineno + 1 for each in functions}
+def test_sizes_and_names() -> None:
+    assert [name(file) for file in [*FILES, *TESTS] if NO_NOUNS & set(name(file).split("."))] == []
+    files = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in [*FILES, *TESTS]}
+    most = {file: LONGEST_TEST_FILE if file in TESTS else LONGEST_FILE for file in files}
+    assert {name(file): lines for file, lines in files.items() if lines > most[file]} == {}
+    lengths = {
+        f"{name(file)}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for file in files
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
     assert {each: lines for each, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
 
 

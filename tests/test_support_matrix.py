@@ -45,9 +45,9 @@ def test_a_missing_or_broken_cell_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 DEPENDS = {
-    "src/distributed/pipeline.py": "pp",
+    "src/distributed/pipeline/stages.py": "pp",
     "src/distributed/pipeline/a_new_file.py": "pp",
-    "src/distributed/float8.py": "float8",
+    "src/distributed/precision/float8.py": "float8",
     "src/models/deepseek_v3/model.py": "deepseek",
     "src/distributed/mesh.py": "",
     "conf/parallel/hsdp2x2_ep2.yaml": "hsdp2x2_ep2 | ",
