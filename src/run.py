@@ -17,7 +17,7 @@ from src.errors import ConfigError
 from src.fault_tolerance.config import FaultTolerance
 from src.metrics.trackers.config import Tracker
 from src.models.base import ModelConfig
-from src.optim.adamw import AdamW
+from src.optim.base import Optimizer
 from src.optim.schedule import Schedule
 
 
@@ -147,7 +147,7 @@ class Run:
     compile: Compile
     data: Data
     tokenizer: TokenizerConfig
-    optim: AdamW
+    optim: Optimizer
     schedule: Schedule
     checkpoint: Checkpoint
     tracker: Tracker

@@ -17,7 +17,6 @@ from src.distributed.parallel_dims import Degrees
 from src.distributed.pipeline.stages import module_of, owned, split
 from src.distributed.precision.config import BYTES
 from src.planning.advice import told
-from src.planning.memory import MOMENTS
 from src.run import Run
 
 if TYPE_CHECKING:
@@ -95,11 +94,11 @@ def build(run: Run, rank: int) -> Rehearsal:
     for _, parameter in named:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = run.optim.build(named, torch.device("cpu"))
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    kept = [state[name] for state in optimizer.state.values() for name in run.optim.state]
     built = Bytes(
         parameters=_bytes(parameter for _, parameter in named),
         gradients=_bytes(parameter.grad for _, parameter in named if parameter.grad is not None),
-        optimizer=_bytes(moments),
+        optimizer=_bytes(kept),
     )
     layers = sum(len(part.layers) for part in parts.values())
     stage_rank = mesh.pipeline.get_local_rank()
@@ -123,7 +122,7 @@ def planned(run: Run, stage_rank: int) -> Bytes:
     weights = (weight for weight in run.model.weights() if module_of(weight.name) in modules)
     elements = sum(weight.local_elements(degrees) for weight in weights)
     stored = elements * BYTES[run.precision.storage]
-    return Bytes(parameters=stored, gradients=stored, optimizer=elements * MOMENTS * BYTES[run.optim.moments])
+    return Bytes(parameters=stored, gradients=stored, optimizer=elements * run.optim.state_bytes())
 
 
 def render(rehearsals: list[Rehearsal]) -> Table:

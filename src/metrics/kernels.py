@@ -19,7 +19,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"cudnn|flash|fmha|sdpa|flex_attention|scaled_dot_product"),
     ("grouped gemm", r"groupproblemshape|grouped"),
     ("gemm", r"gemm|gemv|nvjet|cutlass|cublas|splitk|router::product|aten::(add|b|_scaled_)?mm$|aten::linear"),
-    ("optimizer", r"adam|lpnorm|foreach_norm|foreach_mul_"),
+    ("optimizer", r"fusedoptimizer|lpnorm|foreach_norm|foreach_mul_"),
     ("routing", r"topk|radix|sort|scan|cumsum|scatter|bincount"),
     ("permute", r"index|gather|embedding"),
     ("copy", r"memcpy|memset|copy|chunk_cat|catarray|aten::(cat|fill_|zero_)"),

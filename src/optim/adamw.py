@@ -1,32 +1,31 @@
-"""AdamW as a config section, and its parameter groups."""
+"""AdamW, torch's fused kernel or our own, which keeps moments of any width."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import PositiveFloat, model_validator
 
-from src.config.base import Config
 from src.errors import ConfigError
+from src.optim.base import Beta, Optimizer, StateDtype, bfloat16_problem
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-# bfloat16 keeps 8 bits: a value that shrinks by less than 2**-8 in a step can round back to itself and never fall.
-SLOWEST_BFLOAT16_BETA = 1.0 - 2.0**-8
+    from torch import Tensor
 
 
-class AdamW(Config):
-    lr: PositiveFloat
+class AdamW(Optimizer):
+    """Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
+
+    beta1, beta2: decay of the first and the second moment, in [0, 1).
+    eps: added to the root of the second moment.
+    moments: type of both; bfloat16 takes 4 instead of 8 bytes per parameter and needs fused=false.
+    fused: torch's one-kernel update; false: our own.
+    """
+
     beta1: Beta
     beta2: Beta
     eps: PositiveFloat
-    weight_decay: NonNegativeFloat
-    decay_norms_and_embeddings: bool
-    max_norm: PositiveFloat | None
-    moments: Literal["float32", "bfloat16"]
+    moments: StateDtype
     fused: bool
 
     @model_validator(mode="after")
@@ -35,53 +34,58 @@ class AdamW(Config):
             return self
         if self.fused:
             raise ValueError("fused=true keeps moments=float32 only; with moments=bfloat16 set fused=false")
-        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if beta > SLOWEST_BFLOAT16_BETA:
-                raise ValueError(
-                    f"{name}={beta} never decays in moments=bfloat16; at most {SLOWEST_BFLOAT16_BETA} does"
-                )
+        if (problem := bfloat16_problem(beta1=self.beta1, beta2=self.beta2)) is not None:
+            raise ValueError(problem)
         return self
 
-    def build(
-        self, named_parameters: "Iterable[tuple[str, nn.Parameter]]", device: "torch.device"
-    ) -> "torch.optim.Optimizer":
-        """The optimizer of the parameters that ask for gradients, with zero state in place.
+    @property
+    def state(self) -> Mapping[str, StateDtype]:
+        return {"exp_avg": self.moments, "exp_avg_sq": self.moments}
 
-        Two attributes, 0-dim float32 tensors on the device, are read in each step, and the host never waits to know:
-        where `found_inf` is 1 everything stays as it is, and gradients are divided by `grad_scale`.
-        """
+    def smaller_state(self) -> tuple[str, Self] | None:
+        if self.moments == "bfloat16" or bfloat16_problem(beta1=self.beta1, beta2=self.beta2) is not None:
+            return None
+        return "optim=adamw_bf16", self.model_copy(update={"moments": "bfloat16", "fused": False})
+
+    def problems(self, *, storage: str, row_shards: int, tensor: int) -> list[str]:
+        found = super().problems(storage=storage, row_shards=row_shards, tensor=tensor)
+        if self.fused and self.moments != storage:
+            found.append(
+                f"optim.fused=true keeps moments in precision.storage={storage}, not in optim.moments={self.moments}; "
+                "pass optim.fused=false"
+            )
+        return found
+
+    def from_groups(self, groups: list[dict[str, Any]], device: "torch.device") -> "torch.optim.Optimizer":
         import torch
 
-        from src.optim.state import materialise
-        from src.optim.update import PlainAdamW
+        from src.optim.elementwise import Elementwise
 
-        groups = self._groups(named_parameters)
         betas = (self.beta1, self.beta2)
-        optimizer: torch.optim.Optimizer
-        if self.fused:
-            try:
-                optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"optim.fused=true is not to be had on {device.type}; set optim.fused=false"
-                ) from error
-        else:
-            moments = torch.bfloat16 if self.moments == "bfloat16" else torch.float32
-            optimizer = PlainAdamW(groups, lr=self.lr, betas=betas, eps=self.eps, moments=moments)
-        materialise(optimizer)
-        return optimizer
+        if not self.fused:
+            return Elementwise(groups, update, rates, (*betas, self.eps))
+        try:
+            return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
+        except RuntimeError as error:
+            raise ConfigError(f"optim.fused=true is not to be had on {device.type}; set optim.fused=false") from error
 
-    def _groups(self, named_parameters: "Iterable[tuple[str, nn.Parameter]]") -> list[dict[str, Any]]:
-        """Two groups at most, with and without weight decay, on each device mesh: torch's kernels take one mesh."""
-        groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
-        for name, parameter in named_parameters:
-            if parameter.requires_grad:
-                key = (self._decays(name, parameter), getattr(parameter, "device_mesh", None))
-                groups.setdefault(key, []).append(parameter)
-        return [
-            {"params": parameters, "weight_decay": self.weight_decay if decays else 0.0}
-            for (decays, _), parameters in groups.items()
-        ]
 
-    def _decays(self, name: str, parameter: "nn.Parameter") -> bool:
-        return self.decay_norms_and_embeddings or (parameter.ndim > 1 and "tok_embeddings" not in name.split("."))
+def update(
+    weight: "Tensor",
+    gradient: "Tensor",
+    moments: "Sequence[Tensor]",
+    rates: "Sequence[Tensor]",
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> "tuple[Tensor, Sequence[Tensor]]":
+    """As `Update` of src/optim/elementwise.py; rates are those below."""
+    (rate, root), (first, second) = rates, moments
+    first = first.lerp(gradient, 1.0 - beta1)
+    second = second * beta2 + gradient.square() * (1.0 - beta2)
+    return weight - rate * first / (second.sqrt() * root + eps), (first, second)
+
+
+def rates(lr: float, steps: "Tensor", beta1: float, beta2: float, _eps: float) -> "tuple[Tensor, Tensor]":
+    """What the direction and the root of the second moment are multiplied by: both correct for moments from zero."""
+    return lr / (1.0 - beta1**steps), (1.0 - beta2**steps).rsqrt()

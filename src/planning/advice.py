@@ -102,8 +102,9 @@ def _turns(load: Load) -> Iterator[tuple[str, Load]]:
         yield "parallel.sync_each_micro_batch=true", load.changed(degrees=synchronised)
     if load.outer_bytes:
         yield "fault_tolerance.copy_on=cpu", load.changed(outer_bytes=0)
-    if load.moments == "float32":
-        yield "optim=adamw_bf16", load.changed(moments="bfloat16")
+    if (smaller := load.optim.smaller_state()) is not None:
+        words, optim = smaller
+        yield words, load.changed(optim=optim)
     if load.precision.compute == "float32":
         half = load.precision.model_copy(update={"compute": "bfloat16"})
         yield "precision=bf16", load.changed(precision=half)

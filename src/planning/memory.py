@@ -6,7 +6,6 @@ Every coefficient that is a judgement and not arithmetic is a named constant her
 
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import Literal
 
 from src.distributed.parallel_dims import Degrees
 from src.distributed.pipeline.stages import Share, module_of, shares
@@ -14,14 +13,13 @@ from src.distributed.precision.config import BYTES, Precision
 from src.distributed.recompute import Recompute
 from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
 from src.models.base import ModelConfig
+from src.optim.base import Optimizer
 
 GIB = 2**30
 MIB = 2**20
 
 # The block at work and the one that FSDP fetches ahead.
 BLOCKS_GATHERED = 2
-# First and second moment.
-MOMENTS = 2
 # CUDA context 0.5 GiB, NCCL buffers, cuBLAS and cuDNN workspaces: taken from the GPU, outside of torch's allocator.
 RUNTIME_BYTES = int(1.5 * GIB)
 # Of torch's allocator: freed pieces that fit no later request.
@@ -35,7 +33,7 @@ class Load:
     model: ModelConfig
     degrees: Degrees
     precision: Precision
-    moments: Literal["float32", "bfloat16"]
+    optim: Optimizer
     recompute: Recompute  # never `auto`
     compiled_blocks: bool
     compiled_loss: bool
@@ -95,7 +93,7 @@ def estimate(load: Load) -> Memory:
 
 def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
-    optimizer = weights.local * MOMENTS * BYTES[load.moments]
+    optimizer = weights.local * load.optim.state_bytes()
     outer = weights.local * load.outer_bytes
     gradients, accumulated = _gradients(load, weights)
     if load.degrees.cpu_offload:  # what rests, rests in the host

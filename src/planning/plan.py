@@ -122,7 +122,7 @@ def load_of(run: Run) -> Load:
         model=run.model,
         degrees=run.parallel,
         precision=run.precision,
-        moments=run.optim.moments,
+        optim=run.optim,
         recompute=NONE if run.recompute.mode == "auto" else run.recompute,
         compiled_blocks=run.compile.blocks,
         compiled_loss=run.compile.loss,
@@ -277,13 +277,8 @@ def _rehearsal_problems(run: Run) -> list[str]:
 
 def _section_problems(run: Run) -> list[str]:
     """Options that contradict each other over the border of two sections."""
-    found = []
-    storage = run.precision.storage
-    if run.optim.fused and run.optim.moments != storage:
-        found.append(
-            f"optim.fused=true keeps moments in precision.storage={storage}, not in optim.moments={run.optim.moments}; "
-            "pass optim.fused=false"
-        )
+    degrees = run.parallel
+    found = run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
     if run.recompute.mode == "budget" and not run.compile.blocks:
         found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
     if run.compile.blocks and run.model.routed and run.precision.compute != "bfloat16":

@@ -18,9 +18,9 @@ from src.metrics.expert_load import ExpertLoad
 from src.metrics.memory import memory
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput
-from src.optim.adamw import AdamW
+from src.optim.base import Optimizer
 from src.optim.schedule import Schedule
-from src.optim.state import set_learning_rate
+from src.optim.state import scale_learning_rates
 from src.planning.plan import Plan
 from src.train.expert_load import expert_load
 from src.train.exports import Exports
@@ -53,7 +53,7 @@ class Loop:
     training: Training
     plan: Plan
     cadence: Cadence
-    optim: AdamW
+    optim: Optimizer
     schedule: Schedule
     batches: Batches
     checkpoint: Checkpoint
@@ -142,7 +142,7 @@ class Loop:
 
     def _step(self, batches: list[Batch]) -> list[Outcome]:
         state = self.training.state
-        set_learning_rate(state.optimizer, self._learning_rate(state.step))
+        scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, self.plan.steps))
         outcome = self.training.stepper(batches, stop=self.stop.seen is not None)
         if not self.peers.counted:
             return []

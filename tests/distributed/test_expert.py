@@ -216,7 +216,7 @@ def tree_of(layout: str, seed: int, steps: int) -> dict[str, Any]:
     config = tiny_deepseek(n_layers=2)
     network = parallel_network(config, degrees(layout), seed=seed)
     optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
-    materialise(optimizer)
+    materialise(optimizer, dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32))
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     for _ in range(steps):
         stepper(share(rows(8, 16, config.vocab_size, seed=seed), network.mesh, 1), stop=False)

@@ -19,11 +19,11 @@ from src.errors import PlanError
 from src.metrics.throughput import peak_flops
 from src.models.llama3.config import Llama3Config
 from src.optim.state import optimizer_state
-from src.optim.update import PlainAdamW
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
+from tests.train.runs import changed, section
 
 STEPS = 3
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -132,9 +132,8 @@ def loaded_and_updated() -> bool:
         _local(tensor).fill_(0.25)
     weights = [_local(parameter) for parameter in model.parameters()]
     loaded = all(bool((getattr(weight, "_tensor", weight) == 0.25).all()) for weight in weights)
-    optimizer = PlainAdamW(
-        [{"params": list(model.parameters())}], lr=1.0, betas=(0.9, 0.95), eps=1e-8, moments=torch.bfloat16
-    )
+    config = changed(section("optim", "adamw_bf16"), lr=1.0, weight_decay=0.0)
+    optimizer = config.build(model.named_parameters(), torch.device("cpu"))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

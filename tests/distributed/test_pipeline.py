@@ -184,7 +184,7 @@ def checkpointed(layout: str, keys: dict[str, Any], source: Path | None, target:
     config = tiny_llama(n_layers=LAYERS)
     network = parallel_network(config, degrees(layout, **keys), seed=0 if source is None else 1)
     optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
-    materialise(optimizer)
+    materialise(optimizer, dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32))
     state = TrainState(network, optimizer, seed=0)
     store = Store(target, options(asynchronous=False))
     if source is None:

@@ -17,7 +17,7 @@ from src.distributed.pipeline.stages import module_of
 from src.distributed.process.rank_context import Ranks
 from src.fault_tolerance.carry import fill, shards
 from src.fault_tolerance.fragments import cut
-from src.optim.state import set_learning_rate
+from src.optim.state import scale_learning_rates
 from src.planning.plan import plan
 from src.run import Run
 from src.train.setup import Training, assemble
@@ -160,8 +160,7 @@ class ByHand:
         training, each = self.groups[group], self.plan.micro_batches // size
         mine = range(rank * each, (rank + 1) * each)
         batches = self.batches.step((step - 1) * self.plan.sequences_per_step, mine)
-        rate = self.run.optim.lr * self.run.schedule.multiplier(step - 1, self.run.task.steps)
-        set_learning_rate(training.state.optimizer, rate)
+        scale_learning_rates(training.state.optimizer, self.run.schedule.multiplier(step - 1, self.run.task.steps))
         self.lives[group].losses.append(training.stepper(batches, stop=False)[0].item())
 
 

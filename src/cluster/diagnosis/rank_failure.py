@@ -73,7 +73,8 @@ def classify(error: BaseException) -> Kind:
 
 def gather_traces(error: BaseException, folder: Path) -> None:
     """After a collective that gloo gave up: have all ranks say which ones they entered. NCCL sees to that itself."""
-    from src.distributed.process.rank_context import Facts, device_type, flight_recorder
+    from src.distributed.process import flight_recorder
+    from src.distributed.process.rank_context import Facts, device_type
 
     world = Facts.read().world
     if world > 1 and classify(error) == "peer" and device_type() == "cpu" and (folder / "traces").exists():

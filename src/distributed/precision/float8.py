@@ -163,7 +163,7 @@ class Float8(Config):
                 assert isinstance(module, nn.Linear)
                 model.set_submodule(name, Float8Linear.from_float(module, config=config))
         if self.experts:
-            from src.distributed.precision.config import float8_experts
+            from src.distributed.precision import float8_experts
 
             with _quiet():
                 product = float8_experts.emulated if self.emulate else float8_experts.kernels()

@@ -14,7 +14,6 @@ from src.metrics.console import Console
 from src.metrics.kernels import Kernel, breakdown, markdown
 from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
-from src.optim.state import set_learning_rate
 from src.planning.plan import Plan, plan
 from src.planning.recompute_choice import settled
 from src.run import Run
@@ -35,7 +34,6 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     run = settled(run, folder)
     training = assemble(run, ranks, skips=0)
     planned = plan(run)
-    set_learning_rate(training.state.optimizer, run.optim.lr)
     batches = [_random(planned, task.seq_len, run, training, index) for index in range(planned.micro_batches)]
     losses = _steps(training, batches, task.warmup_steps)
     memory(ranks.device)  # warm-up's peaks do not count

@@ -36,8 +36,8 @@ TOLERANCES: dict[Dtype | Literal["float8"], Tolerances] = {
         grad_norm=5e-4,
         gradient=1e-4,
         direction=1e-4,
-        why="fp32 sums in another order differ by some 1e-6 in the first step; then AdamW divides by the root of a "
-        "moment, which magnifies what is near zero, step by step. A wrong reduction is off by 1e-2 and more.",
+        why="fp32 sums in another order differ by some 1e-6 in the first step; then an optimizer that normalises, by a "
+        "moment or to a sign, magnifies what is near zero, step by step. A wrong reduction is off by 1e-2 and more.",
     ),
     "bfloat16": Tolerances(
         loss=5e-3,

@@ -29,7 +29,6 @@ from src.distributed.model_stages import forward_loss
 from src.distributed.process.rank_context import Ranks, device_type
 from src.errors import PlanError, VerdictError
 from src.models.cross_entropy import IGNORED
-from src.optim.state import set_learning_rate
 from src.planning.plan import one_device_problems
 from src.planning.recompute_choice import settled
 from src.run import Run
@@ -130,7 +129,6 @@ def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
     (model,), optimizer = training.network.parts, training.state.optimizer
     batches = rows(task, run, rank=0, ranks=1)
     tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    set_learning_rate(optimizer, run.optim.lr)
     optimizer.found_inf = torch.zeros((), device=ranks.device)  # type: ignore[attr-defined]
     losses, grad_norms, gradients = [], [], {}
     for step in range(task.steps):
@@ -160,7 +158,6 @@ def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
     training = assemble(run, ranks, skips=0)
     names = _names(run)
     batches = rows(task, run, training.mesh.data_rank, training.mesh.data_ranks)
-    set_learning_rate(training.state.optimizer, run.optim.lr)
     outcomes = []
     held = training.network.named_parameters
     with _first_gradients(training, lambda: _measure(names, held(), run.seed, ranks.device)) as measured:

@@ -1,0 +1,131 @@
+"""What a run asks of its optimizer, whichever it is: a config section that builds one and knows its state's bytes."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from src.config.base import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+StateDtype = Literal["float32", "bfloat16"]
+# What an update of one number reads besides its own gradient and state.
+Reads = Literal["elements", "rows", "matrices"]
+
+STATE_BYTES: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
+# bfloat16 keeps 8 bits: a value that shrinks by less than 2**-8 in a step can round back to itself and never fall.
+SLOWEST_BFLOAT16_BETA = 1.0 - 2.0**-8
+
+
+class Optimizer(Config):
+    """Base of every class of the group optim. A subclass answers `state` and `from_groups`; the rest has defaults.
+
+    lr: peak learning rate; the schedule multiplies it, and that of each parameter alike (`learning_rate`).
+    weight_decay: decoupled: each step scales the weights by 1 - lr * weight_decay.
+    decay_norms_and_embeddings: false: 1-D parameters and the token embedding are not decayed.
+    max_norm: the global gradient norm that gradients are clipped to; null: never.
+    """
+
+    reads: ClassVar[Reads] = "elements"
+
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    decay_norms_and_embeddings: bool
+    max_norm: PositiveFloat | None
+
+    @property
+    @abstractmethod
+    def state(self) -> Mapping[str, StateDtype]:
+        """Name and type of each tensor that is kept for a parameter, of the parameter's shape and sharding.
+
+        Beside them each parameter has `step`, a float32 scalar: the updates so far, without those that were skipped.
+        """
+
+    @abstractmethod
+    def from_groups(self, groups: list[dict[str, Any]], device: "torch.device") -> "torch.optim.Optimizer":
+        """The torch optimizer of these parameter groups; each has lr and weight_decay of its own.
+
+        `step()` reads two attributes of it, 0-dim float32 tensors on the device, and the host never waits to know:
+        where `found_inf` is 1 weights and state stay as they are; gradients are divided by `grad_scale` as they are
+        read, which is how they are clipped. torch's fused optimizers and `Elementwise` do both.
+        """
+
+    def learning_rate(self, name: str, parameter: "nn.Parameter") -> float:
+        """Peak learning rate of one parameter."""
+        return self.lr
+
+    def decays(self, name: str, parameter: "nn.Parameter") -> bool:
+        """Whether weight decay acts on it."""
+        return self.decay_norms_and_embeddings or (parameter.ndim > 1 and "tok_embeddings" not in name.split("."))
+
+    def smaller_state(self) -> tuple[str, Self] | None:
+        """The command-line words of a variant with fewer bytes of state, and that variant; None: there is none."""
+        return None
+
+    def problems(self, *, storage: str, row_shards: int, tensor: int) -> list[str]:
+        """Why it cannot update weights of type `storage` that FSDP cuts into `row_shards` along their first axis.
+
+        `tensor`: into how many parts tensor parallelism cuts them, along either axis.
+        """
+        found = []
+        if self.reads != "elements" and tensor > 1:
+            found.append(
+                f"optim: {type(self).__name__} reads whole {self.reads}, which parallel.tensor={tensor} cuts; "
+                "at most parallel.tensor=1"
+            )
+        if self.reads == "matrices" and row_shards > 1:
+            found.append(
+                f"optim: {type(self).__name__} reads whole matrices, which FSDP cuts into {row_shards} shards; at most "
+                "parallel.shard=1 and parallel.context=1 (parallel.replicate takes any number of ranks)"
+            )
+        return found
+
+    def state_bytes(self) -> int:
+        """Bytes of state for each element of a parameter."""
+        return sum(STATE_BYTES[dtype] for dtype in self.state.values())
+
+    def build(
+        self, named_parameters: "Iterable[tuple[str, nn.Parameter]]", device: "torch.device"
+    ) -> "torch.optim.Optimizer":
+        """The optimizer of the parameters that ask for gradients, with zero state in place: a checkpoint loads into it.
+
+        Raises ConfigError where the device has no such optimizer.
+        """
+        import torch
+
+        from src.optim.state import materialise
+
+        optimizer = self.from_groups(self._groups(named_parameters), device)
+        materialise(optimizer, {name: getattr(torch, dtype) for name, dtype in self.state.items()})
+        return optimizer
+
+    def _groups(self, named_parameters: "Iterable[tuple[str, nn.Parameter]]") -> list[dict[str, Any]]:
+        """One group for each learning rate, with and without decay, on each device mesh: torch's kernels take one."""
+        groups: dict[tuple[float, bool, object], list[nn.Parameter]] = {}
+        for name, parameter in named_parameters:
+            if parameter.requires_grad:
+                mesh = getattr(parameter, "device_mesh", None)
+                key = (self.learning_rate(name, parameter), self.decays(name, parameter), mesh)
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": lr,
+                "peak_lr": lr,
+                "weight_decay": self.weight_decay if decays else 0.0,
+            }
+            for (lr, decays, _), parameters in groups.items()
+        ]
+
+
+def bfloat16_problem(**betas: float) -> str | None:
+    """Which of these decay factors is too slow for a state in bfloat16."""
+    for name, beta in betas.items():
+        if beta > SLOWEST_BFLOAT16_BETA:
+            return f"{name}={beta} never decays in moments=bfloat16; at most {SLOWEST_BFLOAT16_BETA} does"
+    return None

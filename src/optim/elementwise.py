@@ -1,0 +1,108 @@
+"""An optimizer whose update of a number reads that number's gradient and state alone, so any shard updates by itself.
+
+State of any width, arithmetic in float32, no wait for the host. What differs between optimizers is an `Update`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# A number of elements that is known to be a multiple lets a compiled kernel read and write 16 bytes at a time.
+ROW = 256
+
+
+# (weight, gradient, state, rates, *options) -> (new weight, new state): one step of one tensor, out of place. All are
+# float32 and of one shape; the weight is decayed already, the gradient clipped; `rates` are 0-dim.
+Update = Callable[..., tuple[Tensor, Sequence[Tensor]]]
+# (learning rate, updates of each parameter with this one, options) -> for each parameter what its update shall read.
+Rates = Callable[..., Sequence[Tensor]]
+
+
+def learning_rate(lr: float, steps: Tensor, *_: float) -> tuple[Tensor]:
+    """The `Rates` of an update that needs the learning rate and nothing else."""
+    return (torch.full_like(steps, lr),)
+
+
+def apply(
+    update: Update,
+    weight: Tensor,
+    gradient: Tensor,
+    state: Sequence[Tensor],
+    factors: Tensor,
+    skip: Tensor,
+    options: tuple[float, ...],
+) -> None:
+    """One step of one tensor, in place. `factors`: a row of `Elementwise._factors`; `skip`: change nothing."""
+    shrink, keep, *rates = factors.unbind()
+    wide = update(weight.float() * keep, gradient.float() * shrink, [each.float() for each in state], rates, *options)
+    for old, new in zip((weight, *state), (wide[0], *wide[1]), strict=True):
+        old.copy_(torch.where(skip, old, new.to(old.dtype)))
+
+
+class Elementwise(Optimizer):
+    """State per parameter: `step` (float32 scalar), and in the order of the config's `state` what `update` returns."""
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], update: Update, rates: Rates, options: tuple[float, ...]
+    ) -> None:
+        """`options`: numbers that `update` and `rates` get last, such as decay factors. Groups have a weight_decay."""
+        super().__init__(groups, {})
+        self._update, self._rates, self._options = update, rates, options
+        # By the names, and with the meaning, that torch's fused optimizers know them.
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        # One kernel for a tensor instead of about fifteen, for any shape; the CPU has nothing to gain from the wait.
+        self._compiled = torch.compile(apply, fullgraph=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._step_all(parameters, group)
+        return loss
+
+    def _step_all(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_add_(steps, 1.0 - found_inf)
+        skip = found_inf > 0
+        for parameter, factors in zip(parameters, self._factors(torch.stack(steps), group), strict=True):
+            weight = local(parameter)
+            if weight.numel() == 0:  # an uneven shard can leave a rank without rows
+                continue
+            state = [rows(local(each)) for name, each in self.state[parameter].items() if name != "step"]
+            run: Callable[..., None] = self._compiled if weight.is_cuda else apply
+            run(self._update, rows(weight), rows(local(parameter.grad)), state, factors, skip, self._options)
+
+    def _factors(self, steps: Tensor, group: dict[str, Any]) -> Tensor:
+        """(parameters, 2 + rates) float32, of which each kernel reads a row, or its every element would take powers.
+
+        What the gradient is multiplied by, the weight for its decay, and the rates of the update.
+        """
+        shrink = torch.ones_like(steps) if self.grad_scale is None else self.grad_scale.reciprocal().expand_as(steps)
+        keep = torch.full_like(steps, 1.0 - group["lr"] * group["weight_decay"])
+        return torch.stack((shrink, keep, *self._rates(group["lr"], steps, *self._options)), dim=1)
+
+
+def local(tensor: Tensor | None) -> Tensor:
+    """Our own part of a DTensor, sharing memory; any other tensor is its own part."""
+    assert tensor is not None
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)  # DTensor itself belongs to higher floors
+    return tensor if to_local is None else to_local()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(any, ROW), or one axis, where memory allows it, so that one or two compiled kernels serve every shape."""
+    if not tensor.is_contiguous():
+        return tensor
+    view = tensor.view(-1, ROW) if tensor.numel() % ROW == 0 else tensor.view(-1)
+    torch._dynamo.maybe_mark_dynamic(view, 0)
+    return view
