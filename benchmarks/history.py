@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 HOME = Path(__file__).resolve().parents[1]
+KINDS = (".py", ".yaml")
 
 
 class NoHistoryError(Exception):
@@ -62,15 +63,16 @@ def changed(commit: str, folders: tuple[str, ...], home: Path = HOME) -> frozens
             break
         old = next(tokens)
         new = next(tokens) if status[0] == "R" else old
-        same = status[0] in "MR" and _meaning(old, then[old], ours_then) == _meaning(new, now[new], ours_now)
-        if status != "R100" and not same:
+        if status == "R100" or not (new.endswith(KINDS) or old.endswith(KINDS)):
+            continue
+        if _meaning(old, then.get(old, b""), ours_then) != _meaning(new, now.get(new, b""), ours_now):
             found |= {old, new}
     return frozenset(found)
 
 
 def _files(home: Path, folder: str) -> Iterator[str]:
     for file in (home / folder).rglob("*"):
-        if file.suffix in (".py", ".yaml"):
+        if file.suffix in KINDS:
             yield file.relative_to(home).as_posix()
 
 
@@ -102,12 +104,12 @@ def _meaning(path: str, content: bytes, ours: set[str]) -> str:
     `ours` is numbered by its first appearance.
     """
     if path.endswith(".yaml"):
-        return repr(yaml.safe_load(content))
-    if not path.endswith(".py"):
-        return repr(content)
+        values = yaml.safe_load(content) or {}
+        return repr({key: value for key, value in values.items() if key != "_target_"})  # where its class lies
     tree, numbers = ast.parse(content), dict[str, str]()
     for node in ast.walk(tree):
         _strip(node)
+    for node in ast.walk(tree):
         for field, value in ast.iter_fields(node):
             if isinstance(value, str) and value in ours and not isinstance(node, ast.Constant):
                 setattr(node, field, numbers.setdefault(value, str(len(numbers))))
@@ -115,7 +117,7 @@ def _meaning(path: str, content: bytes, ours: set[str]) -> str:
 
 
 def _strip(node: ast.AST) -> None:
-    """Of docstrings, annotations, and imports of our own modules, which follow every move."""
+    """Of docstrings, annotations, words of assertions, and imports of our own modules, which follow every move."""
     body = getattr(node, "body", None)
     if isinstance(body, list):
         first = body[0] if body else None
@@ -124,6 +126,8 @@ def _strip(node: ast.AST) -> None:
         body[:] = [each for each in kept if not (isinstance(each, ast.ImportFrom) and _own(each.module))]
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         node.returns = None
+    if isinstance(node, ast.Assert):
+        node.msg = None
     if isinstance(node, ast.arg):
         node.annotation = None
     if isinstance(node, ast.AnnAssign):

@@ -103,10 +103,12 @@ CHANGES: dict[str, tuple[dict[str, str | None], set[str]]] = {
     "a move and another word": ({"src/c/d.py": BEFORE.replace("Journey", "Transfer"), "src/a.py": None}, set()),
     "another number": ({"src/a.py": BEFORE.replace("1", "2")}, {"src/a.py"}),
     "another call": ({"src/a.py": AFTER.replace("take", "drop")}, {"src/a.py"}),
-    "a new file": ({"src/e.py": "1"}, {"src/e.py"}),
+    "a new file": ({"src/e.py": "x = 1"}, {"src/e.py"}),
+    "an empty new file": ({"src/__init__.py": "# nothing"}, set()),
     "a file that is gone": ({"src/a.py": None}, {"src/a.py"}),
     "a comment on a value": ({"src/x.yaml": "a: 1  # metres\n"}, set()),
     "another value": ({"src/x.yaml": "a: 2\n"}, {"src/x.yaml"}),
+    "no program": ({"src/a.css": "1"}, set()),
     "outside": ({"b.py": "2"}, set()),
 }
 
