@@ -20,6 +20,7 @@ from src.launch.start import checked, start
 from src.sweeps.grid import in_group, sweep, title
 from src.sweeps.search import search
 from src.tasks.source import completed
+from src.version import VERSION
 
 if TYPE_CHECKING:
     from src.planning.plan import Plan
@@ -57,6 +58,9 @@ def refused(error: UserError) -> int:
 
 
 def main() -> int:
+    if sys.argv[1:] == ["--version"]:
+        print(VERSION)
+        return 0
     command = shlex.join(["python", *sys.argv])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:

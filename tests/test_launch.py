@@ -14,6 +14,7 @@ from src.config.groups import CONF
 from src.config.tree import Tree, identity
 from src.errors import UserError
 from src.launch.start import checked
+from src.version import VERSION
 
 HOME = Path(__file__).parents[1]
 
@@ -140,6 +141,12 @@ def test_a_sweep_composes_each_point_and_writes_nothing(somewhere: Path) -> None
 def test_an_experiment_may_be_a_sweep() -> None:
     trees = composed("experiment=lr_8b")
     assert [tree["optim"]["lr"] for tree in trees] == [1e-4, 2e-4, 3e-4, 6e-4]
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--version"])
+    assert launch.main() == 0
+    assert capsys.readouterr().out == f"{VERSION}\n"
 
 
 def test_the_default_command_and_its_identity() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from src.version import VERSION
+
 HOME = Path(__file__).parents[1]
 PROJECT = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CITATION = yaml.safe_load((HOME / "CITATION.cff").read_text(encoding="utf-8"))
@@ -16,7 +18,7 @@ MAKEFILE = (HOME / "Makefile").read_text(encoding="utf-8")
 
 
 def test_the_version_is_one() -> None:
-    assert PROJECT["version"] == RELEASES[0][0] == CITATION["version"]
+    assert VERSION == PROJECT["version"] == RELEASES[0][0] == CITATION["version"]
     assert RELEASES[0][1] == str(CITATION["date-released"])
 
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from src.config.groups import GROUPS, SECTIONS, options
+from src.config.upgrades import renamed
 from src.config.wording import nearest, unknown
 from src.errors import ConfigError
 
@@ -35,7 +36,18 @@ def arguments(argv: Sequence[str]) -> list[str]:
     others: list[str] = []
     for before, each in pairwise(["", *argv]):
         (flags if _of_a_flag(before, each) else others).append(each)
-    return flags + [_settable(each) for each in others]  # Hydra wants all assignments in one place
+    return flags + [_settable(_current(each)) for each in others]  # Hydra wants all assignments in one place
+
+
+def former(argv: Sequence[str]) -> list[str]:
+    """A line for each argument that has a key of an older version."""
+    now = {each: _current(each) for each in argv}
+    return [f"{old.partition('=')[0]} is now called {new.partition('=')[0]}" for old, new in now.items() if old != new]
+
+
+def _current(argument: str) -> str:
+    match = _ASSIGNMENT.match(argument)
+    return argument if match is None else renamed(match["key"]) + argument[match.end("key") :]
 
 
 def _of_a_flag(before: str, argument: str) -> bool:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from src.config.command_line import COMPOSITION_ERRORS, SWEEP_FLAGS, arguments, problem
+from src.config.command_line import COMPOSITION_ERRORS, SWEEP_FLAGS, arguments, former, problem
 from src.config.groups import CONF, SHORT
 from src.config.tree import Tree, resolve
 from src.errors import ConfigError, UserError
@@ -55,6 +55,7 @@ def as_typed(tree: Tree, _typed: Mapping[str, str]) -> Tree:
 def asked(argv: Sequence[str], complete: Complete = as_typed) -> Asked:
     """ConfigError for a mistake. The environment must hold HYDRA_FULL_ERROR=1, or Hydra prints and exits by itself."""
     given = arguments(argv)
+    print(*(f"note: {line}\n" for line in former(argv)), sep="", end="", file=sys.stderr)
     ranges = [each for each in given if _range(each) is not None]
     fixed = [each for each in given if each not in (*ranges, *SWEEP_FLAGS)]
     seen = _Seen(complete)

@@ -10,13 +10,46 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config.upgrades import Tree, upgraded, without_neutral
 from src.errors import ConfigError
 
-Tree = dict[str, Any]
+__all__ = ["SITE", "STEERING", "Tree", "difference", "identity", "read", "resolve", "steers", "write"]
 
 # Where and how a run is watched, not what it computes: these may differ between two starts of one run.
 SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker", "sweep"})
+# Keys that decide no number of a run, by section: no part of its identity, so the same command with another value of
+# one of them goes on with the same run. What is in neither of the two tables decides numbers, if only their last bits.
+STEERING: Mapping[str, str] = {
+    "task.log_every": "what is told, not what is computed",
+    "task.validate_every": "validation draws from no generator and changes no weight",
+    "task.validate_samples": "validation draws from no generator and changes no weight",
+    "task.sample_prompt": "a sample is text for a person, made after the last step",
+    "task.sample_tokens": "a sample is text for a person, made after the last step",
+    "task.sample_temperature": "a sample is text for a person, made after the last step",
+    "task.nonfinite": "what follows where there is no number",
+    "task.nonfinite_cap": "what follows where there is no number",
+    "task.gc_every": "when Python tidies up",
+    "task.rehearse": "for a dry run",
+    "task.rehearse_ranks": "for a dry run",
+    "checkpoint.every": "when state is kept, not what it is",
+    "checkpoint.keep": "when state is removed",
+    "checkpoint.keep_every": "when state is removed",
+    "checkpoint.asynchronous": "who writes, not what",
+    "checkpoint.verify": "what is read again before it is believed",
+    "checkpoint.export_every": "a copy for others",
+    "checkpoint.trusted": "whose files may be read",
+    "fault_tolerance.lighthouse": "where groups meet",
+    "fault_tolerance.heartbeat_seconds": "when a group counts as gone",
+    "fault_tolerance.join_seconds": "how long groups wait for each other",
+    "fault_tolerance.sum_seconds": "when a sum over groups is given up",
+    "fault_tolerance.heal_seconds": "how long healing may take",
+    "fault_tolerance.copy_on": "where the outer weights are kept, not what they are",
+    "fault_tolerance.restarts": "how often a group is started again",
+    "fault_tolerance.backoff_seconds": "when a group is started again",
+    "data.processes": "how many processes tokenise, not what they write",
+}
 _ABSENT = object()
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 10 times as fast, where libyaml is there
 
 
 def resolve(cfg: DictConfig) -> Tree:
@@ -48,19 +81,35 @@ def _selected(cfg: DictConfig, path: str) -> object:
 
 
 def identity(tree: Mapping[str, Any]) -> str:
-    """8 hex digits over the canonical JSON of everything but the SITE keys."""
-    science = {key: value for key, value in tree.items() if key not in SITE}
+    """8 hex digits over the canonical JSON of all that decides numbers: neither SITE nor STEERING, and no key that a
+    later version added and that has its neutral value.
+    """
+    science = without_neutral({key: value for key, value in tree.items() if key not in SITE})
+    for path in STEERING:
+        section, _, key = path.partition(".")
+        if isinstance(science.get(section), dict):
+            science[section].pop(key, None)
     text = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines like "optim.lr: 0.0003 -> 0.001"; empty exactly when both have one identity."""
-    before, after = (dict(_leaves({k: v for k, v in tree.items() if k not in SITE})) for tree in (old, new))
+def steers(path: str) -> bool:
+    """Whether a dotted key is of STEERING."""
+    return any(path == each or path.startswith(f"{each}.") for each in STEERING)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, steering: bool = False) -> list[str]:
+    """Lines like "optim.lr: 0.0003 -> 0.001"; empty exactly when both have one identity. `steering`: keys of STEERING,
+    too.
+    """
+    before, after = (
+        dict(_leaves(without_neutral({key: value for key, value in tree.items() if key not in SITE})))
+        for tree in (old, new)
+    )
     lines = []
     for path in [*before, *(path for path in after if path not in before)]:
         left, right = before.get(path, _ABSENT), after.get(path, _ABSENT)
-        if json.dumps(left, default=str) != json.dumps(right, default=str):
+        if (steering or not steers(path)) and json.dumps(left, default=str) != json.dumps(right, default=str):
             lines.append(f"{path}: {_shown(left)} -> {_shown(right)}")
     return lines
 
@@ -83,14 +132,14 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read(path: Path) -> Tree:
-    """The tree that `write` wrote."""
+    """The tree that `write` wrote, in this version or an older one, with the names of this one."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a config ({error})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no config")
-    return tree
+    return upgraded(tree)
 
 
 def write(path: Path, tree: Tree) -> None:

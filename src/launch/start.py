@@ -14,6 +14,7 @@ from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import Facts, joined
 from src.errors import DataError, PlanError, UserError
 from src.runs.folder import place
+from src.version import VERSION
 
 if TYPE_CHECKING:
     from src.cluster.local.config import Outcome
@@ -141,14 +142,18 @@ def record(corpus: "Corpus", folder: Path) -> None:
 def opening(folder: "RunFolder") -> str:
     if folder.finished:
         return f"finished before: {folder.path}; for a run from the start pass another name= or seed="
-    return f"{'resumes' if folder.resumed else 'starts'} {folder.path}"
+    if not folder.resumed:
+        return f"starts {folder.path}"
+    before = folder.version_before
+    return f"resumes {folder.path}" + (f", until now of version {before}" if before != VERSION else "")
 
 
 def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
     """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie."""
     from src.hugging_face.load import note
     from src.planning.plan import plan
-    from src.runs.folder import RunFolder
+    from src.runs.folder import RunFolder, may_change
+    from src.runs.twins import near
 
     source = wanted(tree, run)
     weights = None if source is None else fetched(source, run)
@@ -162,6 +167,8 @@ def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
     )
     try:
         print(opening(folder), file=sys.stderr)
+        if not folder.resumed and run.folder is None and (twin := near(folder.path.parent, tree, may_change)):
+            print(f"note: {twin}", file=sys.stderr)
         if corpus is not None:
             record(corpus, folder.path)
         if weights is not None:

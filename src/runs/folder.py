@@ -1,8 +1,8 @@
 """A run's folder: made once, found again, refused to another run.
 
-config.yaml plan.json git.json git.diff   of the newest attempt
-code/<hash8>/                             the code that attempts ran, one folder per content
-logs/attempt_<n>/                         config.yaml of that attempt, rank_<r>.log
+config.yaml plan.json git.json git.diff version   of the newest attempt
+code/<hash8>/             the code that attempts ran, one folder per content
+logs/attempt_<n>/         config.yaml of that attempt, rank_<r>.log
 checkpoints/  attempts.jsonl  lock
 """
 
@@ -22,11 +22,14 @@ from src.runs.frozen_code import REPOSITORY, Git, freeze
 from src.runs.lock import Lock
 from src.runs.records import ATTEMPTS_FILE
 from src.runs.scheduler import NoScheduler, Scheduler
+from src.runs.twins import earlier
+from src.version import VERSION
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
 
-# What may differ between two attempts of one run, and why the run stays the same run. The keys that trees.SITE names
-# (root, cluster, tracker ...) never count as a difference at all.
+# What may differ between two attempts of one run although it decides numbers, in their last bits or who computes them.
+# Another value of one of these is another run, unless folder= names this one. Keys of trees.STEERING are no part of a
+# run's identity, and those of trees.SITE are no difference at all.
 OPERATIONAL: Mapping[str, str] = {
     "name": "a label: the folder is already chosen",
     "parallel": "checkpoints are mesh-free and the samples of a step do not depend on the layout",
@@ -34,26 +37,10 @@ OPERATIONAL: Mapping[str, str] = {
     "recompute": "the same mathematics, activations computed twice",
     "checkpoint": "when and how state is kept, not what it is",
     "task.micro_batch": "the loss is normalised over the global batch",
-    "task.log_every": "what is told, not what is computed",
-    "task.validate_every": "validation does not disturb training",
-    "task.validate_samples": "validation does not disturb training",
-    "task.sample_prompt": "a sample is text for a person, made after the last step",
-    "task.sample_tokens": "a sample is text for a person, made after the last step",
-    "task.sample_temperature": "a sample is text for a person, made after the last step",
-    "task.gc_every": "when Python tidies up",
     "task.deterministic": "the same mathematics, other kernels",
     "fault_tolerance.groups": "the samples of a step do not depend on how many groups share them",
     "fault_tolerance.min_groups": "who is waited for, not what is computed",
     "fault_tolerance.process_group": "the same sums, over another network",
-    "fault_tolerance.lighthouse": "where groups meet",
-    "fault_tolerance.heartbeat_seconds": "when a group counts as gone",
-    "fault_tolerance.join_seconds": "how long groups wait for each other",
-    "fault_tolerance.sum_seconds": "when a sum over groups is given up",
-    "fault_tolerance.heal_seconds": "how long healing may take",
-    "fault_tolerance.copy_on": "where the outer weights are kept, not what they are",
-    "fault_tolerance.restarts": "how often a group is started again",
-    "fault_tolerance.backoff_seconds": "when a group is started again",
-    "data.processes": "how many processes tokenise, not what they write",
 }
 
 
@@ -68,7 +55,8 @@ class Attempt:
     code: str  # hash8 of the snapshot
     sha: str | None  # git
     job: str | None  # the scheduler's id
-    changed: tuple[str, ...] = ()  # operational differences to the attempt before
+    changed: tuple[str, ...] = ()  # operational and steering differences to the attempt before
+    version: str | None = None  # of this project; None: 0.1
     ended: Ended | None = None  # None: lives, or vanished without a word (kill -9, power)
     detail: str = ""
 
@@ -118,6 +106,7 @@ class RunFolder:
             code, git = freeze(repository, path / "code"), Git.read(repository)
             _replace(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
             _replace(path / "git.diff", git.diff)
+            _replace(path / "version", f"{VERSION}\n")
             _replace(path / "plan.json", json.dumps(plan, indent=2) + "\n")
             trees.write(path / "config.yaml.partial", tree)
             os.replace(path / "config.yaml.partial", path / "config.yaml")  # last: its presence says that all is there
@@ -159,6 +148,7 @@ class RunFolder:
             sha=self.git.sha,
             job=self._scheduler.current_job(),
             changed=self.changed,
+            version=VERSION,
         )
         logs = log_folder(self.path, attempt.number)
         logs.mkdir(parents=True, exist_ok=True)
@@ -177,6 +167,11 @@ class RunFolder:
         """Whether an earlier attempt exists."""
         return bool(attempts(self.path))
 
+    @property
+    def version_before(self) -> str:
+        """Of the project, when the newest attempt so far began."""
+        return attempts(self.path)[-1].version or "0.1"
+
     def close(self) -> None:
         """Let another process open the folder; a second call does nothing."""
         self._lock.release()
@@ -191,8 +186,14 @@ class RunFolder:
 
 
 def place(root: Path, name: str, identity: str, folder: Path | None = None) -> Path:
-    """Absolute, since ranks and later jobs may start elsewhere."""
-    return (root / f"{name}-{identity}" if folder is None else folder).expanduser().absolute()
+    """`folder`, or the run of that name and identity in `root`, which an older version may have given another hash.
+
+    Absolute, since ranks and later jobs may start elsewhere.
+    """
+    if folder is not None:
+        return folder.expanduser().absolute()
+    path = (root / f"{name}-{identity}").expanduser().absolute()
+    return path if (path / "config.yaml").exists() else earlier(path.parent, name, identity) or path
 
 
 def group_folder(path: Path, number: int) -> Path:
@@ -259,7 +260,7 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
     """The operational differences to the config that is there; FolderError for any other."""
     config = path / "config.yaml"
     if not config.exists():
-        ours = {"lock", "logs", "checkpoints", "code", "git.json", "git.diff", "plan.json"}
+        ours = {"lock", "logs", "checkpoints", "code", "git.json", "git.diff", "version", "plan.json"}
         strange = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(".partial"))
         if strange:
             raise FolderError(
@@ -272,14 +273,16 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
         raise FolderError(
             f"{config}: unreadable, so this run cannot be told from another; restore or move it"
         ) from error
-    changed = trees.difference(before, tree)
-    refused = [line for line in changed if not _operational(line.partition(":")[0])]
-    if refused:
+    changed = trees.difference(before, tree, steering=True)
+    if refused := [line for line in changed if not may_change(line.partition(":")[0])]:
         advice = "leave folder= out, or name another folder; of a run only these may change: "
-        heading = f"{path}: holds another run; {advice}{', '.join(sorted({*OPERATIONAL, *trees.SITE}))}"
+        heading = (
+            f"{path}: holds another run; {advice}{', '.join(sorted({*OPERATIONAL, *trees.STEERING, *trees.SITE}))}"
+        )
         raise FolderError([heading, *refused])
     return tuple(changed)
 
 
-def _operational(key: str) -> bool:
-    return any(key == each or key.startswith(f"{each}.") for each in OPERATIONAL)
+def may_change(key: str) -> bool:
+    """Whether a run stays the same run with another value of this dotted key."""
+    return trees.steers(key) or any(key == each or key.startswith(f"{each}.") for each in OPERATIONAL)

@@ -19,6 +19,7 @@ from src.errors import FolderError
 from src.runs.folder import RunFolder, attempts, end, log_folder
 from src.runs.frozen_code import verify
 from src.runs.lock import Lock
+from src.version import VERSION
 
 TREE: dict[str, Any] = {
     "name": "a",
@@ -55,6 +56,7 @@ def test_creates_everything(tmp_path: Path, code: Path) -> None:
         assert read(folder.path / "config.yaml") == TREE
         assert json.loads((folder.path / "plan.json").read_text()) == {"world": 2}
         assert json.loads((folder.path / "git.json").read_text())["sha"] is None  # said, not an error
+        assert (folder.path / "version").read_text() == f"{VERSION}\n"
         frozen = folder.path / "code" / folder.code
         assert sorted(str(p.relative_to(frozen)) for p in frozen.rglob("*.py")) == ["launch.py", "src/a.py"]
         attempt = folder.begin(world=2)
@@ -117,9 +119,9 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path, code: Path
 
 def test_operational_changes_are_taken_and_recorded(tmp_path: Path, code: Path) -> None:
     start(tmp_path, code).close()
-    other = TREE | {"parallel": {"shard": 4}, "cluster": {"threads": 9}}
+    other = TREE | {"parallel": {"shard": 4}, "cluster": {"threads": 9}, "task": {"log_every": 3}}
     with start(tmp_path, code, other, folder=tmp_path / "a-01234567", identity="ffffffff") as folder:
-        assert folder.begin(4).changed == ("parallel.shard: 2 -> 4",)
+        assert folder.begin(4).changed == ("parallel.shard: 2 -> 4", "task.log_every: absent -> 3")
         assert read(folder.path / "config.yaml") == other
 
 

@@ -1,0 +1,125 @@
+"""What older versions called things. A recorded config is read as this version would have written it.
+
+Whoever moves a config class, renames a key or adds one adds a line here, and changes nothing else: runs of older
+versions are then found by the same command and go on. `tests/upgrade` resumes folders that version 0.1 wrote.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+Tree = dict[str, Any]
+
+# `_target_` of an older version -> of a later one.
+MOVED: Mapping[str, str] = {
+    # 0.1 -> 0.2
+    "src.cluster.local.Local": "src.cluster.local.config.Local",
+    "src.cluster.search.Optuna": "src.sweeps.search.Optuna",
+    "src.cluster.slurm.Slurm": "src.cluster.slurm.config.Slurm",
+    "src.cluster.sweep.Grid": "src.sweeps.grid.Grid",
+    "src.distributed.compiling.Compile": "src.distributed.compile.Compile",
+    "src.distributed.degrees.Degrees": "src.distributed.parallel_dims.Degrees",
+    "src.distributed.float8.Float8": "src.distributed.precision.float8.Float8",
+    "src.distributed.precision.Precision": "src.distributed.precision.config.Precision",
+    "src.metrics.event_files.EventFiles": "src.metrics.trackers.tensorboard.EventFiles",
+    "src.metrics.tracker.Tracker": "src.metrics.trackers.config.Tracker",
+    "src.metrics.weights_and_biases.WeightsAndBiases": "src.metrics.trackers.weights_and_biases.WeightsAndBiases",
+    "src.tasks.bench.Bench": "src.tasks.bench.config.Bench",
+    "src.tasks.evaluate.Evaluate": "src.tasks.evaluate.config.Evaluate",
+    "src.tasks.export.Export": "src.tasks.export.config.Export",
+    "src.tasks.generate.Generate": "src.tasks.generate.config.Generate",
+    "src.tasks.pretrain.Pretrain": "src.tasks.pretrain.config.Pretrain",
+    "src.tasks.verify.Verify": "src.tasks.verify.config.Verify",
+}
+
+# Dotted key of an older version -> of a later one, such as "model.moe.n_experts": "model.moe.num_experts". Commands
+# may use either.
+RENAMED: Mapping[str, str] = {}
+
+# Class -> its keys that an earlier version of the class had not, with the value that does what that version did, such
+# as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
+ADDED: Mapping[str, Mapping[str, Any]] = {}
+
+_ABSENT = object()
+
+
+def upgraded(tree: Mapping[str, Any]) -> Tree:
+    """A copy of a recorded config with today's classes and keys; of a config of today, an equal copy."""
+    found: Tree = _retargeted(tree)
+    for old, new in RENAMED.items():
+        value = _take(found, old)
+        if value is not _ABSENT:
+            _put(found, new, value)
+    for section, keys in _additions(found):
+        for key, neutral in keys.items():
+            _put(section, key, deepcopy(neutral))
+    return found
+
+
+def without_neutral(tree: Mapping[str, Any]) -> Tree:
+    """A copy without the keys of ADDED that have their neutral value."""
+    found = deepcopy(dict(tree))
+    for section, keys in _additions(found):
+        for key, neutral in keys.items():
+            if _get(section, key) == neutral:
+                _take(section, key)
+    return found
+
+
+def renamed(key: str) -> str:
+    """Today's name of a dotted key, which is mostly the same."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            key = new + key.removeprefix(old)
+    return key
+
+
+def _retargeted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_retargeted(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _target(each) if key == "_target_" else _retargeted(each) for key, each in value.items()}
+
+
+def _target(name: Any) -> Any:
+    while name in MOVED:
+        name = MOVED[name]
+    return name
+
+
+def _additions(value: Any) -> Iterator[tuple[Tree, Mapping[str, Any]]]:
+    """Every object whose class has gained keys, with those keys."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _additions(each)
+    elif isinstance(value, dict):
+        if value.get("_target_") in ADDED:
+            yield value, ADDED[value["_target_"]]
+        for each in list(value.values()):
+            yield from _additions(each)
+
+
+def _home(tree: Any, path: str) -> tuple[Any, str]:
+    """The mapping that holds the last part of a dotted path, or None; and that part."""
+    *parents, last = path.split(".")
+    for part in parents:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None, last
+
+
+def _get(tree: Tree, path: str) -> Any:
+    home, last = _home(tree, path)
+    return _ABSENT if home is None else home.get(last, _ABSENT)
+
+
+def _take(tree: Tree, path: str) -> Any:
+    home, last = _home(tree, path)
+    return _ABSENT if home is None else home.pop(last, _ABSENT)
+
+
+def _put(tree: Tree, path: str, value: Any) -> None:
+    """Unless a value is there, or nothing that could hold it."""
+    home, last = _home(tree, path)
+    if home is not None:
+        home.setdefault(last, value)
