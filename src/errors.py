@@ -56,3 +56,11 @@ def some(names: Iterable[str], most: int = 6) -> str:
     """Names for an error: the first few, and how many more there are."""
     every = sorted(names)
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+def divisors(value: int, asked: int) -> str:
+    """In words, what divides `value`: all of them when they are few, the four nearest to `asked` otherwise."""
+    all_of_them = [candidate for candidate in range(1, value + 1) if value % candidate == 0]
+    nearest = all_of_them if len(all_of_them) <= 8 else sorted(all_of_them, key=lambda one: abs(one - asked))[:4]
+    words = [str(one) for one in sorted(nearest)]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + (" do" if len(words) > 1 else " does")

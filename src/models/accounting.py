@@ -4,13 +4,15 @@ Nothing here imports torch: the 405B is counted in milliseconds, and a test comp
 that `build` makes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Protocol
 
 # Rows of logits that exist at a time: src/models/cross_entropy.py works through the head in such chunks.
 HEAD_CHUNK_ROWS = 4096
+# Of a token, in fp32: one log sum exp for a head of attention, and 1/rms for each norm.
+STATISTIC_BYTES = 4
 
 
 class Grid(Protocol):
@@ -115,3 +117,54 @@ def count(weights: Iterable[Weight], attention_width: int, seq_len: int) -> Coun
         flops_per_token=6 * matmul + attention,
         flops_per_token_causal=6 * matmul + attention // 2,
     )
+
+
+def around_blocks(vocab_size: int, dim: int, *, tied: bool) -> tuple[Weight, tuple[Weight, ...]]:
+    """The embedding, and what follows the last block: its norm, and the head unless it is the embedding (`tied`)."""
+    embedding = Weight(
+        "tok_embeddings.weight",
+        (vocab_size, dim),
+        unit="embedding",
+        tensor_dim=0,
+        embedding=True,
+        multiplications=1 if tied else 0,  # tied: the same matrix is also the head
+    )
+    last = "embedding" if tied else "head"  # one unit owns a shared matrix and all that uses it
+    norm, head = Weight("norm.weight", (dim,), last), Weight("output.weight", (vocab_size, dim), last, tensor_dim=0)
+    return embedding, (norm,) if tied else (norm, head)
+
+
+def swiglu(unit: str, name: str, dim: int, hidden: int) -> tuple[Weight, ...]:
+    """Matrices of the FeedForward `name` in block `unit`."""
+    return (
+        Weight(f"{unit}.{name}.w1.weight", (hidden, dim), unit, tensor_dim=0),
+        Weight(f"{unit}.{name}.w2.weight", (dim, hidden), unit, tensor_dim=1),
+        Weight(f"{unit}.{name}.w3.weight", (hidden, dim), unit, tensor_dim=0),
+    )
+
+
+def norm_bytes(dim: int, cut: Slice) -> float:
+    """Of a token, what a norm of the stream keeps: its input, cut by sequence over tensor ranks, and 1/rms."""
+    return (cut.element_bytes * dim + STATISTIC_BYTES) / cut.tensor
+
+
+def swiglu_bytes(hidden: float, cut: Slice) -> float:
+    """Of a token: w1 x, w3 x and their product; eager autograd also keeps silu(w1 x), which a compiler recomputes."""
+    return cut.element_bytes * (3 if cut.compiled else 4) * hidden
+
+
+def core_bytes(heads: int, width: int, cut: Slice) -> float:
+    """Of a token, what selective recompute keeps of attention: its result, and the log sum exp of each head."""
+    return heads * (cut.element_bytes * width + STATISTIC_BYTES) / cut.tensor
+
+
+def product_bytes(widths: Sequence[float], last: float | None, cut: Slice) -> float:
+    """Of a token, what selective recompute keeps of a block's plain matrix products: every second, from the first on.
+
+    `widths`: elements of each result, in the order of the forward; `last`: of one more, which no backward reads: a
+    compiler drops it.
+    """
+    kept = sum(widths[::2])
+    if last is not None and len(widths) % 2 == 0 and not cut.compiled:
+        kept += last
+    return cut.element_bytes * kept

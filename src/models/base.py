@@ -1,11 +1,14 @@
 """What every model family offers to the rooms above, before a single tensor exists."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from pydantic import PositiveInt, ValidationInfo, field_validator
+from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
+from src.errors import divisors, some
 from src.models.accounting import Counts, Grid, Saved, Slice, Weight, count
 
 if TYPE_CHECKING:
@@ -32,10 +35,15 @@ class ModelConfig(Config):
 
     family: ClassVar[str]
 
+    # How tensor parallelism may cut each module of the built model; * stands for a layer's number.
+    # src/distributed/tensor/tensor_parallel.py gives the words meaning.
+    roles: ClassVar[Mapping[str, str]]
+
     dim: PositiveInt
     n_layers: PositiveInt
     n_heads: PositiveInt
     vocab_size: PositiveInt
+    norm_eps: PositiveFloat
     max_seq_len: PositiveInt
     attention: Literal["sdpa", "flex"]  # the kernel: torch's causal one, or FlexAttention, which takes masks
     mask: Literal["causal", "block_causal"]
@@ -87,12 +95,49 @@ class ModelConfig(Config):
         """What one block keeps for its backward on one rank."""
 
     @abstractmethod
+    def cut_by_tensor(self) -> dict[str, int]:
+        """What the ranks of `parallel.tensor` must divide: the key under `model.`, and its value."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return False
+
     def problems(self, layout: Layout) -> list[str]:
-        """Why this family cannot run in this layout: key, value, rule, nearest legal value."""
+        """Why this model cannot run in this layout: key, value, rule, nearest legal value."""
+        found = [
+            f"parallel.tensor={layout.tensor} does not divide model.{key}={size} ({divisors(size, layout.tensor)})"
+            for key, size in self.cut_by_tensor().items()
+            if size % layout.tensor
+        ]
+        if layout.tensor > 1 and (without := self.without_role()):
+            found.append(
+                f"parallel.tensor={layout.tensor} finds no role for {some(without)}: {type(self).__name__}.roles must "
+                "say how each module is cut; pass parallel.tensor=1"
+            )
+        if self.mixture is not None:
+            found += self.mixture.problems(layout, self.dim)
+        else:
+            found += [
+                f"parallel.{axis}={degree}: this {self.family} has no routed experts; pass parallel.{axis}=1"
+                for axis in ("expert", "expert_tensor")
+                if (degree := getattr(layout, axis)) > 1
+            ]
+        if self.tied and layout.pipeline > 1:
+            found.append(
+                f"parallel.pipeline={layout.pipeline} would part model.tied_embeddings=true over two stages; "
+                "pass parallel.pipeline=1"
+            )
+        return found
+
+    def without_role(self) -> list[str]:
+        """Modules with a weight that no role tells how to cut; routed experts need none, they have their own grid."""
+        modules = dict.fromkeys(weight.name.rpartition(".")[0] for weight in self.weights() if not weight.experts)
+        return [module for module in modules if not any(fnmatchcase(module, pattern) for pattern in self.roles)]
 
     def warnings(self) -> list[str]:
         """What a reader of this run's figures must know."""
-        return []
+        return [] if self.mixture is None else self.mixture.warnings()
 
     @property
     def mixture(self) -> "MixtureOfExperts | None":
@@ -101,17 +146,9 @@ class ModelConfig(Config):
 
     @property
     def routed(self) -> bool:
-        """Whether some weights meet some tokens only."""
-        return any(weight.active < 1 for weight in self.weights())
+        """Whether the model has routed experts: also where every token meets all of them (top_k = their number)."""
+        return any(weight.experts for weight in self.weights())
 
     def counts(self, seq_len: int) -> Counts:
         """Parameters and flops per token of the whole model, before any cut."""
         return count(self.weights(), self.attention_width(), seq_len)
-
-
-def divisors(value: int, asked: int) -> str:
-    """In words, what divides `value`: all of them when they are few, the four nearest to `asked` otherwise."""
-    all_of_them = [candidate for candidate in range(1, value + 1) if value % candidate == 0]
-    nearest = all_of_them if len(all_of_them) <= 8 else sorted(all_of_them, key=lambda one: abs(one - asked))[:4]
-    words = [str(one) for one in sorted(nearest)]
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + (" do" if len(words) > 1 else " does")

@@ -60,6 +60,23 @@ def by_block(weights: Iterable[Weight], inside: Callable[[Weight, str, str], Sto
             yield inside(weight, f"model.layers.{layer}", inner)
 
 
+# Of a SwiGLU, dense or of an expert.
+MATRIX = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def experts(weight: Weight, block: str, inner: str) -> Stored:
+    """A matrix of all routed experts of a block, `inner` its name there: one key for each expert."""
+    matrix = MATRIX[inner.rpartition(".")[2]]
+    keys = tuple(f"{block}.mlp.experts.{expert}.{matrix}.weight" for expert in range(weight.shape[0]))
+    return Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
+
+
+def router_bias(layer: int, n_experts: int, *, optional: bool) -> Stored:
+    """The biases by which a router balances its experts, by DeepSeek-V3's name; `optional`: transformers has none."""
+    key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+    return Stored(f"layers.{layer}.moe.expert_bias", (n_experts,), (key,), optional=optional, precise=True)
+
+
 def rotary_row(row: int, rows: int, heads: int) -> int:
     """Where native row `row` of a rotary matrix with `rows` rows in `heads` heads is there."""
     width = rows // heads

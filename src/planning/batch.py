@@ -1,7 +1,7 @@
 """How a step's sequences are divided over data ranks and passes: global_batch = micro_batch * data ranks * passes."""
 
 from src.distributed.pipeline import stages
-from src.models.base import divisors
+from src.errors import divisors
 from src.run import Run
 
 MOST = 4  # sequences of a pass, where the config leaves their number to the plan

@@ -207,13 +207,6 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
     found += degrees.problems(
         flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=_has_gpu(run, devices)
     )
-    dense = (weight for weight in run.model.weights() if not weight.experts)  # of experts the model's problems tell
-    rows, name = min((weight.gathered_shape(degrees)[0], weight.name) for weight in dense)
-    if degrees.fsdp > rows:
-        found.append(
-            f"parallel.shard={degrees.shard} leaves ranks without a row of {name}, which has {rows} to share; "
-            f"at most {rows // degrees.context} shards, more ranks as parallel.replicate"
-        )
     shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)
     if devices is not None and devices.count is not None and degrees.world > devices.count:
         found.append(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Sections that say what the weights are and what they were trained on.
 INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")
-AUTO = "src.models.auto.Auto"
+AUTO = "src.models.families.Auto"
 TOKENIZER = "src.data.tokenizer.File"
 BYTES = "src.data.tokenizer.Bytes"
 
@@ -99,8 +99,8 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
     merged = ours | there | {"max_seq_len": ours["max_seq_len"] or there["max_seq_len"]}
     if isinstance(mixture := there.get("moe"), dict):
         merged["moe"] = ours["moe"] | mixture
-    else:
-        merged.pop("moe")
+    elif "moe" not in there:
+        merged.pop("moe")  # a family without experts has no such key; a dense model of one that has may say null
     model = _overlaid("model", merged, tree, typed)
     print(f"model=auto: {folder / 'config.json'}", file=sys.stderr)
     print(*(f"  {key}: {value}" for key, value in model.items()), sep="\n", file=sys.stderr)

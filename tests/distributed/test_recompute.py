@@ -83,7 +83,7 @@ def test_what_runs_again(option: str, matmuls: int, attentions: int) -> None:
     """A block has seven matrices: wq wk wv wo w1 w3 w2. Every second result is computed again: wk, wo, w3."""
     block, x, rotary = block_of(tiny_llama(), option)
     with Operators() as forward:
-        result = block(x, rotary, None)
+        result, _ = block(x, rotary, None)
     with Operators() as backward:
         result.sum().backward()
     assert (forward.counts["mm"], forward.counts[ATTENTION]) == (7, 1)
@@ -144,7 +144,7 @@ def test_a_selective_block_keeps_what_is_planned() -> None:
     block, x, rotary = block_of(config, "selective")
     planned = config.saved_by_block(Slice(tokens=2 * 96, tensor=1, element_bytes=4, compiled=False)).selective
     before = live_bytes()
-    result = block(x, rotary, None)
+    result, _ = block(x, rotary, None)
     kept = live_bytes() - before - result.untyped_storage().nbytes() + x.untyped_storage().nbytes()
     assert kept == planned + RANDOM_STATE_BYTES
 
@@ -161,7 +161,7 @@ def partitioned_bytes(block: nn.Module, x: Tensor, rotary: Tensor, compiler: Any
 
     forward = torch.compile(block.forward, fullgraph=True, backend=compiler)
     with torch.autograd.graph.saved_tensors_hooks(keep_one, lambda tensor: tensor):
-        result = forward(x, rotary, None)
+        result, _ = forward(x, rotary, None)
     result.sum().backward()
     return sum(size for pointer, size in kept.items() if pointer not in known)
 

@@ -62,12 +62,28 @@ DEEPSEEK: dict[str, Any] = {
     "max_position_embeddings": 128,
     "rope_parameters": YARN,
 }
+QWEN: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,  # 4 heads of 24 are not 64
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+QWEN_MOE = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "norm_topk_prob": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
     "llama-bytes": ("Llama", LLAMA | {"vocab_size": 258}),
     "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
     "llama-scaled": ("Llama", LLAMA | {"rope_parameters": SCALED}),
     "llama-wide-heads": ("Llama", LLAMA | {"head_dim": 16, "intermediate_size": 200}),
+    "qwen3": ("Qwen3", QWEN),
+    "qwen3-tied": ("Qwen3", QWEN | {"tie_word_embeddings": True}),
+    "qwen3-moe": ("Qwen3Moe", QWEN | QWEN_MOE),
+    "qwen3-moe-unnormalised": ("Qwen3Moe", QWEN | QWEN_MOE | {"norm_topk_prob": False}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK | {"num_mtp_layers": 0}),
     "deepseek-v2": ("DeepseekV2", DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0}),
     "deepseek-v2-lite": ("DeepseekV2", DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None}),
@@ -98,7 +114,7 @@ def config_of(folder: Path, **changes: Any) -> ModelConfig:
     """The model that the folder's config.json says."""
     section, _ = model_section(folder)
     rest: dict[str, Any] = {"attention": "sdpa", "mask": "causal", "fixed_block": None}
-    if "moe" in section:
+    if section.get("moe") is not None:
         mixture = {"balance_rate": 1e-3, "unbalanced_layers": [], "forced_balance": False}
         section["moe"] = mixture | section["moe"]  # type: ignore[operator]
     top = {"name": "x", "seed": 0, "root": "runs", "folder": None, "dry_run": True}

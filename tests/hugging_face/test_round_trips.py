@@ -53,11 +53,13 @@ SMALL = {"n_layers": 2, "vocab_size": 500}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama3_debug", {**SMALL, "n_kv_heads": 4}),
     "llama3-tied": ("llama3_debug", {**SMALL, "tied_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe_debug", {**SMALL, "head_dim": 48}),
     "deepseek_v3": ("deepseek_v3_debug", {**SMALL, "q_lora_rank": 72, "dim": 136, "ffn_dim": 200}),
 }
 ON = {
     "llama3": ("single", "fsdp3", "tp2_fsdp2", "hsdp2x2", "pp2_fsdp2"),
     "llama3-tied": ("single", "tp2_fsdp2"),
+    "qwen3_moe": ("single", "fsdp3", "pp2_fsdp2", "tp2_fsdp2_ep2"),
     "deepseek_v3": ("single", "hsdp2x2", "pp2_fsdp2", "fsdp2_ep2", "fsdp4_ep2", "tp2_fsdp2", "tp2_fsdp2_ep2"),
 }
 FORM = Form(dtype="float32", fp8=False, biases=True, shard_bytes=2_000_000)
@@ -136,7 +138,9 @@ def test_the_index_tells_all_bytes(ranks: Ranks, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "deepseek-v3", "deepseek-v2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "llama-wide-heads", "deepseek-v3", "deepseek-v2", "qwen3-tied", "qwen3-moe"]
+)
 def test_what_transformers_wrote_comes_back_with_equal_keys_and_bits(name: str, tmp_path: Path, ranks: Ranks) -> None:
     saved(name, tmp_path / "theirs")
     ranks(2, rewrite, tmp_path, name)
@@ -151,7 +155,7 @@ def rewrite(folder: Path, name: str) -> None:
     joined = Joined.join("cpu", 2, timeout_seconds=60.0)
     network = unfilled(make_run(model=config, parallel=degrees), joined, Mesh(degrees, "cpu"))
     load(folder / "theirs", network.tensors(), config)
-    form = Form("float32", fp8=False, biases=name != "deepseek-v2", shard_bytes=10**9)
+    form = Form("float32", fp8=False, biases=name == "deepseek-v3", shard_bytes=10**9)
     parts = held(network.tensors())
     save(Team(), folder / "ours", parts, config, form, {}, largest, torch.device("cpu"))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.errors import divisors
 from src.models.accounting import HEAD_CHUNK_ROWS, Slice
-from src.models.base import divisors
 from src.models.cross_entropy import CHUNK_ROWS
 from src.models.llama3.config import Llama3Config
 from tests.distributed.layouts import degrees
@@ -39,6 +39,29 @@ def test_published_counts(
     )
     half = 6 * config.n_layers * config.n_heads * head_width * seq_len
     assert counts.flops_per_token - counts.flops_per_token_causal == half
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "active", "billions", "without_embeddings"),
+    [
+        ("qwen3_0_6b", 596_049_920, 596_049_920, 0.6, 0.44),
+        ("qwen3_8b", 8_190_735_360, 8_190_735_360, 8.2, 6.95),
+        ("qwen3_30b_a3b", 30_532_122_624, 3_353_032_704, 30.5, 29.9),
+    ],
+)
+def test_published_counts_of_qwen3(
+    preset: str, parameters: int, active: int, billions: float, without_embeddings: float
+) -> None:
+    """The last two are the model cards': all, and all but embedding and head."""
+    config = section("model", preset)
+    counts = config.counts(32768)
+    assert (counts.parameters, counts.active) == (parameters, active)
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    outside = counts.embedding * (1 if config.tied else 2)
+    assert (parameters - outside) / 1e9 == pytest.approx(without_embeddings, rel=0.005)
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * 32768
+    used = active - (0 if config.tied else counts.embedding)
+    assert counts.flops_per_token == 6 * used + attention
 
 
 def test_a_tied_matrix_counts_once_and_multiplies_once() -> None:

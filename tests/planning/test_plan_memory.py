@@ -212,7 +212,7 @@ def _kept_by_split_block(config: Any) -> int:
 
     forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager_decomp_partition")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward(x, model.rotary, None)
+        result, _ = forward(x, model.rotary, None)
     assert result.shape == x.shape
     return sum(size for pointer, size in kept.items() if pointer not in known)
 

@@ -137,7 +137,7 @@ def split_tensor(
     """
     if mesh is None:
         return
-    roles = {name: role for pattern, role in model.roles.items() for name in _modules(model, pattern)}
+    roles = {name: role for pattern, role in model.config.roles.items() for name in _modules(model, pattern)}
     plan = {name: _style(role, divided_tokens) for name, role in roles.items()}
     if float8:
         from src.distributed.tensor.float8_styles import float8_styles

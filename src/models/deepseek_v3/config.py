@@ -1,15 +1,27 @@
 """The shape of a DeepSeek-V3, or of a V2: conf/model/deepseek_v3_*.yaml hold the numbers."""
 
+from collections.abc import Mapping
 from math import log, sqrt
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
-from src.models.accounting import Saved, Slice, Weight
-from src.models.base import Layout, ModelConfig, divisors
-from src.models.deepseek_v3.saved import saved_by_block
+from src.models.accounting import (
+    STATISTIC_BYTES,
+    Saved,
+    Slice,
+    Weight,
+    around_blocks,
+    core_bytes,
+    norm_bytes,
+    product_bytes,
+    swiglu,
+    swiglu_bytes,
+)
+from src.models.base import ModelConfig
 from src.models.moe.config import MixtureOfExperts, aligned
+from src.models.moe.saved import ends_bytes, mixture_bytes, router_width, selective_bytes, working_elements
 
 if TYPE_CHECKING:
     from src.models.deepseek_v3.model import DeepseekV3
@@ -42,6 +54,32 @@ class DeepseekV3Config(ModelConfig):
     """Every number of a DeepSeek-V3; `build` makes the module."""
 
     family: ClassVar[str] = "deepseek_v3"
+    roles: ClassVar[Mapping[str, str]] = {
+        "tok_embeddings": "embedding",
+        "layers.*.attention_norm": "sequence",
+        "layers.*.attention": "together",
+        "layers.*.attention.wq": "outputs",
+        "layers.*.attention.wq_a": "alike",
+        "layers.*.attention.q_norm": "alike",
+        "layers.*.attention.wq_b": "outputs",
+        "layers.*.attention.wkv_a": "alike",
+        "layers.*.attention.kv_norm": "alike",
+        "layers.*.attention.wkv_b": "outputs",
+        "layers.*.attention.wo": "inputs",
+        "layers.*.ffn_norm": "sequence",
+        "layers.*.feed_forward": "together",
+        "layers.*.feed_forward.w1": "outputs",
+        "layers.*.feed_forward.w3": "outputs",
+        "layers.*.feed_forward.w2": "inputs",
+        "layers.*.moe": "mixture",
+        "layers.*.moe.router.gate": "alike",
+        "layers.*.moe.shared_experts": "shared",
+        "layers.*.moe.shared_experts.w1": "outputs",
+        "layers.*.moe.shared_experts.w3": "outputs",
+        "layers.*.moe.shared_experts.w2": "shared inputs",
+        "norm": "sequence",
+        "output": "vocabulary",
+    }
 
     ffn_dim: PositiveInt
     n_dense_layers: NonNegativeInt
@@ -52,7 +90,6 @@ class DeepseekV3Config(ModelConfig):
     v_head_dim: PositiveInt
     rope_theta: PositiveFloat
     rope_scaling: Yarn | None
-    norm_eps: PositiveFloat
     moe: MixtureOfExperts
 
     @field_validator("dim")
@@ -104,24 +141,15 @@ class DeepseekV3Config(ModelConfig):
         return DeepseekV3(self)
 
     def weights(self) -> tuple[Weight, ...]:
-        embedding = Weight(
-            "tok_embeddings.weight",
-            (self.vocab_size, self.dim),
-            unit="embedding",
-            tensor_dim=0,
-            embedding=True,
-            multiplications=0,
-        )
-        blocks = tuple(weight for layer in range(self.n_layers) for weight in self._block(layer))
-        head = Weight("output.weight", (self.vocab_size, self.dim), unit="head", tensor_dim=0)
-        return (embedding, *blocks, Weight("norm.weight", (self.dim,), unit="head"), head)
+        first, last = around_blocks(self.vocab_size, self.dim, tied=self.tied)
+        return (first, *(weight for layer in range(self.n_layers) for weight in self._block(layer)), *last)
 
     def _block(self, layer: int) -> tuple[Weight, ...]:
         unit = f"layers.{layer}"
         norms = tuple(Weight(f"{unit}.{name}.weight", (self.dim,), unit) for name in ("attention_norm", "ffn_norm"))
         if layer < self.n_dense_layers:
-            return (*norms, *self._attention(unit), *self._swiglu(unit, "feed_forward", self.ffn_dim))
-        return (*norms, *self._attention(unit), *self._experts(unit))
+            return (*norms, *self._attention(unit), *swiglu(unit, "feed_forward", self.dim, self.ffn_dim))
+        return (*norms, *self._attention(unit), *self.moe.weights(unit, self.dim))
 
     def _attention(self, unit: str) -> tuple[Weight, ...]:
         queries, keys = self.n_heads * self.qk_head_dim, self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -140,26 +168,6 @@ class DeepseekV3Config(ModelConfig):
             Weight(f"{unit}.attention.wo.weight", result, unit, tensor_dim=1),
         )
 
-    def _swiglu(self, unit: str, name: str, hidden: int) -> tuple[Weight, ...]:
-        return (
-            Weight(f"{unit}.{name}.w1.weight", (hidden, self.dim), unit, tensor_dim=0),
-            Weight(f"{unit}.{name}.w2.weight", (self.dim, hidden), unit, tensor_dim=1),
-            Weight(f"{unit}.{name}.w3.weight", (hidden, self.dim), unit, tensor_dim=0),
-        )
-
-    def _experts(self, unit: str) -> tuple[Weight, ...]:
-        moe = self.moe
-        share = moe.top_k / moe.n_experts
-        up, down = (moe.n_experts, moe.hidden_dim, self.dim), (moe.n_experts, self.dim, moe.hidden_dim)
-        shared = self._swiglu(unit, "moe.shared_experts", moe.shared_dim) if moe.n_shared else ()
-        return (
-            Weight(f"{unit}.moe.router.gate.weight", (moe.n_experts, self.dim), unit),
-            Weight(f"{unit}.moe.experts.w1", up, unit, tensor_dim=1, active=share, experts=True),
-            Weight(f"{unit}.moe.experts.w2", down, unit, tensor_dim=2, active=share, experts=True),
-            Weight(f"{unit}.moe.experts.w3", up, unit, tensor_dim=1, active=share, experts=True),
-            *shared,
-        )
-
     @property
     def head_widths(self) -> tuple[int, int]:
         return self.qk_head_dim, self.v_head_dim
@@ -168,22 +176,54 @@ class DeepseekV3Config(ModelConfig):
     def mixture(self) -> MixtureOfExperts:
         return self.moe
 
+    def cut_by_tensor(self) -> dict[str, int]:
+        sizes = {"n_heads": self.n_heads, "vocab_size": self.vocab_size, "ffn_dim": self.ffn_dim}
+        return sizes | ({"moe.n_shared * model.moe.hidden_dim": self.moe.shared_dim} if self.moe.n_shared else {})
+
     def saved_by_block(self, cut: Slice) -> Saved:
-        return saved_by_block(self, cut)
+        """The mean over dense blocks and those with experts, right when times n_layers; `working`: the larger one's."""
+        dense, experts, moe = self.n_dense_layers, self.n_layers - self.n_dense_layers, self.moe
+        element, attention = cut.element_bytes, self._attention_bytes(cut) + norm_bytes(self.dim, cut)
+        first = element * self.dim / cut.tensor  # the block's input
+        once = ends_bytes(moe) * experts // self.n_layers
 
-    def warnings(self) -> list[str]:
-        if not self.moe.forced_balance:
-            return []
-        return [
-            "model.moe.forced_balance=true: experts in turn, not the best ones; its figures are of no real training"
-        ]
+        def mean(of_dense: float, of_experts: float) -> int:
+            return int(cut.tokens * (first + (dense * of_dense + experts * of_experts) / self.n_layers))
 
-    def problems(self, layout: Layout) -> list[str]:
-        cut = {"n_heads": self.n_heads, "vocab_size": self.vocab_size, "ffn_dim": self.ffn_dim}
-        cut |= {"moe.n_shared * model.moe.hidden_dim": self.moe.shared_dim} if self.moe.n_shared else {}
-        indivisible = [
-            f"parallel.tensor={layout.tensor} does not divide model.{key}={size} ({divisors(size, layout.tensor)})"
-            for key, size in cut.items()
-            if size % layout.tensor
-        ]
-        return [*indivisible, *self.moe.problems(layout, self.dim)]
+        feed_forward = element * self.dim + swiglu_bytes(self.ffn_dim / cut.tensor, cut)
+        working = max(
+            dense and 3 * self.ffn_dim / cut.tensor,  # gradients of w1 x, w3 x and their product
+            experts and working_elements(moe, self.dim, cut),
+        )
+        return Saved(
+            whole=mean(attention + feed_forward, attention + mixture_bytes(moe, self.dim, cut)) + once,
+            input=mean(0, 0),
+            selective=mean(self._selective(cut, dense=True), self._selective(cut, dense=False)),
+            working=int(cut.tokens * (working + 2 * self.dim) * element),
+        )
+
+    def _attention_bytes(self, cut: Slice) -> float:
+        """Of a token: norm, latents and what the norms make of them, rotated q and k, v, the result."""
+        heads, rank = self.n_heads, self.q_lora_rank or 0
+        # v is a part of wkv_b's result and keeps it alive; the latent is a part of wkv_a's.
+        latents = 2 * self.kv_lora_rank + self.qk_rope_head_dim + 2 * rank
+        wide = 2 * self.qk_head_dim + (self.qk_nope_head_dim + self.v_head_dim) + self.v_head_dim
+        # One log sum exp for a head, and 1/rms for each norm.
+        statistics = (heads + 1) / cut.tensor + (2 if rank else 1)
+        return cut.element_bytes * (self.dim + latents + heads * wide / cut.tensor) + STATISTIC_BYTES * statistics
+
+    def _selective(self, cut: Slice, *, dense: bool) -> float:
+        """Of a token: every second plain matrix product, those of routed experts, attention's result, the routing."""
+        moe, tensor = self.moe, cut.tensor
+        queries, keys = self.n_heads * self.qk_head_dim, self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        widths = [queries / tensor] if self.q_lora_rank is None else [self.q_lora_rank, queries / tensor]
+        widths += [self.kv_lora_rank + self.qk_rope_head_dim, keys / tensor, self.dim]
+        last: float | None = self.dim
+        if dense:
+            widths += [self.ffn_dim / tensor, self.ffn_dim / tensor]
+        else:
+            widths += [router_width(moe, cut)]
+            widths += [moe.shared_dim / tensor, moe.shared_dim / tensor] if moe.n_shared else []
+            last = self.dim if moe.n_shared else None
+        core = core_bytes(self.n_heads, self.v_head_dim, cut)
+        return product_bytes(widths, last, cut) + core + (0 if dense else selective_bytes(moe, self.dim, cut))

@@ -5,14 +5,13 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.deepseek_v3.config import DeepseekV3Config
-from src.models.stored import Facts, Stored, by_block
+from src.models.stored import MATRIX, Facts, Stored, by_block, experts, router_bias
 
 MODEL_TYPES = {"sigmoid": "deepseek_v3", "softmax": "deepseek_v2"}
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 # transformers and the released code give the two norms inside of attention this, whatever rms_norm_eps says.
 NORM_EPS = 1e-6
 
-MATRIX = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 IN_BLOCK = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wq_a.weight": "self_attn.q_a_proj.weight",
@@ -28,26 +27,20 @@ IN_BLOCK = {
     **{f"feed_forward.{here}.weight": f"mlp.{there}.weight" for here, there in MATRIX.items()},
     **{f"moe.shared_experts.{here}.weight": f"mlp.shared_experts.{there}.weight" for here, there in MATRIX.items()},
 }
-EXPERTS = "moe.experts."
 
 
 def stored(config: DeepseekV3Config) -> Iterator[Stored]:
     """Every tensor of the model: the parameters, and the biases of the routers."""
     yield from by_block(config.weights(), _inside)
-    for layer in map(str, range(config.n_dense_layers, config.n_layers)):
-        key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
-        # A router with sigmoid scores always has it there, one with softmax scores never.
-        absent = config.moe.score == "softmax"
-        name = f"layers.{layer}.moe.expert_bias"
-        yield Stored(name, (config.moe.n_experts,), (key,), optional=absent, precise=True)
+    # A router with sigmoid scores always has them there, one with softmax scores never.
+    absent = config.moe.score == "softmax"
+    for layer in range(config.n_dense_layers, config.n_layers):
+        yield router_bias(layer, config.moe.n_experts, optional=absent)
 
 
 def _inside(weight: Weight, block: str, inner: str) -> Stored:
-    """A tensor of a block; of the routed experts one key for each."""
-    if inner.startswith(EXPERTS):
-        matrix = MATRIX[inner.removeprefix(EXPERTS)]
-        keys = tuple(f"{block}.mlp.experts.{expert}.{matrix}.weight" for expert in range(weight.shape[0]))
-        return Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
+    if weight.experts:
+        return experts(weight, block, inner)
     linear = len(weight.shape) == 2 and inner != "moe.router.gate.weight"
     return Stored(weight.name, weight.shape, (f"{block}.{IN_BLOCK[inner]}",), linear=linear)
 

@@ -1,13 +1,15 @@
 """The shape of a Llama 3: conf/model/llama3_*.yaml hold the numbers."""
 
+from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
-from src.models.accounting import Saved, Slice, Weight
-from src.models.base import Layout, ModelConfig, divisors
+from src.errors import divisors
+from src.models.accounting import Saved, Slice, Weight, around_blocks
+from src.models.base import ModelConfig
 
 if TYPE_CHECKING:
     from src.models.llama3.model import Llama3
@@ -34,6 +36,22 @@ class Llama3Config(ModelConfig):
     """Every number of a Llama 3; `build` makes the module."""
 
     family: ClassVar[str] = "llama3"
+    roles: ClassVar[Mapping[str, str]] = {
+        "tok_embeddings": "embedding",
+        "layers.*.attention_norm": "sequence",
+        "layers.*.attention": "gather",
+        "layers.*.attention.wq": "columns",
+        "layers.*.attention.wk": "columns",
+        "layers.*.attention.wv": "columns",
+        "layers.*.attention.wo": "rows",
+        "layers.*.ffn_norm": "sequence",
+        "layers.*.feed_forward": "gather",
+        "layers.*.feed_forward.w1": "columns",
+        "layers.*.feed_forward.w3": "columns",
+        "layers.*.feed_forward.w2": "rows",
+        "norm": "sequence",
+        "output": "vocabulary",
+    }
 
     n_kv_heads: PositiveInt
     head_dim: PositiveInt | None
@@ -41,7 +59,6 @@ class Llama3Config(ModelConfig):
     multiple_of: PositiveInt
     rope_theta: PositiveFloat
     rope_scaling: RopeScaling | None
-    norm_eps: PositiveFloat
     tied_embeddings: bool
     depth_init: bool
 
@@ -70,6 +87,10 @@ class Llama3Config(ModelConfig):
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
+    def tied(self) -> bool:
+        return self.tied_embeddings
+
+    @property
     def kv_heads(self) -> int:
         return self.n_kv_heads
 
@@ -87,20 +108,8 @@ class Llama3Config(ModelConfig):
         return Llama3(self)
 
     def weights(self) -> tuple[Weight, ...]:
-        embedding = Weight(
-            "tok_embeddings.weight",
-            (self.vocab_size, self.dim),
-            unit="embedding",
-            tensor_dim=0,
-            embedding=True,
-            multiplications=1 if self.tied_embeddings else 0,  # tied: the same matrix is also the head
-        )
-        blocks = tuple(weight for layer in range(self.n_layers) for weight in self._block(layer))
-        last = "embedding" if self.tied_embeddings else "head"  # one unit owns a shared matrix and all that uses it
-        head = [Weight("norm.weight", (self.dim,), unit=last)]
-        if not self.tied_embeddings:
-            head.append(Weight("output.weight", (self.vocab_size, self.dim), unit=last, tensor_dim=0))
-        return (embedding, *blocks, *head)
+        first, last = around_blocks(self.vocab_size, self.dim, tied=self.tied)
+        return (first, *(weight for layer in range(self.n_layers) for weight in self._block(layer)), *last)
 
     def _block(self, layer: int) -> tuple[Weight, ...]:
         unit = f"layers.{layer}"
@@ -158,23 +167,6 @@ class Llama3Config(ModelConfig):
             elements += self.dim + scattered
         return elements * cut.element_bytes + 4 * self.n_heads / cut.tensor
 
-    def problems(self, layout: Layout) -> list[str]:
-        found: list[str] = []
-        for key, value in {
-            "n_heads": self.n_heads,
-            "n_kv_heads": self.n_kv_heads,
-            "vocab_size": self.vocab_size,
-            "ffn_dim": self.ffn_dim,
-        }.items():
-            if value % layout.tensor:
-                legal = divisors(value, layout.tensor)
-                found.append(f"parallel.tensor={layout.tensor} does not divide model.{key}={value} ({legal})")
-        for axis in ("expert", "expert_tensor"):
-            if (degree := getattr(layout, axis)) > 1:
-                found.append(f"parallel.{axis}={degree}: {self.family} has no routed experts; pass parallel.{axis}=1")
-        if self.tied_embeddings and layout.pipeline > 1:
-            found.append(
-                f"parallel.pipeline={layout.pipeline} would part model.tied_embeddings=true over two stages; "
-                "pass parallel.pipeline=1"
-            )
-        return found
+    def cut_by_tensor(self) -> dict[str, int]:
+        sizes = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "vocab_size": self.vocab_size}
+        return sizes | {"ffn_dim": self.ffn_dim}

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationInfo, field_validator
 
 from src.config.base import Config
-from src.models.accounting import Grid
-from src.models.base import divisors
+from src.errors import divisors
+from src.models.accounting import Grid, Weight, swiglu
 
 # The grouped matrix product reads 16 bytes at a time: 8 numbers of bf16.
 WIDTH_MULTIPLE = 8
@@ -66,6 +66,26 @@ class MixtureOfExperts(Config):
         if group_score == "top2sum" and n_experts and groups and groups > 1 and n_experts // groups < 2:
             raise ValueError(f"top2sum needs two experts in each of groups={groups}; group_score=max does with one")
         return group_score
+
+    def weights(self, unit: str, dim: int) -> tuple[Weight, ...]:
+        """Parameters of the mixture in block `unit`, between vectors of `dim` features."""
+        share = self.top_k / self.n_experts
+        up, down = (self.n_experts, self.hidden_dim, dim), (self.n_experts, dim, self.hidden_dim)
+        return (
+            Weight(f"{unit}.moe.router.gate.weight", (self.n_experts, dim), unit),
+            Weight(f"{unit}.moe.experts.w1", up, unit, tensor_dim=1, active=share, experts=True),
+            Weight(f"{unit}.moe.experts.w2", down, unit, tensor_dim=2, active=share, experts=True),
+            Weight(f"{unit}.moe.experts.w3", up, unit, tensor_dim=1, active=share, experts=True),
+            *(swiglu(unit, "moe.shared_experts", dim, self.shared_dim) if self.n_shared else ()),
+        )
+
+    def warnings(self) -> list[str]:
+        """What a reader of this run's figures must know."""
+        if not self.forced_balance:
+            return []
+        return [
+            "model.moe.forced_balance=true: experts in turn, not the best ones; its figures are of no real training"
+        ]
 
     def problems(self, grid: Grid, dim: int) -> list[str]:
         """Why experts between vectors of `dim` features cannot lie on these ranks."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from src.models.feed_forward import FeedForward
+from src.models.block import FeedForward
 from src.models.moe.config import MixtureOfExperts
 from src.models.moe.experts import Experts
 from src.models.moe.router import Router, Routing
