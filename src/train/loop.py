@@ -26,7 +26,7 @@ from src.train.expert_load import expert_load
 from src.train.exports import Exports
 from src.train.report import Report
 from src.train.setup import Training
-from src.train.step import Outcome, Readback
+from src.train.step import Readback, StepOutcome
 from src.train.stop import Stop
 from src.train.validate import validate
 
@@ -140,7 +140,7 @@ class Loop:
         for act in self.training.stepper.after_update:  # weights are new
             act()
 
-    def _step(self, batches: list[Batch]) -> list[Outcome]:
+    def _step(self, batches: list[Batch]) -> list[StepOutcome]:
         state = self.training.state
         scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, self.plan.steps))
         outcome = self.training.stepper(batches, stop=self.stop.seen is not None)
@@ -165,7 +165,7 @@ class Loop:
     def _learning_rate(self, step: int) -> float:
         return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)
 
-    def _take(self, outcomes: list[Outcome]) -> None:
+    def _take(self, outcomes: list[StepOutcome]) -> None:
         """Learn what steps did; every rank learns the same at the same step, so all take the same branch."""
         for outcome in outcomes:
             self._last = outcome
@@ -174,7 +174,7 @@ class Loop:
             if outcome.skipped:
                 self._not_finite(outcome)
 
-    def _not_finite(self, outcome: Outcome) -> None:
+    def _not_finite(self, outcome: StepOutcome) -> None:
         # An initial checkpoint may have had another global batch: count back from here.
         state = self.training.state
         first = state.position - (state.step - outcome.step + 1) * self.plan.sequences_per_step
@@ -222,8 +222,7 @@ class Loop:
 
     def _record(self, step: int) -> None:
         values = {
-            "loss": self._last.loss,
-            "grad_norm": self._last.grad_norm,
+            **self._last.metrics,
             "lr": self._learning_rate(step - 1),
             "tokens": float(self.training.state.tokens),
             **self.throughput.report(),

@@ -7,7 +7,7 @@ from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.incidents import write_incident
 from src.metrics.trackers.config import Log, Status
-from src.train.step import Outcome
+from src.train.step import StepOutcome
 
 
 class Report:
@@ -55,7 +55,7 @@ class Report:
         if self._console is not None:
             self._console.say(text)
 
-    def incident(self, outcome: Outcome, decision: str, samples: Iterable[int]) -> None:
+    def incident(self, outcome: StepOutcome, decision: str, samples: Iterable[int]) -> None:
         """One line of incidents.jsonl: a step that was not finite."""
         if self._log is not None:
             write_incident(

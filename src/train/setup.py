@@ -15,6 +15,7 @@ from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.peers import Peers
 from src.models.decoder import Decoder
 from src.run import Run
+from src.train import step_metrics
 from src.train.state import TrainState
 from src.train.step import Stepper
 
@@ -48,7 +49,7 @@ def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None, pe
     after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.parts]
     peers = peers or Peers()
     peers.watch(network, after_update)
-    stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update, peers)
+    stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update, peers, step_metrics.STEP_METRICS)
     return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed, peers), stepper)
 
 

@@ -1,6 +1,6 @@
 """One optimizer step, from micro-batches to updated weights, without a wait for the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,19 +13,30 @@ from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import Network
 from src.fault_tolerance.peers import Peers
 from src.models.cross_entropy import IGNORED
+from src.train.step_metrics import STEP_METRICS, AfterBackward, StepMetric
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What one step did, once the host knows."""
 
     step: int
-    loss: float  # nats per valid token of the whole step
-    grad_norm: float  # before clipping
+    metrics: dict[str, float]  # by the names of STEP_METRICS; loss in nats per valid token, grad_norm before clipping
     tokens: int  # valid labels of the step
     skipped: bool  # loss or norm not finite: nothing was updated
     dead: bool  # too many skipped in a row: nothing will be updated any more
     stop: bool  # some rank saw a signal
+
+    @property
+    def loss(self) -> float:
+        return self.metrics["loss"]
+
+    @property
+    def grad_norm(self) -> float:
+        return self.metrics["grad_norm"]
+
+
+CONTROL = ("tokens", "skipped", "dead", "stop")  # what a step says of itself besides its metrics
 
 
 class Stepper:
@@ -44,36 +55,45 @@ class Stepper:
         skips: int,
         after_update: Sequence[Callable[[], None]] = (),
         peers: Peers | None = None,
+        metrics: Sequence[StepMetric] = STEP_METRICS,
     ) -> None:
         """`after_update`: what follows from new weights, in order; collective. `peers`: other groups of this run."""
         self.network, self.optimizer, self.max_norm, self.skips = network, optimizer, max_norm, skips
-        self.mesh, self.device = network.mesh, network.device
+        self.mesh, self.device, self.metrics = network.mesh, network.device, metrics
+        names = [metric.name for metric in metrics]
+        assert len({*names, *CONTROL}) == len(names) + len(CONTROL), f"a name twice: {names}, {CONTROL}"
         parameters = [parameter for _, parameter in network.named_parameters() if parameter.requires_grad]
         self.gradients = Gradients(parameters, self.mesh.world // self.mesh.degrees.pipeline)
         self.after_update, self.peers = after_update, peers or Peers()
         self.in_a_row = torch.zeros((), device=self.device)
         self.dead = torch.zeros((), device=self.device)
 
-    def __call__(self, batches: Sequence[Batch], stop: bool) -> Tensor:
-        """Collective. [loss, norm, tokens, skipped, dead, stop] on the device: see `Outcome`.
+    def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
+        """Collective. The metrics by name, and tokens, skipped, dead and stop: 0-dim, on the device; see `StepOutcome`.
 
         Nothing has changed where `peers.counted` is false afterwards.
         """
         tokens = self.peers.total(self._valid_tokens(batches))
         loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
-        counters = [counter for part in self.network.parts for counter in part.counters()]
-        self.peers.add([*self.gradients.local(), loss, *counters])
+        self.peers.add([*self.gradients.local(), loss, *self._counters()])
+        measured = self._measure(batches, loss, stop) | {"tokens": tokens}
+        if not self.peers.agree(_finite(measured)):
+            return self._discard(measured)
+        return self._update(measured)
+
+    def _measure(self, batches: Sequence[Batch], loss: Tensor, stop: bool) -> dict[str, Tensor]:
+        """Collective: all metrics and the votes to stop in one sum."""
+        now = AfterBackward(loss, self.gradients, self.network, batches)
         vote = torch.full((), float(stop), device=self.device)  # a tensor made from data would wait for the device
-        facts = torch.stack((self.gradients.squares().to(self.device), loss / self.mesh.loss_copies, vote))
-        squares, loss, votes = world_sum(facts).unbind()
-        norm = squares.sqrt()
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if not self.peers.agree(finite):
-            self._forget(counters)
-            return torch.stack((loss, norm, tokens.float(), torch.ones_like(loss), self.dead, votes)).double()
-        skipped = self._decide(finite)
+        *sums, votes = world_sum(torch.stack((*(metric.measure(now) for metric in self.metrics), vote))).unbind()
+        pairs = zip(self.metrics, sums, strict=True)
+        return {metric.name: metric.of_sum(total, self.mesh.world) for metric, total in pairs} | {"stop": votes}
+
+    def _update(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
+        skipped = self._decide(_finite(measured))
         if self.max_norm is not None:  # divided as the optimizer reads them: one pass over all gradients less
-            self.optimizer.grad_scale = self.gradients.excess(norm, self.max_norm)  # type: ignore[attr-defined]
+            excess = self.gradients.excess(measured["grad_norm"], self.max_norm)
+            self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
         still = torch.maximum(skipped, self.dead).to(self.gradients.device)  # where the optimizer works
         self.optimizer.found_inf = still  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -82,12 +102,19 @@ class Stepper:
             part.after_step(self.mesh.sum_over_tokens, 1.0 - torch.maximum(skipped, self.dead))
         for act in self.after_update:
             act()
-        return torch.stack((loss, norm, tokens.float(), skipped, self.dead, votes)).double()
+        return measured | {"skipped": skipped, "dead": self.dead}
 
-    def _forget(self, counters: Sequence[Tensor]) -> None:
+    def _discard(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As if the step had not been."""
+        counters = self._counters()
         self.optimizer.zero_grad()
         for counter in counters:
             counter.zero_()
+        return measured | {"skipped": torch.ones_like(self.dead), "dead": self.dead}
+
+    def _counters(self) -> list[Tensor]:
+        """What a model counts of its tokens until the update."""
+        return [counter for part in self.network.parts for counter in part.counters()]
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""
@@ -103,37 +130,43 @@ class Stepper:
         return skipped
 
 
+def _finite(measured: dict[str, Tensor]) -> Tensor:
+    return torch.isfinite(measured["loss"]) & torch.isfinite(measured["grad_norm"])
+
+
 class Readback:
     """Outcomes one step late: the copy of step n is read while step n + 1 runs, so the device never waits for the
     host.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+        self._waiting: list[tuple[int, tuple[str, ...], Tensor, torch.cuda.Event | None]] = []
 
-    def push(self, step: int, outcome: Tensor) -> list[Outcome]:
+    def push(self, step: int, outcome: Mapping[str, Tensor]) -> list[StepOutcome]:
         """Hand in a step's outcome; get those that can be read without a bubble (on the CPU: this one)."""
-        if not outcome.is_cuda:
-            return [_read(step, outcome)]
-        copy = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
-        copy.copy_(outcome, non_blocking=True)
+        names, values = tuple(outcome), torch.stack([value.double() for value in outcome.values()])
+        if not values.is_cuda:
+            return [_read(step, names, values)]
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        copy.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        ready, self._waiting = self._waiting, [(step, copy, event)]
+        ready, self._waiting = self._waiting, [(step, names, copy, event)]
         return [self._wait(*entry) for entry in ready]
 
-    def flush(self) -> list[Outcome]:
+    def flush(self) -> list[StepOutcome]:
         """All outstanding outcomes; waits for the device."""
         ready, self._waiting = self._waiting, []
         return [self._wait(*entry) for entry in ready]
 
     @staticmethod
-    def _wait(step: int, outcome: Tensor, event: "torch.cuda.Event | None") -> Outcome:
+    def _wait(step: int, names: tuple[str, ...], values: Tensor, event: "torch.cuda.Event | None") -> StepOutcome:
         if event is not None:
             event.synchronize()
-        return _read(step, outcome)
+        return _read(step, names, values)
 
 
-def _read(step: int, outcome: Tensor) -> Outcome:
-    loss, norm, tokens, skipped, dead, votes = outcome.tolist()
-    return Outcome(step, loss, norm, int(tokens), skipped > 0, dead > 0, votes > 0)
+def _read(step: int, names: tuple[str, ...], values: Tensor) -> StepOutcome:
+    told = dict(zip(names, values.tolist(), strict=True))
+    tokens, skipped, dead, stop = (told.pop(name) for name in CONTROL)
+    return StepOutcome(step, told, int(tokens), skipped > 0, dead > 0, stop > 0)

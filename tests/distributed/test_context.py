@@ -103,12 +103,12 @@ def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> di
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     documents, mesh = changes.get("mask") == "block_causal", network.mesh
     steps = [batch_of(config, step, documents=documents) for step in range(3)]
-    outcomes = [stepper([part(batch, mesh)], stop=False).tolist() for batch in steps]  # type: ignore[list-item]
+    outcomes = [stepper([part(batch, mesh)], stop=False) for batch in steps]  # type: ignore[list-item]
     held: Any = SimpleNamespace(validation=lambda _: iter([part(batch_of(config, 9, documents=documents), mesh)]))
     return {
-        "losses": [outcome[0] for outcome in outcomes],
-        "norms": [outcome[1] for outcome in outcomes],
-        "tokens": [outcome[2] for outcome in outcomes],
+        "losses": [outcome["loss"].item() for outcome in outcomes],
+        "norms": [outcome["grad_norm"].item() for outcome in outcomes],
+        "tokens": [outcome["tokens"].item() for outcome in outcomes],
         "weights": {name: whole(parameter) for name, parameter in network.named_parameters()},
         "validation": validate(network, held, 4, lambda: False),
         "sample": generate(network, [[5, 7, 11]], count=3, rule=Rule(0.0), seed=0, end=None, batch=1),

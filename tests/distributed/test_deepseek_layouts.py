@@ -31,8 +31,8 @@ def trained(layout: str, recompute: str = "none", steps: int = STEPS, poisoned: 
         if poisoned and step == steps - 1:
             stepper.gradients.squares = lambda: torch.tensor(float("inf"))  # type: ignore[method-assign]
         outcome = stepper(share(batch, network.mesh, micro_batches=2), stop=False)
-        losses.append(outcome[0].item())
-        norms.append(outcome[1].item())
+        losses.append(outcome["loss"].item())
+        norms.append(outcome["grad_norm"].item())
         with network.inference():
             network.loss(share(batch, network.mesh, micro_batches=2))
     left = [int(moe.tokens_per_expert.sum()) for part in network.parts for moe in part.mixtures()]

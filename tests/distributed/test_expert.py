@@ -267,7 +267,7 @@ def repeated(layout: str) -> list[float]:
         optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
         stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
         return [
-            stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 2), stop=False)[1].item()
+            stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 2), stop=False)["grad_norm"].item()
             for step in range(3)
         ]
     finally:

@@ -47,15 +47,15 @@ def trained(layout: str, recipe: str | None, gather: bool) -> dict[str, Any]:
     outcomes = []
     for step in range(STEPS):
         batch = share(rows(8, 16, config.vocab_size, seed=step), network.mesh, micro_batches=1)
-        outcomes.append(stepper(batch, stop=False).tolist())
+        outcomes.append(stepper(batch, stop=False))
     saved = network.tensors() | {
         f"{name}.{key}": value
         for name, state in optimizer_state(optimizer, network.named_parameters()).items()
         for key, value in state.items()
     }
     return {
-        "losses": [outcome[0] for outcome in outcomes],
-        "norms": [outcome[1] for outcome in outcomes],
+        "losses": [outcome["loss"].item() for outcome in outcomes],
+        "norms": [outcome["grad_norm"].item() for outcome in outcomes],
         "names": {name: tuple(tensor.shape) for name, tensor in saved.items()},
         "kinds": {(type(_local(tensor)).__name__, str(tensor.dtype)) for tensor in saved.values()},
         "converted": [name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"],

@@ -63,7 +63,7 @@ def losses(layout: str, how: str) -> list[float]:
     optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     batches = [share(rows(8, 16, CONFIG.vocab_size, seed=step), network.mesh, 1) for step in range(3)]
-    return [stepper(batch, stop=False)[0].item() for batch in batches]
+    return [stepper(batch, stop=False)["loss"].item() for batch in batches]
 
 
 def test_losses_are_close_to_those_of_bfloat16(ranks: Ranks) -> None:

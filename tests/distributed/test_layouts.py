@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from src.train.step import Stepper
+from src.train.step import Readback, Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import Ranks
@@ -31,8 +31,8 @@ def trained(layout: str, options: dict[str, Any], changes: dict[str, Any]) -> di
     for step in range(STEPS):
         batch = rows(8, 16, config.vocab_size, seed=step)
         outcome = stepper(share(batch, network.mesh, micro_batches=options.get("micro_batches", 2)), stop=False)
-        losses.append(outcome[0].item())
-        norms.append(outcome[1].item())
+        losses.append(outcome["loss"].item())
+        norms.append(outcome["grad_norm"].item())
     end = {name: whole(parameter) for name, parameter in network.named_parameters()}
     return {"losses": losses, "norms": norms, "start": start, "end": end, "names": set(network.tensors())}
 
@@ -99,10 +99,13 @@ def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
         gradients = stepper.gradients.squares
         factor = float("inf") if step in (1, 2) and torch.distributed.get_rank() == 0 else 1.0
         stepper.gradients.squares = partial(_times, gradients, factor)  # type: ignore[method-assign]
-        outcomes.append(stepper(share(rows(4, 16, config.vocab_size), network.mesh, 1), stop=step == 3).tolist())
+        (outcome,) = Readback().push(
+            step, stepper(share(rows(4, 16, config.vocab_size), network.mesh, 1), stop=step == 3)
+        )
+        outcomes.append((outcome.skipped, outcome.dead, outcome.stop))
         stepper.gradients.squares = gradients  # type: ignore[method-assign]
         same = all(torch.equal(before[name], whole(parameter)) for name, parameter in network.named_parameters())
-        kept = kept and same == (outcomes[-1][3] + outcomes[-1][4] > 0)
+        kept = kept and same == (outcome.skipped or outcome.dead)
     return outcomes, kept
 
 
@@ -110,6 +113,6 @@ def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
 def test_non_finite_step_updates_nothing_anywhere(ranks: Ranks, skips: int) -> None:
     for outcomes, kept in ranks(4, poisoned, "tp2_fsdp2", skips):
         assert kept
-        assert [outcome[3] for outcome in outcomes] == [0, 1, 1, 0]
-        assert [outcome[4] for outcome in outcomes] == ([0, 1, 1, 1] if skips == 0 else [0, 0, 0, 0])
-        assert [outcome[5] > 0 for outcome in outcomes] == [False, False, False, True]
+        assert [skipped for skipped, _, _ in outcomes] == [False, True, True, False]
+        assert [dead for _, dead, _ in outcomes] == ([False, True, True, True] if skips == 0 else [False] * 4)
+        assert [stop for _, _, stop in outcomes] == [False, False, False, True]

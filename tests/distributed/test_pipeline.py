@@ -35,10 +35,9 @@ def trained(layout: str, keys: dict[str, Any], others: dict[str, Any]) -> dict[s
         batches = share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 8 // network.mesh.data_ranks)
         if config.within_documents:
             batches = [with_documents(batch) for batch in batches]
-        loss, norm, tokens, *_ = stepper(batches, stop=False).tolist()
-        found["losses"].append(loss)
-        found["norms"].append(norm)
-        found["tokens"].append(tokens)
+        outcome = stepper(batches, stop=False)
+        for key, name in (("losses", "loss"), ("norms", "grad_norm"), ("tokens", "tokens")):
+            found[key].append(outcome[name].item())
     return found | {
         "weights": {name: whole(parameter) for name, parameter in network.named_parameters()},
         "held_out": held_out(network),

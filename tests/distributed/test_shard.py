@@ -51,12 +51,11 @@ def stepped(layout: str, precision: Precision, optim: AdamW) -> dict[str, Any]:
     for block in model.blocks():
         block.register_forward_hook(lambda *called: seen.add(called[-1].dtype))
     outcomes = [
-        stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 1), stop=False).tolist()
-        for step in range(3)
+        stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 1), stop=False) for step in range(3)
     ]
     return {
-        "losses": [outcome[0] for outcome in outcomes],
-        "norms": [outcome[1] for outcome in outcomes],
+        "losses": [outcome["loss"].item() for outcome in outcomes],
+        "norms": [outcome["grad_norm"].item() for outcome in outcomes],
         "activations": seen,
         "parameters": {parameter.dtype for _, parameter in network.named_parameters()},
         "moments": {state["exp_avg"].dtype for state in optimizer.state.values()},
@@ -226,7 +225,7 @@ def test_weights_rest_in_the_host_and_compute_on_the_gpu() -> None:
             assert {parameter.device.type for parameter in model.parameters()} == {"cpu" if offload else "cuda"}
             optimizer = adamw().build(model.named_parameters(), torch.device("cuda"))
             stepper = Stepper(Whole([model], mesh, torch.device("cuda")), optimizer, max_norm=1.0, skips=0)
-            runs.append([stepper([rows(4, 16, config.vocab_size)], stop=False)[0].item() for _ in range(3)])
+            runs.append([stepper([rows(4, 16, config.vocab_size)], stop=False)["loss"].item() for _ in range(3)])
         assert runs[0] == pytest.approx(runs[1], rel=1e-4)
     finally:
         dist.destroy_process_group()

@@ -161,7 +161,7 @@ class ByHand:
         mine = range(rank * each, (rank + 1) * each)
         batches = self.batches.step((step - 1) * self.plan.sequences_per_step, mine)
         scale_learning_rates(training.state.optimizer, self.run.schedule.multiplier(step - 1, self.run.task.steps))
-        self.lives[group].losses.append(training.stepper(batches, stop=False)[0].item())
+        self.lives[group].losses.append(training.stepper(batches, stop=False)["loss"].item())
 
 
 def within(step: int, away: tuple[int, int] | None) -> bool:

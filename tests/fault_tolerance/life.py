@@ -86,14 +86,14 @@ class Life:
         self.note(end=state.step, position=state.position, tokens=state.tokens, weights=weights)
         return finished
 
-    def step_of(self, stepper: Stepper, batches: Any, stop: bool) -> Tensor:
+    def step_of(self, stepper: Stepper, batches: Any, stop: bool) -> dict[str, Tensor]:
         quorum = stepper.peers._quorum.id  # type: ignore[attr-defined]
         self.note(quorum=quorum, offered=[sample for batch in batches for sample in batch.samples], step=self.step)
         backward = stepper.network.backward
         with patch.object(stepper.network, "backward", lambda *args: backward(*args) + self._befall()):
             outcome = self._compute(stepper, batches, stop)
         if stepper.peers.counted:
-            self.note(quorum=quorum, counted=self.step, loss=outcome[0].item())
+            self.note(quorum=quorum, counted=self.step, loss=outcome["loss"].item())
         return outcome
 
     def fetch(self, members: Membership, answer: Any) -> Any:

@@ -162,8 +162,8 @@ def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
     held = training.network.named_parameters
     with _first_gradients(training, lambda: _measure(names, held(), run.seed, ranks.device)) as measured:
         for _ in range(task.steps):
-            outcomes.append(training.stepper(batches, stop=False).tolist())
-    losses, grad_norms = [outcome[0] for outcome in outcomes], [outcome[1] for outcome in outcomes]
+            outcomes.append(training.stepper(batches, stop=False))
+    losses, grad_norms = ([float(outcome[name]) for outcome in outcomes] for name in ("loss", "grad_norm"))
     return Trace(losses, grad_norms, _read(names, world_sum(measured[0])))
 
 
