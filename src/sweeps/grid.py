@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from src.config.base import Config
-from src.config.tree import Tree, identity
+from src.config.tree import Tree, difference, identity
 from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
 from src.launch.start import checked, prepare, start
@@ -77,9 +77,24 @@ def sweep(given: "Sequence[tuple[Tree, Run, dict[str, str]]]", argv: Sequence[st
     """
     if joined():
         raise PlanError("a sweep starts its own ranks, one point after the other; leave the outer launcher out")
+    if same := one_run([tree for tree, _, _ in given]):
+        print(f"note: {same}", file=sys.stderr)
     run = given[0][1]
     ledger = Ledger.make(run.root / SWEEPS / title([tree for tree, _, _ in given]), argv, {})
     return enter(ledger, given)
+
+
+def one_run(trees: Sequence[Tree]) -> str | None:
+    """A line where points differ in keys that decide no number, and so are one run."""
+    first: dict[str, Tree] = {}
+    lines = [line for tree in trees for line in difference(first.setdefault(identity(tree), tree), tree, steering=True)]
+    if not lines:
+        return None
+    keys = list(dict.fromkeys(line.partition(":")[0] for line in lines))
+    return (
+        f"{len(trees)} points are {len(first)} run{'s' * (len(first) > 1)}, each with the last value of "
+        f"{', '.join(keys)}, which decides no number; for runs of their own pass name=...-${{{keys[0]}}}"
+    )
 
 
 def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, dict[str, str]]]") -> int:

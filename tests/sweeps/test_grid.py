@@ -9,7 +9,7 @@ import pytest
 from src.config.compose import asked
 from src.config.tree import Tree, identity
 from src.errors import ConfigError
-from src.sweeps.grid import in_group, title
+from src.sweeps.grid import in_group, one_run, title
 
 
 def named(*names: str, chosen: str | None = None) -> list[Tree]:
@@ -65,3 +65,13 @@ def test_what_a_command_line_asks_for(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ConfigError, match=r"without hydra[.]mode: MULTIRUN"):
             asked([path, "experiment=half"])
         assert [point.tree["seed"] for point in asked(["-m", path, "experiment=half"]).points] == [1, 2]
+
+
+def test_points_that_differ_in_no_number_are_told_to_be_one_run() -> None:
+    points: list[Tree] = [{"seed": seed, "task": {"log_every": every}} for seed in (0, 1) for every in (5, 10)]
+    assert one_run(points) == (
+        "4 points are 2 runs, each with the last value of task.log_every, which decides no number; for runs of their "
+        "own pass name=...-${task.log_every}"
+    )
+    assert one_run([each | {"name": f"log-{each['task']['log_every']}"} for each in points]) is None
+    assert one_run([points[0], points[0], points[2]]) is None

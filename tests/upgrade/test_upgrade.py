@@ -82,7 +82,8 @@ def test_old_and_new_keys_find_the_run(run: str, tmp_path: Path, capsys: pytest.
     old = RUNS[run]["command"]
     pairs = [argument.partition("=") for argument in old]
     new = [f"{upgrades.renamed(key)}={value}" for key, _, value in pairs]
-    for argv in (old, new):
+    steered = [*new, "task.log_every=5", "checkpoint.keep=1", "checkpoint.trusted=true", "task.nonfinite=skip_step"]
+    for argv in (old, new, steered):
         tree = composed(*argv, f"root={tmp_path}")
         assert place(tmp_path, tree["name"], identity(tree)) == folder
     told = capsys.readouterr().err.splitlines()
