@@ -23,16 +23,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src.checkpoint.host_group import Team
+from src.checkpoint.host_group import HostGroup
 from src.distributed.mesh import Mesh
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.process.rank_context import RankContext, device_type
 from src.hugging_face.archive import INDEX
 from src.hugging_face.read import THREADS
 from src.hugging_face.save import Form, publish, save
 from src.hugging_face.write import Files, held
 from src.models.hugging_face import config_json, stored
 from src.train.resume import adopt
-from src.train.setup import unfilled
+from src.train.setup import build_uninitialized
 from tests.train.runs import changed, make_run, section
 
 PIECE = 16 * 2**20
@@ -103,11 +103,11 @@ def timed(act: Callable[[], object]) -> float:
 def measure(folder: Path, option: str) -> dict[str, float]:
     """Collective. What each rank does."""
     world = int(os.environ["WORLD_SIZE"])
-    joined = Ranks.join(device_type(), world, timeout_seconds=1800.0)
+    joined = RankContext.join(device_type(), world, timeout_seconds=1800.0)
     degrees = changed(section("parallel", "single"), shard=world)
     precision = section("precision", "bf16_full")  # weights rest in bfloat16, so a GPU holds an 8B alone
     run = make_run(model=section("model", option), parallel=degrees, precision=precision)
-    network, team = unfilled(run, joined, Mesh(degrees, joined.device.type)), Team()
+    network, team = build_uninitialized(run, joined, Mesh(degrees, joined.device.type)), HostGroup()
     made, out = folder / "made", folder / "out"
     mine = shares(made, joined.rank, world)
 

@@ -34,13 +34,13 @@ from src.config.build import build
 from src.config.groups import CONF, options
 from src.config.tree import resolve
 from src.distributed.pipeline.stages import SCHEDULES
-from src.distributed.process.rank_context import Ranks as Process
+from src.distributed.process.rank_context import RankContext as Process
 from src.errors import UserError
 from src.planning.plan import plan
 from src.run import Run
 from src.tasks.verify.config import Verify
 from src.tasks.verify.rank import certify
-from tests.ranks import RankError, Ranks
+from tests.ranks import RankError, RankPool
 from tests.train.runs import section
 
 HOME = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "recompute=selective": ("recompute=selective",),
     "compile=blocks": ("compile=blocks",),
     "document masks": ("model.attention=flex", "model.mask=block_causal", "data.document_masks=true"),
-    "tied embeddings": ("model.tied_embeddings=true",),
+    "tied embeddings": ("model.tie_word_embeddings=true",),
     "bf16": ("precision=bf16",),
     "float8": ("precision=fp8", "precision.float8.emulate=true"),
 }
@@ -178,7 +178,7 @@ def certified(run: Run) -> Cell:
     }
 
 
-def measured(ranks: Ranks, overrides: tuple[str, ...]) -> Cell:
+def measured(ranks: RankPool, overrides: tuple[str, ...]) -> Cell:
     """What became of one command line."""
     try:
         run = composed(*overrides)
@@ -319,7 +319,7 @@ def outdated() -> list[str]:
 def each_measured(names: set[str]) -> Iterator[tuple[str, Cell]]:
     """Cells with these names, told on stderr as they come."""
     todo = {name: overrides for name, overrides in wanted() if name in names}
-    ranks, began = Ranks(), time.monotonic()
+    ranks, began = RankPool(), time.monotonic()
     for number, (name, overrides) in enumerate(todo.items(), 1):
         cell = measured(ranks, overrides)
         passed = time.monotonic() - began

@@ -10,7 +10,7 @@ from src.data.config import Data
 from src.data.corpus import Corpus
 from src.data.tokenizer import TokenizerConfig
 from src.distributed.compile import Compile
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
 from src.errors import ConfigError
@@ -141,7 +141,7 @@ class Run:
 
     task: Task
     model: ModelConfig
-    parallel: Degrees
+    parallel: ParallelDims
     precision: Precision
     recompute: Recompute
     compile: Compile

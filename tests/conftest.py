@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import torch
 
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,8 +33,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks() -> Iterator[RankPool]:
     """`ranks(world, function, *args)`: see tests/ranks.py."""
-    pool = Ranks()
+    pool = RankPool()
     yield pool
     pool.close()

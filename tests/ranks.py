@@ -90,7 +90,7 @@ def _forget() -> None:
         gc.collect()
 
 
-class Ranks:
+class RankPool:
     """A pool that grows to the largest world asked for and lives as long as the test session."""
 
     def __init__(self) -> None:

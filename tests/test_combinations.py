@@ -31,7 +31,7 @@ REFUSED = {
     ),
     "experts that ranks cannot share": (
         f"{DEEPSEEK} parallel.expert=3 parallel.shard=3 task.global_batch=12",
-        "parallel.expert=3 does not divide model.moe.n_experts=8 (1, 2, 4 or 8 do)",
+        "parallel.expert=3 does not divide model.moe.num_experts=8 (1, 2, 4 or 8 do)",
     ),
     "experts cut otherwise than the rest": (
         f"{DEEPSEEK} parallel.expert=2 parallel.tensor=4 parallel.shard=2 parallel.expert_tensor=2",
@@ -89,8 +89,8 @@ REFUSED = {
         "(8 or 10 would do; or task.micro_batch: 1, 3 or 9 do)",
     ),
     "a head that is the embedding, on two stages": (
-        "parallel=pp2 model.tied_embeddings=true",
-        "parallel.pipeline=2 would part model.tied_embeddings=true over two stages; pass parallel.pipeline=1",
+        "parallel=pp2 model.tie_word_embeddings=true",
+        "parallel.pipeline=2 would part model.tie_word_embeddings=true over two stages; pass parallel.pipeline=1",
     ),
     "key heads that ranks cannot share": (
         "parallel=tp2 model.n_kv_heads=1",

@@ -155,7 +155,7 @@ def test_llama3_presets_have_the_published_numbers(option: str) -> None:
     assert model["max_seq_len"] == length
     assert model["rope_theta"] == 500000.0
     assert model["norm_eps"] == 1e-5
-    assert model["tied_embeddings"] == (option == "llama3_1b")
+    assert model["tie_word_embeddings"] == (option == "llama3_1b")
     assert (model["rope_scaling"] or {}).get("factor") == factor
     if factor is not None:
         assert model["rope_scaling"] == {"factor": factor, "low": 1.0, "high": 4.0, "original": 8192}

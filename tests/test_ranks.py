@@ -11,13 +11,13 @@ import pytest
 import torch.distributed as dist
 
 from tests import ranks
-from tests.ranks import CrashError, RankError, Ranks
+from tests.ranks import CrashError, RankError, RankPool
 
 
 @pytest.fixture
-def pool() -> Iterator[Ranks]:
+def pool() -> Iterator[RankPool]:
     """Not the one that all tests share, which forgives one crash only."""
-    pool = Ranks()
+    pool = RankPool()
     yield pool
     pool.close()
 
@@ -42,7 +42,7 @@ def refuse() -> None:
 
 
 def test_one_crash_is_a_warning_and_the_second_an_error(
-    pool: Ranks, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.warns(UserWarning, match="rank 1 died of SIGSEGV in crash; run again in new workers"):
         assert pool(2, crash, tmp_path, 1)[1] == 1
@@ -51,7 +51,7 @@ def test_one_crash_is_a_warning_and_the_second_an_error(
         pool(2, crash, tmp_path, 2)
 
 
-def test_other_ends_are_errors_at_once(pool: Ranks) -> None:
+def test_other_ends_are_errors_at_once(pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 0 died of SIGKILL in die"):
         pool(1, die, signal.SIGKILL)
     with pytest.raises(RankError, match=r"(?s)rank 0 of 1 in refuse:.*ValueError: the weights are bad"):
@@ -62,7 +62,7 @@ def process() -> int:
     return os.getpid()
 
 
-def test_a_worker_that_died_between_two_calls_is_replaced(pool: Ranks) -> None:
+def test_a_worker_that_died_between_two_calls_is_replaced(pool: RankPool) -> None:
     before = pool(2, process)
     os.kill(before[1], signal.SIGKILL)
     pool._workers[1][0].join()
@@ -71,7 +71,7 @@ def test_a_worker_that_died_between_two_calls_is_replaced(pool: Ranks) -> None:
     assert not set(before) & set(after)
 
 
-def test_a_pipe_that_breaks_as_work_is_sent_costs_no_call(pool: Ranks) -> None:
+def test_a_pipe_that_breaks_as_work_is_sent_costs_no_call(pool: RankPool) -> None:
     """Its worker lives, as far as anyone can see, and rank 0 has its work already."""
     before = pool(2, process)
     here, there = pool._context.Pipe()
@@ -88,7 +88,7 @@ class Twice(Connection):
         super().send(obj)
 
 
-def test_a_connection_that_is_reset_is_a_death_and_fails_one_call(pool: Ranks) -> None:
+def test_a_connection_that_is_reset_is_a_death_and_fails_one_call(pool: RankPool) -> None:
     pool(1, process)
     worker, pipe = pool._workers[0]
     pool._workers[0] = (worker, Twice(os.dup(pipe.fileno())))
@@ -102,7 +102,7 @@ def die_later() -> None:
     ranks._forget = lambda: os.kill(os.getpid(), signal.SIGKILL)  # the last thing that clean-up calls
 
 
-def test_a_death_in_clean_up_fails_the_call_that_it_cleans_up_after(pool: Ranks) -> None:
+def test_a_death_in_clean_up_fails_the_call_that_it_cleans_up_after(pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 0 died of SIGKILL in the clean-up after die_later"):
         pool(1, die_later)
     assert len(pool(1, process)) == 1
@@ -115,7 +115,7 @@ def meeting() -> str:
     return str(store.path)
 
 
-def test_the_folder_of_stores_lives_as_long_as_the_workers(pool: Ranks) -> None:
+def test_the_folder_of_stores_lives_as_long_as_the_workers(pool: RankPool) -> None:
     """A store's destructor looks for its file and then opens it: gone in between, it aborts. It may run calls later."""
     (first,), (second,) = pool(1, meeting), pool(1, meeting)
     folder = Path(first).parent

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 
-class Aside:
+class BackgroundTask:
     """One piece of work at a time; what it raises, the next `finish` raises in the training thread."""
 
     def __init__(self, name: str) -> None:

@@ -22,7 +22,7 @@ BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class File:
+class CheckpointFile:
     bytes: int
     crc32: str  # 8 hex digits
 
@@ -34,7 +34,7 @@ class Marker:
     step: int
     torch: str  # version that wrote it
     facts: dict[str, Any]
-    files: dict[str, File]
+    files: dict[str, CheckpointFile]
 
     @property
     def bytes(self) -> int:
@@ -116,7 +116,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def measure(path: Path) -> File:
+def measure(path: Path) -> CheckpointFile:
     """Size and checksum of a file as it can be read back now."""
     size, checksum = 0, 0
     block = memoryview(bytearray(BLOCK_BYTES))
@@ -124,7 +124,7 @@ def measure(path: Path) -> File:
         while count := file.readinto(block):
             size += count
             checksum = zlib.crc32(block[:count], checksum)
-    return File(bytes=size, crc32=f"{checksum:08x}")
+    return CheckpointFile(bytes=size, crc32=f"{checksum:08x}")
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -154,13 +154,13 @@ def read_marker(path: Path) -> Marker:
         raise CheckpointError(f"{path}: no complete checkpoint ({MARKER} is missing)")
     try:
         content = json.loads((path / MARKER).read_text())
-        files = {name: File(**file) for name, file in content.pop("files").items()}
+        files = {name: CheckpointFile(**file) for name, file in content.pop("files").items()}
         return Marker(files=files, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / MARKER}: corrupted ({error})") from error
 
 
-def fault(path: Path, expected: File, verify: str) -> str | None:
+def fault(path: Path, expected: CheckpointFile, verify: str) -> str | None:
     """What is wrong with a file of a checkpoint; `verify` is "size" or "full"."""
     if not path.is_file():
         return f"{path}: missing"

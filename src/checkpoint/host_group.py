@@ -19,7 +19,7 @@ class _Outcome(Generic[T]):
     crash: str = ""  # ours
 
 
-class Team:
+class HostGroup:
     """Every method is collective. One thread at a time: gloo matches calls by their order."""
 
     def __init__(self) -> None:

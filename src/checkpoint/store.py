@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from src.checkpoint import folder as files
-from src.checkpoint.background import Aside
+from src.checkpoint.background import BackgroundTask
 from src.checkpoint.config import Checkpoint
-from src.checkpoint.folder import File, Marker
-from src.checkpoint.host_group import Team
+from src.checkpoint.folder import CheckpointFile, Marker
+from src.checkpoint.host_group import HostGroup
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
 from src.errors import CheckpointError, some
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """What one finished save cost."""
 
     step: int
@@ -40,7 +40,7 @@ class Saved:
 
 
 @dataclass
-class _Job:
+class _Write:
     """A save on its way to the disk."""
 
     step: int
@@ -61,9 +61,9 @@ class Store:
         """`shared`: others may be writing here now; what looks half-written is tidied up by the next `save`."""
         self.folder = folder
         self.options = options
-        self.last: Saved | None = None  # the last save that was finished
-        self._team = Team()
-        self._aside = Aside("checkpoint")
+        self.last: SavedCheckpoint | None = None  # the last save that was finished
+        self._team = HostGroup()
+        self._aside = BackgroundTask("checkpoint")
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
         if not shared:
@@ -80,7 +80,7 @@ class Store:
         background = self.options.asynchronous and not wait
         flat = flatten(state)
         snapshot = Snapshot(flat.tensors, coordinator=self._team.rank == 0, copy=background)
-        job = _Job(step, snapshot, to_json(flat.values), json.loads(json.dumps(facts)), began)
+        job = _Write(step, snapshot, to_json(flat.values), json.loads(json.dumps(facts)), began)
         if not background:
             self._write(job)
             return
@@ -126,7 +126,7 @@ class Store:
 
     # Saving: on the thread, or on the caller's when it waits.
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: _Write) -> None:
         path = files.step_folder(self.folder, job.step)
         values = merge(self._team.each(lambda: job.values))
         if not self._team.first(lambda: self._open(path)):
@@ -140,9 +140,9 @@ class Store:
         self._sound.add(path)
         seconds = time.perf_counter() - job.began
         stall_seconds = seconds if job.stall_seconds is None else job.stall_seconds
-        self.last = Saved(job.step, path, stall_seconds, seconds, marker.bytes)
+        self.last = SavedCheckpoint(job.step, path, stall_seconds, seconds, marker.bytes)
 
-    def _write_files(self, path: Path, job: _Job, values: str) -> Marker:
+    def _write_files(self, path: Path, job: _Write, values: str) -> Marker:
         self._team.each(lambda: self._write_tensors(path, job.snapshot))
         written = self._team.each(lambda: self._seal(path, values))
         sealed = {name: file for one in written for name, file in one.items()}
@@ -169,7 +169,7 @@ class Store:
         except CheckpointException as error:
             raise _explained(error, f"{path}: cannot be written") from None
 
-    def _seal(self, path: Path, values: str) -> dict[str, File]:
+    def _seal(self, path: Path, values: str) -> dict[str, CheckpointFile]:
         """Size and checksum of every file that this rank has written."""
         names = [file.name for file in path.glob(f"__{self._team.rank}_*")]
         if self._team.rank == 0:

@@ -18,13 +18,13 @@ from typing import Protocol, cast
 from src.cluster.diagnosis.rank_failure import gather_traces
 from src.cluster.rank_log import keep_log, only_log
 from src.config import tree as trees
-from src.distributed.process.rank_context import Facts
+from src.distributed.process.rank_context import LauncherEnv
 from src.errors import UserError
 from src.runs.folder import end, log_folder
 from src.runs.frozen_code import verify
 
 
-class Task(Protocol):
+class RankTask(Protocol):
     """What a config's task section builds."""
 
     def run(self, run: object, folder: Path) -> bool | None:
@@ -32,7 +32,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """Picklable and small: start, resume and requeue are the same call."""
 
     folder: Path
@@ -47,10 +47,10 @@ class Job:
         """False when the task stopped early, after saving."""
         if self.source is not None:
             verify(self.source)
-        return perform(trees.read(self.folder / "config.yaml"), self.folder)
+        return run_rank(trees.read(self.folder / "config.yaml"), self.folder)
 
 
-def perform(tree: trees.Tree, folder: Path) -> bool:
+def run_rank(tree: trees.Tree, folder: Path) -> bool:
     """One rank's life; false when it stopped early, after saving.
 
     attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails.
@@ -58,10 +58,10 @@ def perform(tree: trees.Tree, folder: Path) -> bool:
     from src.config.build import build
     from src.run import Run
 
-    rank = Facts.read().rank
+    rank = LauncherEnv.read().rank
     try:
         run = Run.from_sections(build(tree))
-        finished = cast(Task, run.task).run(run, folder) is not False
+        finished = cast(RankTask, run.task).run(run, folder) is not False
     except Exception as error:
         end(folder, "failed", f"rank {rank}: {type(error).__name__}: {error}")
         raise
@@ -87,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with(given.launcher)
     # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    rank = Facts.read().rank
+    rank = LauncherEnv.read().rank
     keep_log(log_folder(given.folder, given.attempt) / f"rank_{rank}.log", terminal=rank == 0)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        record(Job(given.folder, given.code).__call__)()
+        record(RankJob(given.folder, given.code).__call__)()
     except UserError as error:
         only_log()
         print(*error.problems, sep="\n", file=sys.stderr)

@@ -23,7 +23,7 @@ Complete = Callable[[Tree, Mapping[str, str]], Tree]
 
 
 @dataclass(frozen=True)
-class Point:
+class ConfigPoint:
     """One resolved config and the assignments that led to it, as typed: {"optim.lr": "1e-4"}."""
 
     tree: Tree
@@ -31,12 +31,12 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """`space`, if not empty, is searched instead: its keys with Hydra's text of their range; `fixed` are the other
     arguments. No point and no space: the command line only asked for help.
     """
 
-    points: list[Point]
+    points: list[ConfigPoint]
     swept: bool
     space: dict[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ def as_typed(tree: Tree, _typed: Mapping[str, str]) -> Tree:
     return tree
 
 
-def asked(argv: Sequence[str], complete: Complete = as_typed) -> Asked:
+def asked(argv: Sequence[str], complete: Complete = as_typed) -> Request:
     """ConfigError for a mistake. The environment must hold HYDRA_FULL_ERROR=1, or Hydra prints and exits by itself."""
     given = arguments(argv)
     print(*(f"note: {line}\n" for line in former(argv)), sep="", end="", file=sys.stderr)
@@ -64,19 +64,19 @@ def asked(argv: Sequence[str], complete: Complete = as_typed) -> Asked:
         space = seen.params | dict(_pair(each) for each in ranges)
         flagged = any(each in SWEEP_FLAGS for each in given)
         if not (seen.configs and (flagged or space)):
-            return Asked(seen.resolved(), swept=False)
+            return Request(seen.resolved(), swept=False)
         if seen.searches:
-            return Asked([], swept=True, space=space, fixed=tuple(fixed))
+            return Request([], swept=True, space=space, fixed=tuple(fixed))
         sweep = _Seen(complete)
         sweep.compose(given)
         if sweep.mode == RunMode.RUN:
             raise ConfigError("hydra.sweeper.params without hydra.mode: MULTIRUN; write both, or pass -m")
-        return Asked(sweep.resolved(), swept=True)
+        return Request(sweep.resolved(), swept=True)
     except COMPOSITION_ERRORS as error:
         raise UserError(problem(error)) from error
 
 
-def point(fixed: Sequence[str], chosen: dict[str, str], complete: Complete = as_typed) -> Point:
+def point(fixed: Sequence[str], chosen: dict[str, str], complete: Complete = as_typed) -> ConfigPoint:
     """One point of a searched space."""
     seen = _Seen(complete)
     try:
@@ -92,7 +92,7 @@ class _Seen:
     def __init__(self, complete: Complete) -> None:
         self.complete = complete
         self.configs: list[tuple[DictConfig, dict[str, str]]] = []
-        self.points: list[Point] = []
+        self.points: list[ConfigPoint] = []
         self.params: dict[str, str] = {}
         self.mode: RunMode | None = None
         self.errors: list[UserError] = []
@@ -117,7 +117,7 @@ class _Seen:
         self.params = {str(key): str(text) for key, text in (_plain(ours.sweeper).get("params") or {}).items()}
         try:  # here, because ${hydra:...} can be told only while Hydra runs this config
             spell_out(cfg, overrides)
-            self.points.append(Point(self.complete(resolve(cfg), overrides), overrides))
+            self.points.append(ConfigPoint(self.complete(resolve(cfg), overrides), overrides))
         except UserError as error:  # kept, since Hydra would print a line of its own about it
             self.errors.append(error)
 
@@ -126,7 +126,7 @@ class _Seen:
         """Whether the config chose a sweep that proposes its own points."""
         return bool(OmegaConf.select(self.configs[0][0], "sweep.trials"))
 
-    def resolved(self) -> list[Point]:
+    def resolved(self) -> list[ConfigPoint]:
         if len({error.problems for error in self.errors}) == 1:
             raise self.errors[0]
         if self.errors:

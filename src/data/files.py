@@ -14,7 +14,7 @@ REFUSED_SUFFIXES = (".json", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".b
 
 
 @dataclass(frozen=True)
-class Span:
+class TextSpan:
     """Part of a source: bytes of a text or JSON lines file, row groups of a parquet file, else document numbers."""
 
     name: str
@@ -29,17 +29,19 @@ def problem(path: Path) -> str | None:
     return None
 
 
-def spans(path: Path, largest: int) -> list[Span]:
+def spans(path: Path, largest: int) -> list[TextSpan]:
     """Spans of at most about `largest` bytes; plain text is never cut, for a cut would invent documents."""
     size = path.stat().st_size
     if path.suffix in ROW_SUFFIXES:
-        return [Span(str(path), at, min(at + largest, size), min(largest, size - at)) for at in range(0, size, largest)]
+        return [
+            TextSpan(str(path), at, min(at + largest, size), min(largest, size - at)) for at in range(0, size, largest)
+        ]
     if path.suffix == ".parquet":
         return _parquet_spans(path, largest)
-    return [Span(str(path), 0, size, size)] if size else []
+    return [TextSpan(str(path), 0, size, size)] if size else []
 
 
-def read(span: Span, *, field: str, separator: str | None) -> Iterator[str]:
+def read(span: TextSpan, *, field: str, separator: str | None) -> Iterator[str]:
     """The documents of a span."""
     path = Path(span.name)
     try:
@@ -77,7 +79,7 @@ def _read_text(path: Path, separator: str | None) -> Iterator[str]:
     yield _decode(rest, str(path))
 
 
-def _read_lines(span: Span, field: str) -> Iterator[str]:
+def _read_lines(span: TextSpan, field: str) -> Iterator[str]:
     """Lines whose first byte lies inside the span, so that neighbouring spans share none and lose none."""
     with Path(span.name).open("rb") as file:
         if span.start:
@@ -104,19 +106,19 @@ def _line_number(name: str, at: int) -> int:
         return 1 + sum(file.read(min(1 << 20, at - start)).count(b"\n") for start in range(0, at, 1 << 20))
 
 
-def _parquet_spans(path: Path, largest: int) -> list[Span]:
+def _parquet_spans(path: Path, largest: int) -> list[TextSpan]:
     groups = _parquet(path).metadata
     sizes = [groups.row_group(number).total_byte_size for number in range(groups.num_row_groups)]
-    found: list[Span] = []
+    found: list[TextSpan] = []
     start = 0
     for stop in range(1, len(sizes) + 1):
         if sum(sizes[start:stop]) >= largest or stop == len(sizes):
-            found.append(Span(str(path), start, stop, sum(sizes[start:stop])))
+            found.append(TextSpan(str(path), start, stop, sum(sizes[start:stop])))
             start = stop
     return found
 
 
-def _read_parquet(span: Span, field: str) -> Iterator[str]:
+def _read_parquet(span: TextSpan, field: str) -> Iterator[str]:
     file = _parquet(Path(span.name))
     columns = file.schema_arrow.names
     if field not in columns:

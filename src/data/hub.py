@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from src.data.files import Span, text_of
+from src.data.files import TextSpan, text_of
 from src.data.fingerprint import fingerprint, hash_files
 from src.data.sources import Piece, Source
 from src.errors import DataError
@@ -32,11 +32,11 @@ class HubSource(Source):
     def pieces(self) -> list[Piece]:
         shards = self._open().num_shards
         if self.max_documents is None:
-            return [Piece((Span(self._where(shard), shard, -1),)) for shard in range(shards)]
+            return [Piece((TextSpan(self._where(shard), shard, -1),)) for shard in range(shards)]
         # Opening a remote shard costs seconds: take at least 10,000 documents of each one that is opened.
         opened = min(shards, -(-self.max_documents // 10_000))
         share, more = divmod(self.max_documents, opened)
-        return [Piece((Span(self._where(shard), shard, share + (shard < more)),)) for shard in range(opened)]
+        return [Piece((TextSpan(self._where(shard), shard, share + (shard < more)),)) for shard in range(opened)]
 
     def texts(self, piece: Piece) -> Iterator[str]:
         for span in piece.spans:

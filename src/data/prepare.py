@@ -67,7 +67,8 @@ def _tokenise(name: str, source: Source, tokenizer: Tokenizer, folder: Path, dat
     waiting = waiting[start:] + waiting[:start]
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     jobs = [
-        _Job(source, pieces[number], number, tokenizer, folder, dtype, data.validation_fraction) for number in waiting
+        _PieceJob(source, pieces[number], number, tokenizer, folder, dtype, data.validation_fraction)
+        for number in waiting
     ]
     with _bar(f"tokenising {name}", len(pieces), len(pieces) - len(jobs), shown=progress) as advance:
         for _ in _done(jobs, data.processes or _cores()):
@@ -75,7 +76,7 @@ def _tokenise(name: str, source: Source, tokenizer: Tokenizer, folder: Path, dat
     write_index(folder, len(pieces), dtype)
 
 
-class _Job:
+class _PieceJob:
     """One piece -> one shard of each split, and the record that says so."""
 
     def __init__(
@@ -120,7 +121,7 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
         yield waiting
 
 
-def _done(jobs: list[_Job], processes: int) -> Iterator[None]:
+def _done(jobs: list[_PieceJob], processes: int) -> Iterator[None]:
     """One item for each finished job; the first failure stops the rest."""
     if min(len(jobs), processes) <= 1:
         for job in jobs:

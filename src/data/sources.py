@@ -33,7 +33,7 @@ Separator = Annotated[str, Field(min_length=1), AfterValidator(lambda text: text
 class Piece:
     """What one worker turns into one shard of each split."""
 
-    spans: tuple[files.Span, ...]
+    spans: tuple[files.TextSpan, ...]
 
 
 class Source(Config, ABC):
@@ -130,7 +130,7 @@ class SyntheticSource(Source):
 
     def pieces(self) -> list[Piece]:
         starts = range(0, self.documents, 4096)
-        spans = [files.Span("synthetic", first, min(first + 4096, self.documents)) for first in starts]
+        spans = [files.TextSpan("synthetic", first, min(first + 4096, self.documents)) for first in starts]
         return [Piece((span,)) for span in spans]
 
     def texts(self, piece: Piece) -> Iterator[str]:
@@ -159,11 +159,11 @@ def piece_bytes(total: int) -> int:
     return min(max(total // 64, 2 << 20), files.LARGEST_PIECE_BYTES)
 
 
-def group(spans: list[files.Span]) -> list[Piece]:
+def group(spans: list[files.TextSpan]) -> list[Piece]:
     """Neighbours share a piece until it is full."""
     full = piece_bytes(sum(span.bytes for span in spans))
     pieces: list[Piece] = []
-    waiting: list[files.Span] = []
+    waiting: list[files.TextSpan] = []
     size = 0
     for span in spans:
         waiting.append(span)

@@ -38,7 +38,7 @@ class Compile(Config):
         """
         import torch
 
-        from src.distributed.expert.expert_parallel import Exchange
+        from src.distributed.expert.expert_parallel import AllToAllTokenDispatcher
 
         if self.blocks:
             options = torch._inductor.list_mode_options(self.mode) | {
@@ -46,9 +46,9 @@ class Compile(Config):
                 "_micro_pipeline_tp": pipeline_products,
             }
             how = {"options": options} if budget is None else {"backend": within_budget(_inductor(options), budget)}
-            exchanges = [module for module in model.modules() if isinstance(module, Exchange)]
-            between = [(exchange, method) for exchange in exchanges for method in exchange.graphs]
-            for owner, method in model.graphs(experts_apart=experts_apart) + between:
+            exchanges = [module for module in model.modules() if isinstance(module, AllToAllTokenDispatcher)]
+            between = [(dispatcher, method) for dispatcher in exchanges for method in dispatcher.compile_regions]
+            for owner, method in model.compile_regions(experts_apart=experts_apart) + between:
                 # The bound method, not the module: hooks run eagerly and no `_orig_mod.` enters a checkpoint.
                 setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, **how))
         if self.loss and model.output is not None:

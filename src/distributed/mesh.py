@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from src.distributed.collectives import mesh_sum
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 
 
 class Mesh:
@@ -15,7 +15,7 @@ class Mesh:
     FSDP over one rank still gives mixed precision, and no caller asks whether an axis exists.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str, copies: int = 1) -> None:
+    def __init__(self, degrees: ParallelDims, device_type: str, copies: int = 1) -> None:
         """Collective. `copies`: of the whole grid, unconnected; ranks outside this one's copy are not met."""
         assert dist.get_world_size() == degrees.world * copies, f"{dist.get_world_size()} ranks for {degrees.world}"
         self.degrees = degrees

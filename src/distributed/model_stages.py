@@ -17,33 +17,33 @@ from src.distributed.precision.float8 import plain
 from src.models.decoder import Decoder
 
 
-class Network(ABC):
+class ModelStages(ABC):
     """`parts` are in the model's order and keep its names; together with those of other ranks they are all of it."""
 
     # How many micro-batches `loss` likes at once: enough to keep every rank busy.
     width: int
 
-    def __init__(self, parts: Sequence[Decoder], mesh: Mesh, device: torch.device) -> None:
-        self.parts, self.mesh, self.device = tuple(parts), mesh, device
+    def __init__(self, stages: Sequence[Decoder], mesh: Mesh, device: torch.device) -> None:
+        self.stages, self.mesh, self.device = tuple(stages), mesh, device
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those of this rank, under the names that they have in the whole model."""
-        return chain.from_iterable(part.named_parameters() for part in self.parts)
+        return chain.from_iterable(part.named_parameters() for part in self.stages)
 
     def tensors(self) -> dict[str, Tensor]:
         """Live parameters and persistent buffers by name; a tied weight once, by its first name."""
-        return {name: plain(tensor) for part in self.parts for name, tensor in _unshared(part)}
+        return {name: plain(tensor) for part in self.stages for name, tensor in _unshared(part)}
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Forward passes without a trace: no gradients, and gathered weights let go of, since no backward pass will."""
-        for part in self.parts:
+        for part in self.stages:
             part.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            for part in self.parts:
+            for part in self.stages:
                 part.train()
                 for module in part.modules():
                     if isinstance(module, FSDPModule):
@@ -65,13 +65,13 @@ class Network(ABC):
         """
 
 
-class Whole(Network):
+class SingleStage(ModelStages):
     """All of the model is on this rank, or cut over ranks that go through it together."""
 
     width = 1
 
     def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        (model,) = self.parts
+        (model,) = self.stages
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -82,11 +82,11 @@ class Whole(Network):
         return total
 
     def loss(self, batches: Sequence[Batch]) -> Tensor:
-        (model,) = self.parts
+        (model,) = self.stages
         return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
 
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
-        (model,) = self.parts
+        (model,) = self.stages
         result: Tensor = model(tokens, positions=positions, mask=mask)
         return result[:, column]
 

@@ -14,7 +14,7 @@ ScheduleName = Literal[
 SPLITTING: tuple[ScheduleName, ...] = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
-class Degrees(Config):
+class ParallelDims(Config):
     """The layout of a run. The world is the product of the degrees; nothing is inferred from the machine."""
 
     replicate: PositiveInt  # copies of the whole sharded model
@@ -83,9 +83,9 @@ class Degrees(Config):
         names = ("replicate", "expert_shard", "expert", "expert_tensor") if self.experts_apart else ()
         return {name: degree for name in names if (degree := getattr(self, name)) > 1}
 
-    def cuts_inside(self, n_experts: int) -> bool:
+    def cuts_inside(self, num_experts: int) -> bool:
         """Whether FSDP must cut each expert's matrices, because a rank's experts cannot be dealt out whole."""
-        return n_experts % (self.expert * self.expert_shard) > 0
+        return num_experts % (self.expert * self.expert_shard) > 0
 
     def problems(self, *, flex: bool, compiled_blocks: bool, gpu: bool) -> list[str]:
         """What these keys ask of others. `flex`: attention is FlexAttention; `gpu`: ranks have one, as far as known."""
@@ -121,7 +121,7 @@ class Degrees(Config):
         return found
 
     @property
-    def lets_go(self) -> bool:
+    def reshards_after_forward(self) -> bool:
         """Whether FSDP lets go of gathered weights after the forward pass.
 
         By default not in a pipeline, where every micro-batch would gather them twice.

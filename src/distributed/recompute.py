@@ -67,7 +67,7 @@ class Recompute(Config):
         """
         assert self.mode != "auto", "the plan chooses: src.planning.recompute_choice"
         if self.mode == "selective":
-            for owner, method in model.graphs(experts_apart=experts_apart):
+            for owner, method in model.compile_regions(experts_apart=experts_apart):
                 _repeat(owner, method, context_fn=_selective)
 
     def apply_around(self, model: "Decoder") -> None:

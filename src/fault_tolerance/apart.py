@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from src.distributed.collectives import any_rank, world_sum
-from src.distributed.model_stages import Network
-from src.distributed.process.rank_context import Ranks
+from src.distributed.model_stages import ModelStages
+from src.distributed.process.rank_context import RankContext
 from src.fault_tolerance.fragments import Modules, Rounds
 from src.fault_tolerance.local_sgd import DiLoCo, LocalSGD
 from src.fault_tolerance.mean import Exchange, Means, sent_bytes
@@ -42,7 +42,7 @@ class Method(Protocol):
 
 
 class Apart(Synchronous):
-    def __init__(self, options: LocalSGD | DiLoCo, ranks: Ranks) -> None:
+    def __init__(self, options: LocalSGD | DiLoCo, ranks: RankContext) -> None:
         super().__init__(options, ranks)
         self.method: Method = options
         self.rounds = self.method.rounds
@@ -61,8 +61,8 @@ class Apart(Synchronous):
         self._merged = self._failed = 0  # exchanges
         self._unshared = 0  # tokens of this group that the others do not know of
 
-    def watch(self, network: Network, refresh: Sequence[Callable[[], None]]) -> None:
-        fragments = self.method.modules(network.parts[0].config.n_layers)
+    def watch(self, network: ModelStages, refresh: Sequence[Callable[[], None]]) -> None:
+        fragments = self.method.modules(network.stages[0].config.n_layers)
         self._outer = Outer(network, fragments, self.method.rule(), self.method.copy_on, refresh)
 
     @property

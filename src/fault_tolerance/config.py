@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from src.config.base import Config
 
 if TYPE_CHECKING:
-    from src.distributed.process.rank_context import Ranks
+    from src.distributed.process.rank_context import RankContext
     from src.fault_tolerance.peers import Peers
 
 
@@ -39,7 +39,7 @@ class FaultTolerance(Config):
         return folder
 
     @abstractmethod
-    def join(self, ranks: "Ranks") -> "Peers":
+    def join(self, ranks: "RankContext") -> "Peers":
         """This group's view of the others; nothing is sent before the first step."""
 
     def outer_bytes(self, weight_bytes: int) -> int:
@@ -56,7 +56,7 @@ class Off(FaultTolerance):
 
     on: ClassVar[bool] = False
 
-    def join(self, ranks: "Ranks") -> "Peers":
+    def join(self, ranks: "RankContext") -> "Peers":
         from src.fault_tolerance.peers import Peers
 
         return Peers()
@@ -85,7 +85,7 @@ class TorchFT(FaultTolerance):
     def home(self, folder: Path) -> Path:
         return folder.parents[1]
 
-    def join(self, ranks: "Ranks") -> "Peers":
+    def join(self, ranks: "RankContext") -> "Peers":
         from src.fault_tolerance.synchronous import Synchronous
 
         return Synchronous(self, ranks)

@@ -9,7 +9,7 @@ from src.fault_tolerance.config import Asked, TorchFT
 from src.fault_tolerance.fragments import Modules, Rounds, cut, problems
 
 if TYPE_CHECKING:
-    from src.distributed.process.rank_context import Ranks
+    from src.distributed.process.rank_context import RankContext
     from src.fault_tolerance.outer import Rule
     from src.fault_tolerance.peers import Peers
 
@@ -29,7 +29,7 @@ class Periodic(TorchFT):
     def outer_bytes(self, weight_bytes: int) -> int:
         return weight_bytes + self.velocity_bytes if self.copy_on == "device" else 0
 
-    def join(self, ranks: "Ranks") -> "Peers":
+    def join(self, ranks: "RankContext") -> "Peers":
         from src.fault_tolerance.apart import Apart
 
         assert isinstance(self, LocalSGD | DiLoCo), "one of the two methods"

@@ -29,7 +29,7 @@ from torchft.coordination import ManagerClient, ManagerServer
 from torchft.process_group import ProcessGroup, ProcessGroupGloo, ProcessGroupNCCL
 
 from src.distributed.collectives import any_rank
-from src.distributed.process.rank_context import Ranks, Replica
+from src.distributed.process.rank_context import RankContext, Replica
 from src.fault_tolerance.carry import fill, shards
 from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.peers import Own
@@ -60,7 +60,7 @@ class Quorum:
 
 
 class Membership:
-    def __init__(self, options: TorchFT, ranks: Ranks, tell: Callable[[str], None]) -> None:
+    def __init__(self, options: TorchFT, ranks: RankContext, tell: Callable[[str], None]) -> None:
         """Collective in the group. From here on the lighthouse counts this group as alive."""
         replica = Replica.read()
         self.options, self.ranks, self.replica = options, ranks, replica

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.distributed.pipeline.stages import module_of
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import Modules
@@ -106,7 +106,7 @@ class Outer:
     """The outer weights of all fragments, in shards like those of the live ones: each rank averages with its twins."""
 
     def __init__(
-        self, network: Network, fragments: Modules, rule: Rule, place: Place, refresh: Sequence[Callable[[], None]]
+        self, network: ModelStages, fragments: Modules, rule: Rule, place: Place, refresh: Sequence[Callable[[], None]]
     ) -> None:
         """`refresh`: what follows from new weights, in order; collective."""
         self.refresh = refresh
@@ -134,8 +134,8 @@ class Outer:
     @torch.no_grad()
     def outgoing(self, fragment: int) -> Tensor:
         """One vector, float32, where the weights are."""
-        parts = [entry.outgoing() for entry in self._fragments[fragment]]
-        return torch.cat(parts) if parts else torch.zeros(0)
+        stages = [entry.outgoing() for entry in self._fragments[fragment]]
+        return torch.cat(stages) if stages else torch.zeros(0)
 
     @torch.no_grad()
     def merge(self, fragment: int, mean: Tensor, alpha: float) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from src.distributed.model_stages import Network
+    from src.distributed.model_stages import ModelStages
 
 Tree = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Peers:
     counted = True  # what the last `agree` said
     gave_up = False  # a meeting, since this group was told to stop while it waited for the others
 
-    def watch(self, network: "Network", refresh: Sequence[Callable[[], None]]) -> None:
+    def watch(self, network: "ModelStages", refresh: Sequence[Callable[[], None]]) -> None:
         """Whose weights groups exchange; `refresh`: what follows from new ones, in order; collective."""
 
     def tree(self) -> Tree:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.distributed.collectives import any_rank
-from src.distributed.process.rank_context import Ranks, Replica
+from src.distributed.process.rank_context import RankContext, Replica
 from src.fault_tolerance.config import TorchFT
 from src.fault_tolerance.membership import Membership, Quorum
 from src.fault_tolerance.peers import Own, Peers, Tree
@@ -23,7 +23,7 @@ from src.fault_tolerance.table import HISTORY_BITS, Row, Table, share
 class Synchronous(Peers):
     alone = False
 
-    def __init__(self, options: TorchFT, ranks: Ranks) -> None:
+    def __init__(self, options: TorchFT, ranks: RankContext) -> None:
         self.options, self.ranks = options, ranks
         self.group = Replica.read().group
         self.leads = False

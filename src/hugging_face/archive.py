@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import CheckpointError, some
-from src.hugging_face.header import Entry, read_header
+from src.hugging_face.header import TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +25,7 @@ class Archive:
 
     folder: Path
     config: Mapping[str, Any]  # config.json
-    entries: Mapping[str, Entry]  # by key
+    entries: Mapping[str, TensorEntry]  # by key
 
     @classmethod
     def open(cls, folder: Path) -> "Archive":
@@ -86,7 +86,7 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(set(_weight_map(folder).values()))
 
 
-def _sharded(folder: Path) -> dict[str, Entry]:
+def _sharded(folder: Path) -> dict[str, TensorEntry]:
     """Entries of all shards; the index and the headers must tell of the same keys."""
     where, names = _weight_map(folder), shard_names(folder)
     if absent := [name for name in names if not (folder / name).is_file()]:

@@ -5,7 +5,7 @@ from math import ceil
 
 from src.errors import CheckpointError, some
 from src.hugging_face.archive import Archive, quantisation
-from src.hugging_face.header import Entry
+from src.hugging_face.header import TensorEntry
 from src.models.base import ModelConfig
 from src.models.hugging_face import skipped, stored
 from src.models.stored import Stored
@@ -40,7 +40,7 @@ def check(archive: Archive, config: ModelConfig) -> list[str]:
     return [f"{reasons.count(reason)} keys are not read: {reason}" for reason in dict.fromkeys(reasons)]
 
 
-def _misfits(entries: Mapping[str, Entry], stored: Stored, key: str, block: tuple[int, int] | None) -> list[str]:
+def _misfits(entries: Mapping[str, TensorEntry], stored: Stored, key: str, block: tuple[int, int] | None) -> list[str]:
     entry = entries[key]
     where = f"{entry.file}: {key}"
     if entry.shape != stored.key_shape:

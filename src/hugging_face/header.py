@@ -35,7 +35,7 @@ NAMES = {name: code for code, (name, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file."""
 
     file: Path
@@ -54,7 +54,7 @@ class Entry:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file by key. CheckpointError when it is cut off or is no such file."""
     try:
         size = path.stat().st_size
@@ -92,11 +92,11 @@ def _length(path: Path, size: int, start: bytes) -> int:
     return length
 
 
-def _entry(path: Path, key: str, facts: Any, first: int) -> Entry:
+def _entry(path: Path, key: str, facts: Any, first: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = facts["dtype"], tuple(facts["shape"]), facts["data_offsets"]
         name, item_bytes = DTYPES.get(dtype, (str(dtype), 0))
-        entry = Entry(path, name, shape, first + start, item_bytes)
+        entry = TensorEntry(path, name, shape, first + start, item_bytes)
         sound = item_bytes == 0 or end - start == entry.bytes
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {key}: its entry in the header is broken ({error})") from error

@@ -19,7 +19,7 @@ FILE = "initial.json"
 # Keys of a model that a run may choose anew, and those that another form of the same numbers would change.
 OURS = frozenset(
     {
-        *("max_seq_len", "attention", "mask", "fixed_block", "depth_init", "moe.balance_rate"),
+        *("max_seq_len", "attention", "mask", "fixed_block", "depth_init", "moe.load_balance_coeff"),
         *("multiple_of", "ffn_dim_multiplier", "head_dim"),
     }
 )
@@ -37,7 +37,7 @@ def _differences(config: ModelConfig, there: Mapping[str, Any]) -> list[str]:
     """Where a model that was chosen by hand is not the one of config.json, though every shape fits."""
     here = dict(_flat(config.model_dump(mode="json")))
     said = dict(_flat(there))
-    silent = OURS | ({"moe.group_score"} if said.get("moe.groups") == 1 else set())
+    silent = OURS | ({"moe.group_score"} if said.get("moe.num_expert_groups") == 1 else set())
     return [
         f"model.{key}={here[key]}, and config.json says {value}"
         for key, value in said.items()

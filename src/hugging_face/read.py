@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from src.errors import CheckpointError
 from src.hugging_face.archive import Archive, quantisation
 from src.hugging_face.check import FLOAT8, SCALE
-from src.hugging_face.header import Entry
-from src.hugging_face.tensor_slice import Box, blocks, runs, spans
+from src.hugging_face.header import TensorEntry
+from src.hugging_face.tensor_slice import TensorSlice, blocks, byte_ranges, runs
 from src.models.stored import Stored, rotary_row
 
 PIECE_BYTES = 8 * 2**20  # per thread, counted in float32
@@ -28,11 +28,11 @@ THREADS = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSlice:
     """One thread's next work: a box of what lies behind `key`, into `out`."""
 
     key: str
-    box: Box  # native rows
+    box: TensorSlice  # native rows
     out: Tensor  # of the box's shape, in the model's memory
     heads: int | None
 
@@ -61,8 +61,8 @@ class Reader:
             with ThreadPoolExecutor(self.threads, thread_name_prefix="safetensors") as pool:
                 self.bytes_read += sum(pool.map(self._work, pieces))
 
-    def _pieces(self, stored: Stored, tensor: Tensor) -> Iterator[Piece]:
-        box = Box.held(tensor)
+    def _pieces(self, stored: Stored, tensor: Tensor) -> Iterator[FileSlice]:
+        box = TensorSlice.held(tensor)
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         if box.elements == 0:
             return
@@ -70,11 +70,11 @@ class Reader:
             local.zero_()
         elif stored.stacked:
             for place in range(box.sizes[0]):
-                yield from self._cut(Piece(stored.keys[box.starts[0] + place], box.inner(), local[place], None))
+                yield from self._cut(FileSlice(stored.keys[box.starts[0] + place], box.inner(), local[place], None))
         else:
-            yield from self._cut(Piece(stored.keys[0], box, local, stored.heads))
+            yield from self._cut(FileSlice(stored.keys[0], box, local, stored.heads))
 
-    def _cut(self, piece: Piece) -> Iterator[Piece]:
+    def _cut(self, piece: FileSlice) -> Iterator[FileSlice]:
         """By rows, so that none needs more than `piece_bytes` of memory."""
         row_bytes = piece.box.elements // piece.box.sizes[0] * max(4, self.archive.entries[piece.key].item_bytes)
         step = max(1, self.piece_bytes // max(row_bytes, 1))
@@ -82,7 +82,7 @@ class Reader:
             count = min(step, piece.box.sizes[0] - first)
             yield replace(piece, box=piece.box.rows(first, count), out=piece.out.narrow(0, first, count))
 
-    def _work(self, piece: Piece) -> int:
+    def _work(self, piece: FileSlice) -> int:
         """Bytes that were read."""
         entry = self.archive.entries[piece.key]
         if piece.heads is None:
@@ -92,7 +92,7 @@ class Reader:
         piece.out.copy_(values)
         return count
 
-    def _read_rotary(self, piece: Piece, entry: Entry, heads: int) -> tuple[Tensor, int]:
+    def _read_rotary(self, piece: FileSlice, entry: TensorEntry, heads: int) -> tuple[Tensor, int]:
         """Rows in our order: they lie in runs there, two to a head that is not whole here."""
         box, scratch = piece.box, self._scratch()
         there = [rotary_row(box.starts[0] + row, entry.shape[0], heads) for row in range(box.sizes[0])]
@@ -104,14 +104,14 @@ class Reader:
             count += read
         return torch.cat(parts)[order.argsort()], count
 
-    def _read(self, key: str, entry: Entry, box: Box, scratch: Tensor) -> tuple[Tensor, int]:
+    def _read(self, key: str, entry: TensorEntry, box: TensorSlice, scratch: Tensor) -> tuple[Tensor, int]:
         """A box as the file has it, and the bytes that were read; float8 times its scales, in float32."""
         values = self._bytes(entry, box, scratch)
         if entry.dtype != FLOAT8 or self.block is None:
             return values, values.nbytes
         scale = self.archive.entries[f"{key}{SCALE}"]
         rows, columns = (blocks(*each) for each in zip(box.starts, box.sizes, self.block, strict=True))
-        few = Box((rows.first, columns.first), (rows.count, columns.count))
+        few = TensorSlice((rows.first, columns.first), (rows.count, columns.count))
         scales = self._bytes(scale, few, torch.empty(few.elements * scale.item_bytes, dtype=torch.uint8))
         return values.float() * scales.float()[rows.of_each][:, columns.of_each], values.nbytes + scales.nbytes
 
@@ -122,11 +122,11 @@ class Reader:
         scratch: Tensor = self._own.scratch
         return scratch
 
-    def _bytes(self, entry: Entry, box: Box, scratch: Tensor) -> Tensor:
+    def _bytes(self, entry: TensorEntry, box: TensorSlice, scratch: Tensor) -> Tensor:
         """The box by as few reads as its rows allow: one, if they are whole. The result lives in `scratch`."""
         raw = scratch[: box.elements * entry.item_bytes]
         into, done = memoryview(raw.numpy().data), 0
-        for start, size in spans(entry, box):
+        for start, size in byte_ranges(entry, box):
             _read_into(self._files[entry.file], entry.file, into[done : done + size], start)
             done += size
         return raw.view(getattr(torch, entry.dtype)).view(box.sizes)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 FACTS = "export.json"  # also says that the folder was written here, and may be written anew
 
 
-class Team(Protocol):
+class SaveGroup(Protocol):
     """Agreements between all ranks: src.checkpoint.host_group.Team."""
 
     def each(self, action: Callable[[], T]) -> list[T]: ...
@@ -49,7 +49,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def save(
-    team: Team,
+    team: SaveGroup,
     folder: Path,
     parts: Mapping[str, Held],
     config: ModelConfig,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from src.hugging_face.header import Entry
+from src.hugging_face.header import TensorEntry
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorSlice:
     """Part of a tensor: [start, start + size) in each dimension."""
 
     starts: tuple[int, ...]
@@ -23,20 +23,20 @@ class Box:
     def elements(self) -> int:
         return prod(self.sizes)
 
-    def rows(self, first: int, count: int) -> "Box":
+    def rows(self, first: int, count: int) -> "TensorSlice":
         """Those of its rows, counted within the box."""
-        return Box((self.starts[0] + first, *self.starts[1:]), (count, *self.sizes[1:]))
+        return TensorSlice((self.starts[0] + first, *self.starts[1:]), (count, *self.sizes[1:]))
 
-    def at(self, start: int, count: int) -> "Box":
+    def at(self, start: int, count: int) -> "TensorSlice":
         """The same but for its rows."""
-        return Box((start, *self.starts[1:]), (count, *self.sizes[1:]))
+        return TensorSlice((start, *self.starts[1:]), (count, *self.sizes[1:]))
 
-    def inner(self) -> "Box":
+    def inner(self) -> "TensorSlice":
         """Without dimension 0."""
-        return Box(self.starts[1:], self.sizes[1:])
+        return TensorSlice(self.starts[1:], self.sizes[1:])
 
     @classmethod
-    def held(cls, tensor: Tensor) -> "Box":
+    def held(cls, tensor: Tensor) -> "TensorSlice":
         """What this rank holds of a tensor."""
         if not isinstance(tensor, DTensor):
             return cls((0,) * tensor.dim(), tuple(tensor.shape))
@@ -60,7 +60,7 @@ def blocks(start: int, size: int, step: int) -> Blocks:
     return Blocks(first, (start + size - 1) // step + 1 - first, numbers - first)
 
 
-def spans(entry: Entry, box: Box) -> Iterator[tuple[int, int]]:
+def byte_ranges(entry: TensorEntry, box: TensorSlice) -> Iterator[tuple[int, int]]:
     """(start, bytes) in the file of each stretch without a gap, in the order of the box's elements."""
     whole = len(box.sizes)
     while whole > 0 and box.sizes[whole - 1] == entry.shape[whole - 1]:

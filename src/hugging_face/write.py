@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from src.hugging_face.archive import SINGLE
 from src.hugging_face.check import FLOAT8, SCALE
-from src.hugging_face.header import DTYPES, NAMES, Entry, make_header
+from src.hugging_face.header import DTYPES, NAMES, TensorEntry, make_header
 from src.hugging_face.read import PIECE_BYTES, THREADS
-from src.hugging_face.tensor_slice import Box, blocks, runs, spans
+from src.hugging_face.tensor_slice import TensorSlice, blocks, byte_ranges, runs
 from src.models.stored import Stored, rotary_row
 
 BLOCK = 128  # rows and columns that share a scale
@@ -33,7 +33,7 @@ Scales = Mapping[str, Tensor]  # by key: (blocks of rows, blocks of columns), wh
 class Held:
     """What this rank writes of a tensor: its shard."""
 
-    box: Box
+    box: TensorSlice
     local: Tensor
 
 
@@ -46,7 +46,7 @@ def held(tensors: Mapping[str, Tensor]) -> dict[str, Held]:
             if at is None or any(at[axis] for axis, place in enumerate(tensor.placements) if place.is_replicate()):
                 continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        found[name] = Held(Box.held(tensor), local.detach())
+        found[name] = Held(TensorSlice.held(tensor), local.detach())
     return found
 
 
@@ -55,7 +55,7 @@ class Files:
     """Where every tensor goes."""
 
     folder: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     headers: Mapping[str, bytes]  # by name of file
     sizes: Mapping[str, int]  # bytes of each file
 
@@ -77,7 +77,7 @@ class Files:
             headers[name], starts = make_header(tensors, {"format": "pt"})
             sizes[name] = len(headers[name])
             for (key, (kind, shape)), start in zip(tensors.items(), starts, strict=True):
-                entries[key] = Entry(folder / name, kind, shape, start, DTYPES[NAMES[kind]][1])
+                entries[key] = TensorEntry(folder / name, kind, shape, start, DTYPES[NAMES[kind]][1])
                 sizes[name] += entries[key].bytes
         return cls(folder, entries, headers, sizes)
 
@@ -123,12 +123,12 @@ class _Piece:
     """One thread's next work: rows of ours, which is a box of what belongs to `key`."""
 
     key: str
-    box: Box  # native rows
+    box: TensorSlice  # native rows
     local: Tensor  # of the box's shape
     rows: int  # of the whole tensor behind the key
     heads: int | None
 
-    def ordered(self) -> Iterator[tuple[Box, Tensor]]:
+    def ordered(self) -> Iterator[tuple[TensorSlice, Tensor]]:
         """In the order that they have there: neighbours together."""
         if self.heads is None:
             yield self.box, self.local
@@ -194,11 +194,11 @@ def _write(files: Files, descriptors: Mapping[Path, int], piece: _Piece, scales:
     return done
 
 
-def put(descriptor: int, entry: Entry, box: Box, values: Tensor) -> int:
+def put(descriptor: int, entry: TensorEntry, box: TensorSlice, values: Tensor) -> int:
     """A box into its place in the file; the number of bytes."""
     host = values.to(getattr(torch, entry.dtype)).contiguous().cpu()
     raw, done = memoryview(host.flatten().view(torch.uint8).numpy().data), 0
-    for start, size in spans(entry, box):
+    for start, size in byte_ranges(entry, box):
         sent = 0
         while sent < size:
             sent += os.pwrite(descriptor, raw[done + sent : done + size], start + sent)
@@ -206,7 +206,7 @@ def put(descriptor: int, entry: Entry, box: Box, values: Tensor) -> int:
     return done
 
 
-def _factors(scale: Tensor, box: Box) -> Tensor:
+def _factors(scale: Tensor, box: TensorSlice) -> Tensor:
     """What each element of the box is multiplied with."""
     rows, columns = (blocks(start, size, BLOCK) for start, size in zip(box.starts, box.sizes, strict=True))
     inner = scale[rows.first : rows.first + rows.count, columns.first : columns.first + columns.count]
@@ -254,7 +254,7 @@ def put_scales(files: Files, scales: Scales) -> None:
         entry = files.entries[f"{key}{SCALE}"]
         descriptor = os.open(entry.file, os.O_WRONLY)
         try:
-            put(descriptor, entry, Box((0, 0), tuple(scale.shape)), scale)
+            put(descriptor, entry, TensorSlice((0, 0), tuple(scale.shape)), scale)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import module_of, owned, split
 from src.distributed.precision.config import BYTES
 from src.planning.advice import told
@@ -27,7 +27,7 @@ PARTS = ("parameters", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
-class Bytes:
+class RehearsedBytes:
     """Of one rank, at rest between two steps; gradients as they are at the update."""
 
     parameters: int
@@ -42,8 +42,8 @@ class Rehearsal:
     rank: int
     stages: tuple[int, ...]
     layers: int
-    built: Bytes
-    planned: Bytes
+    built: RehearsedBytes
+    planned: RehearsedBytes
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def rehearse(run: Run, ranks: Iterable[int] | None) -> list[Rehearsal]:
         return list(pool.map(build, [run] * len(chosen), chosen))
 
 
-def default_ranks(degrees: Degrees) -> list[int]:
+def default_ranks(degrees: ParallelDims) -> list[int]:
     """Pipeline is the outermost axis: its ranks are blocks of equal length."""
     each = degrees.world // degrees.pipeline
     stages = dict.fromkeys((0, degrees.pipeline // 2, degrees.pipeline - 1))
@@ -85,25 +85,25 @@ def build(run: Run, rank: int) -> Rehearsal:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from src.distributed.mesh import Mesh
-    from src.train.setup import cut
+    from src.train.setup import build_stages
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=run.parallel.world)
     mesh = Mesh(run.parallel, "cpu")
-    parts = cut(run, mesh)
-    named = [pair for part in parts.values() for pair in part.named_parameters()]
+    stages = build_stages(run, mesh)
+    named = [pair for part in stages.values() for pair in part.named_parameters()]
     for _, parameter in named:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = run.optim.build(named, torch.device("cpu"))
     kept = [state[name] for state in optimizer.state.values() for name in run.optim.state]
-    built = Bytes(
+    built = RehearsedBytes(
         parameters=_bytes(parameter for _, parameter in named),
         gradients=_bytes(parameter.grad for _, parameter in named if parameter.grad is not None),
         optimizer=_bytes(kept),
     )
-    layers = sum(len(part.layers) for part in parts.values())
+    layers = sum(len(part.layers) for part in stages.values())
     stage_rank = mesh.pipeline.get_local_rank()
     dist.destroy_process_group()
-    return Rehearsal(rank, tuple(parts), layers, built, planned(run, stage_rank), monotonic() - begin)
+    return Rehearsal(rank, tuple(stages), layers, built, planned(run, stage_rank), monotonic() - begin)
 
 
 def _bytes(tensors: "Iterable[torch.Tensor]") -> int:
@@ -113,7 +113,7 @@ def _bytes(tensors: "Iterable[torch.Tensor]") -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def planned(run: Run, stage_rank: int) -> Bytes:
+def planned(run: Run, stage_rank: int) -> RehearsedBytes:
     """What the plan counts for the fullest rank of this pipeline rank's stages."""
     degrees = run.parallel
     stages = split(degrees, run.model.n_layers)
@@ -122,7 +122,7 @@ def planned(run: Run, stage_rank: int) -> Bytes:
     weights = (weight for weight in run.model.weights() if module_of(weight.name) in modules)
     elements = sum(weight.local_elements(degrees) for weight in weights)
     stored = elements * BYTES[run.precision.storage]
-    return Bytes(parameters=stored, gradients=stored, optimizer=elements * run.optim.state_bytes())
+    return RehearsedBytes(parameters=stored, gradients=stored, optimizer=elements * run.optim.state_bytes())
 
 
 def render(rehearsals: list[Rehearsal]) -> Table:

@@ -11,13 +11,13 @@ from src.cluster.replicas.supervisor import Options
 from src.cluster.slurm.client import SlurmScheduler
 from src.config.build import build
 from src.config.tree import Tree, identity
-from src.distributed.process.rank_context import Facts, joined
+from src.distributed.process.rank_context import LauncherEnv, joined
 from src.errors import DataError, PlanError, UserError
 from src.runs.folder import place
 from src.version import VERSION
 
 if TYPE_CHECKING:
-    from src.cluster.local.config import Outcome
+    from src.cluster.local.config import AttemptOutcome
     from src.data.corpus import Corpus
     from src.hugging_face.hub import Fetched
     from src.planning.plan import Plan
@@ -31,8 +31,8 @@ Made = TypeVar("Made")
 class Cluster(Protocol):
     """What every class of the group cluster can do."""
 
-    def submit(self, folder: "RunFolder", world: int) -> "Outcome": ...
-    def submit_groups(self, folder: "RunFolder", world: int, options: Options) -> "Outcome": ...
+    def submit(self, folder: "RunFolder", world: int) -> "AttemptOutcome": ...
+    def submit_groups(self, folder: "RunFolder", world: int, options: Options) -> "AttemptOutcome": ...
 
 
 def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
@@ -200,16 +200,16 @@ def _join(tree: Tree, run: "Run") -> str:
             "fault_tolerance: each group is started and watched by launch.py, not by torchrun or srun; start launch.py "
             "itself, or pass fault_tolerance=none"
         )
-    from src.cluster.rank import perform
+    from src.cluster.rank import run_rank
 
-    outer = Facts.read()
+    outer = LauncherEnv.read()
     if outer.world != run.parallel.world:
         raise PlanError(f"WORLD_SIZE={outer.world}, but parallel asks for {run.parallel.world} ranks")
     if run.cluster.devices().count is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
     if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
-        return "finished" if perform(tree, place(run.root, run.name, identity(tree), run.folder)) else "stopped"
+        return "finished" if run_rank(tree, place(run.root, run.name, identity(tree), run.folder)) else "stopped"
     folder, _ = prepare(tree, run)
     with folder:
         folder.begin(run.parallel.world)
-        return "finished" if perform(tree, folder.path) else "stopped"
+        return "finished" if run_rank(tree, folder.path) else "stopped"

@@ -61,7 +61,7 @@ class ExpertLoad:
         each = {number: layer.values(self.asked) for number, layer in sorted(self.layers.items())}
         known = set().union(*each.values())
         found = {key: float(of([values[key] for values in each.values()])) for key, of in WORST.items() if key in known}
-        found["forced_balance"] = float(self.forced)
+        found["force_load_balance"] = float(self.forced)
         if layers:
             found |= {f"layer_{number:02}/{key}": one for number, values in each.items() for key, one in values.items()}
         return {f"experts/{key}": one for key, one in found.items()}

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.runs.records import Span, asked, spans
+from src.runs.records import AttemptSpan, asked, spans
 from src.storage.json_lines import METRICS_FILE, Lines
 
 
@@ -101,7 +101,7 @@ def _lives(folder: Path) -> list[list[dict[str, Any]]]:
 
 def _sum(
     lives: list[list[dict[str, Any]]],
-    spans: list[Span],
+    spans: list[AttemptSpan],
     since: float | None,
     *,
     until: float | None = None,
@@ -128,16 +128,18 @@ def _waited(since: float | None, until: float | None) -> Goodput:
     return Goodput() if since is None or until is None else Goodput(queue=max(0.0, until - since))
 
 
-def _paired(lives: list[list[dict[str, Any]]], spans: Sequence[Span]) -> list[tuple[Span, list[dict[str, Any]]]]:
+def _paired(
+    lives: list[list[dict[str, Any]]], spans: Sequence[AttemptSpan]
+) -> list[tuple[AttemptSpan, list[dict[str, Any]]]]:
     """Each attempt with its lines: a span may have none, and lines may have no span."""
-    pairs: list[tuple[Span, list[dict[str, Any]]]] = []
+    pairs: list[tuple[AttemptSpan, list[dict[str, Any]]]] = []
     left = list(lives)
     for index, span in enumerate(spans):
         following = spans[index + 1].started if index + 1 < len(spans) else float("inf")
         own = [life for life in left if life[0]["time"] < following]
         left = left[len(own) :]
         pairs.append((span, [line for life in own for line in life]))
-    pairs += [(Span(_process_start(life), None), life) for life in left]
+    pairs += [(AttemptSpan(_process_start(life), None), life) for life in left]
     return pairs
 
 

@@ -31,7 +31,7 @@ TOP = 25  # kernels that are told one by one
 LONGEST_NAME = 100
 
 
-class Kernel(NamedTuple):
+class KernelTime(NamedTuple):
     """One run of a kernel, on the device's clock."""
 
     name: str
@@ -44,7 +44,7 @@ def kind(name: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
-def breakdown(kernels: Sequence[Kernel], steps: int) -> dict[str, Any]:
+def breakdown(kernels: Sequence[KernelTime], steps: int) -> dict[str, Any]:
     """Milliseconds of a step. Kernels may run side by side, so the kinds may add up to more than the step.
 
     idle: no kernel ran. exposed_communication: nothing else ran.
@@ -73,7 +73,7 @@ def breakdown(kernels: Sequence[Kernel], steps: int) -> dict[str, Any]:
     }
 
 
-def covered(kernels: Iterable[Kernel]) -> float:
+def covered(kernels: Iterable[KernelTime]) -> float:
     """Microseconds in which at least one of these kernels ran."""
     total, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):

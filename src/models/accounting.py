@@ -15,8 +15,8 @@ HEAD_CHUNK_ROWS = 4096
 STATISTIC_BYTES = 4
 
 
-class Grid(Protocol):
-    """Over how many ranks a weight is cut; `src.distributed.parallel_dims.Degrees` is one."""
+class RankGrid(Protocol):
+    """Over how many ranks a weight is cut; `src.distributed.parallel_dims.ParallelDims` is one."""
 
     @property
     def tensor(self) -> int: ...
@@ -28,7 +28,7 @@ class Grid(Protocol):
     def expert_tensor(self) -> int: ...
     @property
     def expert_shard(self) -> int: ...
-    def cuts_inside(self, n_experts: int) -> bool: ...
+    def cuts_inside(self, num_experts: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Weight:
     tensor_dim: int | None = None  # None: whole on each tensor rank (norms)
     embedding: bool = False  # looked up, not multiplied: no flops
     multiplications: int = 1  # uses as a matrix in one forward; 0 for a lookup alone
-    active: float = 1.0  # share of it that one token meets (routed experts: k / n_experts)
+    active: float = 1.0  # share of it that one token meets (routed experts: k / num_experts)
     experts: bool = False  # dimension 0 counts routed experts, which have axes of their own
 
     @property
     def elements(self) -> int:
         return prod(self.shape)
 
-    def gathered_shape(self, grid: Grid) -> tuple[int, ...]:
+    def gathered_shape(self, grid: RankGrid) -> tuple[int, ...]:
         """What the fullest rank computes with: tensor and expert parallelism cut, FSDP does not."""
         shape = list(self.shape)
         if self.experts:
@@ -58,7 +58,7 @@ class Weight:
             shape[self.tensor_dim] = ceil(shape[self.tensor_dim] / tensor)
         return tuple(shape)
 
-    def local_elements(self, grid: Grid) -> int:
+    def local_elements(self, grid: RankGrid) -> int:
         """Elements at rest on the fullest rank: FSDP cuts last, and rounds up."""
         shape = list(self.gathered_shape(grid))
         inside = self.experts and grid.cuts_inside(self.shape[0])
@@ -85,7 +85,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedActivations:
     """Bytes of one block on one rank."""
 
     whole: int  # all that its backward needs

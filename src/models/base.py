@@ -9,15 +9,15 @@ from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
 from src.errors import divisors, some
-from src.models.accounting import Counts, Grid, Saved, Slice, Weight, count
+from src.models.accounting import Counts, RankGrid, SavedActivations, Slice, Weight, count
 
 if TYPE_CHECKING:
     from src.models.decoder import Decoder
     from src.models.moe.config import MixtureOfExperts
 
 
-class Layout(Grid, Protocol):
-    """All degrees that a model may refuse; `src.distributed.parallel_dims.Degrees` is one."""
+class Layout(RankGrid, Protocol):
+    """All degrees that a model may refuse; `src.distributed.parallel_dims.ParallelDims` is one."""
 
     @property
     def context(self) -> int: ...
@@ -91,7 +91,7 @@ class ModelConfig(Config):
         return self.mask == "block_causal"
 
     @abstractmethod
-    def saved_by_block(self, cut: Slice) -> Saved:
+    def saved_by_block(self, cut: Slice) -> SavedActivations:
         """What one block keeps for its backward on one rank."""
 
     @abstractmethod
@@ -125,7 +125,7 @@ class ModelConfig(Config):
             ]
         if self.tied and layout.pipeline > 1:
             found.append(
-                f"parallel.pipeline={layout.pipeline} would part model.tied_embeddings=true over two stages; "
+                f"parallel.pipeline={layout.pipeline} would part model.tie_word_embeddings=true over two stages; "
                 "pass parallel.pipeline=1"
             )
         return found

@@ -104,11 +104,11 @@ class Decoder(nn.Module):
         found = (getattr(block, "moe", None) for block in self.layers.values())
         return [moe for moe in found if isinstance(moe, MoE)]
 
-    def counters(self) -> list[Tensor]:
-        """What this rank counted since the last `after_step`, which adds it up over ranks and counts anew."""
+    def expert_counts(self) -> list[Tensor]:
+        """What this rank counted since the last `post_optimizer_step`, which adds it up over ranks and counts anew."""
         return [moe.tokens_per_expert for moe in self.mixtures()]
 
-    def after_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
+    def post_optimizer_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         """Collective, once per optimizer step: move the biases that balance experts.
 
         `summed` adds a tensor over all ranks that hold these layers and other tokens, in place; `applied` (scalar) is
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         hidden = hidden if self.norm is None else self.norm(hidden)
         return hidden if self.output is None else self.output(hidden, labels=labels)
 
-    def graphs(self, *, experts_apart: bool) -> list[tuple[nn.Module, str]]:
+    def compile_regions(self, *, experts_apart: bool) -> list[tuple[nn.Module, str]]:
         """What a compiler may make one graph of: a module and the name of its method.
 
         `experts_apart`: routed experts cannot be traced together with what surrounds them.

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from src.config.base import Config
 from src.models.base import ModelConfig
-from src.models.stored import Facts, Stored
+from src.models.stored import ConfigReader, Stored
 
 
 class HuggingFaceForm(Protocol):
@@ -20,10 +20,10 @@ class HuggingFaceForm(Protocol):
     def stored(self, config: Any) -> Iterator[Stored]:
         """Every tensor of the model and its keys in a checkpoint."""
 
-    def skipped(self, config: Any, key: str, facts: Facts) -> str | None:
+    def skipped(self, config: Any, key: str, facts: ConfigReader) -> str | None:
         """Why a key of a checkpoint is not read; None: it is unexpected."""
 
-    def read(self, facts: Facts) -> dict[str, Any]:
+    def read(self, facts: ConfigReader) -> dict[str, Any]:
         """The keys of the config class that a config.json says."""
 
     def write(self, config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from src.errors import CheckpointError
 from src.models.base import ModelConfig
 from src.models.families import HuggingFaceForm, model_types, of_config
-from src.models.stored import Facts, Stored
+from src.models.stored import ConfigReader, Stored
 
 
 def section(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
@@ -14,7 +14,7 @@ def section(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
 
     CheckpointError with everything that cannot be represented.
     """
-    facts, known = Facts(values, where), model_types()
+    facts, known = ConfigReader(values, where), model_types()
     kind = facts.get("model_type")
     if kind not in known:
         raise CheckpointError(f"{where}: model_type={kind} is not known; there are {', '.join(known)}")
@@ -50,7 +50,7 @@ def stored(config: ModelConfig) -> tuple[Stored, ...]:
 
 def skipped(config: ModelConfig, key: str, values: Mapping[str, Any]) -> str | None:
     """Why a key of a checkpoint with this config.json need not be read; None: it is unexpected."""
-    return _known(config).skipped(config, key, Facts(values, "config.json"))
+    return _known(config).skipped(config, key, ConfigReader(values, "config.json"))
 
 
 def _form(config: ModelConfig) -> HuggingFaceForm | None:

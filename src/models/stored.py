@@ -71,10 +71,10 @@ def experts(weight: Weight, block: str, inner: str) -> Stored:
     return Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
 
 
-def router_bias(layer: int, n_experts: int, *, optional: bool) -> Stored:
+def router_bias(layer: int, num_experts: int, *, optional: bool) -> Stored:
     """The biases by which a router balances its experts, by DeepSeek-V3's name; `optional`: transformers has none."""
     key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
-    return Stored(f"layers.{layer}.moe.expert_bias", (n_experts,), (key,), optional=optional, precise=True)
+    return Stored(f"layers.{layer}.moe.expert_bias", (num_experts,), (key,), optional=optional, precise=True)
 
 
 def rotary_row(row: int, rows: int, heads: int) -> int:
@@ -85,7 +85,7 @@ def rotary_row(row: int, rows: int, heads: int) -> int:
 
 
 @dataclass
-class Facts:
+class ConfigReader:
     """A config.json while it is read; `problems` collects all that this repository cannot represent."""
 
     values: Mapping[str, Any]
@@ -130,10 +130,10 @@ class Facts:
             self.problems.append(f"{self.where}: {key}={json.dumps(value)} has no form here, only {key}={words}")
         return value
 
-    def rope(self, theta: float, *kinds: str) -> tuple[float, str, "Facts"]:
+    def rope(self, theta: float, *kinds: str) -> tuple[float, str, "ConfigReader"]:
         """Base, type (one of `kinds`) and numbers of the rotary embedding, in the old or the new form of the file."""
         given, scaling = self.get("rope_parameters", {}), self.get("rope_scaling", {})
-        numbers = Facts({**scaling, **given}, f"{self.where}: rope_scaling", self.problems)
+        numbers = ConfigReader({**scaling, **given}, f"{self.where}: rope_scaling", self.problems)
         base = numbers.number("rope_theta", self.get("rope_theta", theta))
         kind = str(numbers.get("rope_type", numbers.get("type", "default")))
         if any(isinstance(value, Mapping) for value in numbers.values.values()):

@@ -40,7 +40,7 @@ def problem(load: Load, limit_bytes: int) -> str | None:
 
 def _advice(load: Load, memory: Memory, limit_bytes: int) -> str:
     """The most freeing knobs first."""
-    freed = [(memory.peak - estimate(other).peak, words) for words, other in knobs(load)]
+    freed = [(memory.peak - estimate(other).peak, words) for words, other in memory_savings(load)]
     worthwhile = sorted((pair for pair in freed if pair[0] > 0.01 * memory.peak), reverse=True)
     if not worthwhile:
         return "No single knob frees 1 %; take a larger layout"
@@ -55,7 +55,7 @@ def _together(load: Load, limit_bytes: int) -> str | None:
     """Knobs turned one after the other, the most freeing first, until the load fits."""
     turned: dict[str, str] = {}
     for _ in range(MOST_TURNS):
-        options = [(estimate(other).peak, words, other) for words, other in knobs(load)]
+        options = [(estimate(other).peak, words, other) for words, other in memory_savings(load)]
         if not options:
             return None
         peak, words, load = min(options, key=lambda option: option[0])
@@ -65,7 +65,7 @@ def _together(load: Load, limit_bytes: int) -> str | None:
     return None
 
 
-def knobs(load: Load) -> Iterator[tuple[str, Load]]:
+def memory_savings(load: Load) -> Iterator[tuple[str, Load]]:
     """Single changes that can free memory, in the words of the command line; none that makes a pipeline impossible."""
     already = _impossible(load)
     return ((words, other) for words, other in _turns(load) if already or not _impossible(other))
@@ -93,7 +93,7 @@ def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     tensor = degrees.model_copy(update={"tensor": 2 * degrees.tensor})
     if not load.model.problems(tensor):
         yield f"parallel.tensor={2 * degrees.tensor}", load.changed(degrees=tensor)
-    if not degrees.lets_go:
+    if not degrees.reshards_after_forward:
         policy = "always" if degrees.pipeline > 1 or load.texts else "default"
         again = degrees.model_copy(update={"reshard": policy})
         yield f"parallel.reshard={policy}", load.changed(degrees=again)

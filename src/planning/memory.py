@@ -7,11 +7,11 @@ Every coefficient that is a judgement and not arithmetic is a named constant her
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from src.distributed.parallel_dims import Degrees
-from src.distributed.pipeline.stages import Share, module_of, shares
+from src.distributed.parallel_dims import ParallelDims
+from src.distributed.pipeline.stages import StageShare, module_of, shares
 from src.distributed.precision.config import BYTES, Precision
 from src.distributed.recompute import Recompute
-from src.models.accounting import HEAD_CHUNK_ROWS, Saved, Slice
+from src.models.accounting import HEAD_CHUNK_ROWS, SavedActivations, Slice
 from src.models.base import ModelConfig
 from src.optim.base import Optimizer
 
@@ -31,7 +31,7 @@ class Load:
     """All that memory depends on."""
 
     model: ModelConfig
-    degrees: Degrees
+    degrees: ParallelDims
     precision: Precision
     optim: Optimizer
     recompute: Recompute  # never `auto`
@@ -91,7 +91,7 @@ def estimate(load: Load) -> Memory:
     return max((_of_rank(load, share, _Weights(parts, share)) for share in ranks), key=lambda memory: memory.peak)
 
 
-def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
+def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
     optimizer = weights.local * load.optim.state_bytes()
     outer = weights.local * load.outer_bytes
@@ -132,7 +132,7 @@ def _of_rank(load: Load, share: Share, weights: "_Weights") -> Memory:
 class _Weights:
     """Elements on one rank: its share, and each FSDP unit when gathered."""
 
-    def __init__(self, parts: list[tuple[str, str, int, int]], share: Share) -> None:
+    def __init__(self, parts: list[tuple[str, str, int, int]], share: StageShare) -> None:
         """`parts`: module, unit, share and gathered elements of each weight."""
         self.local = 0
         self.units: dict[str, int] = {}
@@ -159,7 +159,7 @@ def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:
     return at_update, weights.whole * BYTES[load.precision.reduce]
 
 
-def _held(load: Load, share: Share, activations: int, accumulated: int) -> int:
+def _held(load: Load, share: StageShare, activations: int, accumulated: int) -> int:
     """Bytes of activations and of gradients added up so far, when they are most together.
 
     Once the last forward is done, each backward lets go of activations, and the first of a stage makes its gradient.
@@ -178,7 +178,7 @@ def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
     """Bytes of gathered weights, and of the gradients under way; FSDP over one rank still makes these copies."""
     compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
     # The head is not resharded before its backward: it is needed again at once.
-    if not load.degrees.lets_go:
+    if not load.degrees.reshards_after_forward:
         blocks, others = weights.blocks, weights.whole - weights.blocks
     else:
         ahead = BLOCKS_GATHERED - 1 + load.degrees.prefetch
@@ -201,9 +201,9 @@ def _slice(load: Load) -> Slice:
     )
 
 
-def _activations(load: Load, share: Share) -> tuple[int, int]:
+def _activations(load: Load, share: StageShare) -> tuple[int, int]:
     """Bytes that blocks keep, of all micro-batches in flight, and those of one block's backward."""
-    saved: Saved = load.model.saved_by_block(_slice(load))
+    saved: SavedActivations = load.model.saved_by_block(_slice(load))
     layers, recompute = len(share.layers), load.recompute
     if recompute.mode == "every":
         every = recompute.every
@@ -218,21 +218,21 @@ def _activations(load: Load, share: Share) -> tuple[int, int]:
     return int(share.in_flight * layers * kept), max(0, saved.whole - kept) + saved.working
 
 
-def _cache(load: Load, share: Share) -> int:
+def _cache(load: Load, share: StageShare) -> int:
     """Bytes that the attention cores of this rank remember in the compute dtype: src/models/cache.py."""
     heads = load.model.kv_heads // load.degrees.tensor
     elements = load.texts * load.columns * heads * sum(load.model.head_widths)
     return len(share.layers) * elements * BYTES[load.precision.compute]
 
 
-def _travelling(load: Load, share: Share) -> int:
+def _travelling(load: Load, share: StageShare) -> int:
     """torch's stages keep a buffer for what each micro-batch brings: a hidden state or its gradient."""
     cut = _slice(load)
     hidden = int(cut.tokens * load.model.dim / cut.tensor * cut.element_bytes)
     return share.borders * load.micro_batches * hidden
 
 
-def _waiting_heads(load: Load, share: Share, weights: _Weights) -> int:
+def _waiting_heads(load: Load, share: StageShare, weights: _Weights) -> int:
     """Gradients of the head and of its input, made in the forward, of micro-batches whose backward comes later."""
     cut = _slice(load)
     each = weights.head + int(cut.tokens * load.model.dim * (1 + 1 / cut.tensor))

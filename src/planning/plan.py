@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Protocol
 
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline import stages
 from src.distributed.precision.config import BYTES
 from src.distributed.recompute import Recompute
@@ -25,7 +25,7 @@ from src.run import Compares, Devices, Infers, Nodes, Rehearses, Remembers, Run,
 NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
 
 
-class Corpus(Protocol):
+class TrainingData(Protocol):
     """What the plan asks of prepared data; whether they can feed the run is `src.data.corpus.check`'s question."""
 
     def windows(self, split: str, seq_len: int) -> int: ...
@@ -76,7 +76,9 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def plan(run: Run, corpus: Corpus | None = None, devices: Devices | None = None, problems: Iterable[str] = ()) -> Plan:
+def plan(
+    run: Run, corpus: TrainingData | None = None, devices: Devices | None = None, problems: Iterable[str] = ()
+) -> Plan:
     """Raises PlanError with every problem at once, those of other rooms (`problems`) first.
 
     `devices`: of the machine that shall run it, `run.cluster.devices()`; None: count and memory are not judged.
@@ -136,7 +138,7 @@ def load_of(run: Run) -> Load:
     )
 
 
-def _answers(run: Run, load: Load, limit: int | None, corpus: Corpus | None) -> Plan:
+def _answers(run: Run, load: Load, limit: int | None, corpus: TrainingData | None) -> Plan:
     task, degrees = run.task, run.parallel
     counts = run.model.counts(task.seq_len)
     memory = estimate(load)
@@ -202,7 +204,7 @@ def _memory_limit(run: Run, devices: Devices | None) -> int | None:
 
 
 def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
-    degrees: Degrees = run.parallel
+    degrees: ParallelDims = run.parallel
     found = run.model.problems(degrees)
     found += degrees.problems(
         flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=_has_gpu(run, devices)
@@ -338,7 +340,7 @@ def _has_gpu(run: Run, devices: Devices | None) -> bool:
     return devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
 
 
-def _epochs(run: Run, corpus: Corpus) -> float:
+def _epochs(run: Run, corpus: TrainingData) -> float:
     return run.task.steps * run.task.global_batch / corpus.windows("train", run.task.seq_len)
 
 

@@ -31,7 +31,7 @@ def cheapest(load: Load, limit_bytes: int | None) -> Recompute:
     return next(fits, FULL)
 
 
-def settled(run: Run, folder: Path) -> Run:
+def resolve_auto_recompute(run: Run, folder: Path) -> Run:
     """The run as its ranks must build it: what the config leaves to the plan is read from the folder's plan.json."""
     if run.recompute.mode != "auto":
         return run

@@ -14,16 +14,16 @@ SUBMISSIONS_FILE = "slurm.jsonl"  # a line for each time that the run was handed
 
 
 @dataclass(frozen=True)
-class Span:
+class AttemptSpan:
     """One attempt as its launcher saw it, in seconds since 1970; `ended` is None where nobody noted it."""
 
     started: float
     ended: float | None
 
 
-def spans(folder: Path) -> list[Span]:
+def spans(folder: Path) -> list[AttemptSpan]:
     """Of every attempt, oldest first."""
-    return [Span(_seconds(each["started"]), _ended(each)) for each in _attempts(folder)]
+    return [AttemptSpan(_seconds(each["started"]), _ended(each)) for each in _attempts(folder)]
 
 
 def jobs(folder: Path) -> list[str]:

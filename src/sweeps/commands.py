@@ -19,10 +19,10 @@ from src.cluster.slurm.pack import CANCEL_FILE
 from src.errors import FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
-from src.sweeps.ledger import Ledger, Point
-from src.sweeps.status import BROKEN, LIVE, OPEN, Standing, State
+from src.sweeps.ledger import Ledger, SweepPoint
+from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
-Row = tuple[Point, Standing]
+Row = tuple[SweepPoint, RunStatus]
 COLOURS: dict[State, str] = {
     "finished": "green",
     "running": "cyan",
@@ -122,7 +122,7 @@ def cancel(ledger: Ledger, numbers: Sequence[int]) -> int:
     return code
 
 
-def _end(point: Point, now: Standing) -> str | None:
+def _end(point: SweepPoint, now: RunStatus) -> str | None:
     """What went wrong, if anything."""
     owner = Lock(point.folder / "lock", client.SlurmScheduler()).owner() or {}
     handed = client.submissions(point.folder)

@@ -13,7 +13,7 @@ from src.config.tree import Tree, difference, identity
 from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
 from src.launch.start import checked, prepare, start
-from src.sweeps.ledger import Ledger, Point
+from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import OPEN, State
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class Submits(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepEntry:
     """A point, ready to be handed over."""
 
-    point: Point
+    point: SweepPoint
     tree: Tree
     run: "Run"
 
@@ -99,7 +99,7 @@ def one_run(trees: Sequence[Tree]) -> str | None:
 
 def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, dict[str, str]]]") -> int:
     """Write points down, then hand over those that nobody works on."""
-    entries = [Entry(ledger.add(tree, overrides), tree, run) for tree, run, overrides in given]
+    entries = [SweepEntry(ledger.add(tree, overrides), tree, run) for tree, run, overrides in given]
     entries = list({entry.point.identity: entry for entry in entries}.values())
     states = {point.identity: standing.state for point, standing in ledger.standings()}
     chosen = [entry for entry in entries if states[entry.point.identity] in OPEN]
@@ -111,20 +111,20 @@ def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, dict[str, str]]]") -
     return code
 
 
-def ready(ledger: Ledger, points: Sequence[Point]) -> list[Entry]:
+def ready(ledger: Ledger, points: Sequence[SweepPoint]) -> list[SweepEntry]:
     """Points of the ledger with the runs that their configs make; those that make none are refused, one by one."""
-    found: list[Entry] = []
+    found: list[SweepEntry] = []
     for point in points:
         try:
             ((tree, run, _),) = checked([ledger.tree(point)])
         except UserError as error:
             _refuse(ledger, point, error)
         else:
-            found.append(Entry(point, tree, run))
+            found.append(SweepEntry(point, tree, run))
     return found
 
 
-def hand_over(ledger: Ledger, entries: Sequence[Entry], *, wait: bool = False) -> int:
+def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = False) -> int:
     """SLURM takes all at once; this machine one after the other. `wait`: until SLURM's have ended, too."""
     code = 0
     for entry in entries:
@@ -138,10 +138,10 @@ def hand_over(ledger: Ledger, entries: Sequence[Entry], *, wait: bool = False) -
     return code or _one_by_one(ledger, [entry for entry in entries if not isinstance(entry.run.cluster, Submits)])
 
 
-def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[Entry], *, wait: bool) -> int:
+def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[SweepEntry], *, wait: bool) -> int:
     from src.cluster.slurm.config import Prepared
 
-    opened: list[tuple[Entry, Prepared]] = []
+    opened: list[tuple[SweepEntry, Prepared]] = []
     code = 0
     try:
         for entry in entries:
@@ -171,7 +171,7 @@ def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[Entry], *, wait:
     return code
 
 
-def _one_by_one(ledger: Ledger, entries: Sequence[Entry]) -> int:
+def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
     """A point that fails does not stop the later ones; a stop ends all."""
     failed: dict[str, int] = {}
     for count, entry in enumerate(entries, start=1):
@@ -191,17 +191,17 @@ def _one_by_one(ledger: Ledger, entries: Sequence[Entry]) -> int:
     return next(iter(failed.values()), 0)
 
 
-def _refuse(ledger: Ledger, point: Point, error: UserError) -> int:
+def _refuse(ledger: Ledger, point: SweepPoint, error: UserError) -> int:
     ledger.refused(point, "; ".join(error.problems))
     print(f"{_label(point)} refused", *error.problems, sep="\n", file=sys.stderr, flush=True)
     return error.exit_code
 
 
-def _cancelled(ledger: Ledger, point: Point) -> bool:
+def _cancelled(ledger: Ledger, point: SweepPoint) -> bool:
     return any(each.cancelled for each in ledger.points() if each.identity == point.identity)
 
 
-def _label(point: Point) -> str:
+def _label(point: SweepPoint) -> str:
     return f"{point.number}: {point.folder.name}"
 
 

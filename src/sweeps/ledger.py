@@ -18,14 +18,14 @@ from src.config import tree as trees
 from src.errors import FolderError
 from src.runs.folder import place
 from src.storage.json_lines import Lines
-from src.sweeps.status import Handed, Standing, job_states, stand
+from src.sweeps.status import RunStatus, Submission, job_states, status_of
 
 SWEEP = "sweep.json"
 EVENTS = "ledger.jsonl"
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One run of the sweep; its identity is its config's."""
 
     number: int  # from 1, in the order of asking
@@ -38,8 +38,8 @@ class Point:
     proposal: Mapping[str, Any] | None = None  # what a search drew, by key
 
     @property
-    def handed(self) -> Handed:
-        return Handed(self.folder, self.submitted, self.refused, self.cancelled)
+    def handed(self) -> Submission:
+        return Submission(self.folder, self.submitted, self.refused, self.cancelled)
 
 
 class Ledger:
@@ -91,7 +91,7 @@ class Ledger:
         tree: trees.Tree,
         overrides: Mapping[str, str],
         proposal: Mapping[str, Any] | None = None,
-    ) -> Point:
+    ) -> SweepPoint:
         """A point already there is left as it is."""
         identity = trees.identity(tree)
         given = tree["folder"]
@@ -103,34 +103,34 @@ class Ledger:
         partial.replace(config)  # the newest root, cluster and tracker
         if identity in known:
             return known[identity]
-        point = Point(len(known) + 1, identity, folder, dict(overrides), proposal=proposal)
+        point = SweepPoint(len(known) + 1, identity, folder, dict(overrides), proposal=proposal)
         self._note(
             "point", point, number=point.number, folder=str(folder), overrides=dict(overrides), proposal=proposal
         )
         return point
 
-    def submitted(self, point: Point) -> None:
+    def submitted(self, point: SweepPoint) -> None:
         """It is handed over now."""
         self._note("submitted", point)
 
-    def resumed(self, point: Point) -> None:
+    def resumed(self, point: SweepPoint) -> None:
         """It shall go on after all."""
         if point.cancelled:
             self._note("resumed", point)
 
-    def refused(self, point: Point, why: str) -> None:
+    def refused(self, point: SweepPoint, why: str) -> None:
         """It could not be handed over."""
         self._note("refused", point, why=why)
 
-    def cancelled(self, point: Point) -> None:
+    def cancelled(self, point: SweepPoint) -> None:
         """It shall not go on."""
         self._note("cancelled", point)
 
-    def tree(self, point: Point) -> trees.Tree:
+    def tree(self, point: SweepPoint) -> trees.Tree:
         """The config of a point."""
         return trees.read(self.path / "points" / f"{point.identity}.yaml")
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[SweepPoint]:
         """In the order of asking."""
         found: dict[str, dict[str, Any]] = {}
         for line in self._events.read():
@@ -144,9 +144,9 @@ class Ledger:
                 fact["refused"] = line["why"]
             elif line["event"] in ("cancelled", "resumed"):
                 fact["cancelled"] = line["event"] == "cancelled"
-        return sorted((Point(identity=key, **fact) for key, fact in found.items()), key=lambda point: point.number)
+        return sorted((SweepPoint(identity=key, **fact) for key, fact in found.items()), key=lambda point: point.number)
 
-    def standings(self) -> list[tuple[Point, Standing]]:
+    def standings(self) -> list[tuple[SweepPoint, RunStatus]]:
         """Every point with how it stands now; SLURM is asked once.
 
         Keys that only others name, as after `extend`, are read from the point's config.
@@ -155,7 +155,7 @@ class Ledger:
         keys = list(dict.fromkeys(key for point in points for key in point.overrides))
         points = [self._completed(point, keys) for point in points]
         jobs = job_states([point.folder for point in points])
-        return [(point, stand(point.handed, jobs)) for point in points]
+        return [(point, status_of(point.handed, jobs)) for point in points]
 
     def swept(self) -> list[str]:
         """The keys in which points differ, in the order of the command line."""
@@ -163,7 +163,7 @@ class Ledger:
         keys = list(dict.fromkeys(key for point in points for key in point.overrides))
         return [key for key in keys if len({point.overrides.get(key) for point in points}) > 1]
 
-    def _completed(self, point: Point, keys: Sequence[str]) -> Point:
+    def _completed(self, point: SweepPoint, keys: Sequence[str]) -> SweepPoint:
         absent = [key for key in keys if key not in point.overrides]
         if not absent:
             return point
@@ -174,7 +174,7 @@ class Ledger:
     def _about(self) -> dict[str, Any]:
         return dict(json.loads((self.path / SWEEP).read_text()))
 
-    def _note(self, event: str, point: Point, **facts: object) -> None:
+    def _note(self, event: str, point: SweepPoint, **facts: object) -> None:
         self._events.append({"event": event, "time": round(time.time(), 3), "identity": point.identity, **facts})
 
 

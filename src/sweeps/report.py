@@ -12,8 +12,8 @@ from src.metrics.curve import at_tokens, smoothed
 from src.metrics.goodput import Goodput, duration
 from src.metrics.history import History, Series, read
 from src.sweeps.chart import Bar, Curve, Dot, bars, dots, lines, number
-from src.sweeps.ledger import Ledger, Point
-from src.sweeps.status import Standing
+from src.sweeps.ledger import Ledger, SweepPoint
+from src.sweeps.status import RunStatus
 
 REPORT_FILE = "report.html"
 STYLE = Path(__file__).with_suffix(".css")
@@ -40,15 +40,15 @@ CUT = 0.15  # of the tokens: the first fall of the loss would flatten all that f
 class Shown:
     """A point with all that the page tells of it."""
 
-    point: Point
-    now: Standing
+    point: SweepPoint
+    now: RunStatus
     history: History
     colour: str
     dash: str
     title: str
 
 
-def write(ledger: Ledger, rows: Sequence[tuple[Point, Standing]]) -> Path:
+def write(ledger: Ledger, rows: Sequence[tuple[SweepPoint, RunStatus]]) -> Path:
     """report.html of the sweep folder."""
     swept = ledger.swept()
     colours = [_by_value(swept[:1], rows, DISTINCT), _by_value(swept[1:2], rows, DASHES)]
@@ -63,7 +63,7 @@ def write(ledger: Ledger, rows: Sequence[tuple[Point, Standing]]) -> Path:
     return path
 
 
-def _by_value(keys: Sequence[str], rows: Sequence[tuple[Point, Standing]], looks: Sequence[str]) -> list[str]:
+def _by_value(keys: Sequence[str], rows: Sequence[tuple[SweepPoint, RunStatus]], looks: Sequence[str]) -> list[str]:
     """A look for each row: by the value of the key, or the first look where there is no key."""
     if not keys:
         return [looks[0]] * len(rows)
@@ -97,7 +97,7 @@ def _numeric(texts: Sequence[str]) -> list[float] | None:
         return None
 
 
-def _title(point: Point, now: Standing, swept: Sequence[str]) -> str:
+def _title(point: SweepPoint, now: RunStatus, swept: Sequence[str]) -> str:
     values = " ".join(f"{key}={point.overrides.get(key, '')}" for key in swept)
     return f"{values}\n{now.state}" + ("" if now.loss is None else f", loss {now.loss:.4f}")
 

@@ -14,14 +14,14 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from src.config.base import Config
 from src.config.build import build
-from src.config.compose import Asked, point
+from src.config.compose import Request, point
 from src.config.space import Choices, Interval, ranges
 from src.distributed.process.rank_context import joined
 from src.errors import ConfigError, PlanError
 from src.launch.start import checked
 from src.sweeps.grid import SWEEPS, hand_over, in_group, ready, title
-from src.sweeps.ledger import Ledger, Point
-from src.sweeps.status import LIVE, OPEN, Standing
+from src.sweeps.ledger import Ledger, SweepPoint
+from src.sweeps.status import LIVE, OPEN, RunStatus
 from src.tasks.source import completed
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Optuna(Config):
         return self
 
 
-def search(asked: Asked, argv: Sequence[str], ledger: Ledger | None = None) -> int:
+def search(asked: Request, argv: Sequence[str], ledger: Ledger | None = None) -> int:
     """Draw, hand over, wait, until all trials are there; 1 when none of them finished. `ledger`: to be extended."""
     if joined():
         raise PlanError("a search starts its own ranks, one point after the other; leave the outer launcher out")
@@ -93,11 +93,11 @@ class Search:
             self._wait()
         return self._conclude()
 
-    def _draw(self, known: Sequence[tuple[Point, Standing]], count: int) -> list[Point]:
+    def _draw(self, known: Sequence[tuple[SweepPoint, RunStatus]], count: int) -> list[SweepPoint]:
         """New points, written down; what was drawn before is drawn again, a few times."""
         study = remembered(self.options, self.space, known)
         there = [dict(each.proposal) for each, _ in known if each.proposal is not None]
-        fresh: list[Point] = []
+        fresh: list[SweepPoint] = []
         for _ in range(DRAWS * count):
             drawn = study.ask(distributions(self.space)).params
             texts = {key: _text(self.space[key], value) for key, value in drawn.items()}
@@ -112,7 +112,7 @@ class Search:
                 break
         return fresh
 
-    def _hand_over(self, points: Sequence[Point]) -> None:
+    def _hand_over(self, points: Sequence[SweepPoint]) -> None:
         hand_over(self.ledger, ready(self.ledger, points), wait=True)
 
     def _wait(self) -> None:
@@ -123,7 +123,7 @@ class Search:
     def _stopped(self) -> bool:
         return any(standing.state in OPEN - {"refused"} for _, standing in self.ledger.standings())
 
-    def _hopeless(self, known: Sequence[tuple[Point, Standing]]) -> bool:
+    def _hopeless(self, known: Sequence[tuple[SweepPoint, RunStatus]]) -> bool:
         """Whether a whole first round brought nothing: more of the same would only burn hours."""
         if len(known) < max(self.options.batch, self.options.first_random):
             return False
@@ -143,7 +143,7 @@ class Search:
         return 0
 
 
-def remembered(options: Optuna, space: Space, known: Sequence[tuple[Point, Standing]]) -> "optuna.Study":
+def remembered(options: Optuna, space: Space, known: Sequence[tuple[SweepPoint, RunStatus]]) -> "optuna.Study":
     """A study that has seen every point of the ledger.
 
     A diverged point counts as worse than every finished one, a failed one says nothing of its values.
@@ -184,7 +184,7 @@ def distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribut
     return found
 
 
-def _trial_state(standing: Standing) -> "optuna.trial.TrialState":
+def _trial_state(standing: RunStatus) -> "optuna.trial.TrialState":
     from optuna.trial import TrialState
 
     if standing.state == "finished" and standing.loss is not None:

@@ -32,7 +32,7 @@ _RUNNING = frozenset(("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGN
 
 
 @dataclass(frozen=True)
-class Handed:
+class Submission:
     """What a ledger knows of a point beside its config."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """`loss` is the final validation loss, or the last training loss of a run that does not validate."""
 
     state: State
@@ -66,13 +66,13 @@ def job_states(folders: Sequence[Path]) -> dict[str, str] | None:
         return None
 
 
-def stand(point: Handed, jobs: Mapping[str, str] | None) -> Standing:
+def status_of(point: Submission, jobs: Mapping[str, str] | None) -> RunStatus:
     """`jobs` as `job_states` gives them."""
     tried, handed = attempts(point.folder), client.submissions(point.folder)
     job = handed[-1]["job"] if handed else None
     state, detail = _state(point, tried, job, jobs)
     history = read(point.folder)
-    return Standing(
+    return RunStatus(
         state,
         detail,
         job,
@@ -92,7 +92,9 @@ def score(history: History) -> float | None:
     return None
 
 
-def _state(point: Handed, tried: list[Attempt], job: str | None, jobs: Mapping[str, str] | None) -> tuple[State, str]:
+def _state(
+    point: Submission, tried: list[Attempt], job: str | None, jobs: Mapping[str, str] | None
+) -> tuple[State, str]:
     if any(each.ended == "finished" for each in tried):
         return "finished", ""
     word = (jobs or {}).get(job or "")

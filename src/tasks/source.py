@@ -22,7 +22,7 @@ from src.hugging_face.load import model_section, noted
 from src.tasks.inherit import check_typed, sections
 
 if TYPE_CHECKING:
-    from src.distributed.model_stages import Network
+    from src.distributed.model_stages import ModelStages
     from src.run import Run
 
 # Sections that say what the weights are and what they were trained on.
@@ -144,7 +144,7 @@ def find(folder: Path, step: object) -> Path:
     return wanted
 
 
-def load(task: Reads, run: "Run", network: "Network", folder: Path) -> Path:
+def load(task: Reads, run: "Run", network: "ModelStages", folder: Path) -> Path:
     """Collective. Fill the network with the weights that the task names; `folder`: of this run. Returns where they lie.
 
     The launcher has settled the step, what to trust, and where a hub id lies on this machine.

@@ -4,17 +4,17 @@ import torch
 import torch.distributed as dist
 
 from src.distributed.collectives import mesh_max
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.metrics.expert_load import ExpertLoad, LayerLoad
 from src.models.moe.moe import MoE
 
 
-def expert_load(network: Network, tokens: int) -> ExpertLoad | None:
+def expert_load(network: ModelStages, tokens: int) -> ExpertLoad | None:
     """Collective. Of the last optimizer step, over `tokens` tokens of all ranks; None where no token chooses experts.
 
     Waits for the device. The step summed the counts over ranks already; here only a pipeline's stages are joined.
     """
-    mixture = network.parts[0].config.mixture
+    mixture = network.stages[0].config.mixture
     if mixture is None:
         return None
     layers = _layers(network)
@@ -25,12 +25,12 @@ def expert_load(network: Network, tokens: int) -> ExpertLoad | None:
         layers = {number: layer for stage in stages for number, layer in stage.items()}
     if not any(any(layer.rows) for layer in layers.values()):
         return None  # no step was made since the start
-    return ExpertLoad(layers, tokens * mixture.top_k, mixture.forced_balance)
+    return ExpertLoad(layers, tokens * mixture.top_k, mixture.force_load_balance)
 
 
-def _layers(network: Network) -> dict[int, LayerLoad]:
+def _layers(network: ModelStages) -> dict[int, LayerLoad]:
     """Those of this rank."""
-    named = [(int(number), block) for part in network.parts for number, block in part.layers.items()]
+    named = [(int(number), block) for part in network.stages for number, block in part.layers.items()]
     mixtures = {number: moe for number, block in named if isinstance(moe := getattr(block, "moe", None), MoE)}
     if not mixtures:
         return {}
@@ -40,7 +40,7 @@ def _layers(network: Network) -> dict[int, LayerLoad]:
     return {number: LayerLoad(*layer) for number, *layer in zip(mixtures, rows, norms, times, strict=True)}
 
 
-def _times(network: Network, mixtures: list[MoE]) -> list[tuple[float, float] | None]:
+def _times(network: ModelStages, mixtures: list[MoE]) -> list[tuple[float, float] | None]:
     """Milliseconds of dispatch and combine where tokens travel, those of the slowest rank."""
     taken = [moe.stopwatch.milliseconds() for moe in mixtures if moe.stopwatch is not None]
     if not taken:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.checkpoint.background import Aside
-from src.checkpoint.host_group import Team
-from src.distributed.model_stages import Network
+from src.checkpoint.background import BackgroundTask
+from src.checkpoint.host_group import HostGroup
+from src.distributed.model_stages import ModelStages
 from src.errors import UserError
 from src.hugging_face.companions import card
 from src.hugging_face.save import FACTS, Form, publish, save
@@ -44,24 +44,24 @@ class Exports:
         self.form = Form(dtype, fp8=False, biases=True, shard_bytes=SHARD_BYTES)
         self.last: Exported | None = None
         self.failed: str | None = None  # why the last one is not there
-        self._team = Team()
-        self._aside = Aside("export")
+        self._team = HostGroup()
+        self._aside = BackgroundTask("export")
 
-    def start(self, step: int, network: Network, facts: Mapping[str, Any]) -> None:
+    def start(self, step: int, network: ModelStages, facts: Mapping[str, Any]) -> None:
         """When it returns, the weights may change. `facts`: of this step, for the card."""
         began = time.perf_counter()
         self.finish()
         told = {"optimizer steps": step, **facts}
         text = (json.dumps(told, indent=2) + "\n").encode()
         beside = {**self.beside, "README.md": card(str(facts["run"]), told), FACTS: text}
-        parts = {name: replace(part, local=_on_host(part)) for name, part in held(network.tensors()).items()}
+        stages = {name: replace(part, local=_on_host(part)) for name, part in held(network.tensors()).items()}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         stalled = time.perf_counter() - began
 
         def work() -> None:
             try:
-                lines = self._write(step, parts, beside)
+                lines = self._write(step, stages, beside)
                 self.last = Exported(step, stalled, time.perf_counter() - began, lines)
             except UserError as error:  # on all ranks alike
                 self.failed = f"the export of step {step} failed: {'; '.join(error.problems)}"
@@ -72,9 +72,9 @@ class Exports:
         """Wait until nothing is in flight; raises what is no fault of the disk."""
         self._aside.finish()
 
-    def _write(self, step: int, parts: Mapping[str, Held], beside: Mapping[str, bytes]) -> list[str]:
+    def _write(self, step: int, stages: Mapping[str, Held], beside: Mapping[str, bytes]) -> list[str]:
         target, host = self.folder / f"step_{step:08d}", torch.device("cpu")
-        draft = save(self._team, target, parts, self.model, self.form, beside, _never, host)
+        draft = save(self._team, target, stages, self.model, self.form, beside, _never, host)
         lines = self._team.first(lambda: self.check(draft, self.model))
         self._team.first(lambda: publish(draft, target))
         return lines

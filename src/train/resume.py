@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from src.checkpoint.host_group import Team
+from src.checkpoint.host_group import HostGroup
 from src.checkpoint.store import Store
 from src.data.batches import Batches
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.errors import CheckpointError, DataError
 from src.hugging_face.load import load
 from src.train.state import TrainState
 
 
-def adopt(network: Network, foreign: Path) -> str:
+def adopt(network: ModelStages, foreign: Path) -> str:
     """Collective. Fill the network from a folder in Hugging Face layout; what is wrong on one rank is raised on all."""
-    lines = Team().each(lambda: load(foreign, network.tensors(), network.parts[0].config))
+    lines = HostGroup().each(lambda: load(foreign, network.tensors(), network.stages[0].config))
     return f"the weights of {foreign}: {lines[0]}"
 
 

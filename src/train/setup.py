@@ -7,10 +7,10 @@ import torch
 
 from src.distributed.init_weights import initialise, materialise
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.distributed.parallelize import parallelize
 from src.distributed.pipeline.pipeline_parallel import build, connect
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.peers import Peers
 from src.models.decoder import Decoder
@@ -27,49 +27,51 @@ START_TIMEOUT_SECONDS = 1800.0
 class Training:
     """One rank's share of a run."""
 
-    ranks: Ranks
+    ranks: RankContext
     mesh: Mesh
-    network: Network
+    network: ModelStages
     state: TrainState
     stepper: Stepper
 
 
-def assemble(run: Run, ranks: Ranks, *, skips: int, mesh: Mesh | None = None, peers: Peers | None = None) -> Training:
+def build_training(
+    run: Run, ranks: RankContext, *, skips: int, mesh: Mesh | None = None, peers: Peers | None = None
+) -> Training:
     """Collective. The parallel model with its name-seeded weights, its optimizer, and a state at step 0.
 
     `mesh`: where the world is not the layout's own. `peers`: the run's other groups.
     """
     torch.manual_seed(run.seed)  # weights do not draw from it; what does, draws alike in every attempt
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
-    network = unfilled(run, ranks, mesh)
-    for part in network.parts:
+    network = build_uninitialized(run, ranks, mesh)
+    for part in network.stages:
         initialise(part, run.seed)
     optimizer = run.optim.build(network.named_parameters(), ranks.device)
     float8 = run.precision.float8
-    after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.parts]
+    after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
     peers = peers or Peers()
     peers.watch(network, after_update)
     stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update, peers, step_metrics.STEP_METRICS)
     return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed, peers), stepper)
 
 
-def unfilled(run: Run, ranks: Ranks, mesh: Mesh) -> Network:
+def build_uninitialized(run: Run, ranks: RankContext, mesh: Mesh) -> ModelStages:
     """Collective. The parallel model on its device; its weights are whatever was in memory."""
     if run.parallel.async_tensor and mesh.tensor is not None:
         share_memory(mesh.tensor)
-    parts = cut(run, mesh)
-    for part in parts.values():
+    stages = build_stages(run, mesh)
+    for part in stages.values():
         materialise(part, ranks.device, offload=run.parallel.cpu_offload)
-    return connect(parts, mesh, ranks.device, getattr(torch, run.precision.compute))
+    return connect(stages, mesh, ranks.device, getattr(torch, run.precision.compute))
 
 
-def cut(run: Run, mesh: Mesh) -> dict[int, Decoder]:
+def build_stages(run: Run, mesh: Mesh) -> dict[int, Decoder]:
     """This rank's stages in their layout, by number, on the meta device."""
-    parts = build(run.model.build, run.model.n_layers, run.parallel, mesh.pipeline.get_local_rank())
-    for part in parts.values():
+    stages = build(run.model.build, run.model.n_layers, run.parallel, mesh.pipeline.get_local_rank())
+    for part in stages.values():
         part.to(getattr(torch, run.precision.storage))
         parallelize(part, mesh, run.precision, run.recompute, run.compile)
-    return parts
+    return stages
 
 
 def make_deterministic() -> None:

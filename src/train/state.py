@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.fault_tolerance.peers import Peers
 from src.optim.state import optimizer_state
 
@@ -15,7 +15,7 @@ from src.optim.state import optimizer_state
 class TrainState:
     """`step` optimizer steps are done, over `tokens` valid labels, and samples [0, `position`) are used up."""
 
-    network: Network
+    network: ModelStages
     optimizer: Optimizer
     seed: int
     peers: Peers = field(default_factory=Peers)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from src.data.batches import Batch
 from src.distributed.collectives import world_sum
 from src.distributed.fsdp.gradient_norm import Gradients
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.fault_tolerance.peers import Peers
 from src.models.cross_entropy import IGNORED
 from src.train.step_metrics import STEP_METRICS, AfterBackward, StepMetric
@@ -49,7 +49,7 @@ class Stepper:
 
     def __init__(
         self,
-        network: Network,
+        network: ModelStages,
         optimizer: Optimizer,
         max_norm: float | None,
         skips: int,
@@ -98,23 +98,23 @@ class Stepper:
         self.optimizer.found_inf = still  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for part in self.network.parts:
-            part.after_step(self.mesh.sum_over_tokens, 1.0 - torch.maximum(skipped, self.dead))
+        for part in self.network.stages:
+            part.post_optimizer_step(self.mesh.sum_over_tokens, 1.0 - torch.maximum(skipped, self.dead))
         for act in self.after_update:
             act()
         return measured | {"skipped": skipped, "dead": self.dead}
 
     def _discard(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
         """As if the step had not been."""
-        counters = self._counters()
+        expert_counts = self._counters()
         self.optimizer.zero_grad()
-        for counter in counters:
+        for counter in expert_counts:
             counter.zero_()
         return measured | {"skipped": torch.ones_like(self.dead), "dead": self.dead}
 
     def _counters(self) -> list[Tensor]:
         """What a model counts of its tokens until the update."""
-        return [counter for part in self.network.parts for counter in part.counters()]
+        return [counter for part in self.network.stages for counter in part.expert_counts()]
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.data.batches import Batch
 from src.distributed.fsdp.gradient_norm import Gradients
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class AfterBackward:
 
     loss: Tensor  # 0-dim: this rank's share of the mean over all valid labels of the step, in nats
     gradients: Gradients  # summed over ranks, not clipped yet
-    network: Network
+    network: ModelStages
     batches: Sequence[Batch]  # this rank's micro-batches
 
 

@@ -7,11 +7,11 @@ import torch
 
 from src.data.batches import Batch, Batches
 from src.distributed.collectives import world_sum
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.models.cross_entropy import IGNORED
 
 
-def validate(network: Network, batches: Batches, samples: int, stopped: Callable[[], bool]) -> float | None:
+def validate(network: ModelStages, batches: Batches, samples: int, stopped: Callable[[], bool]) -> float | None:
     """Collective. Nats per valid token over the first `samples` held-out samples; None when `stopped` came true.
 
     One division at the end: the mean of means would weigh short rows too much.
@@ -23,7 +23,9 @@ def validate(network: Network, batches: Batches, samples: int, stopped: Callable
     return nats / tokens
 
 
-def summed_loss(network: Network, batches: Iterable[Batch], stopped: Callable[[], bool]) -> tuple[float, float] | None:
+def summed_loss(
+    network: ModelStages, batches: Iterable[Batch], stopped: Callable[[], bool]
+) -> tuple[float, float] | None:
     """Collective, with equally many batches on all data ranks: cross entropy in nats, and over how many tokens."""
     mesh, waiting = network.mesh, iter(batches)
     total = torch.zeros(2, dtype=torch.float64, device=network.device)

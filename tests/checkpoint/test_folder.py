@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 
 from src.checkpoint import folder
-from src.checkpoint.folder import File, Marker
+from src.checkpoint.folder import CheckpointFile, Marker
 from tests.checkpoint.options import problems
 
 
@@ -72,13 +72,13 @@ def test_expendable_is_what_no_rule_keeps() -> None:
 def test_measure_equals_zlib_over_several_blocks(tmp_path: Path) -> None:
     content = random.Random(1).randbytes(folder.BLOCK_BYTES * 2 + 12345)
     (tmp_path / "file").write_bytes(content)
-    assert folder.measure(tmp_path / "file") == File(len(content), f"{zlib.crc32(content):08x}")
+    assert folder.measure(tmp_path / "file") == CheckpointFile(len(content), f"{zlib.crc32(content):08x}")
     (tmp_path / "empty").touch()
-    assert folder.measure(tmp_path / "empty") == File(0, "00000000")
+    assert folder.measure(tmp_path / "empty") == CheckpointFile(0, "00000000")
 
 
 def test_marker_round_trip_and_damage(tmp_path: Path) -> None:
-    marker = Marker(7, "2.13.0", {"name": "a", "tokens": 2**60}, {"b": File(3, "00ff00ff")})
+    marker = Marker(7, "2.13.0", {"name": "a", "tokens": 2**60}, {"b": CheckpointFile(3, "00ff00ff")})
     folder.write_marker(tmp_path, marker)
     assert folder.read_marker(tmp_path) == marker
     assert [path.name for path in tmp_path.iterdir()] == [folder.MARKER]

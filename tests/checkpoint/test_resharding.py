@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from src.checkpoint.state import Snapshot
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 # (replicate, shard, tensor) by name; their product is the world.
 LAYOUTS = {
@@ -143,7 +143,7 @@ def world(layout: str) -> int:
 
 
 @pytest.mark.parametrize("source", list(LAYOUTS))
-def test_every_layout_reads_what_any_layout_wrote(ranks: Ranks, tmp_path: Path, source: str) -> None:
+def test_every_layout_reads_what_any_layout_wrote(ranks: RankPool, tmp_path: Path, source: str) -> None:
     placements = ranks(world(source), write, tmp_path, source, 3)[0]
     assert any("_StridedShard" in text for text in placements) == (source == "shard 2, tensor 2")
     for target in LAYOUTS:
@@ -159,7 +159,7 @@ def staged_bytes(layout: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("layout", ["shard 4", "replicate 2, shard 2", "replicate 3"])
-def test_replicas_share_the_copying(ranks: Ranks, layout: str) -> None:
+def test_replicas_share_the_copying(ranks: RankPool, layout: str) -> None:
     results = ranks(world(layout), staged_bytes, layout)
     whole = results[0][1]
     assert sum(copied for copied, _ in results) == whole

@@ -20,7 +20,7 @@ from src.checkpoint.state import Snapshot
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options, problems
 from tests.checkpoint.states import VALUES, bits, blank, equals, state, tensors, two_saves
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 # Bit-exact, and a snapshot ---------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def round_trip(folder: Path, asynchronous: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("world", "asynchronous"), [(1, True), (2, True), (2, False)])
-def test_round_trip_is_exact(ranks: Ranks, tmp_path: Path, world: int, asynchronous: bool) -> None:
+def test_round_trip_is_exact(ranks: RankPool, tmp_path: Path, world: int, asynchronous: bool) -> None:
     results = ranks(world, round_trip, tmp_path, asynchronous)
     path = tmp_path / "checkpoints" / "step_00000010"
     assert [result["path"] for result in results] == [path] * world
@@ -87,7 +87,7 @@ def snapshot(folder: Path) -> tuple[bool, int, bool]:
     )
 
 
-def test_updates_in_place_after_save_do_not_reach_the_disk(ranks: Ranks, tmp_path: Path) -> None:
+def test_updates_in_place_after_save_do_not_reach_the_disk(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks(2, snapshot, tmp_path) == [(True, 1, False)] * 2
 
 
@@ -109,7 +109,7 @@ def one_in_flight(folder: Path) -> list[str]:
     return order
 
 
-def test_saves_follow_each_other(ranks: Ranks, tmp_path: Path) -> None:
+def test_saves_follow_each_other(ranks: RankPool, tmp_path: Path) -> None:
     expected = [f"{word} {step}" for step in (1, 2, 3, 4) for word in ("begin", "end")]
     assert ranks(2, one_in_flight, tmp_path) == [[*expected, "returned"]] * 2
 
@@ -129,7 +129,7 @@ def save_many(folder: Path, load: int, steps: list[int]) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_keeps_the_last_the_round_and_the_loaded(ranks: Ranks, tmp_path: Path) -> None:
+def test_keeps_the_last_the_round_and_the_loaded(ranks: RankPool, tmp_path: Path) -> None:
     kept = [f"step_{step:08d}" for step in (20, 40, 80, 100, 110)]
     assert ranks(1, save_many, tmp_path, 20, list(range(10, 120, 10))) == [kept]
 
@@ -156,7 +156,7 @@ def after_a_kill(folder: Path) -> tuple[list[str], bool]:
 
 
 @pytest.mark.parametrize("moment", ["_seal", "_close"])
-def test_a_save_killed_midway_is_no_checkpoint(ranks: Ranks, tmp_path: Path, moment: str) -> None:
+def test_a_save_killed_midway_is_no_checkpoint(ranks: RankPool, tmp_path: Path, moment: str) -> None:
     with tempfile.TemporaryDirectory() as other:
         process = multiprocessing.get_context("spawn").Process(target=die, args=(tmp_path, Path(other) / "s", moment))
         process.start()
@@ -195,7 +195,7 @@ def same_step_again(folder: Path) -> list[bool]:
     ]
 
 
-def test_a_second_save_of_a_step_never_loses_the_first(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_second_save_of_a_step_never_loses_the_first(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks(2, same_step_again, tmp_path) == [[True] * 5] * 2
 
 
@@ -207,7 +207,7 @@ def weights_alone(folder: Path) -> bool:
     return bits(model["a.weight"]) == bits(full["weight"]) and bits(model["a.odd"]) == bits(full["odd"])
 
 
-def test_sections_left_out_are_not_read(ranks: Ranks, tmp_path: Path) -> None:
+def test_sections_left_out_are_not_read(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks(2, weights_alone, tmp_path) == [True, True]
 
 
@@ -225,13 +225,13 @@ def stages(folder: Path) -> tuple[str, float]:
     return told, tree["model"][f"layers.{theirs}"].sum().item()
 
 
-def test_ranks_with_different_names(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_with_different_names(ranks: RankPool, tmp_path: Path) -> None:
     (told, first), (_, second) = ranks(2, stages, tmp_path)
     assert (first, second) == (3.0, 0.0)
     assert told.endswith("1 entry in it that this run has no place for: model.layers.1")
 
 
-def test_values_can_be_read_by_a_human(ranks: Ranks, tmp_path: Path) -> None:
+def test_values_can_be_read_by_a_human(ranks: RankPool, tmp_path: Path) -> None:
     ranks(1, two_saves, tmp_path)
     read = json.loads((tmp_path / "step_00000020" / "values.json").read_text())
     assert read["schedule.peak"] == VALUES["schedule"]["peak"]  # type: ignore[index]
@@ -260,5 +260,5 @@ def on_a_gpu(folder: Path) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.gpu
-def test_tensors_on_a_gpu(ranks: Ranks, tmp_path: Path) -> None:
+def test_tensors_on_a_gpu(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks(1, on_a_gpu, tmp_path) == [(True, True, True)]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options, problems
 from tests.checkpoint.states import blank, equals, state, two_saves
-from tests.ranks import RankError, Ranks
+from tests.ranks import RankError, RankPool
 
 
 def load_damaged(folder: Path, path: Path, verify: str) -> tuple[tuple[str, ...], bool]:
@@ -46,7 +46,7 @@ def damage(path: Path, how: str) -> None:
     ],
 )
 def test_damage_is_named_and_an_older_checkpoint_offered(
-    ranks: Ranks, tmp_path: Path, name: str, how: str, verify: str, words: str
+    ranks: RankPool, tmp_path: Path, name: str, how: str, verify: str, words: str
 ) -> None:
     run = tmp_path / "run" / "checkpoints"
     ranks(2, two_saves, run)
@@ -62,7 +62,7 @@ def test_damage_is_named_and_an_older_checkpoint_offered(
     assert told[-1] == f"{offer}: set checkpoint.initial={old}"
 
 
-def test_damage_of_the_only_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+def test_damage_of_the_only_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
     ranks(1, two_saves, tmp_path)
     path = tmp_path / "step_00000010"
     damage(path / "__0_0.distcp", "flip")
@@ -89,7 +89,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
     return {"told": told, "newest": newest, "left": left, "there": sorted(path.name for path in folder.iterdir())}
 
 
-def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks(2, full_disk, tmp_path)
     assert first == second
     assert first["told"][0].startswith(f"{tmp_path / 'step_00000020'}: cannot be written by rank 1: ")
@@ -102,7 +102,7 @@ def no_folder(folder: Path) -> tuple[str, ...]:
     return problems(Store, folder, options())
 
 
-def test_a_folder_that_cannot_be_made(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     first, second = ranks(2, no_folder, tmp_path / "checkpoints")
     assert first == second == (f"{tmp_path / 'checkpoints'}: File exists (rank 0)",)
@@ -129,7 +129,7 @@ def misfit(folder: Path) -> list[tuple[str, ...]]:
     return told
 
 
-def test_what_does_not_fit_is_named(ranks: Ranks, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks(2, misfit, tmp_path)
     assert first == second
     names, shapes, kinds = first
@@ -153,7 +153,7 @@ def differing(folder: Path) -> None:
     Store(folder, options()).save(1, {"position": dist.get_rank()}, {}, wait=True)
 
 
-def test_values_that_differ_between_ranks_are_our_fault(ranks: Ranks, tmp_path: Path) -> None:
+def test_values_that_differ_between_ranks_are_our_fault(ranks: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="position: 0 on one rank, 1 on another"):
         ranks(2, differing, tmp_path)
     assert not (tmp_path / "step_00000001").exists()
@@ -168,7 +168,7 @@ def foreign(folder: Path, path: Path) -> tuple[str, ...]:
     return problems(store.load, path, blank())
 
 
-def test_a_foreign_checkpoint_needs_trust(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_needs_trust(ranks: RankPool, tmp_path: Path) -> None:
     other = tmp_path / "other" / "checkpoints"
     ranks(2, two_saves, other)
     first, second = ranks(2, foreign, tmp_path / "own" / "checkpoints", other / "step_00000020")

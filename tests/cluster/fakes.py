@@ -29,7 +29,7 @@ TASK = """
 import os, signal, sys, time
 from pathlib import Path
 import src
-from src.distributed.process.rank_context import Facts, Ranks
+from src.distributed.process.rank_context import LauncherEnv, RankContext
 from src.errors import CheckpointError, VerdictError
 from src.train.stop import Stop
 
@@ -41,7 +41,7 @@ class Fake:
         world = self.options["world"]
         if self.options["do"] == "sum":
             import torch, torch.distributed as dist
-            ranks = Ranks.join("cpu", world, timeout_seconds=60)
+            ranks = RankContext.join("cpu", world, timeout_seconds=60)
             value = torch.tensor([float(ranks.rank + 1)])
             dist.all_reduce(value)
             print(f"rank {ranks.rank} of {ranks.world}: sum {value.item():g}")
@@ -52,7 +52,7 @@ class Fake:
             ranks.leave()
             ranks.leave()
             return True
-        rank = Facts.read().rank
+        rank = LauncherEnv.read().rank
         if self.options["do"] == "crash":
             if rank == 1:
                 raise ValueError("the weights of rank 1 are bad")

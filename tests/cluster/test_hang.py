@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from src.cluster.diagnosis.rank_failure import classify
 from src.distributed.process.rank_context import flight_recorder
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 
 traces, forgetful = Path(sys.argv[1]), int(sys.argv[2])
 ranks = Ranks.join("cpu", 3, timeout_seconds=60.0, traces=traces)
@@ -69,7 +69,7 @@ import sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 
 ranks = Ranks.join("cuda", 2, timeout_seconds=120.0, traces=Path(sys.argv[1]))
 x = torch.ones(3, device=ranks.device)

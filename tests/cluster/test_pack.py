@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src.cluster.slurm.pack import CANCEL_FILE, Node, Pack, Share
+from src.cluster.slurm.pack import CANCEL_FILE, Node, Pack, PackedRun
 from src.cluster.slurm.packing import filled, whole_node
 
 NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
@@ -55,7 +55,7 @@ class Programs(Pack):
     lines: dict[str, str]
     given: dict[str, tuple[int, ...]]
 
-    def _start(self, share: Share, slots: Sequence[int]) -> "subprocess.Popen[bytes]":
+    def _start(self, share: PackedRun, slots: Sequence[int]) -> "subprocess.Popen[bytes]":
         self.given[share.folder.name] = tuple(slots)
         return subprocess.Popen([sys.executable, "-c", self.lines[share.folder.name]])
 
@@ -63,7 +63,7 @@ class Programs(Pack):
 def programs(folder: Path, lines: dict[str, str], worlds: dict[str, int]) -> Programs:
     for name in lines:
         (folder / name).mkdir()
-    pack = Programs(NODE, [Share(folder / name, "c", worlds.get(name, 1)) for name in lines])
+    pack = Programs(NODE, [PackedRun(folder / name, "c", worlds.get(name, 1)) for name in lines])
     pack.lines, pack.given = lines, {}
     return pack
 

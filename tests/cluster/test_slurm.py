@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from src.cluster.slurm import client
 from src.cluster.slurm.client import NodeFacts, minutes
-from src.cluster.slurm.config import Slurm, client, slow_saves
+from src.cluster.slurm.config import Slurm, slow_saves
 from src.cluster.slurm.resources import Resources, problems
 from src.storage.json_lines import Lines
 

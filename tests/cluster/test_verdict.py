@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.cluster.diagnosis.hang import Hang, compare
-from src.cluster.diagnosis.rank_failure import Failure, Kind, classify
+from src.cluster.diagnosis.rank_failure import Kind, RankFailure, classify
 from src.cluster.diagnosis.verdict import Evidence, capped, judge
 from src.distributed.process.preflight import PreflightError
 from src.errors import DataError
@@ -18,11 +18,11 @@ srun: error: a: task 0: Killed
 """
 
 
-def failure(rank: int, kind: Kind, time_ns: int, bad_node: str | None = None) -> Failure:
-    return Failure(rank, NODES[rank], time_ns, kind, f"{kind} of rank {rank}", "", bad_node)
+def failure(rank: int, kind: Kind, time_ns: int, bad_node: str | None = None) -> RankFailure:
+    return RankFailure(rank, NODES[rank], time_ns, kind, f"{kind} of rank {rank}", "", bad_node)
 
 
-def evidence(*found: Failure, log: str = "", hang: Hang | None = None, saved: bool = False) -> Evidence:
+def evidence(*found: RankFailure, log: str = "", hang: Hang | None = None, saved: bool = False) -> Evidence:
     return Evidence(sorted(found, key=lambda each: each.time_ns), log, hang, NODES, saved)
 
 

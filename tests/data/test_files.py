@@ -82,7 +82,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, reason: 
     with pytest.raises(DataError) as caught:
         texts_of(bad)
     assert f"rows.jsonl, line 3: {reason}" in str(caught.value)
-    middle = files.Span(str(tmp_path / "rows.jsonl"), 5, 1000)
+    middle = files.TextSpan(str(tmp_path / "rows.jsonl"), 5, 1000)
     with pytest.raises(DataError, match="line 3"):
         list(files.read(middle, field="text", separator=None))
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from src.distributed.compile import Compile
 from src.distributed.init_weights import initialise, materialise
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network
-from src.distributed.parallel_dims import Degrees
+from src.distributed.model_stages import ModelStages
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.parallelize import parallelize
 from src.distributed.pipeline.pipeline_parallel import build, connect
 from src.distributed.precision.config import Precision
@@ -25,7 +25,7 @@ FP32 = Precision(storage="float32", compute="float32", reduce="float32", float8=
 PLAIN = Compile(blocks=False, loss=False, mode="default")
 
 
-def degrees(name: str, **changes: Any) -> Degrees:
+def degrees(name: str, **changes: Any) -> ParallelDims:
     """`tp2_fsdp2`, `hsdp2x2`, ... as its file in conf/parallel says."""
     values = yaml.safe_load(SINGLE.read_text())
     del values["_target_"]
@@ -36,7 +36,7 @@ def degrees(name: str, **changes: Any) -> Degrees:
             values |= {"replicate": int(match[1]), "shard": int(match[2])}
         elif match := re.fullmatch(r"([a-z]+)(\d+)", part):
             values[axis[match[1]]] = int(match[2])
-    return Degrees(**values | changes)
+    return ParallelDims(**values | changes)
 
 
 def recomputed(option: str) -> Recompute:
@@ -48,12 +48,12 @@ def recomputed(option: str) -> Recompute:
 
 def parallel_network(
     config: Llama3Config,
-    layout: Degrees,
+    layout: ParallelDims,
     precision: Precision = FP32,
     recompute: str = "none",
     compile: Compile = PLAIN,
     seed: int = 0,
-) -> Network:
+) -> ModelStages:
     """The model, or this rank's stages of it, with its name-seeded weights."""
     mesh, device = Mesh(layout, "cpu"), torch.device("cpu")
     parts = build(config.build, config.n_layers, layout, mesh.pipeline.get_local_rank())
@@ -68,7 +68,7 @@ def parallel_network(
 def parallel_model(*args: Any, **options: Any) -> tuple[nn.Module, Mesh]:
     """The same, where no pipeline cuts the model."""
     network = parallel_network(*args, **options)
-    (model,) = network.parts
+    (model,) = network.stages
     return model, network.mesh
 
 

@@ -15,13 +15,13 @@ from src.distributed.context.ring_attention import attention, by_rank, cut, in_o
 from src.distributed.mesh import Mesh
 from src.models.llama3.config import Llama3Config
 from src.tasks.generate.decoding import generate
-from src.tasks.generate.sampling import Rule
+from src.tasks.generate.sampling import SamplingParams
 from src.train.step import Stepper
 from src.train.validate import validate
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def joined(rotate: str, width: int, value_width: int, scale: float | None) -> fl
 
 @pytest.mark.parametrize("ranks_used", [2, 3, 4])
 @pytest.mark.parametrize("rotate", ["allgather", "alltoall"])
-def test_joined_attention_is_attention(ranks: Ranks, rotate: str, ranks_used: int) -> None:
+def test_joined_attention_is_attention(ranks: RankPool, rotate: str, ranks_used: int) -> None:
     assert max(ranks(ranks_used, joined, rotate, 8, 8, None)) < 1e-12
     assert max(ranks(ranks_used, joined, rotate, 12, 8, 0.7)) < 1e-12  # values narrower than keys, another scale
 
@@ -97,7 +97,7 @@ def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> di
     how = degrees(layout, **options.get("degrees", {}))
     network = parallel_network(config, how, recompute=options.get("recompute", "none"))
     if compiler := options.get("compile"):
-        for block in network.parts[0].blocks():
+        for block in network.stages[0].blocks():
             block.forward = torch.compile(block.forward, backend=compiler, fullgraph=True)
     optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
@@ -111,7 +111,7 @@ def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> di
         "tokens": [outcome["tokens"].item() for outcome in outcomes],
         "weights": {name: whole(parameter) for name, parameter in network.named_parameters()},
         "validation": validate(network, held, 4, lambda: False),
-        "sample": generate(network, [[5, 7, 11]], count=3, rule=Rule(0.0), seed=0, end=None, batch=1),
+        "sample": generate(network, [[5, 7, 11]], count=3, rule=SamplingParams(0.0), seed=0, end=None, batch=1),
     }
 
 
@@ -135,7 +135,7 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def single(ranks: Ranks) -> Callable[[str], dict[str, Any]]:
+def single(ranks: RankPool) -> Callable[[str], dict[str, Any]]:
     """What one device makes of a mask."""
     return cache(lambda mask: ranks(1, trained, "single", MASKS[mask], {})[0])
 
@@ -158,11 +158,11 @@ def single(ranks: Ranks) -> Callable[[str], dict[str, Any]]:
     ],
 )
 def test_a_cut_sequence_trains_like_a_whole_one(
-    ranks: Ranks, single: Callable[[str], dict[str, Any]], layout: str, mask: str, options: dict[str, Any]
+    ranks: RankPool, single: Callable[[str], dict[str, Any]], layout: str, mask: str, options: dict[str, Any]
 ) -> None:
     for result in ranks(degrees(layout).world, trained, layout, MASKS[mask], options):
         agree(result, single(mask))
 
 
-def test_all_three_ways_to_cut(ranks: Ranks, single: Callable[[str], dict[str, Any]]) -> None:
+def test_all_three_ways_to_cut(ranks: RankPool, single: Callable[[str], dict[str, Any]]) -> None:
     agree(ranks(8, trained, "cp2_tp2_fsdp2", {}, {})[7], single("sdpa"))

@@ -9,13 +9,20 @@ from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 LAYOUTS = ["ddp2", "fsdp2", "hsdp2x2", "cp2_fsdp2", "pp2", "pp2_fsdp2"]
 LAYOUTS += ["fsdp2_ep2", "fsdp4_ep2", "fsdp4_ep4", "hsdp2x2_ep2", "cp2_fsdp2_ep2", "pp2_fsdp2_ep2"]
 LAYOUTS += ["tp2", "tp2_etp2", "tp2_fsdp2_ep2", "tp2_fsdp2_ep2_etp2", "pp2_tp2_ep2"]
 STEPS = 3
-MOE = {"score": "sigmoid", "normalise": True, "scale": 2.5, "groups": 4, "groups_kept": 2, "balance_rate": 1e-2}
+MOE = {
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "route_scale": 2.5,
+    "num_expert_groups": 4,
+    "num_limited_groups": 2,
+    "load_balance_coeff": 1e-2,
+}
 
 
 def trained(layout: str, recompute: str = "none", steps: int = STEPS, poisoned: bool = False) -> dict[str, Any]:
@@ -35,7 +42,7 @@ def trained(layout: str, recompute: str = "none", steps: int = STEPS, poisoned: 
         norms.append(outcome["grad_norm"].item())
         with network.inference():
             network.loss(share(batch, network.mesh, micro_batches=2))
-    left = [int(moe.tokens_per_expert.sum()) for part in network.parts for moe in part.mixtures()]
+    left = [int(moe.tokens_per_expert.sum()) for part in network.stages for moe in part.mixtures()]
     return {
         "losses": losses,
         "norms": norms,
@@ -45,12 +52,12 @@ def trained(layout: str, recompute: str = "none", steps: int = STEPS, poisoned: 
 
 
 @pytest.fixture(scope="module")
-def single(ranks: Ranks) -> dict[str, Any]:
+def single(ranks: RankPool) -> dict[str, Any]:
     return ranks(1, trained, "single")[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_trains_like_one_device(ranks: Ranks, single: dict[str, Any], layout: str) -> None:
+def test_layout_trains_like_one_device(ranks: RankPool, single: dict[str, Any], layout: str) -> None:
     results = ranks(degrees(layout).world, trained, layout)
     assert set().union(*(result["end"] for result in results)) == set(single["end"])
     for result in results:
@@ -71,7 +78,7 @@ def test_biases_have_moved(single: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputation_counts_no_token_twice(ranks: Ranks, single: dict[str, Any], mode: str) -> None:
+def test_recomputation_counts_no_token_twice(ranks: RankPool, single: dict[str, Any], mode: str) -> None:
     result = ranks(2, trained, "fsdp2", mode)[0]
     assert result["losses"] == pytest.approx(single["losses"], rel=1e-5)
     assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
@@ -86,17 +93,17 @@ def counted(mode: str) -> list[list[int]]:
     network = parallel_network(config, degrees("single"), recompute=mode)
     batch = rows(4, 16, config.vocab_size)
     network.backward(share(batch, network.mesh, micro_batches=2), torch.tensor(1e-2))
-    return [moe.tokens_per_expert.tolist() for part in network.parts for moe in part.mixtures()]
+    return [moe.tokens_per_expert.tolist() for part in network.stages for moe in part.mixtures()]
 
 
 @pytest.mark.parametrize("mode", ["full", "selective", "every2"])
-def test_counts_are_those_of_the_forward_pass(ranks: Ranks, mode: str) -> None:
+def test_counts_are_those_of_the_forward_pass(ranks: RankPool, mode: str) -> None:
     counts = ranks(1, counted, mode)[0]
     assert [sum(layer) for layer in counts] == [4 * 16 * 3] * 2
     assert counts == ranks(1, counted, "none")[0]
 
 
-def test_a_skipped_step_moves_no_bias(ranks: Ranks) -> None:
+def test_a_skipped_step_moves_no_bias(ranks: RankPool) -> None:
     before = ranks(2, trained, "fsdp2", "none", STEPS - 1)[0]["end"]
     skipped = ranks(2, trained, "fsdp2", "none", STEPS, True)[0]
     assert skipped["norms"][-1] == float("inf")

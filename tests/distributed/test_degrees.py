@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import BYTES, Precision
 from tests.train.runs import CONF, changed, section
 
@@ -23,7 +23,7 @@ def named(preset: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("preset", LAYOUTS)
 def test_the_name_of_a_layout_says_the_truth(preset: str) -> None:
-    degrees: Degrees = section("parallel", preset)
+    degrees: ParallelDims = section("parallel", preset)
     told = degrees.axes | {"expert": degrees.expert}
     assert {axis: degree for axis, degree in told.items() if degree > 1} == named(preset)
 
@@ -60,7 +60,7 @@ def test_experts_share_the_ranks_of_other_weights(expert_tensor: int, expert: in
 )
 def test_what_is_no_layout(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
-        Degrees(**(dict(section("parallel", "single")) | changes))
+        ParallelDims(**(dict(section("parallel", "single")) | changes))
 
 
 def test_precisions_are_dtypes_of_torch() -> None:

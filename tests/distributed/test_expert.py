@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.checkpoint.store import Store
 from src.distributed.compile import Compile
-from src.distributed.expert.all_to_all import Sizes
+from src.distributed.expert.all_to_all import SplitSizes
 from src.distributed.expert.expert_parallel import grouping, permute, split_experts
 from src.distributed.mesh import Mesh
 from src.distributed.precision.config import Precision
@@ -28,7 +28,7 @@ from tests.checkpoint.options import options
 from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek, tiny_moe
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 BF16 = Precision(storage="float32", compute="bfloat16", reduce="float32", float8=None)
 
@@ -57,7 +57,7 @@ def gradients(
     found = []
     for layout in layouts:
         network = parallel_network(config, degrees(layout), precision)
-        for moe in (moe for part in network.parts for moe in part.mixtures()):
+        for moe in (moe for part in network.stages for moe in part.mixtures()):
             moe.expert_bias[:shunned] = -10.0
         loss = network.backward(share(rows(8, length, config.vocab_size), network.mesh, 1), torch.tensor(1e-2))
         torch.distributed.all_reduce(loss)
@@ -68,7 +68,7 @@ def gradients(
 
 
 def compared(
-    ranks: Ranks, layouts: list[str], changes: dict[str, Any], *more: Any
+    ranks: RankPool, layouts: list[str], changes: dict[str, Any], *more: Any
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of each layout and tensor: both their names, what the layout's last rank found, and what one device finds."""
     (single,) = ranks(1, gradients, ["single"], changes, *more)[0]
@@ -84,28 +84,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_layers": 2,
         "q_lora_rank": 40,
         "rope_scaling": STRETCHED,
-        "moe": {"hidden_dim": 32, "score": "sigmoid", "normalise": True, "groups": 4, "groups_kept": 2},
+        "moe": {
+            "hidden_dim": 32,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "num_expert_groups": 4,
+            "num_limited_groups": 2,
+        },
     },
-    "v2": {"n_layers": 2, "moe": {"hidden_dim": 32, "score_before_experts": True, "scale": 4.0, "n_shared": 0}},
+    "v2": {
+        "n_layers": 2,
+        "moe": {"hidden_dim": 32, "score_before_experts": True, "route_scale": 4.0, "num_shared_experts": 0},
+    },
 }
-IN_TURN: dict[str, Any] = {"n_layers": 2, "moe": {"hidden_dim": 32, "forced_balance": True}}
+IN_TURN: dict[str, Any] = {"n_layers": 2, "moe": {"hidden_dim": 32, "force_load_balance": True}}
 OTHERS = ["hsdp2x2_ep2", "cp2_fsdp2_ep4", "cp2_tp2_ep2", "cp2_tp2_ep2_etp2"]
 
 
-def test_each_gradient_is_that_of_one_device(ranks: Ranks) -> None:
+def test_each_gradient_is_that_of_one_device(ranks: RankPool) -> None:
     for name, found, expected in compared(ranks, [*grid(), *OTHERS], SHAPES["v3"]):
         difference = (found - expected).norm() / expected.norm()
         assert difference < 1e-4, f"{name}: {difference:.1e}"
 
 
-def test_experts_in_turn_compute_what_one_device_does(ranks: Ranks) -> None:
+def test_experts_in_turn_compute_what_one_device_does(ranks: RankPool) -> None:
     """Rows of 16 positions, or 8 on a tensor rank, times 3 choices are multiples of 8 experts: all turns agree."""
     layouts = ["fsdp4_ep2", "fsdp4_ep4", "tp2_fsdp2_ep4", "tp2_fsdp2_ep2_etp2"]
     for name, found, expected in compared(ranks, layouts, IN_TURN):
         assert (found - expected).norm() <= 1e-4 * expected.norm(), name
 
 
-def test_ranks_to_whose_experts_no_token_goes(ranks: Ranks) -> None:
+def test_ranks_to_whose_experts_no_token_goes(ranks: RankPool) -> None:
     """Of eight experts only the last four are chosen: half of the ranks that hold them get no row."""
     layouts = ["fsdp4_ep2", "fsdp4_ep4", "tp2_fsdp2_ep4", "tp2_fsdp2_ep2_etp2", "tp4_ep2", "tp4_etp4"]
     for name, found, expected in compared(ranks, layouts, SHAPES["v2"], FP32, 16, 4):
@@ -113,7 +122,7 @@ def test_ranks_to_whose_experts_no_token_goes(ranks: Ranks) -> None:
         assert not (".experts." in name and found[:4].any()), name
 
 
-def test_gradient_norms_of_bf16(ranks: Ranks) -> None:
+def test_gradient_norms_of_bf16(ranks: RankPool) -> None:
     """Vectors of 64 numbers over 2,048 tokens: with fewer the rounding of one device itself is as large.
 
     A gradient differs by up to 7.5e-3 in all, two roundings of bf16 (2^-8), and its norm by up to 2.8e-3 on one
@@ -154,15 +163,15 @@ def told(layout: str, in_turn: bool = False) -> tuple[str, str]:
     mesh.spread_experts()
     with FakeTensorMode(), Words() as words:
 
-        def read(_: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        def read(_: SplitSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
             words.said.append("ask")
             return (40, 8), (40, 40)
 
-        moe = MoE(16, tiny_moe(forced_balance=in_turn), balanced=True)
+        moe = MoE(16, tiny_moe(force_load_balance=in_turn), balanced=True)
         moe.experts.product = in_bf16
         split_experts(moe, mesh)
         x = torch.randn(2, 8, 16, requires_grad=True)
-        with patch.object(Sizes, "read", read):
+        with patch.object(SplitSizes, "read", read):
             routed, counts = moe(x)
         forward, words.said = " ".join(words.said), []
         routed.sum().backward()
@@ -174,7 +183,7 @@ def told(layout: str, in_turn: bool = False) -> tuple[str, str]:
     return forward, backward
 
 
-def test_the_host_asks_once_and_shared_experts_compute_while_rows_travel(ranks: Ranks) -> None:
+def test_the_host_asks_once_and_shared_experts_compute_while_rows_travel(ranks: RankPool) -> None:
     assert ranks(1, told, "single") == [("product product product", " ".join(["product"] * 8))]
     for forward, backward in ranks(2, told, "fsdp2_ep2"):
         # Numbers of rows; rows and their weights, beside three matrices; results home.
@@ -183,7 +192,7 @@ def test_the_host_asks_once_and_shared_experts_compute_while_rows_travel(ranks: 
         assert backward == f"go wait go go {'product ' * 6}wait wait product product"
 
 
-def test_nobody_asks_where_experts_take_turns(ranks: Ranks) -> None:
+def test_nobody_asks_where_experts_take_turns(ranks: RankPool) -> None:
     for forward, backward in ranks(2, told, "fsdp2_ep2", True):
         assert forward == "go go product product product wait wait go wait"
         assert backward == f"go wait go go {'product ' * 6}wait wait product product"
@@ -200,10 +209,10 @@ def test_rows_are_grouped_by_expert() -> None:
     assert torch.autograd.gradcheck(lambda rows: permute(rows, index, inverse), (x,))
 
 
-ODD = {"n_layers": 2, "moe": {"n_experts": 6, "hidden_dim": 32}}
+ODD = {"n_layers": 2, "moe": {"num_experts": 6, "hidden_dim": 32}}
 
 
-def test_experts_that_cannot_be_dealt_out_are_cut_inside(ranks: Ranks) -> None:
+def test_experts_that_cannot_be_dealt_out_are_cut_inside(ranks: RankPool) -> None:
     """6 experts over 4 ranks, and 3 over 2: FSDP cuts the features of each."""
     layouts = ["fsdp4", "fsdp4_ep2", "tp2_fsdp2_ep2"]
     assert all(degrees(layout).cuts_inside(6) for layout in layouts)
@@ -254,7 +263,7 @@ def carried(folder: Path, source: str, targets: list[str]) -> list[str]:
         ("tp2_fsdp2_ep2_etp2", ["fsdp4_ep2", "tp4_ep2", "fsdp4_ep4"]),
     ],
 )
-def test_a_checkpoint_fits_every_layout(ranks: Ranks, tmp_path: Path, source: str, targets: list[str]) -> None:
+def test_a_checkpoint_fits_every_layout(ranks: RankPool, tmp_path: Path, source: str, targets: list[str]) -> None:
     assert ranks(4, carried, tmp_path, source, targets) == [[]] * 4
 
 
@@ -274,27 +283,27 @@ def repeated(layout: str) -> list[float]:
         torch.use_deterministic_algorithms(mode=False)
 
 
-def test_the_same_bits_every_time(ranks: Ranks) -> None:
+def test_the_same_bits_every_time(ranks: RankPool) -> None:
     first, second = (ranks(2, repeated, "fsdp2_ep2") for _ in range(2))
     assert first == second
 
 
-def graphs(layout: str, recompute: str = "none") -> int:
+def compile_regions(layout: str, recompute: str = "none") -> int:
     """How many a compiler makes of three layers, two of them with experts."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.expert_counts.clear()
     made = partial(torch.compile, backend="aot_eager", fullgraph=True)
     with patch("torch.compile", lambda function, **_: made(function)):
         compile = Compile(blocks=True, loss=False, mode="default")
         network = parallel_network(tiny_deepseek(n_layers=3), degrees(layout), BF16, recompute, compile)
     for seed in range(2):
         network.backward(share(rows(4, 16, 96, seed=seed), network.mesh, 1), torch.tensor(1e-2))
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return int(torch._dynamo.utils.expert_counts["stats"]["unique_graphs"])
 
 
-def test_all_layers_share_their_graphs(ranks: Ranks) -> None:
+def test_all_layers_share_their_graphs(ranks: RankPool) -> None:
     """A dense block, and of a block with experts all of it; or its attention, router, experts, shared experts, and the
     three things that are done between transfers.
     """
-    assert ranks(2, graphs, "tp2_etp2") == [2, 2]
-    assert ranks(2, graphs, "fsdp2_ep2") == ranks(2, graphs, "fsdp2_ep2", "selective") == [8, 8]
+    assert ranks(2, compile_regions, "tp2_etp2") == [2, 2]
+    assert ranks(2, compile_regions, "fsdp2_ep2") == ranks(2, compile_regions, "fsdp2_ep2", "selective") == [8, 8]

@@ -22,7 +22,7 @@ from src.optim.state import optimizer_state
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import changed, section
 
 STEPS = 3
@@ -40,7 +40,7 @@ def precision(recipe: str | None, *, gather: bool = False, exclude: tuple[str, .
 def trained(layout: str, recipe: str | None, gather: bool) -> dict[str, Any]:
     config, chosen = tiny_llama(), precision(recipe, gather=gather)
     network = parallel_network(config, degrees(layout), chosen)
-    (model,) = network.parts
+    (model,) = network.stages
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     after_update = [] if chosen.float8 is None else [lambda: chosen.float8.after_update(model)]
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0, after_update=after_update)
@@ -78,7 +78,7 @@ def _scale(module: nn.Module) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "DualPipeV", "InterleavedZeroBubble"])
-def test_schedules_that_split_the_backward(ranks: Ranks, schedule: str) -> None:
+def test_schedules_that_split_the_backward(ranks: RankPool, schedule: str) -> None:
     """They ask a float8 product for the gradient of its input first, and for that of its weight later."""
     overrides = ("parallel=pp2", f"parallel.pipeline_schedule={schedule}", "precision=fp8")
     cell = measured(ranks, (*overrides, *DENSE, "precision.float8.emulate=true"))
@@ -90,7 +90,7 @@ def test_schedules_that_split_the_backward(ranks: Ranks, schedule: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def bf16(ranks: Ranks) -> dict[str, Any]:
+def bf16(ranks: RankPool) -> dict[str, Any]:
     return ranks(1, trained, "single", None, False)[0]
 
 
@@ -108,7 +108,7 @@ def bf16(ranks: Ranks) -> dict[str, Any]:
     ],
 )
 def test_losses_are_close_to_those_of_bfloat16(
-    ranks: Ranks, bf16: dict[str, Any], layout: str, recipe: str, gather: bool
+    ranks: RankPool, bf16: dict[str, Any], layout: str, recipe: str, gather: bool
 ) -> None:
     """e4m3 keeps 4 bits: a matrix product is off by about 2 %, the loss of a fresh model by far less."""
     for result in ranks(degrees(layout).world, trained, layout, recipe, gather):
@@ -127,7 +127,7 @@ def test_losses_are_close_to_those_of_bfloat16(
 def loaded_and_updated() -> bool:
     """What a load writes into the state's tensors is in the weights; our own optimizer updates them too."""
     network = parallel_network(tiny_llama(), degrees("tp2_fsdp2"), precision("tensorwise", gather=True))
-    (model,) = network.parts
+    (model,) = network.stages
     for tensor in network.tensors().values():
         _local(tensor).fill_(0.25)
     weights = [_local(parameter) for parameter in model.parameters()]
@@ -141,7 +141,7 @@ def loaded_and_updated() -> bool:
     return loaded and updated
 
 
-def test_the_state_is_the_weights(ranks: Ranks) -> None:
+def test_the_state_is_the_weights(ranks: RankPool) -> None:
     assert all(ranks(4, loaded_and_updated))
 
 
@@ -193,7 +193,7 @@ def _losses_by_hand(layout: str, *, exchange: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2_fsdp2"])
-def test_ranks_may_send_float8(ranks: Ranks, layout: str) -> None:
+def test_ranks_may_send_float8(ranks: RankPool, layout: str) -> None:
     """Casting before the gather or after it is the same number."""
     ranks(degrees(layout).world, exchanged, layout)
 

@@ -15,7 +15,7 @@ from src.models.moe.experts import Experts, grouped_product
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def float8(**changes: Any) -> Float8:
     return Float8(**(given | changes))
 
 
-CONFIG = tiny_deepseek(qk_nope_head_dim=8, moe={"score": "sigmoid", "normalise": True})
+CONFIG = tiny_deepseek(qk_nope_head_dim=8, moe={"score_func": "sigmoid", "route_norm": True})
 
 
 def losses(layout: str, how: str) -> list[float]:
@@ -66,7 +66,7 @@ def losses(layout: str, how: str) -> list[float]:
     return [stepper(batch, stop=False)["loss"].item() for batch in batches]
 
 
-def test_losses_are_close_to_those_of_bfloat16(ranks: Ranks) -> None:
+def test_losses_are_close_to_those_of_bfloat16(ranks: RankPool) -> None:
     wide, linears, both = (ranks(1, losses, "single", how)[0] for how in ("bf16", "float8", "experts"))
     assert both == pytest.approx(wide, rel=5e-3)
     assert len({tuple(wide), tuple(linears), tuple(both)}) == 3  # each did something

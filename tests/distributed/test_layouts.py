@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from src.train.step import Readback, Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 LAYOUTS = ["ddp2", "fsdp2", "tp2", "hsdp2x2", "tp2_fsdp2", "ddp4", "fsdp4", "tp4"]
 STEPS = 3
@@ -42,12 +42,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def single(ranks: Ranks) -> dict[str, Any]:
+def single(ranks: RankPool) -> dict[str, Any]:
     return ranks(1, trained, "single", {}, {})[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_trains_like_one_device(ranks: Ranks, single: dict[str, Any], layout: str) -> None:
+def test_layout_trains_like_one_device(ranks: RankPool, single: dict[str, Any], layout: str) -> None:
     world = degrees(layout).world
     for result in ranks(world, trained, layout, {"micro_batches": 1 if world == 4 else 2}, {}):
         assert result["names"] == single["names"]
@@ -70,11 +70,13 @@ def test_layout_trains_like_one_device(ranks: Ranks, single: dict[str, Any], lay
             "fsdp2", {"degrees": {"reshard": "always", "sync_each_micro_batch": True}}, {}, id="reshard-always"
         ),
         pytest.param("hsdp2x2", {"degrees": {"reshard": "never"}}, {}, id="reshard-never"),
-        pytest.param("tp2_fsdp2", {}, {"tied_embeddings": True}, id="tied"),
+        pytest.param("tp2_fsdp2", {}, {"tie_word_embeddings": True}, id="tied"),
         pytest.param("fsdp2", {"max_norm": None}, {}, id="no-clipping"),
     ],
 )
-def test_options_change_no_number(ranks: Ranks, layout: str, options: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_options_change_no_number(
+    ranks: RankPool, layout: str, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
     expected = ranks(1, trained, "single", {"max_norm": options.get("max_norm", 1.0)}, changes)[0]
     result = ranks(degrees(layout).world, trained, layout, options, changes)[0]
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
@@ -110,7 +112,7 @@ def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
 
 
 @pytest.mark.parametrize("skips", [0, 2])
-def test_non_finite_step_updates_nothing_anywhere(ranks: Ranks, skips: int) -> None:
+def test_non_finite_step_updates_nothing_anywhere(ranks: RankPool, skips: int) -> None:
     for outcomes, kept in ranks(4, poisoned, "tp2_fsdp2", skips):
         assert kept
         assert [skipped for skipped, _, _ in outcomes] == [False, True, True, False]

@@ -9,7 +9,7 @@ import torch
 
 from src.checkpoint.store import Store
 from src.distributed.fsdp.gradient_norm import Gradients
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.models.cache import Cache, attending
 from src.optim.state import materialise
 from src.train.state import TrainState
@@ -18,7 +18,7 @@ from tests.checkpoint.options import options
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 STEPS = 3
 LAYERS = 6
@@ -53,8 +53,8 @@ def with_documents(batch: Rows) -> Rows:
     return Rows(batch.tokens, batch.labels, places - first, starts.cumsum(dim=1).int())
 
 
-def held_out(network: Network) -> float:
-    words = network.parts[0].config.vocab_size
+def held_out(network: ModelStages) -> float:
+    words = network.stages[0].config.vocab_size
     with network.inference():
         batches = share(rows(4, 16, words, seed=99), network.mesh, 4 // network.mesh.data_ranks)
         part = network.loss([with_documents(batch) for batch in batches])
@@ -62,17 +62,17 @@ def held_out(network: Network) -> float:
     return part.item() / network.mesh.loss_copies
 
 
-def logits(network: Network) -> torch.Tensor:
-    tokens = rows(1, 16, network.parts[0].config.vocab_size, seed=98).tokens
-    cache = Cache(network.parts[0].config, [0], 16, network.device)
+def logits(network: ModelStages) -> torch.Tensor:
+    tokens = rows(1, 16, network.stages[0].config.vocab_size, seed=98).tokens
+    cache = Cache(network.stages[0].config, [0], 16, network.device)
     with network.inference(), ExitStack() as stack:
-        for part in network.parts:
+        for part in network.stages:
             stack.enter_context(attending(part, cache))
         return network.logits(tokens, 5, cache.positions(16), cache.mask(16))
 
 
 @pytest.fixture(scope="module")
-def single(ranks: Ranks) -> dict[str, Any]:
+def single(ranks: RankPool) -> dict[str, Any]:
     return ranks(1, trained, "single", {}, {})[0]
 
 
@@ -95,7 +95,7 @@ SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBu
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_trains_like_one_device(ranks: Ranks, single: dict[str, Any], schedule: str) -> None:
+def test_every_schedule_trains_like_one_device(ranks: RankPool, single: dict[str, Any], schedule: str) -> None:
     assert_like(single, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, {}))
 
 
@@ -117,12 +117,12 @@ def test_every_schedule_trains_like_one_device(ranks: Ranks, single: dict[str, A
     ],
 )
 def test_stages_go_with_every_other_cut(
-    ranks: Ranks, single: dict[str, Any], layout: str, keys: dict[str, Any]
+    ranks: RankPool, single: dict[str, Any], layout: str, keys: dict[str, Any]
 ) -> None:
     assert_like(single, ranks(4, trained, layout, keys, {}))
 
 
-def test_three_cuts_at_once(ranks: Ranks, single: dict[str, Any]) -> None:
+def test_three_cuts_at_once(ranks: RankPool, single: dict[str, Any]) -> None:
     assert_like(single, ranks(8, trained, "pp2_tp2_fsdp2", {}, {}))
 
 
@@ -138,12 +138,12 @@ STAGES = [["tok_embeddings"], [*LAYER_NAMES, "norm", "output"]]
         {"pipeline_schedule": "Interleaved1F1B", "layers_per_stage": 1, "first_stage_less": 0, "last_stage_less": 0},
     ],
 )
-def test_where_the_cut_is_changes_no_number(ranks: Ranks, single: dict[str, Any], keys: dict[str, Any]) -> None:
+def test_where_the_cut_is_changes_no_number(ranks: RankPool, single: dict[str, Any], keys: dict[str, Any]) -> None:
     assert_like(single, ranks(2, trained, "pp2", keys, {}))
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
-def test_recompute_goes_with_stages(ranks: Ranks, single: dict[str, Any], schedule: str) -> None:
+def test_recompute_goes_with_stages(ranks: RankPool, single: dict[str, Any], schedule: str) -> None:
     assert_like(single, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, {"recompute": "full"}))
 
 
@@ -163,7 +163,7 @@ def unscaled(layout: str, keys: dict[str, Any]) -> list[float]:
     return found
 
 
-def test_the_loss_is_scaled_inside_the_schedule(ranks: Ranks) -> None:
+def test_the_loss_is_scaled_inside_the_schedule(ranks: RankPool) -> None:
     whole_norm, half_norm = ranks(2, unscaled, "pp2", {})[0]
     assert half_norm == pytest.approx(whole_norm / 2, rel=1e-5)
     assert ranks(1, unscaled, "single", {})[0] == pytest.approx([whole_norm, half_norm], rel=1e-5)
@@ -173,7 +173,7 @@ FLEX = {"model": {"attention": "flex", "mask": "block_causal"}}
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "InterleavedZeroBubble"])
-def test_each_micro_batch_has_its_own_documents(ranks: Ranks, schedule: str) -> None:
+def test_each_micro_batch_has_its_own_documents(ranks: RankPool, schedule: str) -> None:
     expected = ranks(1, trained, "single", {}, FLEX)[0]
     assert_like(expected, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, FLEX))
 
@@ -199,7 +199,7 @@ def checkpointed(layout: str, keys: dict[str, Any], source: Path | None, target:
     }
 
 
-def test_stages_are_saved_and_loaded_bit_for_bit_by_any_layout(ranks: Ranks, tmp_path: Path) -> None:
+def test_stages_are_saved_and_loaded_bit_for_bit_by_any_layout(ranks: RankPool, tmp_path: Path) -> None:
     path: Path | None = None
     written: dict[str, torch.Tensor] = {}
     layouts = [("pp2_fsdp2", "Interleaved1F1B"), ("fsdp2", "1F1B"), ("single", "1F1B"), ("pp2_fsdp2", "1F1B")]

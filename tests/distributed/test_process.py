@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from src.distributed.process.rank_context import Facts, Ranks, host_store, joined
+from src.distributed.process.rank_context import LauncherEnv, RankContext, host_store, joined
 from src.errors import PlanError
-from tests.ranks import Ranks as Pool
+from tests.ranks import RankPool as Pool
 
 ALONE = """
 import torch, torch.distributed as dist
-from src.distributed.process.rank_context import Ranks, joined
+from src.distributed.process.rank_context import RankContext, joined
 assert not joined()
 ranks = Ranks.join("cpu", 1, timeout_seconds=30)
 value = torch.ones(2)
@@ -26,7 +26,7 @@ print(dist.is_initialized())
 """
 CLIENT = """
 import torch, torch.distributed as dist
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 ranks = Ranks.join("cpu", 2, timeout_seconds=30)
 value = torch.tensor([ranks.rank + 1.0])
 dist.all_reduce(value)
@@ -64,7 +64,7 @@ def test_ranks_meet_at_the_launchers_store() -> None:
 
 
 def _join_existing(world: int) -> tuple[int, int, bool]:
-    ranks = Ranks.join("cpu", world, timeout_seconds=30)
+    ranks = RankContext.join("cpu", world, timeout_seconds=30)
     dist.barrier()
     ranks.leave()
     return ranks.rank, ranks.world, dist.is_initialized()
@@ -79,15 +79,15 @@ def test_another_world_than_the_plans_is_refused_before_any_collective(monkeypat
     for key in KEYS:
         monkeypatch.delenv(key, raising=False)
     with pytest.raises(PlanError, match=r"RANK is not set.* but the plan has 4 ranks"):
-        Ranks.join("cpu", 4, timeout_seconds=1)
+        RankContext.join("cpu", 4, timeout_seconds=1)
     for key in KEYS:
         if key in shown:
             monkeypatch.setenv(key, shown[key])
     with pytest.raises(PlanError, match="WORLD_SIZE=3, but the plan has 4 ranks"):
-        Ranks.join("cpu", 4, timeout_seconds=1)
+        RankContext.join("cpu", 4, timeout_seconds=1)
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(PlanError, match="MASTER_ADDR: missing; 3 ranks cannot find each other"):
-        Ranks.join("cpu", 3, timeout_seconds=1)
+        RankContext.join("cpu", 3, timeout_seconds=1)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_a_broken_environment_is_told_at_once(
     for key in KEYS:
         monkeypatch.delenv(key, raising=False)
     assert not joined()
-    assert Facts.read() == Facts(rank=0, world=1, local_rank=0, local_world=1)
+    assert LauncherEnv.read() == LauncherEnv(rank=0, world=1, local_rank=0, local_world=1)
     for key, value in facts.items():
         monkeypatch.setenv(key, str(value))
     assert joined()
     with pytest.raises(PlanError) as error:
-        Facts.read()
+        LauncherEnv.read()
     assert len(error.value.problems) == len(expected)
     for problem, start in zip(error.value.problems, expected, strict=True):
         assert problem.startswith(start)

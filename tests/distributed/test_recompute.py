@@ -28,14 +28,14 @@ from src.models.llama3.config import Llama3Config
 from tests.distributed.layouts import degrees, parallel_network, recomputed, rows
 from tests.distributed.test_layouts import trained
 from tests.models.shapes import tiny_deepseek, tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 # The compiler's own cut into forward and backward, without the time that it takes to generate kernels.
 PARTITIONER = "aot_eager_decomp_partition"
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2_fsdp2"])
-def test_no_number_changes(ranks: Ranks, layout: str) -> None:
+def test_no_number_changes(ranks: RankPool, layout: str) -> None:
     world, micro_batches = degrees(layout).world, {"micro_batches": 1}
     kept = ranks(world, trained, layout, micro_batches, {})[0]
     for option in ("selective", "every2", "full"):
@@ -178,7 +178,7 @@ def test_a_compiled_block_keeps_what_is_planned(changes: dict[str, Any]) -> None
     assert partitioned_bytes(block, x, rotary) in (planned, planned + RANDOM_STATE_BYTES)
 
 
-def test_a_split_selective_block_keeps_its_share(ranks: Ranks) -> None:
+def test_a_split_selective_block_keeps_its_share(ranks: RankPool) -> None:
     config = tiny_llama()
     cut = Slice(tokens=2 * 96, tensor=2, element_bytes=4, compiled=True)
     for kept in ranks(2, _kept_by_split_block, config):
@@ -226,7 +226,7 @@ def test_all_blocks_share_a_graph(option: str) -> None:
 def losses(option: str, compiled: bool) -> list[float]:
     config = tiny_llama(n_layers=1)
     compile = Compile(blocks=compiled, loss=False, mode="default")
-    (model,) = parallel_network(config, degrees("single"), recompute=option, compile=compile).parts
+    (model,) = parallel_network(config, degrees("single"), recompute=option, compile=compile).stages
     batch = rows(2, 16, config.vocab_size)
     loss = model(batch.tokens, labels=batch.labels)
     loss.backward()
@@ -234,13 +234,13 @@ def losses(option: str, compiled: bool) -> list[float]:
     return [loss.item(), grad.full_tensor().norm().item()]
 
 
-def test_kernels_within_a_budget_compute_the_same(ranks: Ranks) -> None:
+def test_kernels_within_a_budget_compute_the_same(ranks: RankPool) -> None:
     """By the real compiler, under FSDP."""
     assert ranks(1, losses, "budget0.5", True)[0] == pytest.approx(ranks(1, losses, "none", False)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("option", ["full", "every2", "selective"])
-def test_a_block_that_is_cut_and_compiled_runs_again(ranks: Ranks, option: str) -> None:
+def test_a_block_that_is_cut_and_compiled_runs_again(ranks: RankPool, option: str) -> None:
     eager, compiled = (ranks(2, captured, option, wanted)[0] for wanted in (False, True))
     assert compiled == pytest.approx(eager, rel=1e-6)
 
@@ -251,7 +251,7 @@ def captured(option: str, compiled: bool) -> float:
     config = tiny_llama(n_layers=2)
     compile = Compile(blocks=compiled, loss=False, mode="default")
     with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-        (model,) = parallel_network(config, degrees("tp2"), recompute=option, compile=compile).parts
+        (model,) = parallel_network(config, degrees("tp2"), recompute=option, compile=compile).stages
         batch = rows(2, 16, config.vocab_size)
         model(batch.tokens, labels=batch.labels).backward()
     return float(model.layers["1"].attention.wq.weight.grad.full_tensor().norm())

@@ -18,7 +18,7 @@ from src.train.step import Stepper
 from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import trained
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 BF16 = Precision(storage="float32", compute="bfloat16", reduce="float32", float8=None)
 REDUCE16 = Precision(storage="float32", compute="bfloat16", reduce="bfloat16", float8=None)
@@ -47,7 +47,7 @@ def stepped(layout: str, precision: Precision, optim: AdamW) -> dict[str, Any]:
     optimizer = optim.build(network.named_parameters(), torch.device("cpu"))
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     seen: set[torch.dtype] = set()
-    (model,) = network.parts
+    (model,) = network.stages
     for block in model.blocks():
         block.register_forward_hook(lambda *called: seen.add(called[-1].dtype))
     outcomes = [
@@ -64,7 +64,7 @@ def stepped(layout: str, precision: Precision, optim: AdamW) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def fp32(ranks: Ranks) -> dict[str, Any]:
+def fp32(ranks: RankPool) -> dict[str, Any]:
     return ranks(2, stepped, "fsdp2", FP32, adamw())[0]
 
 
@@ -81,7 +81,12 @@ PLAIN_BF16 = adamw(fused=False, moments="bfloat16")
     ],
 )
 def test_precision_is_what_it_says(
-    ranks: Ranks, fp32: dict[str, Any], precision: Precision, optim: AdamW, storage: torch.dtype, moments: torch.dtype
+    ranks: RankPool,
+    fp32: dict[str, Any],
+    precision: Precision,
+    optim: AdamW,
+    storage: torch.dtype,
+    moments: torch.dtype,
 ) -> None:
     """bfloat16 keeps 8 bits: a loss of 4.6 nats moves by less than 0.3 %, a gradient norm by less than 3 %."""
     assert fp32["activations"] == fp32["parameters"] == fp32["moments"] == {torch.float32}
@@ -104,7 +109,7 @@ def test_precision_is_what_it_says(
         pytest.param("fsdp2", {"prefetch": 8, "reshard": "always"}, id="prefetch-all"),
     ],
 )
-def test_options_change_no_number(ranks: Ranks, layout: str, changes: dict[str, Any]) -> None:
+def test_options_change_no_number(ranks: RankPool, layout: str, changes: dict[str, Any]) -> None:
     plain, optioned = (
         ranks(degrees(layout).world, trained, layout, {"micro_batches": 1, "degrees": options}, {})[0]
         for options in ({}, changes)
@@ -118,7 +123,7 @@ def test_options_change_no_number(ranks: Ranks, layout: str, changes: dict[str, 
 def gathered_by_then(ahead: int) -> tuple[list[set[str]], list[set[str]]]:
     """Units whose weights were asked for when each block begins to work: forward, and backward."""
     config = tiny_llama()
-    (model,) = parallel_network(config, degrees("fsdp2", prefetch=ahead)).parts
+    (model,) = parallel_network(config, degrees("fsdp2", prefetch=ahead)).stages
     asked: list[str] = []
     for name in ("tok_embeddings", *(f"layers.{layer}" for layer in model.layers), "norm"):
         _spy(model.get_submodule(name)._get_fsdp_state()._fsdp_param_group, name, asked)
@@ -143,7 +148,7 @@ def _spy(group: Any, name: str, asked: list[str]) -> None:
     group.unshard = spied
 
 
-def test_prefetch_gathers_ahead(ranks: Ranks) -> None:
+def test_prefetch_gathers_ahead(ranks: RankPool) -> None:
     """FSDP itself asks for one block ahead in the backward, and in the forward for none: the host runs ahead there."""
     one, two = (ranks(2, gathered_by_then, ahead)[0] for ahead in (1, 2))
     embedding, first, second, third, head = "tok_embeddings", "layers.0", "layers.1", "layers.2", "norm"
@@ -195,7 +200,7 @@ def _flat(parameters: list[nn.Parameter]) -> list[float]:
     return values
 
 
-def test_one_norm_over_mixed_meshes(ranks: Ranks) -> None:
+def test_one_norm_over_mixed_meshes(ranks: RankPool) -> None:
     for norm, expected, clipped, expected_clipped in ranks(4, mixed):
         assert norm == pytest.approx(expected, rel=1e-6)
         assert clipped == pytest.approx(expected_clipped, rel=1e-6)
@@ -209,7 +214,7 @@ def test_weights_rest_in_the_host_and_compute_on_the_gpu() -> None:
     from src.distributed.fsdp.shard import shard
     from src.distributed.init_weights import initialise
     from src.distributed.mesh import Mesh
-    from src.distributed.model_stages import Whole
+    from src.distributed.model_stages import SingleStage
 
     torch.cuda.set_device(0)
     store = dist.HashStore()  # type: ignore[attr-defined]
@@ -224,7 +229,7 @@ def test_weights_rest_in_the_host_and_compute_on_the_gpu() -> None:
             initialise(model, 0)
             assert {parameter.device.type for parameter in model.parameters()} == {"cpu" if offload else "cuda"}
             optimizer = adamw().build(model.named_parameters(), torch.device("cuda"))
-            stepper = Stepper(Whole([model], mesh, torch.device("cuda")), optimizer, max_norm=1.0, skips=0)
+            stepper = Stepper(SingleStage([model], mesh, torch.device("cuda")), optimizer, max_norm=1.0, skips=0)
             runs.append([stepper([rows(4, 16, config.vocab_size)], stop=False)["loss"].item() for _ in range(3)])
         assert runs[0] == pytest.approx(runs[1], rel=1e-4)
     finally:

@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from src.distributed.parallel_dims import SPLITTING, Degrees
+from src.distributed.parallel_dims import SPLITTING, ParallelDims
 from src.distributed.pipeline.stages import (
     SCHEDULES,
     in_flight,
@@ -20,11 +20,11 @@ from tests.distributed.layouts import degrees
 from tests.models.shapes import tiny_llama
 
 
-def pipeline(ranks: int, schedule: str = "1F1B", **changes: Any) -> Degrees:
+def pipeline(ranks: int, schedule: str = "1F1B", **changes: Any) -> ParallelDims:
     return degrees(f"pp{ranks}", pipeline_schedule=schedule, **changes)
 
 
-def of_stages(count: int, **changes: Any) -> Degrees:
+def of_stages(count: int, **changes: Any) -> ParallelDims:
     return pipeline(count, **changes)
 
 

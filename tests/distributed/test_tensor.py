@@ -17,7 +17,7 @@ from src.distributed.tensor.symmetric_memory import share_memory
 from src.errors import PlanError
 from tests.distributed.layouts import degrees, parallel_model, rows
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 HOME = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ class Traffic(TorchDispatchMode):
 
 
 def traffic(dtype: torch.dtype, tied: bool) -> dict[str, Counter[tuple[str, int]]]:
-    config = tiny_llama(tied_embeddings=tied)
+    config = tiny_llama(tie_word_embeddings=tied)
     model, _ = parallel_model(config, degrees("tp2"))
     model.to(dtype)
     batch = rows(2, 16, config.vocab_size)
@@ -56,7 +56,7 @@ def traffic(dtype: torch.dtype, tied: bool) -> dict[str, Counter[tuple[str, int]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_nothing_travels_that_need_not(ranks: Ranks, dtype: torch.dtype, tied: bool) -> None:
+def test_nothing_travels_that_need_not(ranks: RankPool, dtype: torch.dtype, tied: bool) -> None:
     """The hidden state into and out of each of 6 block halves, the head and the embedding; the words of a row never."""
     for seen in ranks(2, traffic, dtype, tied):
         sequence = {("all_gather_into_tensor", STREAM): 7, ("reduce_scatter_tensor", STREAM): 7}
@@ -75,7 +75,7 @@ def complaints(layout: str) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_a_pass_warns_of_nothing(ranks: Ranks) -> None:
+def test_a_pass_warns_of_nothing(ranks: RankPool) -> None:
     assert ranks(4, complaints, "tp2_fsdp2") == [[]] * 4
 
 
@@ -88,7 +88,7 @@ def shared(layout: str) -> str:
     return str(caught.value)
 
 
-def test_ranks_that_share_no_memory_are_told(ranks: Ranks) -> None:
+def test_ranks_that_share_no_memory_are_told(ranks: RankPool) -> None:
     for said in ranks(2, shared, "tp2"):
         assert "parallel.async_tensor=true needs GPUs" in said
         assert "pass parallel.async_tensor=false" in said

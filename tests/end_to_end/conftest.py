@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.lives import TINY, WORLDS, live, opened, write_text
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def straight(text: tuple[str, ...], ranks: Ranks) -> Callable[[str], Path]:
+def straight(text: tuple[str, ...], ranks: RankPool) -> Callable[[str], Path]:
     """The folder of 20 undisturbed steps in a layout."""
 
     @cache

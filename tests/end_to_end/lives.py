@@ -15,10 +15,10 @@ from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
-from src.cluster.rank import perform
+from src.cluster.rank import run_rank
 from src.config import tree as trees
 from src.config.compose import asked
-from src.distributed.model_stages import Whole
+from src.distributed.model_stages import SingleStage
 from src.errors import UserError
 from src.hugging_face.load import note
 from src.launch.start import checked, feed, fetched, record, wanted
@@ -98,7 +98,7 @@ class Shot:
         target = {
             "start": "src.tasks.pretrain.rank.resume",
             "step": "src.train.step.Stepper.__call__",
-            "validation": "src.distributed.model_stages.Whole.loss",
+            "validation": "src.distributed.model_stages.SingleStage.loss",
         }[self.where]
         calls = 0
 
@@ -111,7 +111,7 @@ class Shot:
             return original(*args, **kwargs)
 
         module, _, name = target.rpartition(".")
-        owner = {"Stepper": Stepper, "Whole": Whole}.get(module.rpartition(".")[2]) or sys.modules[module]
+        owner = {"Stepper": Stepper, "SingleStage": SingleStage}.get(module.rpartition(".")[2]) or sys.modules[module]
         original = getattr(owner, name)
         # A plain function, so that it binds like the method it stands for.
         with patch.object(owner, name, lambda *args, **kwargs: hit(original, *args, **kwargs)):
@@ -124,7 +124,7 @@ def live(folder: Path, shot: Shot | None = None) -> bool | tuple[str, ...]:
 
     with contextlib.nullcontext() if shot is None else shot.aimed(folder):
         try:
-            return perform(trees.read(folder / "config.yaml"), folder)
+            return run_rank(trees.read(folder / "config.yaml"), folder)
         except UserError as error:
             return error.problems
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.cluster.fakes import until_heard
 from tests.end_to_end.commands import command, start, wait_for_step
 from tests.end_to_end.lives import live, opened, series
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 LONG = ("task.steps=400", "checkpoint.every=50", "checkpoint.asynchronous=true", "parallel=fsdp2")
 
@@ -23,7 +23,7 @@ def flip(file: Path, at: int = -100) -> None:
     file.write_bytes(content)
 
 
-def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: RankPool) -> None:
     """Ctrl-C saves and ends well; kill -9 leaves the last complete checkpoint; the third start ends the run."""
     root = Path(text[-1].partition("=")[2])
     argv = (*text, *LONG, "name=command")
@@ -62,7 +62,7 @@ def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_offered(
-    text: tuple[str, ...], straight: Callable[[str], Path], ranks: Ranks
+    text: tuple[str, ...], straight: Callable[[str], Path], ranks: RankPool
 ) -> None:
     argv = (*text, "name=damaged")
     folder = opened(*argv)

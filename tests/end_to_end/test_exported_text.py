@@ -13,14 +13,21 @@ import torch
 
 from tests.end_to_end.lives import live, opened
 from tests.end_to_end.test_text import PROMPT, asked, plain, scores, texts
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
-MIXTURE = {"n_experts": 4, "groups": 2, "groups_kept": 1, "top_k": 1, "hidden_dim": 16, "score": "sigmoid"}
+MIXTURE = {
+    "num_experts": 4,
+    "num_expert_groups": 2,
+    "num_limited_groups": 1,
+    "top_k": 1,
+    "hidden_dim": 16,
+    "score_func": "sigmoid",
+}
 DEEPSEEK = (
     *("model=deepseek_v3_debug", "model.kv_lora_rank=16"),
     *("model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8", "model.ffn_dim=64"),
     *(f"model.moe.{key}={value}" for key, value in MIXTURE.items()),
-    *("model.moe.normalise=true", "model.moe.scale=2.5", "name=experts"),
+    *("model.moe.route_norm=true", "model.moe.route_scale=2.5", "name=experts"),
 )
 LOCAL_TASK = """task: words
 dataset_path: json
@@ -35,7 +42,7 @@ metric_list:
 
 
 @pytest.fixture(scope="module", params=["llama3", "deepseek_v3"])
-def run(request: pytest.FixtureRequest, text: tuple[str, ...], ranks: Ranks) -> Path:
+def run(request: pytest.FixtureRequest, text: tuple[str, ...], ranks: RankPool) -> Path:
     """20 steps of a family."""
     changes, foreign = (DEEPSEEK, ("model.n_kv", "model.mult")) if request.param == "deepseek_v3" else ((), ("none",))
     folder = opened(*(each for each in text if not each.startswith(foreign)), *changes)
@@ -44,12 +51,12 @@ def run(request: pytest.FixtureRequest, text: tuple[str, ...], ranks: Ranks) -> 
 
 
 @pytest.fixture(scope="module")
-def exported(run: Path, ranks: Ranks) -> Path:
+def exported(run: Path, ranks: RankPool) -> Path:
     asked(ranks, "export", run)
     return run / "exports/step_00000020"
 
 
-def test_greedy_text_is_that_of_transformers(run: Path, exported: Path, ranks: Ranks) -> None:
+def test_greedy_text_is_that_of_transformers(run: Path, exported: Path, ranks: RankPool) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
@@ -62,7 +69,7 @@ def test_greedy_text_is_that_of_transformers(run: Path, exported: Path, ranks: R
 
 
 def test_the_loss_of_an_export_is_that_of_its_run(
-    run: Path, exported: Path, ranks: Ranks, text: tuple[str, ...]
+    run: Path, exported: Path, ranks: RankPool, text: tuple[str, ...]
 ) -> None:
     data = [each for each in text if each.startswith("data")]
     options = ("samples=10", "task.seq_len=32", *data)

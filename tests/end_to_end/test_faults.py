@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.lives import live, opened, records, series
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 
 def incidents(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(text: tuple[str, ...], ranks: RankPool) -> None:
     """A first step of 1e30 sends every weight away: the second step's loss is no number."""
     folder = opened(*text, "parallel=fsdp2", "optim.lr=1e30", "schedule.warmup_steps=0", "name=diverged")
     told = ranks(2, live, folder)
@@ -26,7 +26,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(text: tuple[str, ...], ranks: Ra
     assert list((folder / "checkpoints").iterdir()) == []
 
 
-def test_skipping_has_a_cap(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_skipping_has_a_cap(text: tuple[str, ...], ranks: RankPool) -> None:
     skip = ("task.nonfinite=skip_step", "task.nonfinite_cap=3", "optim.lr=1e30", "schedule.warmup_steps=0")
     folder = opened(*text, "parallel=fsdp2", *skip, "name=capped")
     told = ranks(2, live, folder)
@@ -36,7 +36,7 @@ def test_skipping_has_a_cap(text: tuple[str, ...], ranks: Ranks) -> None:
     assert [line["decision"] for line in found] == ["skip", "skip", "skip", "stop"]
 
 
-def test_attention_within_documents_trains(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_attention_within_documents_trains(text: tuple[str, ...], ranks: RankPool) -> None:
     masks = ("model.attention=flex", "model.mask=block_causal", "data.document_masks=true")
     folder = opened(*text, *masks, "parallel=fsdp2", "name=documents")
     assert ranks(2, live, folder) == [True, True]
@@ -44,7 +44,7 @@ def test_attention_within_documents_trains(text: tuple[str, ...], ranks: Ranks) 
     assert losses[20] < losses[1] - 0.5
 
 
-def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
+def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: RankPool, tmp_path: Path) -> None:
     own = [each for each in text if not each.startswith("data")]
     argv = ("data=mixture", "~data.sources.code", "~data.weights.code", "data.processes=1")
     added = ("+data/source@data.sources.other=synthetic", "data.sources.other.seed=1", "+data.weights.other=0.3")
@@ -57,7 +57,7 @@ def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: R
             assert line[f"data/{name}/share"] == line[f"data/{name}/tokens"] / 32 / samples
 
 
-def test_an_initial_checkpoint_of_another_run(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_an_initial_checkpoint_of_another_run(text: tuple[str, ...], ranks: RankPool) -> None:
     first = opened(*text, "task.steps=10", "name=first")
     assert ranks(1, live, first) == [True]
     start = (f"checkpoint.initial={first}", "checkpoint.trusted=true")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.lives import WORLDS, live, opened, records, series, values
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 Straight = Callable[[str], Path]
 VALIDATED = ("task.validate_every=5", "task.validate_samples=7")  # 7 do not divide by 2 or 4 ranks
 
 
-def run(ranks: Ranks, layout: str, *argv: str) -> Path:
+def run(ranks: RankPool, layout: str, *argv: str) -> Path:
     folder = opened(*argv, f"parallel={layout}")
     assert ranks(WORLDS[layout], live, folder) == [True] * WORLDS[layout]
     return folder
@@ -29,7 +29,7 @@ def test_every_layout_trains_alike(layout: str, straight: Straight) -> None:
 
 
 def test_validation_leaves_no_trace_and_is_equal_everywhere(
-    text: tuple[str, ...], straight: Straight, ranks: Ranks
+    text: tuple[str, ...], straight: Straight, ranks: RankPool
 ) -> None:
     alone: dict[int, float] = {}
     for layout in ("single", "fsdp2", "hsdp2x2", "tp2_fsdp2"):
@@ -42,7 +42,7 @@ def test_validation_leaves_no_trace_and_is_equal_everywhere(
     assert alone[20] < alone[5]
 
 
-def test_unequal_counts_of_valid_tokens(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_unequal_counts_of_valid_tokens(text: tuple[str, ...], ranks: RankPool) -> None:
     """Labels at document starts do not count, and short rows of documents have many of them."""
     argv = (*text, "data.mask_document_starts=true", "task.steps=6", "name=masked")
     alone = run(ranks, "single", *argv)
@@ -56,7 +56,7 @@ def test_unequal_counts_of_valid_tokens(text: tuple[str, ...], ranks: Ranks) -> 
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp2"])
-def test_micro_batches_add_up(layout: str, text: tuple[str, ...], ranks: Ranks) -> None:
+def test_micro_batches_add_up(layout: str, text: tuple[str, ...], ranks: RankPool) -> None:
     argv = (*text, "task.steps=6", "data.mask_document_starts=true")
     whole = run(ranks, layout, *argv, "task.global_batch=8", f"task.micro_batch={8 // WORLDS[layout]}", "name=whole")
     for sync in ("true", "false"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.lives import WORLDS, Shot, contents, live, opened, series
-from tests.ranks import RankError, Ranks
+from tests.ranks import RankError, RankPool
 
 Straight = Callable[[str], Path]
 LION = ("optim=lion", "optim.lr=3e-4", "task.steps=10", "checkpoint.every=4")
@@ -16,7 +16,7 @@ LAYOUTS = WORLDS | {"pp2": 2, "cp2": 2}
 
 
 @pytest.fixture(scope="module")
-def straight(text: tuple[str, ...], ranks: Ranks) -> Straight:
+def straight(text: tuple[str, ...], ranks: RankPool) -> Straight:
     """The folder of 10 undisturbed steps in a layout."""
 
     @cache
@@ -30,7 +30,7 @@ def straight(text: tuple[str, ...], ranks: Ranks) -> Straight:
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
 def test_killed_and_resumed_is_the_straight_run_to_the_last_bit(
-    layout: str, text: tuple[str, ...], straight: Straight, ranks: Ranks
+    layout: str, text: tuple[str, ...], straight: Straight, ranks: RankPool
 ) -> None:
     world, argv = LAYOUTS[layout], (*text, *LION, f"parallel={layout}", "name=killed_lion")
     folder = opened(*argv)
@@ -44,7 +44,7 @@ def test_killed_and_resumed_is_the_straight_run_to_the_last_bit(
     assert len(contents(folder, 10)) > world
 
 
-def test_it_goes_on_in_other_layouts(text: tuple[str, ...], straight: Straight, ranks: Ranks) -> None:
+def test_it_goes_on_in_other_layouts(text: tuple[str, ...], straight: Straight, ranks: RankPool) -> None:
     folder = opened(*text, *LION, "parallel=fsdp2", "name=moved_lion")
     layouts = ("fsdp2", "tp2", "pp2", "cp2", "hsdp2x2")
     for number, layout in enumerate(layouts, 1):

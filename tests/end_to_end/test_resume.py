@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.lives import WORLDS, Shot, contents, live, opened, series, values
-from tests.ranks import RankError, Ranks
+from tests.ranks import RankError, RankPool
 
 Straight = Callable[[str], Path]
 STEPS = list(range(1, 21))
@@ -16,7 +16,7 @@ STEPS = list(range(1, 21))
 
 @pytest.mark.parametrize("layout", ["single", "fsdp2", "tp2_fsdp2"])
 def test_killed_and_resumed_is_the_straight_run_to_the_last_bit(
-    layout: str, text: tuple[str, ...], straight: Straight, ranks: Ranks
+    layout: str, text: tuple[str, ...], straight: Straight, ranks: RankPool
 ) -> None:
     argv = (*text, f"parallel={layout}", "name=killed")
     world, folder = WORLDS[layout], opened(*argv)
@@ -34,7 +34,7 @@ def test_killed_and_resumed_is_the_straight_run_to_the_last_bit(
     assert len(contents(folder, 20)) > world
 
 
-def test_a_run_changes_its_layout_three_times(text: tuple[str, ...], straight: Straight, ranks: Ranks) -> None:
+def test_a_run_changes_its_layout_three_times(text: tuple[str, ...], straight: Straight, ranks: RankPool) -> None:
     folder = opened(*text, "parallel=fsdp2", "name=moved")
     for number, layout in enumerate(("fsdp2", "tp2", "single", "hsdp2x2")):
         assert opened(*text, f"parallel={layout}", "name=other", f"folder={folder}") == folder

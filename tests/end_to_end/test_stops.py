@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.lives import Shot, live, opened, series, values
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 Straight = Callable[[str], Path]
 
@@ -23,7 +23,7 @@ Straight = Callable[[str], Path]
     ids=["training", "last step", "validation", "before the first step"],
 )
 def test_ranks_agree_save_and_go_on(
-    shot: Shot, step: int, text: tuple[str, ...], straight: Straight, ranks: Ranks
+    shot: Shot, step: int, text: tuple[str, ...], straight: Straight, ranks: RankPool
 ) -> None:
     name = f"name=stopped_{shot.where}_{shot.at}"
     argv = (*text, "parallel=fsdp2", name, "task.validate_every=5", "task.validate_samples=6")
@@ -38,7 +38,7 @@ def test_ranks_agree_save_and_go_on(
     assert list(series(folder, "validation_loss")) == [at for at in (5, 10, 15, 20) if at != step or step == 20]
 
 
-def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: RankPool, capfd: pytest.CaptureFixture[str]) -> None:
     ranks.close()  # new workers write to this test's terminal
     folder = opened(*text, "checkpoint.every=null", "name=unsaved")
     assert ranks(1, live, folder, Shot("step", at=3)) == [False]

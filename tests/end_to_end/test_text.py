@@ -15,21 +15,21 @@ from src.config.tree import read
 from src.errors import UserError
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import WORLDS, live, opened, series, write_text
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 PROMPT = "kara, lose"
 Straight = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def measured(text: tuple[str, ...], ranks: Ranks) -> Path:
+def measured(text: tuple[str, ...], ranks: RankPool) -> Path:
     """A run with a validation loss at its end."""
     folder = opened(*text, "task.steps=10", "task.validate_every=10", "task.validate_samples=10", "name=measured")
     assert ranks(1, live, folder) == [True]
     return folder
 
 
-def asked(ranks: Ranks, task: str, run: Path | str, *argv: str, layout: str = "single") -> Path:
+def asked(ranks: RankPool, task: str, run: Path | str, *argv: str, layout: str = "single") -> Path:
     """The folder of a task that reads the weights of `run`, after its life; beside it, unless `argv` has a root."""
     more = (f"root={Path(run).parent}", "cluster.gpus=0", "data.processes=1", f"parallel={layout}")
     folder = opened(f"task={task}", f"run={run}", *more, *argv)
@@ -67,20 +67,20 @@ def read_again(run: Path, step: int, prompt: str, count: int) -> str:
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "fsdp2"])
-def test_text_is_what_the_weights_find_likeliest(layout: str, straight: Straight, ranks: Ranks) -> None:
+def test_text_is_what_the_weights_find_likeliest(layout: str, straight: Straight, ranks: RankPool) -> None:
     run = straight("single")
     folder = asked(ranks, "generate", run, f"prompt={PROMPT}", "temperature=0", "max_tokens=12", layout=layout)
     assert texts(folder) == [read_again(run, 20, PROMPT, 12)]
 
 
-def test_an_earlier_step_writes_something_else(straight: Straight, ranks: Ranks) -> None:
+def test_an_earlier_step_writes_something_else(straight: Straight, ranks: RankPool) -> None:
     run = straight("single")
     folder = asked(ranks, "generate", run, f"prompt={PROMPT}", "temperature=0", "max_tokens=12", "step=10")
     assert texts(folder) == [read_again(run, 10, PROMPT, 12)]
     assert texts(folder) != [read_again(run, 20, PROMPT, 12)]
 
 
-def test_many_prompts_by_chance(straight: Straight, ranks: Ranks, tmp_path: Path) -> None:
+def test_many_prompts_by_chance(straight: Straight, ranks: RankPool, tmp_path: Path) -> None:
     """The same on every layout and in any company; another seed writes something else."""
     run, prompts = straight("single"), [PROMPT, "a", "tumi lo ra", "", "mi"]
     lines, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
@@ -128,7 +128,7 @@ def test_prompts_that_are_no_prompts(straight: Straight, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "fsdp2"])
-def test_loss_is_the_validation_loss_of_training(layout: str, measured: Path, ranks: Ranks) -> None:
+def test_loss_is_the_validation_loss_of_training(layout: str, measured: Path, ranks: RankPool) -> None:
     folder = asked(ranks, "evaluate", measured, "samples=10", "task.micro_batch=2", layout=layout)
     (score,) = scores(folder).values()
     assert score["loss"] == pytest.approx(series(measured, "validation_loss")[10], rel=1e-6)
@@ -138,7 +138,7 @@ def test_loss_is_the_validation_loss_of_training(layout: str, measured: Path, ra
     assert score["bits_per_byte"] > score["loss"] / math.log(2)
 
 
-def test_a_mixture_is_told_by_source(measured: Path, text: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
+def test_a_mixture_is_told_by_source(measured: Path, text: tuple[str, ...], ranks: RankPool, tmp_path: Path) -> None:
     """Nine rows of text to one of the other kind: the sum of both is what all rows give at once."""
     _, file, fraction = write_text(tmp_path, documents=300, words=20)
     mixture = (

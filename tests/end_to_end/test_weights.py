@@ -16,12 +16,12 @@ from src.models.llama3 import hugging_face
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import WORLDS, live, opened, series, values
 from tests.hugging_face.foreign import edit, saved
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 Straight = Callable[[str], Path]
 
 
-def exported(ranks: Ranks, run: Path, *argv: str, layout: str = "single") -> None:
+def exported(ranks: RankPool, run: Path, *argv: str, layout: str = "single") -> None:
     more = (f"root={run.parent}", "cluster.gpus=0", f"parallel={layout}", f"name=export-{layout}")
     folder = opened("task=export", f"run={run}", *more, *argv)
     assert ranks(WORLDS[layout], live, folder) == [True] * WORLDS[layout]
@@ -32,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_goes_out_and_comes_back_bit_for_bit(
-    text: tuple[str, ...], straight: Straight, ranks: Ranks, tmp_path: Path
+    text: tuple[str, ...], straight: Straight, ranks: RankPool, tmp_path: Path
 ) -> None:
     """Exported on two layouts, the files are the same; a run that starts from them has the checkpoint's weights."""
     run = straight("single")
@@ -49,7 +49,7 @@ def test_a_run_goes_out_and_comes_back_bit_for_bit(
 
 
 def test_model_auto_trains_like_the_model_that_it_reads(
-    text: tuple[str, ...], straight: Straight, ranks: Ranks, tmp_path: Path
+    text: tuple[str, ...], straight: Straight, ranks: RankPool, tmp_path: Path
 ) -> None:
     exported(ranks, straight("single"), f"to={tmp_path / 'out'}", "task.check=false")
     others = tuple(each for each in text if not each.startswith("model."))
@@ -63,7 +63,7 @@ def test_model_auto_trains_like_the_model_that_it_reads(
     assert series(auto)[1] < series(straight("single"))[1] - 1, "it begins where the other ended"
 
 
-def test_weights_that_do_not_fit_start_nothing(text: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_start_nothing(text: tuple[str, ...], ranks: RankPool, tmp_path: Path) -> None:
     saved("llama", tmp_path / "theirs")
     edit(tmp_path / "theirs/config.json", vocab_size=258)
     (code, told) = command(*small(text, tmp_path / "theirs"))
@@ -90,7 +90,7 @@ def small(text: tuple[str, ...], folder: Path) -> tuple[str, ...]:
 
 
 def test_a_resumed_run_does_not_look_for_them(
-    text: tuple[str, ...], straight: Straight, ranks: Ranks, tmp_path: Path
+    text: tuple[str, ...], straight: Straight, ranks: RankPool, tmp_path: Path
 ) -> None:
     exported(ranks, straight("single"), f"to={tmp_path / 'out'}", "task.check=false")
     argv = (*text, f"checkpoint.initial=hf:{tmp_path / 'out'}", "name=resumed", "task.steps=4", "checkpoint.every=2")
@@ -103,7 +103,7 @@ def test_a_resumed_run_does_not_look_for_them(
 
 
 def test_an_export_beside_the_training_is_that_of_the_checkpoint(
-    text: tuple[str, ...], ranks: Ranks, tmp_path: Path
+    text: tuple[str, ...], ranks: RankPool, tmp_path: Path
 ) -> None:
     argv = ("checkpoint.export_every=5", "checkpoint.every=5", "task.steps=12", "parallel=fsdp2", "name=beside")
     folder = opened(*text, *argv)
@@ -116,7 +116,7 @@ def test_an_export_beside_the_training_is_that_of_the_checkpoint(
     assert set(series(folder, "export/write_seconds")) == {5, 10}
 
 
-def test_a_wrong_export_beside_the_training_is_told_and_does_not_end_it(text: tuple[str, ...], ranks: Ranks) -> None:
+def test_a_wrong_export_beside_the_training_is_told_and_does_not_end_it(text: tuple[str, ...], ranks: RankPool) -> None:
     folder = opened(*text, "checkpoint.export_every=5", "task.steps=6", "parallel=fsdp2", "name=besidewrong")
     assert ranks(2, live_with_another_theta, folder) == [True] * 2
     assert [path.name for path in (folder / "exports").iterdir()] == ["step_00000005.partial"]
@@ -124,7 +124,7 @@ def test_a_wrong_export_beside_the_training_is_told_and_does_not_end_it(text: tu
     assert list(series(folder)) == list(range(1, 7))
 
 
-def test_a_wrong_folder_is_not_put_in_its_place(straight: Straight, ranks: Ranks, tmp_path: Path) -> None:
+def test_a_wrong_folder_is_not_put_in_its_place(straight: Straight, ranks: RankPool, tmp_path: Path) -> None:
     """transformers is told another base of the rotary angles than the model has: logits differ, and all say so."""
     folder = opened(
         "task=export",
@@ -153,7 +153,7 @@ SOFTMAX = (
 )
 
 
-def test_biases_that_transformers_has_no_place_for(text: tuple[str, ...], ranks: Ranks, tmp_path: Path) -> None:
+def test_biases_that_transformers_has_no_place_for(text: tuple[str, ...], ranks: RankPool, tmp_path: Path) -> None:
     """Refused, or dropped, which changes logits, or kept, and then they come back."""
     run = opened(*(each for each in text if not each.startswith(("model.n_kv", "model.mult"))), *SOFTMAX)
     assert ranks(1, live, run) == [True]
@@ -175,7 +175,7 @@ def test_biases_that_transformers_has_no_place_for(text: tuple[str, ...], ranks:
 
 @pytest.mark.parametrize("form", [("dtype=bfloat16",), ("fp8=true", "task.shard_gb=0.00002")])
 def test_other_forms_load_in_transformers(
-    straight: Straight, ranks: Ranks, tmp_path: Path, form: tuple[str, ...]
+    straight: Straight, ranks: RankPool, tmp_path: Path, form: tuple[str, ...]
 ) -> None:
     """The task itself compares logits; here, that nothing is missing or unexpected, and what the folder holds."""
     exported(ranks, straight("single"), f"to={tmp_path / 'out'}", *form, layout="fsdp2")

@@ -14,13 +14,13 @@ from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import reopen
 from src.distributed.pipeline.stages import module_of
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 from src.fault_tolerance.carry import fill, shards
 from src.fault_tolerance.fragments import cut
 from src.optim.state import scale_learning_rates
 from src.planning.plan import plan
 from src.run import Run
-from src.train.setup import Training, assemble
+from src.train.setup import Training, build_training
 from tests.fault_tolerance.life import digest
 
 
@@ -69,12 +69,12 @@ class ByHand:
         resumed: tuple[int, int] = (0, 0),
     ) -> None:
         run = Run.from_sections(build(read(folder / "config.yaml"))).on_one_device()
-        ranks = Ranks.join("cpu", 1, timeout_seconds=60.0)
+        ranks = RankContext.join("cpu", 1, timeout_seconds=60.0)
         self.run, self.method, self.away, self.refused, self.resumed = run, method, away, refused, resumed
         self.plan = plan(run)
-        self.groups: list[Training] = [assemble(run, ranks, skips=0) for _ in range(groups)]
+        self.groups: list[Training] = [build_training(run, ranks, skips=0) for _ in range(groups)]
         self.lives = [Life() for _ in range(groups)]
-        self.others = [assemble(run, ranks, skips=0) for _ in range(resumed[1] - groups)]  # that come later
+        self.others = [build_training(run, ranks, skips=0) for _ in range(resumed[1] - groups)]  # that come later
         self.batches = Batches(
             reopen(json.loads((folder / "data.json").read_text()), run.cache),
             run.data,

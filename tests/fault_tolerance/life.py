@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from src.cluster.rank import perform
+from src.cluster.rank import run_rank
 from src.config.tree import read
 from src.fault_tolerance.membership import Membership
 from src.train.loop import Loop
@@ -59,7 +59,7 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble],
         patch.object(Membership, "_give", lambda *args: life.give(*args)),
         patch.object(Membership, "vote", lambda members, fine: life.vote(members, fine)),
     ):
-        perform(read(folder / "config.yaml"), folder)
+        run_rank(read(folder / "config.yaml"), folder)
     os._exit(0)
 
 

@@ -17,7 +17,7 @@ from tests.fault_tolerance import lives
 from tests.fault_tolerance.by_hand import Life, Method, simulate
 from tests.fault_tolerance.life import Seat, Trouble
 from tests.fault_tolerance.lives import Fleet, account, fleet, last
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 STEPS = 12
 ARGV = (f"task.steps={STEPS}", "task.global_batch=4", "checkpoint.every=6")
@@ -42,7 +42,7 @@ def told(found: Fleet, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_groups_do_what_is_written_out(ranks: Ranks, tmp_path: Path, name: str) -> None:
+def test_two_groups_do_what_is_written_out(ranks: RankPool, tmp_path: Path, name: str) -> None:
     method = METHODS[name]
     with fleet(tmp_path, *ARGV, *method.keys(), min_groups=2) as found:
         found.start(0, 1)
@@ -64,7 +64,7 @@ def test_two_groups_do_what_is_written_out(ranks: Ranks, tmp_path: Path, name: s
             assert told(found, "outer/sent_bytes") == 3 * 2 * 4 * half
 
 
-def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(ranks: RankPool, tmp_path: Path) -> None:
     method = Method(4)
     with fleet(tmp_path, *ARGV, "checkpoint.every=null", *method.keys(), min_groups=2) as found:
         found.start(0)
@@ -94,7 +94,7 @@ def dying(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble]
         lives.live(folder, group, lighthouse, troubles, seat)
 
 
-def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: RankPool, tmp_path: Path) -> None:
     method = Method(4)
     with fleet(tmp_path, *ARGV, "checkpoint.every=null", *method.keys(), min_groups=2) as found:
         found.start(0)
@@ -111,7 +111,7 @@ def test_a_group_that_dies_in_an_exchange_takes_no_other_with_it(ranks: Ranks, t
 
 
 @pytest.mark.parametrize("groups", [3, 1])
-def test_a_run_goes_on_with_another_number_of_groups(ranks: Ranks, tmp_path: Path, groups: int) -> None:
+def test_a_run_goes_on_with_another_number_of_groups(ranks: RankPool, tmp_path: Path, groups: int) -> None:
     method, argv = Method(4), (*ARGV, "task.global_batch=6")
     with fleet(tmp_path, *argv, *method.keys(), min_groups=2) as found:
         found.stopped_together(6)
@@ -147,7 +147,7 @@ def test_a_group_told_to_stop_while_it_waits_for_another_saves(tmp_path: Path) -
         assert told(found, "outer/syncs") == 3
 
 
-def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: Ranks, tmp_path: Path) -> None:
+def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: RankPool, tmp_path: Path) -> None:
     plain = opened(*TINY, *ARGV, "data=synthetic", f"root={tmp_path / 'plain'}")
     assert ranks(1, live, plain) == [True]
     initial = (f"checkpoint.initial={plain / 'checkpoints/step_00000006'}", "checkpoint.trusted=true")

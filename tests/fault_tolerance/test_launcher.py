@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from src.cluster.replicas.supervisor import Group, Groups
+from src.cluster.replicas.supervisor import GroupProcess, Groups
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts
 from tests.end_to_end.commands import command, start
@@ -97,7 +97,7 @@ def supervised(tmp_path: Path, programs: dict[int, str], **options: Any) -> tupl
     )
     started: list[int] = []
 
-    def begin(self: Groups, group: Group, now: float) -> None:
+    def begin(self: Groups, group: GroupProcess, now: float) -> None:
         started.append(group.number)
         program = f"import sys, time; sys.path[:0] = [{str(Path.cwd())!r}]; {programs[group.number]}"
         group.process, group.began = subprocess.Popen([sys.executable, "-c", program]), now

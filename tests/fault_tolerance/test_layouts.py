@@ -9,7 +9,7 @@ from tests.end_to_end.lives import TINY
 from tests.fault_tolerance.by_hand import Method, simulate
 from tests.fault_tolerance.life import Trouble
 from tests.fault_tolerance.lives import Fleet, account, audited, fleet, last, losses
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 STEPS, BATCH, WORLD = 8, 4, 2
 ARGV = (f"task.steps={STEPS}", f"task.global_batch={BATCH}", "checkpoint=none")
@@ -17,7 +17,7 @@ BAND = 1e-4  # relative: sums over groups and ranks are made in another order
 DEEPSEEK = (
     *(key for key in TINY if not key.startswith(("model.n_kv", "model.multiple"))),
     *("model=deepseek_v3_debug", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8"),
-    *("model.v_head_dim=8", "model.ffn_dim=32", "model.moe.hidden_dim=32", "model.moe.balance_rate=0.01"),
+    *("model.v_head_dim=8", "model.ffn_dim=32", "model.moe.hidden_dim=32", "model.moe.load_balance_coeff=0.01"),
 )
 MODELS = {"llama": TINY, "deepseek": DEEPSEEK}
 CASES = [
@@ -64,7 +64,7 @@ def test_a_late_group_is_healed_and_both_take_the_steps_of_one_run(
 
 
 @pytest.mark.parametrize(("model", "layout"), [("llama", "tp2"), ("deepseek", "fsdp2_ep2")])
-def test_groups_apart_do_what_is_written_out(ranks: Ranks, tmp_path: Path, model: str, layout: str) -> None:
+def test_groups_apart_do_what_is_written_out(ranks: RankPool, tmp_path: Path, model: str, layout: str) -> None:
     method, tiny = Method(4), MODELS[model]
     with fleet(tmp_path, *ARGV, *method.keys(), f"parallel={layout}", min_groups=2, world=WORLD, tiny=tiny) as found:
         found.start(0, 1)

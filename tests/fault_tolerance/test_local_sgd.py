@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from src.distributed.pipeline.stages import modules
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 from src.fault_tolerance.apart import Apart
 from src.fault_tolerance.config import Asked
 from src.fault_tolerance.membership import Quorum
 from src.fault_tolerance.peers import Own
-from src.train.setup import assemble
+from src.train.setup import build_training
 from tests.fault_tolerance.by_hand import plain
-from tests.ranks import Ranks as Workers
+from tests.ranks import RankPool as Workers
 from tests.train.runs import changed, make_run, section
 
 HALVES = (modules(4)[:3], modules(4)[3:])
@@ -75,13 +75,13 @@ class Group:
 def rounds(answers: list[bool], spoil: Callable[[dict[str, Tensor], int], None]) -> dict[str, Any]:
     """Three rounds of two fragments; before each exchange `spoil` changes the weights."""
     options = changed(section("fault_tolerance", "diloco"), sync_steps=2, fragments=2, outer_lr=1.0, outer_momentum=0.0)
-    ranks, members = Ranks.join("cpu", 1, timeout_seconds=60.0), Alone()
+    ranks, members = RankContext.join("cpu", 1, timeout_seconds=60.0), Alone()
     members.answers, members.group = answers, Group()  # type: ignore[assignment]
     told, moved = list[str](), list[set[int]]()
     with patch.dict(os.environ, {"REPLICA_GROUP_ID": "0", "TORCHFT_LIGHTHOUSE": "http://nowhere:1"}):
         peers = Apart(options, ranks)
     peers._membership = members  # type: ignore[assignment]
-    training = assemble(make_run(), ranks, skips=0, peers=peers)
+    training = build_training(make_run(), ranks, skips=0, peers=peers)
     peers.introduce(Own(dict, lambda _: None, told.append, lambda: False))
     assert peers.meet(0, 4) == range(4)
     for step in (1, 2, 3):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.fault_tolerance.mean import BLOCK, CODECS, Exchange, Means, sent_bytes
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 VALUES = 1000
 
@@ -28,14 +28,14 @@ def mean_of(exchange: Exchange, contributors: int) -> Tensor:
 
 
 @pytest.mark.parametrize("contributors", [2, 3])
-def test_float32_is_the_mean_itself(ranks: Ranks, contributors: int) -> None:
+def test_float32_is_the_mean_itself(ranks: RankPool, contributors: int) -> None:
     found = ranks(3, mean_of, "float32", contributors)
     by_hand = torch.stack([vector(group) for group in range(contributors)]).sum(0) / contributors
     assert all(torch.equal(each, by_hand) for each in found)
 
 
 @pytest.mark.parametrize(("exchange", "bits"), [("bfloat16", 8), ("int8", 7)])
-def test_fewer_bytes_are_rounded_twice_and_alike(ranks: Ranks, exchange: Exchange, bits: int) -> None:
+def test_fewer_bytes_are_rounded_twice_and_alike(ranks: RankPool, exchange: Exchange, bits: int) -> None:
     found = ranks(3, mean_of, exchange, 3)
     assert all(torch.equal(each, found[0]) for each in found)
     vectors = torch.stack([vector(group) for group in range(3)])

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from src.distributed.pipeline.stages import module_of
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 from src.errors import PlanError
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import cut
@@ -19,8 +19,8 @@ from src.planning.memory import GIB
 from src.planning.plan import plan
 from src.planning.table import render
 from src.run import Run
-from src.train.setup import assemble
-from tests.ranks import Ranks as Workers
+from src.train.setup import build_training
+from tests.ranks import RankPool as Workers
 from tests.train.runs import Here, changed, make_run, section
 
 
@@ -40,8 +40,8 @@ def test_the_outer_optimizer_is_sgd(lr: float, momentum: float) -> None:
 def made(layout: str, rule: Rule, fragments: int) -> tuple[Any, Outer]:
     """A network whose weights have moved since the outer ones were copied from them."""
     run = make_run(parallel=layout)
-    ranks = Ranks.join("cpu", run.parallel.world, timeout_seconds=60.0)
-    network = assemble(run, ranks, skips=0).network
+    ranks = RankContext.join("cpu", run.parallel.world, timeout_seconds=60.0)
+    network = build_training(run, ranks, skips=0).network
     outer = Outer(network, cut(run.model.n_layers, fragments, None), rule, "cpu", ())
     outer.begin()
     for tensor in network.tensors().values():
@@ -94,8 +94,8 @@ def held(layout: str, method: str, place: str) -> tuple[int, int]:
     """Bytes of this rank's outer tensors on the device of its weights, and those of the plan."""
     options = changed(section("fault_tolerance", method), copy_on=place)
     run = make_run({"steps": 20, "micro_batch": 1}, parallel=layout, fault_tolerance=options)
-    ranks = Ranks.join("cpu", run.parallel.world, timeout_seconds=60.0)
-    network = assemble(run, ranks, skips=0).network
+    ranks = RankContext.join("cpu", run.parallel.world, timeout_seconds=60.0)
+    network = build_training(run, ranks, skips=0).network
     outer = Outer(network, options.modules(run.model.n_layers), options.rule(), options.copy_on, ())
     tensors = chain(*(part.values() for part in outer.tensors().values()))
     return sum(local(tensor).nbytes for tensor in tensors), plan(run).memory.outer

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from src.checkpoint.store import Store
-from src.distributed.process.rank_context import Ranks
+from src.distributed.process.rank_context import RankContext
 from src.fault_tolerance.carry import local
 from src.fault_tolerance.fragments import cut
 from src.fault_tolerance.outer import Nesterov, Outer, Place
-from src.train.setup import assemble
+from src.train.setup import build_training
 from tests.checkpoint.options import options
 from tests.fault_tolerance.test_outer import whole
 from tests.train.runs import make_run
@@ -20,9 +20,9 @@ from tests.train.runs import make_run
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", ["cpu", "device"])
 def test_outer_weights_of_a_gpu(place: Place, tmp_path: Path) -> None:
-    run, ranks = make_run(), Ranks.join("cuda", 1, timeout_seconds=60.0)
+    run, ranks = make_run(), RankContext.join("cuda", 1, timeout_seconds=60.0)
     try:
-        network = assemble(run, ranks, skips=0).network
+        network = build_training(run, ranks, skips=0).network
         outer = Outer(network, cut(run.model.n_layers, 1, None), Nesterov(0.7, 0.9), place, ())
         outer.begin()
         expected = {name: tensor.cpu() for name, tensor in whole(network.tensors()).items()}

@@ -115,7 +115,7 @@ def config_of(folder: Path, **changes: Any) -> ModelConfig:
     section, _ = model_section(folder)
     rest: dict[str, Any] = {"attention": "sdpa", "mask": "causal", "fixed_block": None}
     if section.get("moe") is not None:
-        mixture = {"balance_rate": 1e-3, "unbalanced_layers": [], "forced_balance": False}
+        mixture = {"load_balance_coeff": 1e-3, "unbalanced_layers": [], "force_load_balance": False}
         section["moe"] = mixture | section["moe"]  # type: ignore[operator]
     top = {"name": "x", "seed": 0, "root": "runs", "folder": None, "dry_run": True}
     built = build({**top, "model": {**section, **rest, **changes}}, sections=("model",))["model"]

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from src.hugging_face.archive import Archive
 from src.hugging_face.read import Reader
-from src.hugging_face.tensor_slice import Box
+from src.hugging_face.tensor_slice import TensorSlice
 from src.models.stored import Stored
 
 KIB = 2**10
@@ -31,7 +31,7 @@ def main(folder: Path, rows: int, columns: int, ranks: int, piece_bytes: int) ->
     dist.init_process_group("fake", rank=3, world_size=ranks, store=FakeStore())
     mesh = init_device_mesh("cpu", (ranks,))
     reader = Reader(Archive.open(folder), piece_bytes=piece_bytes)
-    Box.held(DTensor.from_local(torch.empty(1), mesh, [Shard(0)]))  # imports what it needs
+    TensorSlice.held(DTensor.from_local(torch.empty(1), mesh, [Shard(0)]))  # imports what it needs
     before = memory_bytes("VmRSS")
     local = torch.empty(rows // ranks, columns, dtype=torch.bfloat16)
     reader.fill({"x": DTensor.from_local(local, mesh, [Shard(0)])}, [Stored("x", (rows, columns), ("x",))])

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.checkpoint.host_group import Team
+from src.checkpoint.host_group import HostGroup
 from src.distributed.mesh import Mesh
-from src.distributed.process.rank_context import Ranks as Joined
+from src.distributed.process.rank_context import RankContext as Joined
 from src.hugging_face.archive import Archive
 from src.hugging_face.check import SCALE, check
 from src.hugging_face.load import examine, load
@@ -20,13 +20,13 @@ from src.hugging_face.save import Form, save
 from src.hugging_face.write import Files, held
 from src.models.hugging_face import config_json, stored
 from src.models.stored import rotary_row
-from src.train.setup import unfilled
+from src.train.setup import build_uninitialized
 from tests.checkpoint.options import problems
 from tests.hugging_face.foreign import config_of, edit, saved
 from tests.hugging_face.test_import import imported
 from tests.hugging_face.test_import import tensors as named
 from tests.hugging_face.test_round_trips import LAYOUTS, WORLDS, contents, digest, largest, network_of
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import changed, make_run, section
 
 FORM = Form(dtype="bfloat16", fp8=True, biases=True, shard_bytes=3_000_000)
@@ -35,8 +35,8 @@ QUANTISED = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weig
 
 def write(name: str, layout: str, folder: Path) -> None:
     network = network_of(name, layout)
-    config = network.parts[0].config
-    save(Team(), folder, held(network.tensors()), config, FORM, {}, largest, torch.device("cpu"))
+    config = network.stages[0].config
+    save(HostGroup(), folder, held(network.tensors()), config, FORM, {}, largest, torch.device("cpu"))
 
 
 def multiplied(values: Tensor, scale: Tensor) -> Tensor:
@@ -48,14 +48,14 @@ def multiplied(values: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "layout"), [("llama3", "fsdp3"), ("deepseek_v3", "fsdp2_ep2")])
-def test_every_layout_finds_the_same_scales(ranks: Ranks, tmp_path: Path, name: str, layout: str) -> None:
+def test_every_layout_finds_the_same_scales(ranks: RankPool, tmp_path: Path, name: str, layout: str) -> None:
     """A block may lie in the shards of two ranks."""
     ranks(1, write, name, "single", tmp_path / "single")
     ranks(WORLDS[layout], write, name, layout, tmp_path / layout)
     assert digest(tmp_path / f"{layout}.partial") == digest(tmp_path / "single.partial")
 
 
-def test_rounding_is_bounded_and_only_linear_weights_are_rounded(ranks: Ranks, tmp_path: Path) -> None:
+def test_rounding_is_bounded_and_only_linear_weights_are_rounded(ranks: RankPool, tmp_path: Path) -> None:
     ranks(1, write, "deepseek_v3", "single", tmp_path / "x")
     ranks(1, exact, "deepseek_v3", tmp_path / "exact")
     written, exactly = contents(tmp_path / "x.partial"), contents(tmp_path / "exact.partial")
@@ -82,7 +82,7 @@ def test_rounding_is_bounded_and_only_linear_weights_are_rounded(ranks: Ranks, t
 
 def exact(name: str, folder: Path) -> None:
     network, form = network_of(name, "single"), Form("float32", fp8=False, biases=True, shard_bytes=10**9)
-    save(Team(), folder, held(network.tensors()), network.parts[0].config, form, {}, largest, torch.device("cpu"))
+    save(HostGroup(), folder, held(network.tensors()), network.stages[0].config, form, {}, largest, torch.device("cpu"))
 
 
 def released(folder: Path) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def odd(folder: Path) -> None:
     edit(folder / "config.json", **QUANTISED)
 
 
-def test_shards_that_begin_inside_of_a_block(ranks: Ranks, tmp_path: Path) -> None:
+def test_shards_that_begin_inside_of_a_block(ranks: RankPool, tmp_path: Path) -> None:
     """200 rows over three ranks, also of matrices whose rows have another order here."""
     odd(tmp_path)
     for layout in ("fsdp3", "tp2_fsdp2"):
@@ -150,7 +150,7 @@ def compare(folder: Path, layout: str) -> list[str]:
     config = config_of(folder)
     degrees = changed(section("parallel", "single"), **LAYOUTS[layout])
     joined = Joined.join("cpu", degrees.world, timeout_seconds=60.0)
-    network = unfilled(make_run(model=config, parallel=degrees), joined, Mesh(degrees, "cpu"))
+    network = build_uninitialized(make_run(model=config, parallel=degrees), joined, Mesh(degrees, "cpu"))
     load(folder, network.tensors(), config)
     whole, files = named(imported(folder, config)), contents(folder)
     wrong = [key for key, tensor in network.tensors().items() if not torch.equal(tensor.full_tensor(), whole[key])]  # type: ignore[attr-defined]

@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from src.checkpoint.host_group import Team
+from src.checkpoint.host_group import HostGroup
 from src.distributed.init_weights import initialise, seed_of
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network
-from src.distributed.process.rank_context import Ranks as Joined
+from src.distributed.model_stages import ModelStages
+from src.distributed.process.rank_context import RankContext as Joined
 from src.hugging_face.archive import INDEX, Archive
 from src.hugging_face.load import load
 from src.hugging_face.read import Reader
 from src.hugging_face.save import Form, publish, save
 from src.hugging_face.write import held
 from src.models.hugging_face import stored
-from src.train.setup import unfilled
+from src.train.setup import build_uninitialized
 from tests.hugging_face.foreign import config_of, saved
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import changed, make_run, section
 
 # Degrees; a third begins anywhere in a head, and in a block of 128.
@@ -52,7 +52,7 @@ WORLDS = {
 SMALL = {"n_layers": 2, "vocab_size": 500}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama3_debug", {**SMALL, "n_kv_heads": 4}),
-    "llama3-tied": ("llama3_debug", {**SMALL, "tied_embeddings": True}),
+    "llama3-tied": ("llama3_debug", {**SMALL, "tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe_debug", {**SMALL, "head_dim": 48}),
     "deepseek_v3": ("deepseek_v3_debug", {**SMALL, "q_lora_rank": 72, "dim": 136, "ffn_dim": 200}),
 }
@@ -70,13 +70,13 @@ def model_of(name: str) -> Any:
     return changed(section("model", option), **changes)
 
 
-def network_of(name: str, layout: str) -> Network:
+def network_of(name: str, layout: str) -> ModelStages:
     """With weights by their names' seeds, the same in every layout, and biases that are not zero."""
     degrees = changed(section("parallel", "single"), **LAYOUTS[layout])
     run = make_run(model=model_of(name), parallel=degrees)
     joined = Joined.join("cpu", degrees.world, timeout_seconds=60.0)
-    network = unfilled(run, joined, Mesh(degrees, "cpu"))
-    for part in network.parts:
+    network = build_uninitialized(run, joined, Mesh(degrees, "cpu"))
+    for part in network.stages:
         initialise(part, 0)
     for key, tensor in network.tensors().items():
         if key.endswith("expert_bias"):
@@ -97,8 +97,8 @@ def there_and_back(name: str, layout: str, folder: Path, form: Form) -> tuple[li
     """Names of what came back otherwise; bytes that this rank read, and those of all it holds."""
     network = network_of(name, layout)
     before = {key: local(tensor).clone() for key, tensor in network.tensors().items()}
-    parts, config = held(network.tensors()), network.parts[0].config
-    team = Team()
+    parts, config = held(network.tensors()), network.stages[0].config
+    team = HostGroup()
     draft = save(team, folder, parts, config, form, {"config.json": b"{}"}, largest, torch.device("cpu"))
     team.first(lambda: publish(draft, folder))
     with torch.no_grad():
@@ -115,7 +115,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layout_writes_the_same_files_and_reads_its_own_bytes(ranks: Ranks, tmp_path: Path, name: str) -> None:
+def test_every_layout_writes_the_same_files_and_reads_its_own_bytes(ranks: RankPool, tmp_path: Path, name: str) -> None:
     written = {}
     for layout in ON[name]:
         results = ranks(WORLDS[layout], there_and_back, name, layout, tmp_path / layout, FORM)
@@ -126,7 +126,7 @@ def test_every_layout_writes_the_same_files_and_reads_its_own_bytes(ranks: Ranks
     assert all(files == written["single"] for files in written.values())
 
 
-def test_the_index_tells_all_bytes(ranks: Ranks, tmp_path: Path) -> None:
+def test_the_index_tells_all_bytes(ranks: RankPool, tmp_path: Path) -> None:
     ranks(1, there_and_back, "deepseek_v3", "single", tmp_path / "x", FORM)
     archive = Archive.open(tmp_path / "x")
     index, tensors = json.loads((tmp_path / "x" / INDEX).read_text()), contents(tmp_path / "x")
@@ -141,7 +141,9 @@ def test_the_index_tells_all_bytes(ranks: Ranks, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["llama", "llama-tied", "llama-wide-heads", "deepseek-v3", "deepseek-v2", "qwen3-tied", "qwen3-moe"]
 )
-def test_what_transformers_wrote_comes_back_with_equal_keys_and_bits(name: str, tmp_path: Path, ranks: Ranks) -> None:
+def test_what_transformers_wrote_comes_back_with_equal_keys_and_bits(
+    name: str, tmp_path: Path, ranks: RankPool
+) -> None:
     saved(name, tmp_path / "theirs")
     ranks(2, rewrite, tmp_path, name)
     ours, theirs = (contents(tmp_path / folder) for folder in ("ours.partial", "theirs"))
@@ -153,11 +155,11 @@ def rewrite(folder: Path, name: str) -> None:
     config = config_of(folder / "theirs")
     degrees = changed(section("parallel", "single"), shard=2)
     joined = Joined.join("cpu", 2, timeout_seconds=60.0)
-    network = unfilled(make_run(model=config, parallel=degrees), joined, Mesh(degrees, "cpu"))
+    network = build_uninitialized(make_run(model=config, parallel=degrees), joined, Mesh(degrees, "cpu"))
     load(folder / "theirs", network.tensors(), config)
     form = Form("float32", fp8=False, biases=name == "deepseek-v3", shard_bytes=10**9)
     parts = held(network.tensors())
-    save(Team(), folder / "ours", parts, config, form, {}, largest, torch.device("cpu"))
+    save(HostGroup(), folder / "ours", parts, config, form, {}, largest, torch.device("cpu"))
 
 
 def contents(folder: Path) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 
 import launch
 from src.distributed.mesh import Mesh
-from src.launch.rehearse import Bytes, Rehearsal, default_ranks, planned, rehearse
+from src.launch.rehearse import Rehearsal, RehearsedBytes, default_ranks, planned, rehearse
 from src.models.accounting import Weight
 from src.run import Run
-from src.train.setup import cut
+from src.train.setup import build_stages
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import changed, make_run, section
 
 
@@ -25,18 +25,18 @@ def run_of(layout: str) -> Run:
 
 def held(run: Run) -> int:
     """Parameter bytes of one rank of the gloo world."""
-    parts = cut(run, Mesh(run.parallel, "cpu")).values()
+    parts = build_stages(run, Mesh(run.parallel, "cpu")).values()
     parameters = [parameter for part in parts for parameter in part.parameters()]
     local = [each.to_local() if isinstance(each, DTensor) else each for each in parameters]
     return sum(each.nbytes for each in local)
 
 
 @pytest.mark.parametrize("layout", ["tp2_fsdp2", "pp2_fsdp2"])
-def test_a_rehearsed_rank_is_the_real_one(ranks: Ranks, layout: str) -> None:
+def test_a_rehearsed_rank_is_the_real_one(ranks: RankPool, layout: str) -> None:
     run = run_of(layout)
     real = ranks(4, held, run)
     (rehearsed,) = rehearse(run, [3])
-    assert rehearsed.built == Bytes(real[3], real[3], 2 * real[3])
+    assert rehearsed.built == RehearsedBytes(real[3], real[3], 2 * real[3])
     assert rehearsed.problems == []
     assert rehearsed.layers == (2 if layout == "pp2_fsdp2" else 4)
 
@@ -51,7 +51,7 @@ def test_a_rank_of_405b_fits_this_machine() -> None:
     expected = 4 * (15 * (matrices // 64 + 2 * width // 8) + words * width // 64)
     assert rehearsed.stages == (0, 8)
     assert rehearsed.layers == 15
-    assert rehearsed.built == rehearsed.planned == Bytes(expected, expected, 2 * expected)
+    assert rehearsed.built == rehearsed.planned == RehearsedBytes(expected, expected, 2 * expected)
 
 
 def test_a_rank_of_671b_fits_this_machine() -> None:
@@ -66,7 +66,7 @@ def test_a_rank_of_671b_fits_this_machine() -> None:
     expected = 4 * 8 * (rest // 128 + narrow + 4 * expert // 2)
     assert rehearsed.stages == (4, 12)
     assert rehearsed.layers == 8
-    assert rehearsed.built == rehearsed.planned == Bytes(expected, expected, 2 * expected)
+    assert rehearsed.built == rehearsed.planned == RehearsedBytes(expected, expected, 2 * expected)
 
 
 def test_a_wrong_formula_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_command_ends_with_1_where_the_plan_is_wrong(
     command: list[str], off: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fine = Bytes(1000, 1000, 2000)
+    fine = RehearsedBytes(1000, 1000, 2000)
     built = [Rehearsal(0, (0,), 6, replace(fine, optimizer=int(2000 * off)), fine, seconds=1.0)]
     monkeypatch.setattr("src.launch.rehearse.rehearse", lambda *_: built)
     monkeypatch.setattr("sys.argv", command)

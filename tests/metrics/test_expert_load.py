@@ -28,8 +28,8 @@ def test_a_model_tells_of_its_worst_layer_and_of_each() -> None:
     assert values["experts/layer_03/load_max_over_mean"] == 1.0
     assert values["experts/entropy"] == values["experts/layer_12/entropy"] < values["experts/layer_03/entropy"]
     assert (values["experts/dead"], values["experts/dropped"], values["experts/bias_norm"]) == (2.0, 0.0, 0.25)
-    assert values["experts/forced_balance"] == 0.0
-    assert ExpertLoad({3: EVEN}, asked=24, forced=True).values()["experts/forced_balance"] == 1.0
+    assert values["experts/force_load_balance"] == 0.0
+    assert ExpertLoad({3: EVEN}, asked=24, forced=True).values()["experts/force_load_balance"] == 1.0
 
 
 def test_travels_add_up_over_the_layers_of_a_model() -> None:

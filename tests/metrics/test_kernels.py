@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.metrics.kernels import Kernel, breakdown, covered, kind, markdown
+from src.metrics.kernels import KernelTime, breakdown, covered, kind, markdown
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_kinds_of_real_names(name: str, expected: str) -> None:
 
 
 TWO_STEPS = [
-    Kernel("nvjet_a", 0, 4000),
-    Kernel("ncclDevKernel_AllGather", 2000, 5000),  # 1000 of it alone
-    Kernel("nvjet_a", 6000, 9000),  # 1000 idle before it
-    Kernel("triton_poi_fused_add_0", 8500, 10000),
+    KernelTime("nvjet_a", 0, 4000),
+    KernelTime("ncclDevKernel_AllGather", 2000, 5000),  # 1000 of it alone
+    KernelTime("nvjet_a", 6000, 9000),  # 1000 idle before it
+    KernelTime("triton_poi_fused_add_0", 8500, 10000),
 ]
 
 
@@ -69,7 +69,7 @@ def test_a_profile_by_hand() -> None:
 
 
 def test_tables_for_a_record() -> None:
-    lines = markdown(breakdown([*TWO_STEPS, Kernel("x|" * 80, 9000, 9100)], steps=2)).splitlines()
+    lines = markdown(breakdown([*TWO_STEPS, KernelTime("x|" * 80, 9000, 9100)], steps=2)).splitlines()
     assert "| gemm | 3.50 | 70.0 % |" in lines
     assert "| of communication, exposed | 0.50 | 10.0 % |" in lines
     assert "| idle | 0.50 | 10.0 % |" in lines

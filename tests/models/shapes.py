@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
     "rope_theta": 500000.0,
     "rope_scaling": None,
     "norm_eps": 1e-5,
-    "tied_embeddings": False,
+    "tie_word_embeddings": False,
     "depth_init": True,
     "attention": "sdpa",
     "mask": "causal",
@@ -35,20 +35,20 @@ def tiny_llama(**changes: Any) -> Llama3Config:
 SCALED = RopeScaling(factor=4.0, low=1.0, high=4.0, original=32)
 
 TINY_MOE: dict[str, Any] = {
-    "n_experts": 8,
-    "groups": 1,
-    "groups_kept": 1,
+    "num_experts": 8,
+    "num_expert_groups": 1,
+    "num_limited_groups": 1,
     "top_k": 3,
-    "n_shared": 2,
+    "num_shared_experts": 2,
     "hidden_dim": 16,
-    "score": "softmax",
+    "score_func": "softmax",
     "group_score": "top2sum",
-    "normalise": False,
-    "scale": 1.0,
+    "route_norm": False,
+    "route_scale": 1.0,
     "score_before_experts": False,
-    "balance_rate": 1e-3,
+    "load_balance_coeff": 1e-3,
     "unbalanced_layers": (),
-    "forced_balance": False,
+    "force_load_balance": False,
 }
 TINY_DEEPSEEK: dict[str, Any] = {
     "dim": 64,

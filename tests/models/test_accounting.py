@@ -69,7 +69,7 @@ def test_a_tied_matrix_counts_once_and_multiplies_once() -> None:
     counts = config.counts(4096)
     assert counts.parameters == 1_235_814_400  # the released Llama 3.2 1B
     head = config.vocab_size * config.dim
-    untied = tiny_like(config, tied_embeddings=False).counts(4096)
+    untied = tiny_like(config, tie_word_embeddings=False).counts(4096)
     assert untied.parameters == counts.parameters + head
     assert untied.flops_per_token == counts.flops_per_token
 
@@ -86,7 +86,7 @@ def test_the_built_model_has_these_weights(preset: str) -> None:
     assert {weight.name: weight.shape for weight in config.weights()} == built
 
 
-@pytest.mark.parametrize("changes", [{"head_dim": 32}, {"tied_embeddings": True}, {"n_kv_heads": 1}])
+@pytest.mark.parametrize("changes", [{"head_dim": 32}, {"tie_word_embeddings": True}, {"n_kv_heads": 1}])
 def test_unusual_shapes_are_built_as_counted(changes: dict[str, object]) -> None:
     config = tiny_llama(**changes)
     with torch.device("meta"):
@@ -191,8 +191,8 @@ def test_impossible_shapes_are_refused_by_key(changes: dict[str, object], key: s
 
 def test_a_layout_is_judged_by_every_shape_it_cuts() -> None:
     layout = section("parallel", "tp2").model_copy(update={"tensor": 3, "pipeline": 2})
-    problems = tiny_llama(tied_embeddings=True, vocab_size=97).problems(layout)
+    problems = tiny_llama(tie_word_embeddings=True, vocab_size=97).problems(layout)
     assert problems[0] == "parallel.tensor=3 does not divide model.n_heads=8 (1, 2, 4 or 8 do)"
     assert problems[1] == "parallel.tensor=3 does not divide model.n_kv_heads=4 (1, 2 or 4 do)"
     assert problems[2] == "parallel.tensor=3 does not divide model.vocab_size=97 (1 or 97 do)"
-    assert any("tied_embeddings" in problem for problem in problems)
+    assert any("tie_word_embeddings" in problem for problem in problems)

@@ -15,7 +15,7 @@ from tests.models.test_llama3 import randomised as random_llama
 
 MODELS: dict[str, ModelConfig] = {
     "llama": tiny_llama(),
-    "tied": tiny_llama(tied_embeddings=True, head_dim=16),
+    "tied": tiny_llama(tie_word_embeddings=True, head_dim=16),
     "flex": tiny_llama(attention="flex"),
     "documents": tiny_llama(attention="flex", mask="block_causal"),
     "blocks": tiny_llama(attention="flex", fixed_block=5),

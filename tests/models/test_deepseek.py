@@ -12,8 +12,8 @@ from src.models.rope import inverse_frequencies, scale_yarn
 from tests.models.shapes import STRETCHED, tiny_deepseek
 from tests.train.runs import section
 
-SIGMOID: dict[str, Any] = {"score": "sigmoid", "normalise": True, "scale": 2.5}
-GROUPS: dict[str, Any] = {"groups": 4, "groups_kept": 2}
+SIGMOID: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "route_scale": 2.5}
+GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
 LINEAR = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 ATTENTION = {
     "wq": "q_proj",
@@ -34,7 +34,7 @@ def randomised(config: DeepseekV3Config) -> nn.Module:
     for name, parameter in model.named_parameters():
         nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else nn.init.normal_(parameter, std=0.2)
     for moe in model.mixtures():
-        nn.init.normal_(moe.expert_bias, std=0.1 if config.moe.score == "sigmoid" else 0.0)
+        nn.init.normal_(moe.expert_bias, std=0.1 if config.moe.score_func == "sigmoid" else 0.0)
     return model
 
 
@@ -77,9 +77,9 @@ def as_transformers(model: nn.Module, config: DeepseekV3Config, version: str) ->
             "mscale_all_dim": yarn.mscale,
             "original_max_position_embeddings": yarn.original,
         }
-    of_version: dict[str, Any] = {"norm_topk_prob": moe.normalise, "num_mtp_layers": 0}
+    of_version: dict[str, Any] = {"norm_topk_prob": moe.route_norm, "num_mtp_layers": 0}
     if version == "V2":
-        of_version = {"topk_method": "greedy" if moe.groups == 1 else "group_limited_greedy"}
+        of_version = {"topk_method": "greedy" if moe.num_expert_groups == 1 else "group_limited_greedy"}
     shape = getattr(transformers, f"Deepseek{version}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.dim,
@@ -88,12 +88,12 @@ def as_transformers(model: nn.Module, config: DeepseekV3Config, version: str) ->
         num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads,
         num_key_value_heads=config.n_heads,
-        n_shared_experts=moe.n_shared,
-        n_routed_experts=moe.n_experts,
+        n_shared_experts=moe.num_shared_experts,
+        n_routed_experts=moe.num_experts,
         num_experts_per_tok=moe.top_k,
-        routed_scaling_factor=moe.scale,
-        n_group=moe.groups,
-        topk_group=moe.groups_kept,
+        routed_scaling_factor=moe.route_scale,
+        n_group=moe.num_expert_groups,
+        topk_group=moe.num_limited_groups,
         first_k_dense_replace=config.n_dense_layers,
         q_lora_rank=config.q_lora_rank,
         kv_lora_rank=config.kv_lora_rank,
@@ -141,8 +141,8 @@ def test_logits_equal_transformers(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "moe",
     [
-        pytest.param({"scale": 1.0}, id="lite"),
-        pytest.param({"scale": 16.0, "group_score": "max"} | GROUPS, id="groups"),
+        pytest.param({"route_scale": 1.0}, id="lite"),
+        pytest.param({"route_scale": 16.0, "group_score": "max"} | GROUPS, id="groups"),
     ],
 )
 def test_logits_equal_transformers_of_version_2(moe: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ def test_published_counts(preset: str, seq_len: int, parameters: int, active: in
     assert (counts.parameters, counts.active, counts.flops_per_token) == (parameters, active, flops)
     experts = sum(weight.elements for weight in config.weights() if ".experts." in weight.name)
     assert experts == routed
-    assert counts.parameters - counts.active == routed - routed * config.moe.top_k // config.moe.n_experts
+    assert counts.parameters - counts.active == routed - routed * config.moe.top_k // config.moe.num_experts
     assert config.norm_eps == 1e-6
 
 
@@ -254,7 +254,7 @@ def test_impossible_shapes_are_refused_by_key(changes: dict[str, Any], key: str,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"expert": 3}, "parallel.expert=3 does not divide model.moe.n_experts=8 (1, 2, 4 or 8 do)"),
+        ({"expert": 3}, "parallel.expert=3 does not divide model.moe.num_experts=8 (1, 2, 4 or 8 do)"),
         ({"tensor": 3}, "parallel.tensor=3 does not divide model.n_heads=4 (1, 2 or 4 do)"),
         (
             {"tensor": 4, "expert_tensor": 4},

@@ -20,8 +20,10 @@ TOKENS = 2 * 96
     [
         pytest.param({"n_dense_layers": 3}, id="dense"),
         pytest.param({"n_dense_layers": 0}, id="experts"),
-        pytest.param({"n_dense_layers": 0, "moe": {"score_before_experts": True, "n_shared": 0}}, id="score-before"),
-        pytest.param({"n_dense_layers": 0, "moe": {"score": "sigmoid", "normalise": True}}, id="sigmoid"),
+        pytest.param(
+            {"n_dense_layers": 0, "moe": {"score_before_experts": True, "num_shared_experts": 0}}, id="score-before"
+        ),
+        pytest.param({"n_dense_layers": 0, "moe": {"score_func": "sigmoid", "route_norm": True}}, id="sigmoid"),
     ],
 )
 def test_a_block_keeps_what_autograd_keeps(dtype: torch.dtype, changes: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from src.config.groups import options
 from src.distributed.mesh import Mesh
 from src.distributed.parallelize import parallelize
-from src.distributed.process.rank_context import Ranks as Process
+from src.distributed.process.rank_context import RankContext as Process
 from src.errors import CheckpointError, PlanError
 from src.models.accounting import Slice
 from src.models.attention import CausalAttention
@@ -30,7 +30,7 @@ from tests.distributed.layouts import FP32, PLAIN, degrees, recomputed
 from tests.distributed.test_recompute import PARTITIONER
 from tests.models.shapes import TINY
 from tests.models.test_accounting import kept_bytes
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import changed, make_run
 from tests.train.runs import section as preset
 
@@ -177,7 +177,7 @@ def differences(options: list[str]) -> list[tuple[str, str, str, int, int]]:
     return list(parts(options))
 
 
-def test_a_rank_holds_the_elements_that_are_planned(ranks: Ranks) -> None:
+def test_a_rank_holds_the_elements_that_are_planned(ranks: RankPool) -> None:
     assert ranks(2, differences, DEBUG) == [[], []]
 
 
@@ -193,21 +193,21 @@ def verified(config: ModelConfig, names: tuple[str, ...]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("option", DEBUG)
-def test_every_axis_trains_like_one_device(ranks: Ranks, option: str) -> None:
+def test_every_axis_trains_like_one_device(ranks: RankPool, option: str) -> None:
     config = small(option)
     assert ranks(2, verified, config, layouts(config)) == [{}, {}]
 
 
 @pytest.mark.parametrize("option", [option for option in DEBUG if preset("model", option).routed])
-@pytest.mark.parametrize(("n_experts", "top_k"), [(4, 4), (1, 1)], ids=["every-expert", "one-expert"])
-def test_where_every_token_meets_every_expert(ranks: Ranks, option: str, n_experts: int, top_k: int) -> None:
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 4), (1, 1)], ids=["every-expert", "one-expert"])
+def test_where_every_token_meets_every_expert(ranks: RankPool, option: str, num_experts: int, top_k: int) -> None:
     """It is a mixture nevertheless: its experts have a grid of their own. One expert's router has one row for all."""
     config = small(option)
-    config = changed(config, moe=changed(config.moe, n_experts=n_experts, top_k=top_k))
+    config = changed(config, moe=changed(config.moe, num_experts=num_experts, top_k=top_k))
     assert config.routed
-    names = ("tp2", "cp2") if n_experts == 1 else ("tp2", "tp2_ep2")
+    names = ("tp2", "cp2") if num_experts == 1 else ("tp2", "tp2_ep2")
     spread = [plan(make_run({"seq_len": 64}, model=config, parallel=degrees(name))).expert_axes for name in names]
-    assert spread == ([{"expert_shard": 2}, {}] if n_experts == 1 else [{"expert_shard": 2}, {"expert": 2}])
+    assert spread == ([{"expert_shard": 2}, {}] if num_experts == 1 else [{"expert_shard": 2}, {"expert": 2}])
     assert ranks(2, verified, config, names) == [{}, {}]
     with pytest.raises(PlanError, match="grouped products of experts"):
         plan(make_run({"seq_len": 64}, model=config, compile="blocks"))

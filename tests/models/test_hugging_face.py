@@ -77,7 +77,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 }
 # What a config.json cannot say, or says by another number of the same result.
 OURS = {"max_seq_len", "attention", "mask", "fixed_block", "multiple_of", "ffn_dim_multiplier", "head_dim"}
-OF_TRAINING = {"balance_rate", "unbalanced_layers", "forced_balance", "group_score"}
+OF_TRAINING = {"load_balance_coeff", "unbalanced_layers", "force_load_balance", "group_score"}
 
 
 def read(values: dict[str, Any]) -> ModelConfig:
@@ -85,7 +85,7 @@ def read(values: dict[str, Any]) -> ModelConfig:
     assert unread == []
     target = keys.pop("_target_")
     if "moe" in keys:
-        keys["moe"] = {"balance_rate": 1e-3, "unbalanced_layers": (), "forced_balance": False} | keys["moe"]
+        keys["moe"] = {"load_balance_coeff": 1e-3, "unbalanced_layers": (), "force_load_balance": False} | keys["moe"]
     kind = Llama3Config if target.endswith(".Llama3Config") else type(tiny_deepseek())
     return kind(**keys, attention="sdpa", mask="causal", fixed_block=None)
 
@@ -143,12 +143,12 @@ def test_rotary_rows_are_permuted_within_their_head() -> None:
         (tiny_llama(attention="flex", fixed_block=16), "model.fixed_block=16: transformers' llama attends"),
         (tiny_llama(dim=60, head_dim=8, n_heads=8), "model.n_heads=8 does not divide model.dim=60"),
         (tiny_deepseek(norm_eps=1e-5), "model.norm_eps=1e-05: transformers' deepseek_v2 has 1e-06"),
-        (tiny_deepseek(moe={"n_shared": 0}), "model.moe.n_shared=0"),
-        (tiny_deepseek(moe={"normalise": True}), "model.moe.normalise=true with model.moe.score=softmax"),
+        (tiny_deepseek(moe={"num_shared_experts": 0}), "model.moe.num_shared_experts=0"),
+        (tiny_deepseek(moe={"route_norm": True}), "model.moe.route_norm=true with model.moe.score_func=softmax"),
         (tiny_deepseek(moe={"score_before_experts": True}), "model.moe.score_before_experts=true"),
-        (tiny_deepseek(moe={"forced_balance": True}), "model.moe.forced_balance=true"),
+        (tiny_deepseek(moe={"force_load_balance": True}), "model.moe.force_load_balance=true"),
         (
-            tiny_deepseek(moe={"groups": 4, "groups_kept": 2}),
+            tiny_deepseek(moe={"num_expert_groups": 4, "num_limited_groups": 2}),
             "model.moe.group_score=top2sum: transformers' deepseek_v2",
         ),
     ],

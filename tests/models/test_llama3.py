@@ -52,7 +52,7 @@ def as_transformers(model: nn.Module, config: Llama3Config) -> nn.Module:
             max_position_embeddings=config.max_seq_len,
             rms_norm_eps=config.norm_eps,
             rope_parameters=rope,
-            tie_word_embeddings=config.tied_embeddings,
+            tie_word_embeddings=config.tie_word_embeddings,
         )
     )
     names = {
@@ -82,7 +82,7 @@ def as_transformers(model: nn.Module, config: Llama3Config) -> nn.Module:
     [
         pytest.param({}, id="grouped-query"),
         pytest.param({"n_kv_heads": 8, "head_dim": 16}, id="explicit-head"),
-        pytest.param({"tied_embeddings": True}, id="tied"),
+        pytest.param({"tie_word_embeddings": True}, id="tied"),
         pytest.param({"rope_scaling": SCALED}, id="rope-scaled"),
     ],
 )

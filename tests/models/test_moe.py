@@ -32,7 +32,7 @@ def by_loop(moe: MoE, x: Tensor) -> Tensor:
     for expert in range(len(experts.w1)):
         token, slot = torch.where(routing.experts == expert)
         weight = routing.weights[token, slot].unsqueeze(-1)
-        before = moe.exchange.score_before_experts
+        before = moe.dispatcher.score_before_experts
         y = swiglu(rows[token] * (weight if before else 1), experts.w1[expert], experts.w2[expert], experts.w3[expert])
         out = out.index_add(0, token, y if before else y * weight)
     if (shared := moe.shared_experts) is not None:
@@ -45,9 +45,11 @@ def by_loop(moe: MoE, x: Tensor) -> Tensor:
     [
         pytest.param({}, id="after"),
         pytest.param({"score_before_experts": True}, id="before"),
-        pytest.param({"n_shared": 0, "score": "sigmoid", "normalise": True, "scale": 2.5}, id="no-shared"),
+        pytest.param(
+            {"num_shared_experts": 0, "score_func": "sigmoid", "route_norm": True, "route_scale": 2.5}, id="no-shared"
+        ),
         pytest.param({"top_k": 1}, id="one-expert"),
-        pytest.param({"forced_balance": True}, id="forced"),
+        pytest.param({"force_load_balance": True}, id="forced"),
     ],
 )
 def test_output_and_gradients_equal_a_loop_over_experts(changes: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def test_output_and_gradients_equal_a_loop_over_experts(changes: dict[str, Any])
     expected = by_loop(moe, x)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     assert int(counts.sum()) == 50 * moe.router.config.top_k
-    assert (int(counts[2]) == 0) == (not moe.router.config.forced_balance)
+    assert (int(counts[2]) == 0) == (not moe.router.config.force_load_balance)
     inputs = [x, *moe.parameters()]
     probe = torch.randn_like(ours)
     gradients = torch.autograd.grad((ours * probe).sum(), inputs)
@@ -116,7 +118,7 @@ def test_a_sum_over_experts_is_made_in_fp32() -> None:
 def balanced(counts: list[list[int]], rates: list[float | None], applied: float = 1.0, copies: int = 1) -> list[MoE]:
     layers = []
     for row, rate in zip(counts, rates, strict=True):
-        moe = MoE(16, tiny_moe(n_experts=4, balance_rate=rate), balanced=True)
+        moe = MoE(16, tiny_moe(num_experts=4, load_balance_coeff=rate), balanced=True)
         moe.tokens_per_expert += torch.tensor(row)
         layers.append(moe)
     balance(layers, lambda counts: counts * copies, torch.tensor(applied))
@@ -151,12 +153,12 @@ def test_no_mixture_means_no_sum() -> None:
         raise AssertionError("a stage without experts must not wait for others")
 
     balance([], summed, torch.tensor(1.0))
-    tiny_deepseek(n_dense_layers=3).build().after_step(summed, torch.tensor(1.0))
+    tiny_deepseek(n_dense_layers=3).build().post_optimizer_step(summed, torch.tensor(1.0))
 
 
 def test_balancing_evens_the_loads() -> None:
     """A router that prefers some experts; weights stand still."""
-    moe = made(score="sigmoid", balance_rate=2e-3)
+    moe = made(score_func="sigmoid", load_balance_coeff=2e-3)
     nn.init.normal_(moe.router.gate.weight, std=0.1)
     with torch.no_grad():
         moe.router.gate.weight[:2] += 0.3
@@ -206,18 +208,20 @@ def test_buffers_keep_their_dtypes_in_a_bf16_model() -> None:
 def test_all_blocks_with_experts_share_one_graph() -> None:
     """Whatever a layer's number, its balancing, or which experts its tokens choose."""
     torch._dynamo.reset()
-    model = tiny_deepseek(n_layers=5, n_dense_layers=1, moe={"score": "sigmoid", "unbalanced_layers": (3,)}).build()
+    model = tiny_deepseek(
+        n_layers=5, n_dense_layers=1, moe={"score_func": "sigmoid", "unbalanced_layers": (3,)}
+    ).build()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     model.bfloat16()
     model.reset_buffers()
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
-    for owner, method in model.graphs(experts_apart=False):
+    for owner, method in model.compile_regions(experts_apart=False):
         setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, backend=counter))
     chosen = []
     for _ in range(2):
         model(torch.randint(96, (2, 10)), labels=torch.randint(96, (2, 10))).backward()
         chosen.append([moe.tokens_per_expert.tolist() for moe in model.mixtures()])
-        model.after_step(lambda counts: counts, torch.tensor(1.0))
+        model.post_optimizer_step(lambda counts: counts, torch.tensor(1.0))
     assert counter.frame_count == 2  # of the dense block and of the others
     assert chosen[0] != chosen[1]

@@ -56,7 +56,7 @@ def test_an_expert_without_rows_has_no_gradient_and_spoils_none() -> None:
 
 
 def test_the_same_bits_at_every_run() -> None:
-    moe = made(score="sigmoid", normalise=True)
+    moe = made(score_func="sigmoid", route_norm=True)
     x = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     inputs = [x, *moe.parameters()]
     runs = [torch.autograd.grad(moe(x)[0].square().sum(), inputs) for _ in range(3)]

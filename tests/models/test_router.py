@@ -18,8 +18,8 @@ def routed(config_changes: dict[str, Any], bias: Tensor | None = None, tokens: i
     router = Router(16, config)
     x = torch.randn(tokens, 16)
     logits = x @ router.gate.weight.T
-    scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
-    return router(x, torch.zeros(config.n_experts) if bias is None else bias), scores
+    scores = logits.softmax(-1) if config.score_func == "softmax" else logits.sigmoid()
+    return router(x, torch.zeros(config.num_experts) if bias is None else bias), scores
 
 
 def best(scores: list[float], groups: int, kept: int, top_k: int, how: str) -> set[int]:
@@ -41,7 +41,13 @@ def best(scores: list[float], groups: int, kept: int, top_k: int, how: str) -> s
 @pytest.mark.parametrize(("groups", "kept", "top_k"), [(1, 1, 3), (4, 2, 3), (2, 1, 4), (4, 3, 1)])
 def test_the_best_experts_of_the_best_groups(score: str, how: str, groups: int, kept: int, top_k: int) -> None:
     bias = torch.linspace(-0.3, 0.3, 8)  # makes some scores negative
-    options = {"score": score, "group_score": how, "groups": groups, "groups_kept": kept, "top_k": top_k}
+    options = {
+        "score_func": score,
+        "group_score": how,
+        "num_expert_groups": groups,
+        "num_limited_groups": kept,
+        "top_k": top_k,
+    }
     routing, scores = routed(options, bias)
     for row in range(len(scores)):
         expected = best((scores[row] + bias).tolist(), groups, kept, top_k, how)
@@ -49,26 +55,26 @@ def test_the_best_experts_of_the_best_groups(score: str, how: str, groups: int, 
 
 
 def test_bias_moves_the_choice_and_nothing_else() -> None:
-    plain, scores = routed({"score": "sigmoid"})
+    plain, scores = routed({"score_func": "sigmoid"})
     bias = torch.zeros(8)
     bias[5] = 10.0
-    moved, _ = routed({"score": "sigmoid"}, bias)
+    moved, _ = routed({"score_func": "sigmoid"}, bias)
     assert moved.counts[5] == 40 > plain.counts[5]
     torch.testing.assert_close(moved.weights, scores.gather(1, moved.experts))
 
 
 def test_bias_gets_no_gradient() -> None:
     bias = torch.zeros(8, requires_grad=True)
-    routing, _ = routed({"score": "sigmoid", "normalise": True}, bias)
+    routing, _ = routed({"score_func": "sigmoid", "route_norm": True}, bias)
     (gradient,) = torch.autograd.grad(routing.weights.square().sum(), bias, allow_unused=True)
     assert gradient is None
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_normalised_weights_add_up_to_scale(score: str) -> None:
-    routing, scores = routed({"score": score, "normalise": True, "scale": 2.5})
+    routing, scores = routed({"score_func": score, "route_norm": True, "route_scale": 2.5})
     torch.testing.assert_close(routing.weights.sum(-1), torch.full((40,), 2.5))
-    plain, _ = routed({"score": score, "scale": 2.0})
+    plain, _ = routed({"score_func": score, "route_scale": 2.0})
     torch.testing.assert_close(plain.weights, 2 * scores.gather(1, plain.experts))
 
 
@@ -80,7 +86,7 @@ def test_counts_are_whole_numbers_of_rows() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 41])
 def test_forced_balance_is_round_robin_with_true_weights(tokens: int) -> None:
-    routing, scores = routed({"forced_balance": True}, tokens=tokens)
+    routing, scores = routed({"force_load_balance": True}, tokens=tokens)
     assert routing.experts.flatten().tolist() == [place % 8 for place in range(tokens * 3)]
     torch.testing.assert_close(routing.weights, scores.gather(1, routing.experts))
     most, least = int(routing.counts.max()), int(routing.counts.min())
@@ -103,12 +109,16 @@ def test_a_bf16_router_decides_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "said"),
     [
-        ({"groups": 3}, "groups", "3 does not divide n_experts=8 (1, 2, 4 or 8 do)"),
-        ({"groups": 2, "groups_kept": 3}, "groups_kept", "at most 2"),
-        ({"groups": 4, "groups_kept": 1}, "top_k", "3 is more than the 2 experts of groups_kept=1; at most 2"),
+        ({"num_expert_groups": 3}, "num_expert_groups", "3 does not divide num_experts=8 (1, 2, 4 or 8 do)"),
+        ({"num_expert_groups": 2, "num_limited_groups": 3}, "num_limited_groups", "at most 2"),
+        (
+            {"num_expert_groups": 4, "num_limited_groups": 1},
+            "top_k",
+            "3 is more than the 2 experts of num_limited_groups=1; at most 2",
+        ),
         ({"top_k": 9}, "top_k", "at most 8"),
         ({"hidden_dim": 20}, "hidden_dim", "16 or 24 would do"),
-        ({"groups": 8, "groups_kept": 4}, "group_score", "group_score=max does with one"),
+        ({"num_expert_groups": 8, "num_limited_groups": 4}, "group_score", "group_score=max does with one"),
     ],
 )
 def test_impossible_routers_are_refused_by_key(changes: dict[str, Any], key: str, said: str) -> None:
@@ -122,9 +132,9 @@ def test_impossible_routers_are_refused_by_key(changes: dict[str, Any], key: str
 def test_a_bf16_router_has_gradients_as_exact_as_bf16_holds() -> None:
     """Against fp32 throughout: a gradient cut to bf16 before the product would be off by 2e-3."""
     torch.manual_seed(5)
-    router, bias = Router(32, tiny_moe(score="sigmoid", scale=2.5)).bfloat16(), torch.zeros(8)
+    router, bias = Router(32, tiny_moe(score_func="sigmoid", route_scale=2.5)).bfloat16(), torch.zeros(8)
     x = torch.randn(200, 32).bfloat16().requires_grad_()
-    exact = Router(32, tiny_moe(score="sigmoid", scale=2.5))
+    exact = Router(32, tiny_moe(score_func="sigmoid", route_scale=2.5))
     exact.load_state_dict(router.state_dict())
     wide = x.detach().float().requires_grad_()
     probe = torch.randn(200, 3)

@@ -13,7 +13,7 @@ from torch import nn
 
 from src.optim.adamw import AdamW
 from src.optim.state import optimizer_state, scale_learning_rates
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 CONF = Path(__file__).parents[2] / "conf"
 CPU = torch.device("cpu")
@@ -218,7 +218,7 @@ def _sharded(changes: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str
     [{"fused": True}, {"fused": False, "moments": "bfloat16", "decay_norms_and_embeddings": False}],
     ids=str,
 )
-def test_shards_equal_the_whole(ranks: Ranks, changes: dict[str, Any]) -> None:
+def test_shards_equal_the_whole(ranks: RankPool, changes: dict[str, Any]) -> None:
     model = network()
     optimizer = section(**changes).build(model.named_parameters(), CPU)
     for step in (0, 2):
@@ -253,7 +253,7 @@ def _on_three_meshes(fused: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_parameters_of_several_meshes(ranks: Ranks, fused: bool) -> None:
+def test_parameters_of_several_meshes(ranks: RankPool, fused: bool) -> None:
     # The first step moves each weight by lr against its gradient, after a decay of lr * weight_decay.
     expected = [torch.full((8, 4), (index + 1) * (1 - 8e-5) - 8e-4) for index in range(3)]
     for weights in ranks(4, _on_three_meshes, fused):

@@ -17,7 +17,7 @@ from src.planning.plan import load_of, plan
 from src.tasks.verify.certificate import Certificate
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.optim.test_adamw import CPU, gradients, network
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.tasks.test_verify import TASK, certified
 from tests.train.runs import changed, make_run, section
 
@@ -211,7 +211,7 @@ def sharded(optim: Optimizer) -> list[Tensor]:
 
 
 @every
-def test_shards_equal_the_whole(ranks: Ranks, optim: Optimizer) -> None:
+def test_shards_equal_the_whole(ranks: RankPool, optim: Optimizer) -> None:
     model = network()
     expected = bits(model, stepped(optim, model, [0, 2]))
     for found in ranks(4, sharded, optim):
@@ -223,7 +223,7 @@ LAYOUTS = [("fsdp2", tiny_llama()), ("tp2", tiny_llama()), ("pp2", tiny_llama())
 
 @pytest.mark.parametrize(("layout", "model"), LAYOUTS, ids=[layout for layout, _ in LAYOUTS])
 @pytest.mark.parametrize("optim", [section("optim", "lion"), SGD], ids=["lion", "sgd of this test"])
-def test_a_layout_trains_with_it_like_one_device(ranks: Ranks, optim: Optimizer, layout: str, model: Any) -> None:
+def test_a_layout_trains_with_it_like_one_device(ranks: RankPool, optim: Optimizer, layout: str, model: Any) -> None:
     run = replace(make_run(model=model, parallel=layout, optim=optim), task=TASK)
     certificates: list[Certificate] = ranks(2, certified, run)
     assert [certificate.failed for certificate in certificates] == [[], []]

@@ -175,9 +175,9 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
         "pass false",
     ),
     "a tied head on two stages": (
-        make_run(model=changed(section("model", "llama3_debug"), tied_embeddings=True), parallel="pp2"),
+        make_run(model=changed(section("model", "llama3_debug"), tie_word_embeddings=True), parallel="pp2"),
         {},
-        "parallel.pipeline=2 would part model.tied_embeddings=true over two stages; pass parallel.pipeline=1",
+        "parallel.pipeline=2 would part model.tie_word_embeddings=true over two stages; pass parallel.pipeline=1",
     ),
     "a compiled block in halves": (
         make_run({"global_batch": 16}, compile="blocks", parallel=layout(pipeline=2, pipeline_schedule="DualPipeV")),
@@ -373,6 +373,6 @@ def test_sections_of_the_wrong_kind() -> None:
     with pytest.raises(ConfigError) as caught:
         Run.from_sections(sections | {"model": run.parallel, "task": run.optim})
     assert sorted(caught.value.problems) == [
-        "model: _target_ is a Degrees, which is no ModelConfig",
+        "model: _target_ is a ParallelDims, which is no ModelConfig",
         "task: _target_ is a AdamW, which is no Task",
     ]

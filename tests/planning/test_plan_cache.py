@@ -17,12 +17,12 @@ from src.planning.table import render
 from src.run import Run
 from src.tasks.generate.config import Generate
 from src.tasks.generate.decoding import generate
-from src.tasks.generate.sampling import Rule
+from src.tasks.generate.sampling import SamplingParams
 from tests.checkpoint.options import problems
 from tests.distributed.layouts import degrees, parallel_network
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.models.test_deepseek import SIGMOID
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import Here, make_run
 
 PROMPTS = ["of lengths", "three", "prompts"]
@@ -60,14 +60,14 @@ def kept(name: str, layout: str, compute: Any) -> int:
     network = parallel_network(MODELS[name], degrees(layout), precision)
     prompts = [[256, *text.encode()] for text in PROMPTS[: 2 * network.mesh.data_ranks]]
     with patch.object(cache, "CachedAttention", core):
-        generate(network, prompts, count=COUNT, rule=Rule(0.0), seed=0, end=None, batch=2)
+        generate(network, prompts, count=COUNT, rule=SamplingParams(0.0), seed=0, end=None, batch=2)
     tensors = [tensor for each in cores for tensor in (each.keys, each.values)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", ["single", "tp2", "fsdp2", "cp2", "pp2"])
-def test_planned_is_what_the_cores_keep(name: str, layout: str, ranks: Ranks, tmp_path: Path) -> None:
+def test_planned_is_what_the_cores_keep(name: str, layout: str, ranks: RankPool, tmp_path: Path) -> None:
     """On the fullest rank: three texts on two data ranks are two and one, three layers on two stages as well."""
     world = degrees(layout).world
     found = max(ranks(world, kept, name, layout, "bfloat16" if layout == "tp2" else "float32"))

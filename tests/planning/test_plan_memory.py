@@ -10,12 +10,12 @@ from src.distributed.mesh import Mesh
 from src.distributed.tensor.tensor_parallel import split_tensor
 from src.errors import PlanError
 from src.models.accounting import Slice
-from src.planning.advice import knobs
+from src.planning.advice import memory_savings
 from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.plan import load_of, plan
 from tests.distributed.layouts import degrees, parallel_model
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import Gpus, Here, changed, make_run, section
 
 EIGHT = {"seq_len": 8192, "micro_batch": 1, "global_batch": 4}
@@ -128,7 +128,7 @@ def test_what_does_not_fit_says_what_would() -> None:
     )
     assert "recompute=full frees" in problem
     # Each knob told to be enough is enough, and no other is.
-    for words, other in knobs(load_of(run)):
+    for words, other in memory_savings(load_of(run)):
         enough = estimate(other).peak <= 79.6 * GIB
         told = [part for part in problem.split(". ")[-1].split("; ") if part.startswith(words)]
         assert all(part.endswith("and fits") == enough for part in told)
@@ -168,8 +168,8 @@ def test_the_device_sets_the_limit_unless_the_config_does() -> None:
 
 @pytest.mark.parametrize("layout", ["fsdp2", "hsdp2x2", "tp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_shares_are_those_of_real_ranks(ranks: Ranks, layout: str, tied: bool) -> None:
-    config = tiny_llama(tied_embeddings=tied, multiple_of=4, vocab_size=90)
+def test_shares_are_those_of_real_ranks(ranks: RankPool, layout: str, tied: bool) -> None:
+    config = tiny_llama(tie_word_embeddings=tied, multiple_of=4, vocab_size=90)
     world = degrees(layout)
     held = ranks(world.world, _held_elements, config, layout)
     found = plan(make_run({"seq_len": 64, "global_batch": 16}, model=config, parallel=world))
@@ -186,7 +186,7 @@ def _local(parameter: Any) -> Any:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def test_a_split_block_keeps_its_share(ranks: Ranks) -> None:
+def test_a_split_block_keeps_its_share(ranks: RankPool) -> None:
     """Under tensor parallelism with sequence parallelism, cut into forward and backward as inductor does it."""
     config = tiny_llama()
     cut = Slice(tokens=2 * 96, tensor=2, element_bytes=2, compiled=True)
@@ -233,7 +233,7 @@ def test_the_fullest_rank_of_a_pipeline() -> None:
 
 
 def test_a_knob_leaves_enough_micro_batches() -> None:
-    turned = dict(knobs(load("pp2", EIGHT | {"global_batch": 2})))
+    turned = dict(memory_savings(load("pp2", EIGHT | {"global_batch": 2})))
     assert "parallel.shard=2" not in turned  # it would leave one micro-batch for two stages
     assert "parallel.sync_each_micro_batch=true" not in turned
     assert turned["parallel.reshard=always"].degrees.reshard == "always"

@@ -10,12 +10,12 @@ from tests.train.runs import changed, make_run, section
 
 def forced() -> DeepseekV3Config:
     config: DeepseekV3Config = section("model", "deepseek_v3_debug")
-    return config.model_copy(update={"moe": changed(config.moe, forced_balance=True)})
+    return config.model_copy(update={"moe": changed(config.moe, force_load_balance=True)})
 
 
 def test_figures_of_forced_routing_are_labelled() -> None:
-    assert any("forced_balance=true" in line for line in plan(make_run(model=forced())).warnings)
-    assert not any("forced_balance" in line for line in plan(make_run(model="deepseek_v3_debug")).warnings)
+    assert any("force_load_balance=true" in line for line in plan(make_run(model=forced())).warnings)
+    assert not any("force_load_balance" in line for line in plan(make_run(model="deepseek_v3_debug")).warnings)
 
 
 def test_grouped_products_are_compiled_in_bf16_only() -> None:

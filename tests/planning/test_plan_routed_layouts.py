@@ -22,7 +22,7 @@ def run_of(model: str = "deepseek_v3_debug", moe: dict[str, Any] | None = None, 
 REFUSALS: dict[str, tuple[Run, str]] = {
     "experts on too many ranks": (
         run_of(shard=16, expert=16),
-        "parallel.expert=16 does not divide model.moe.n_experts=8 (1, 2, 4 or 8 do)",
+        "parallel.expert=16 does not divide model.moe.num_experts=8 (1, 2, 4 or 8 do)",
     ),
     "no such ranks": (
         run_of(shard=2, expert=4),
@@ -34,11 +34,11 @@ REFUSALS: dict[str, tuple[Run, str]] = {
         "parallel.expert_tensor=2 is neither 1 nor parallel.tensor=4; pass one of the two",
     ),
     "experts cut too thin": (
-        run_of(moe={"hidden_dim": 24, "n_shared": 4}, tensor=2, expert_tensor=2),
+        run_of(moe={"hidden_dim": 24, "num_shared_experts": 4}, tensor=2, expert_tensor=2),
         "parallel.expert_tensor=2 cuts model.moe.hidden_dim=24 into parts that are no multiples of 8 (1 or 3 do)",
     ),
     "nobody can be dealt an expert": (
-        run_of(moe={"n_experts": 6, "hidden_dim": 248}, shard=64, expert=2),
+        run_of(moe={"num_experts": 6, "hidden_dim": 248}, shard=64, expert=2),
         "FSDP cannot deal 3 experts out to the 32 ranks that share them, nor cut 248 x 256 features by as many; pass "
         "another parallel.expert, or more ranks as parallel.replicate",
     ),

@@ -9,7 +9,7 @@ import pytest
 from src.errors import PlanError
 from src.planning.memory import GIB, estimate
 from src.planning.plan import load_of, plan
-from src.planning.recompute_choice import FULL, LADDER, NONE, SELECTIVE, cheapest, settled
+from src.planning.recompute_choice import FULL, LADDER, NONE, SELECTIVE, cheapest, resolve_auto_recompute
 from src.planning.table import render
 from tests.train.runs import Gpus, Here, make_run
 
@@ -65,9 +65,9 @@ def test_what_nothing_fits_is_refused_with_all_of_it_recomputed() -> None:
 def test_ranks_build_what_the_launcher_chose(tmp_path: Path) -> None:
     asked = run(79.6)
     (tmp_path / "plan.json").write_text(plan(asked).to_json())
-    assert settled(asked, tmp_path).recompute == SELECTIVE
+    assert resolve_auto_recompute(asked, tmp_path).recompute == SELECTIVE
     chosen = run(recompute="full")
-    assert settled(chosen, tmp_path) is chosen
+    assert resolve_auto_recompute(chosen, tmp_path) is chosen
 
 
 def test_a_budget_needs_the_compiler() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from src.cluster.rank import Job
+from src.cluster.rank import RankJob
 from src.cluster.slurm.client import SlurmScheduler
 from src.config.tree import read
 from src.errors import FolderError
@@ -61,7 +61,7 @@ def test_creates_everything(tmp_path: Path, code: Path) -> None:
         assert sorted(str(p.relative_to(frozen)) for p in frozen.rglob("*.py")) == ["launch.py", "src/a.py"]
         attempt = folder.begin(world=2)
         assert read(log_folder(folder.path, attempt.number) / "config.yaml") == TREE
-        job = Job(folder.path, folder.code)
+        job = RankJob(folder.path, folder.code)
         assert pickle.loads(pickle.dumps(job)) == job
 
 
@@ -159,7 +159,7 @@ def test_edited_frozen_code_is_refused_and_then_replaced(tmp_path: Path, code: P
     verify(frozen)
     (frozen / "src/a.py").write_text("one = 4\n")
     with pytest.raises(FolderError, match="the frozen code was edited"):
-        Job(folder.path, folder.code)()
+        RankJob(folder.path, folder.code)()
     start(tmp_path, code).close()
     verify(frozen)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.tree import Tree
-from src.sweeps.ledger import Ledger, Point
+from src.sweeps.ledger import Ledger, SweepPoint
 
 START = 1_700_000_000.0
 STEP_SECONDS = 0.5
@@ -54,13 +54,13 @@ def train(folder: Path, *, steps: int, loss: float, rate: float = 1e4, began: fl
     return time
 
 
-def finished(point: Point, *, loss: float, steps: int = 200, rate: float = 1e4) -> None:
+def finished(point: SweepPoint, *, loss: float, steps: int = 200, rate: float = 1e4) -> None:
     """A run that went well, 12 s after it was asked for."""
     ended = train(point.folder, steps=steps, loss=loss, rate=rate, began=START + 12)
     attempt(point.folder, 1, START + 12, "finished", ended + 2)
 
 
-def failed(point: Point, why: str) -> None:
+def failed(point: SweepPoint, why: str) -> None:
     train(point.folder, steps=60, loss=6.0)
     attempt(point.folder, 1, START, "failed", START + 60, f"rank 0: {why}")
 

@@ -11,12 +11,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from src.config import compose
-from src.config.compose import Complete, Point, asked
+from src.config.compose import Complete, ConfigPoint, asked
 from src.config.space import Choices, Interval, ranges
 from src.errors import ConfigError
 from src.sweeps import search as searches
 from src.sweeps.ledger import Ledger
-from src.sweeps.ledger import Point as Entered
+from src.sweeps.ledger import SweepPoint as Entered
 from src.sweeps.search import Optuna, Search, distributions, remembered
 from src.tasks.source import completed
 from tests.sweeps.points import failed, finished, tree
@@ -75,9 +75,9 @@ class Study:
         monkeypatch.setattr(searches, "ready", lambda _, points: points)
         monkeypatch.setattr(searches, "hand_over", self.hand_over)
 
-    def point(self, _: Sequence[str], texts: dict[str, str], complete: Complete) -> Point:
+    def point(self, _: Sequence[str], texts: dict[str, str], complete: Complete) -> ConfigPoint:
         assert complete is completed
-        return Point(tree(self.root, seed=int(texts["seed"]), optim={"lr": float(texts["optim.lr"])}), texts)
+        return ConfigPoint(tree(self.root, seed=int(texts["seed"]), optim={"lr": float(texts["optim.lr"])}), texts)
 
     def hand_over(self, ledger: Ledger, points: Sequence[Entered], *, wait: bool) -> None:
         assert wait

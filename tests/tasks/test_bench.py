@@ -49,7 +49,7 @@ def test_kernels_of_a_gpu_are_not_counted_twice() -> None:
     [
         (tiny_llama(), None),
         (tiny_deepseek(), "natural"),
-        (tiny_deepseek(moe={"forced_balance": True}), "forced balance"),
+        (tiny_deepseek(moe={"force_load_balance": True}), "forced balance"),
     ],
 )
 def test_routing_belongs_to_every_figure(model: Any, said: str | None) -> None:

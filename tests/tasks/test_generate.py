@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network, Whole
+from src.distributed.model_stages import ModelStages, SingleStage
 from src.distributed.parallelize import parallelize
 from src.tasks.generate import decoding as generation
 from src.tasks.generate.decoding import generate
-from src.tasks.generate.sampling import Rule, draw
+from src.tasks.generate.sampling import SamplingParams, sample
 from tests.distributed.layouts import FP32, PLAIN, degrees, parallel_network, recomputed
 from tests.models import test_deepseek, test_llama3
 from tests.models.shapes import tiny_deepseek, tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 PROMPTS = [[5, 7, 11], [90], [3, 1, 4, 1, 5, 9, 2, 6, 5], [8, 8], [27, 18, 28]]
-GREEDY = Rule(0.0)
-CHANCE = Rule(0.9, top_k=20, top_p=0.95)
+GREEDY = SamplingParams(0.0)
+CHANCE = SamplingParams(0.9, top_k=20, top_p=0.95)
 MODELS: dict[str, Any] = {
     "llama3": tiny_llama(),
     "deepseek": tiny_deepseek(q_lora_rank=16, moe=test_deepseek.SIGMOID),
@@ -30,11 +30,11 @@ MODELS: dict[str, Any] = {
 FAMILIES: dict[str, Any] = {"llama3": test_llama3, "deepseek": test_deepseek}
 
 
-def alone(model: Any) -> Network:
+def alone(model: Any) -> ModelStages:
     """A model as a network of one rank, with the weights that it has."""
     mesh = Mesh(degrees("single"), "cpu")
     parallelize(model, mesh, FP32, recomputed("none"), PLAIN)
-    return Whole([model], mesh, torch.device("cpu"))
+    return SingleStage([model], mesh, torch.device("cpu"))
 
 
 def written(family: str, at_once: int) -> list[list[int]]:
@@ -45,7 +45,7 @@ def written(family: str, at_once: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("at_once", [2048, 6])
-def test_greedy_text_is_that_of_transformers(family: str, at_once: int, ranks: Ranks) -> None:
+def test_greedy_text_is_that_of_transformers(family: str, at_once: int, ranks: RankPool) -> None:
     """Five prompts of five lengths, three and two at a time; 6 tokens at once read a prompt in several passes."""
     model = FAMILIES[family].randomised(MODELS[family])
     version = ["V3"] if family == "deepseek" else []
@@ -59,13 +59,13 @@ def test_greedy_text_is_that_of_transformers(family: str, at_once: int, ranks: R
     assert len({tuple(text) for text in texts}) == len(PROMPTS)
 
 
-def on_layout(layout: str, family: str, rule: Rule, batch: int) -> list[list[int]]:
+def on_layout(layout: str, family: str, rule: SamplingParams, batch: int) -> list[list[int]]:
     network = parallel_network(MODELS[family], degrees(layout))
     return generate(network, PROMPTS, count=8, rule=rule, seed=3, end=None, batch=batch)
 
 
 @pytest.fixture(scope="module")
-def single(ranks: Ranks) -> Callable[[str, Rule], list[list[int]]]:
+def single(ranks: RankPool) -> Callable[[str, SamplingParams], list[list[int]]]:
     """What one device writes."""
     return cache(lambda family, rule: ranks(1, on_layout, "single", family, rule, 5)[0])
 
@@ -75,7 +75,11 @@ def single(ranks: Ranks) -> Callable[[str, Rule], list[list[int]]]:
 )
 @pytest.mark.parametrize("rule", [GREEDY, CHANCE], ids=["greedy", "chance"])
 def test_every_layout_writes_the_same(
-    layout: str, batch: int, rule: Rule, ranks: Ranks, single: Callable[[str, Rule], list[list[int]]]
+    layout: str,
+    batch: int,
+    rule: SamplingParams,
+    ranks: RankPool,
+    single: Callable[[str, SamplingParams], list[list[int]]],
 ) -> None:
     """Also with more ranks than prompts left: five prompts on two data ranks, two or one at a time."""
     world = degrees(layout).world
@@ -83,7 +87,9 @@ def test_every_layout_writes_the_same(
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2", "tp2", "cp2", "fsdp2_ep2", "tp2_ep2"])
-def test_experts_write_the_same(layout: str, ranks: Ranks, single: Callable[[str, Rule], list[list[int]]]) -> None:
+def test_experts_write_the_same(
+    layout: str, ranks: RankPool, single: Callable[[str, SamplingParams], list[list[int]]]
+) -> None:
     assert ranks(2, on_layout, layout, "deepseek", CHANCE, 2) == [single("deepseek", CHANCE)] * 2
 
 
@@ -93,7 +99,7 @@ def ended(end: int) -> list[list[int]]:
     )
 
 
-def test_a_text_ends_where_it_says(ranks: Ranks) -> None:
+def test_a_text_ends_where_it_says(ranks: RankPool) -> None:
     (whole,) = ranks(1, written, "llama3", 2048)
     end = whole[2][4]
     cut = [text[: text.index(end)] if end in text else text for text in whole]
@@ -110,24 +116,24 @@ def uniforms(count: int) -> Tensor:
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (Rule(1.0), [0.1, 0.4, 0.2, 0.3]),
-        (Rule(0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
-        (Rule(1.0, top_k=2), [0, 4 / 7, 0, 3 / 7]),
-        (Rule(1.0, top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
-        (Rule(1.0, top_p=0.69), [0, 4 / 7, 0, 3 / 7]),
-        (Rule(1.0, top_p=1e-9), [0, 1, 0, 0]),
-        (Rule(1.0, top_k=3, top_p=0.5), [0, 4 / 7, 0, 3 / 7]),  # of what top_k leaves, 4/9 is less than half
-        (Rule(0.0), [0, 1, 0, 0]),
+        (SamplingParams(1.0), [0.1, 0.4, 0.2, 0.3]),
+        (SamplingParams(0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+        (SamplingParams(1.0, top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (SamplingParams(1.0, top_p=0.71), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (SamplingParams(1.0, top_p=0.69), [0, 4 / 7, 0, 3 / 7]),
+        (SamplingParams(1.0, top_p=1e-9), [0, 1, 0, 0]),
+        (SamplingParams(1.0, top_k=3, top_p=0.5), [0, 4 / 7, 0, 3 / 7]),  # of what top_k leaves, 4/9 is less than half
+        (SamplingParams(0.0), [0, 1, 0, 0]),
     ],
 )
-def test_tokens_are_drawn_as_often_as_the_rule_says(rule: Rule, expected: list[float]) -> None:
+def test_tokens_are_drawn_as_often_as_the_rule_says(rule: SamplingParams, expected: list[float]) -> None:
     count = 9000
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(count, 4)
-    drawn = draw(logits, rule, uniforms(count)).bincount(minlength=4) / count
+    drawn = sample(logits, rule, uniforms(count)).bincount(minlength=4) / count
     torch.testing.assert_close(drawn, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=2e-4)
 
 
 def test_the_largest_uniform_number_draws_a_token_that_is_there() -> None:
     logits = torch.full((1, 7), -1e9)
     logits[0, 4] = 0.0
-    assert draw(logits, Rule(1.0), torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 4
+    assert sample(logits, SamplingParams(1.0), torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 4

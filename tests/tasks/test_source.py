@@ -103,8 +103,8 @@ def test_weights_from_elsewhere_bring_their_model(tmp_path: Path) -> None:
     saved("deepseek-v3", tmp_path / "theirs")
     (tmp_path / "theirs/tokenizer.json").write_text("{}")
     (tree,) = composed("task=export", f"run=hf:{tmp_path / 'theirs'}", f"to={tmp_path / 'out'}")
-    assert tree["model"]["moe"]["n_experts"] == 12
-    assert tree["model"]["moe"]["balance_rate"] == 1e-3
+    assert tree["model"]["moe"]["num_experts"] == 12
+    assert tree["model"]["moe"]["load_balance_coeff"] == 1e-3
     assert tree["tokenizer"]["path"] == str(tmp_path / "theirs")
     assert tree["checkpoint"]["initial"] == f"hf:{tmp_path / 'theirs'}"
     assert tree["name"] == "export-theirs"

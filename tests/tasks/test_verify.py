@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 import launch
 from src.distributed.fsdp.gradient_norm import Gradients
-from src.distributed.process.rank_context import Ranks as Process
+from src.distributed.process.rank_context import RankContext as Process
 from src.errors import PlanError, VerdictError
 from src.planning.plan import one_device_problems, plan
 from src.run import Run
@@ -28,7 +28,7 @@ from src.tasks.verify.config import Verify
 from src.tasks.verify.rank import certify, rows
 from src.train.step import Stepper
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import Here, make_run, section
 
 HOME = Path(__file__).resolve().parents[2]
@@ -100,10 +100,10 @@ def certified(run: Run, broken: str | None = None) -> Certificate:
     [
         pytest.param("single", {}, {}, id="single"),
         pytest.param("tp2_fsdp2", {}, {}, id="tp2_fsdp2"),
-        pytest.param("hsdp2x2", {"tied_embeddings": True}, {"recompute": "full"}, id="hsdp2x2-tied-recompute"),
+        pytest.param("hsdp2x2", {"tie_word_embeddings": True}, {"recompute": "full"}, id="hsdp2x2-tied-recompute"),
     ],
 )
-def test_a_right_layout_passes(ranks: Ranks, layout: str, model: dict[str, Any], choices: dict[str, Any]) -> None:
+def test_a_right_layout_passes(ranks: RankPool, layout: str, model: dict[str, Any], choices: dict[str, Any]) -> None:
     results = ranks(section("parallel", layout).world, certified, run_of(layout, model, **choices))
     for certificate in results:
         assert certificate.failed == []
@@ -115,14 +115,14 @@ def test_a_right_layout_passes(ranks: Ranks, layout: str, model: dict[str, Any],
     assert layout == "single" or results[0].worst("gradient", "direction") > 0
 
 
-def test_bfloat16_passes_its_own_tolerances(ranks: Ranks) -> None:
+def test_bfloat16_passes_its_own_tolerances(ranks: RankPool) -> None:
     certificate = ranks(4, certified, run_of("tp2_fsdp2", precision=section("precision", "bf16")))[0]
     assert certificate.failed == []
     assert 1e-4 < certificate.worst("gradient", "direction") < TOLERANCES["bfloat16"].gradient
 
 
 @pytest.mark.parametrize(("layout", "broken"), [("fsdp2", "averaged"), ("tp2", "unreduced")])
-def test_a_wrong_sum_is_beyond_the_tolerances_of_bfloat16(ranks: Ranks, layout: str, broken: str) -> None:
+def test_a_wrong_sum_is_beyond_the_tolerances_of_bfloat16(ranks: RankPool, layout: str, broken: str) -> None:
     certificate = ranks(2, certified, run_of(layout, precision=section("precision", "bf16")), broken)[0]
     assert {"gradient", "direction"} & {each.kind for each in certificate.failed}
 
@@ -134,21 +134,21 @@ def culprits(certificate: Certificate) -> dict[str, set[str]]:
     return found
 
 
-def test_a_mean_in_place_of_a_sum_is_seen_in_every_parameter(ranks: Ranks) -> None:
+def test_a_mean_in_place_of_a_sum_is_seen_in_every_parameter(ranks: RankPool) -> None:
     """AdamW does not mind the scale of gradients: losses agree, and only gradients tell."""
     found = culprits(ranks(2, certified, run_of("fsdp2"), "averaged")[0])
     assert found["gradient"] == {weight.name for weight in tiny_llama().weights()}
     assert "loss" not in found
 
 
-def test_a_missing_reduction_over_tensor_ranks_is_seen_where_it_is(ranks: Ranks) -> None:
+def test_a_missing_reduction_over_tensor_ranks_is_seen_where_it_is(ranks: RankPool) -> None:
     found = culprits(ranks(2, certified, run_of("tp2"), "unreduced")[0])
     norms = {weight.name for weight in tiny_llama().weights() if "norm" in weight.name}
     wrong = found["gradient"] | found["direction"]
     assert wrong - {"tok_embeddings.weight"} == norms  # the table's gradient is reduced there too
 
 
-def test_a_mean_of_means_is_seen(ranks: Ranks) -> None:
+def test_a_mean_of_means_is_seen(ranks: RankPool) -> None:
     found = culprits(ranks(2, certified, run_of("fsdp2"), "own_mean")[0])
     assert "step 1" in found["loss"]
     assert len(found["direction"]) > len(tiny_llama().weights()) / 2

@@ -12,10 +12,10 @@ from src.train.expert_load import expert_load
 from src.train.step import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 SEQUENCES, LENGTH = 8, 16
-CONFIG = tiny_deepseek(n_layers=4, moe={"score": "sigmoid", "normalise": True, "balance_rate": 1e-2})
+CONFIG = tiny_deepseek(n_layers=4, moe={"score_func": "sigmoid", "route_norm": True, "load_balance_coeff": 1e-2})
 ASKED = SEQUENCES * LENGTH * 3
 
 
@@ -34,7 +34,7 @@ def trained(layout: str, recompute: str, steps: int) -> ExpertLoad | None:
 
 def by_hand() -> dict[int, list[int]]:
     """Choices of the first step, as one forward pass of the whole batch makes them."""
-    (model,) = parallel_network(CONFIG, degrees("single")).parts
+    (model,) = parallel_network(CONFIG, degrees("single")).stages
     counts: dict[int, list[int]] = {}
 
     def count(name: str, _router: nn.Module, _inputs: Any, routing: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -48,7 +48,7 @@ def by_hand() -> dict[int, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def counted(ranks: Ranks) -> dict[int, list[int]]:
+def counted(ranks: RankPool) -> dict[int, list[int]]:
     return ranks(1, by_hand)[0]
 
 
@@ -66,7 +66,7 @@ def counted(ranks: Ranks) -> dict[int, list[int]]:
     ],
 )
 def test_what_is_logged_is_what_was_chosen(
-    ranks: Ranks, counted: dict[int, list[int]], layout: str, recompute: str
+    ranks: RankPool, counted: dict[int, list[int]], layout: str, recompute: str
 ) -> None:
     """On every rank: all layers of the model, none counted twice, and no token of a validation."""
     assert list(counted) == [1, 2, 3]
@@ -81,7 +81,7 @@ def test_what_is_logged_is_what_was_chosen(
         assert all(0 < layer.bias_norm <= 0.01 * 8**0.5 for layer in load.layers.values())
 
 
-def test_each_step_counts_anew(ranks: Ranks) -> None:
+def test_each_step_counts_anew(ranks: RankPool) -> None:
     (load,) = ranks(1, trained, "single", "none", 3)
     assert all(sum(layer.rows) == ASKED for layer in load.layers.values())
 
@@ -91,5 +91,5 @@ def of_others() -> tuple[ExpertLoad | None, ExpertLoad | None]:
     return expert_load(dense, 128), expert_load(fresh, 128)
 
 
-def test_nothing_to_tell_of_a_dense_model_or_before_a_step(ranks: Ranks) -> None:
+def test_nothing_to_tell_of_a_dense_model_or_before_a_step(ranks: RankPool) -> None:
     assert ranks(1, of_others)[0] == (None, None)

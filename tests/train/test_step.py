@@ -10,11 +10,11 @@ from torch import Tensor
 
 from src.data.batches import IGNORED, Batch
 from src.optim.adamw import AdamW
-from src.train.setup import assemble
+from src.train.setup import build_training
 from src.train.step import Readback, Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 from tests.train.runs import make_run
 
 WORDS = tiny_llama().vocab_size
@@ -63,14 +63,14 @@ def story(kinds: Sequence[str], optim: dict[str, Any]) -> list[tuple[bool, bool,
 
 
 @pytest.mark.parametrize("optim", [{}, {"fused": False}, {"fused": False, "moments": "bfloat16", "max_norm": None}])
-def test_an_infinite_gradient_on_one_rank_leaves_all_ranks_untouched(ranks: Ranks, optim: dict[str, Any]) -> None:
+def test_an_infinite_gradient_on_one_rank_leaves_all_ranks_untouched(ranks: RankPool, optim: dict[str, Any]) -> None:
     updated, skipped, dead = (False, False, True, True), (True, False, False, True), (True, True, False, True)
     kinds = [GOOD, BAD, GOOD, BAD, BAD, GOOD, BAD, BAD, BAD]
     expected = [updated, skipped, updated, skipped, skipped, updated, skipped, skipped, dead]
     assert ranks(2, story, kinds, optim) == [expected, expected]
 
 
-def test_nothing_is_updated_after_too_many(ranks: Ranks) -> None:
+def test_nothing_is_updated_after_too_many(ranks: RankPool) -> None:
     """The host may learn of the end a step late: that step must not move what a checkpoint would keep."""
     for told in ranks(2, story, [GOOD, BAD, BAD, BAD, GOOD, GOOD], {}):
         assert [changed for _, _, changed, _ in told] == [True, False, False, False, False, False]
@@ -87,13 +87,13 @@ def uneven(micro_batches: int) -> tuple[float, float, float, list[float]]:
     outcome = Stepper(network, optimizer, None, 0)(share(batch, network.mesh, micro_batches), stop=True)
     (one,) = Readback().push(1, outcome)
     assert one.stop
-    (model,) = network.parts
+    (model,) = network.stages
     with torch.no_grad():
         logits = model(batch.tokens)
     return one.loss, one.grad_norm, one.tokens, logits.flatten()[:50].tolist()
 
 
-def test_the_loss_is_a_mean_over_all_labels_of_the_step(ranks: Ranks) -> None:
+def test_the_loss_is_a_mean_over_all_labels_of_the_step(ranks: RankPool) -> None:
     (alone,) = ranks(1, uneven, 1)
     assert alone[2] == 1 + (16 - 6) + (16 - 9)
     for micro_batches in (1, 2):
@@ -108,7 +108,10 @@ WITHOUT_WAITS = {
     "dense": {"model": tiny_llama()},
     "documents": {"model": tiny_llama(attention="flex", mask="block_causal", head_dim=16)},
     "experts": {"model": tiny_deepseek()},
-    "compiled experts": {"model": tiny_deepseek(moe={"score": "sigmoid", "normalise": True}), "compile": "blocks"},
+    "compiled experts": {
+        "model": tiny_deepseek(moe={"score_func": "sigmoid", "route_norm": True}),
+        "compile": "blocks",
+    },
     "recomputed experts": {"model": tiny_deepseek(), "compile": "blocks", "recompute": "selective"},
 }
 
@@ -117,12 +120,12 @@ WITHOUT_WAITS = {
 @pytest.mark.parametrize("kind", WITHOUT_WAITS)
 def test_no_step_waits_for_the_device(kind: str) -> None:
     """torch raises at any call that would; the outcome of a step is read while the next one runs."""
-    from src.distributed.process.rank_context import Ranks as Process
+    from src.distributed.process.rank_context import RankContext as Process
 
     documents = kind == "documents"
     run = make_run(precision="bf16", parallel="single", **WITHOUT_WAITS[kind])
     process = Process.join("cuda", 1, timeout_seconds=60)
-    training = assemble(run, process, skips=0)
+    training = build_training(run, process, skips=0)
     made = rows(8, 128, WORDS)
     numbers = torch.zeros_like(made.tokens, dtype=torch.int32) if documents else None
     places = torch.arange(128).expand(8, 128).contiguous() if documents else None

@@ -13,7 +13,7 @@ from src.train.step_metrics import STEP_METRICS, StepMetric
 from tests.distributed.layouts import degrees, parallel_network
 from tests.end_to_end.lives import TINY, live, opened, records, write_text
 from tests.models.shapes import tiny_llama
-from tests.ranks import Ranks
+from tests.ranks import RankPool
 
 ADDED = (
     StepMetric("rank", "mean", lambda _: torch.tensor(float(dist.get_rank()))),
@@ -32,7 +32,7 @@ def recorded(folder: Path, added: bool) -> int:
         return counted.call_count
 
 
-def test_a_new_metric_is_in_the_log_and_costs_no_collective(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_new_metric_is_in_the_log_and_costs_no_collective(ranks: RankPool, tmp_path: Path) -> None:
     argv = (*TINY, *write_text(tmp_path), f"root={tmp_path / 'runs'}", "parallel=fsdp2", "task.steps=3")
     plain, more = opened(*argv, "name=plain"), opened(*argv, "name=more")
     assert ranks(2, recorded, more, True) == ranks(2, recorded, plain, False)
@@ -45,7 +45,7 @@ def test_a_new_metric_is_in_the_log_and_costs_no_collective(ranks: Ranks, tmp_pa
         assert set(line) - set(other) == {"rank", "rows", "double_loss"}
 
 
-def test_a_name_that_is_taken_is_refused(ranks: Ranks) -> None:
+def test_a_name_that_is_taken_is_refused(ranks: RankPool) -> None:
     assert ranks(1, refused) == [True]
 
 

@@ -28,7 +28,7 @@ _LOST_PEER = re.compile(
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """A rank's last words."""
 
     rank: int
@@ -74,9 +74,9 @@ def classify(error: BaseException) -> Kind:
 def gather_traces(error: BaseException, folder: Path) -> None:
     """After a collective that gloo gave up: have all ranks say which ones they entered. NCCL sees to that itself."""
     from src.distributed.process import flight_recorder
-    from src.distributed.process.rank_context import Facts, device_type
+    from src.distributed.process.rank_context import LauncherEnv, device_type
 
-    world = Facts.read().world
+    world = LauncherEnv.read().world
     if world > 1 and classify(error) == "peer" and device_type() == "cpu" and (folder / "traces").exists():
         flight_recorder.ask(folder / "traces", world)
 
@@ -87,7 +87,7 @@ def place(folder: Path) -> Path:
     return folder / "logs" / f"job_{job}.{restart}"
 
 
-def read(where: Path) -> list[Failure]:
+def read(where: Path) -> list[RankFailure]:
     """The earliest first."""
-    found = [Failure(**json.loads(file.read_text())) for file in where.glob("rank_*.error.json")]
+    found = [RankFailure(**json.loads(file.read_text())) for file in where.glob("rank_*.error.json")]
     return sorted(found, key=lambda failure: failure.time_ns)

@@ -63,7 +63,7 @@ class Verdict:
 class Evidence:
     """What an attempt left behind."""
 
-    failures: Sequence[rank_failure.Failure]  # the earliest first
+    failures: Sequence[rank_failure.RankFailure]  # the earliest first
     log: str  # of the job, from the start of this attempt
     hang: hang.Hang | None
     nodes: Sequence[str]  # by rank

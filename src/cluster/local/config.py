@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from src.cluster.rank import Job
+from src.cluster.rank import RankJob
 from src.config.base import Config
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts, end, log_folder
 
 if TYPE_CHECKING:
-    from src.cluster.local.supervisor import Crew, Failure
+    from src.cluster.local.supervisor import FirstFailure, RankSupervisor
     from src.cluster.replicas.supervisor import Options
 
 
@@ -37,7 +37,7 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttemptOutcome:
     """How an attempt ended and the exit code that says so: 0 also for a run that saved and stopped on a signal."""
 
     status: Literal["finished", "stopped", "failed", "killed", "submitted"]
@@ -60,12 +60,12 @@ class Local(Config):
         name, memory_gib, capability = _first_gpu()
         return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
 
-    def submit(self, folder: RunFolder, world: int) -> Outcome:
+    def submit(self, folder: RunFolder, world: int) -> AttemptOutcome:
         """Start `world` ranks of the folder, show rank 0, and return when all have ended.
 
         Ctrl-C, SIGTERM, SIGHUP and SIGUSR2 reach every rank once; a second Ctrl-C, or `grace_seconds`, ends them.
         """
-        from src.cluster.local.supervisor import Crew
+        from src.cluster.local.supervisor import RankSupervisor
 
         devices = self.devices()
         if devices.kind == "cuda" and (here := _visible_gpus()) < max(world, self.gpus or 0):
@@ -73,18 +73,20 @@ class Local(Config):
             raise PlanError(
                 f"{wanted}, but {here} are visible here; choose a layout of at most {here} ranks, or cluster.gpus=0"
             )
-        job = Job(folder.path, folder.code)
-        crew = Crew(job, folder.begin(world), self._environment(job, world, devices), self.grace_seconds)
-        return conclude(crew, crew.run(), folder.path)
+        job = RankJob(folder.path, folder.code)
+        supervisor = RankSupervisor(
+            job, folder.begin(world), self._environment(job, world, devices), self.grace_seconds
+        )
+        return conclude(supervisor, supervisor.run(), folder.path)
 
-    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> Outcome:
+    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> AttemptOutcome:
         """The same for replica groups of `world` ranks each, on GPUs of its own; one that fails is started again."""
         from src.cluster.replicas.supervisor import Groups
 
         devices, total = self.devices(), world * options.groups
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(number) for number in range(devices.count or 0)]
-        environment = self._environment(Job(folder.path, folder.code), total, devices)
+        environment = self._environment(RankJob(folder.path, folder.code), total, devices)
         environments = [dict(environment) for _ in range(options.groups)]
         if devices.kind == "cuda":
             if len(names) < total:
@@ -93,7 +95,7 @@ class Local(Config):
                 each["CUDA_VISIBLE_DEVICES"] = ",".join(names[number * world : (number + 1) * world])
         return Groups(folder, options, environments, world, self.grace_seconds).run()
 
-    def _environment(self, job: Job, world: int, devices: Devices) -> dict[str, str]:
+    def _environment(self, job: RankJob, world: int, devices: Devices) -> dict[str, str]:
         """What every rank inherits on top of this process's environment."""
         assert job.source is not None, "local ranks run the frozen code"
         paths = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -105,31 +107,38 @@ class Local(Config):
         return environment | {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 
 
-def conclude(crew: "Crew", failure: "Failure | None", folder: Path, title: str = "") -> Outcome:
+def conclude(
+    supervisor: "RankSupervisor", failure: "FirstFailure | None", folder: Path, title: str = ""
+) -> AttemptOutcome:
     """Record the end and say it: the failing rank's error first. `title`: whose rank, where groups share a terminal."""
     from src.cluster.local.signals import tell
 
-    if crew.killed:
-        end(folder, "killed", crew.killed, overrule=True)
-        tell(f"killed ({crew.killed}); the newest complete checkpoint is kept, the same command continues from it")
-        return Outcome("killed", 130 if crew.killed == "Ctrl-C twice" else 137)
-    if failure is not None and crew.signal is not None and failure.exit_code == 128 + crew.sent:
-        end(folder, "stopped", f"{crew.signal} outside of training")
-        tell(f"stopped by {crew.signal} before training began or after it ended; the same command continues: {folder}")
-        return Outcome("stopped", 0)
+    if supervisor.killed:
+        end(folder, "killed", supervisor.killed, overrule=True)
+        tell(
+            f"killed ({supervisor.killed}); the newest complete checkpoint is kept, the same command continues from it"
+        )
+        return AttemptOutcome("killed", 130 if supervisor.killed == "Ctrl-C twice" else 137)
+    if failure is not None and supervisor.signal is not None and failure.exit_code == 128 + supervisor.sent:
+        end(folder, "stopped", f"{supervisor.signal} outside of training")
+        tell(
+            f"stopped by {supervisor.signal} before training began or after it ended; "
+            f"the same command continues: {folder}"
+        )
+        return AttemptOutcome("stopped", 0)
     if failure is not None:
         end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)
         tell(f"{title}rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
-        return Outcome("failed", failure.exit_code)
+        return AttemptOutcome("failed", failure.exit_code)
     newest = attempts(folder)[-1]
     if newest.ended == "finished":
-        return Outcome("finished", 0)
+        return AttemptOutcome("finished", 0)
     if newest.ended == "stopped":
-        tell(f"stopped{f' by {crew.signal}' if crew.signal else ''}; the same command continues: {folder}")
-        return Outcome("stopped", 0)
+        tell(f"stopped{f' by {supervisor.signal}' if supervisor.signal else ''}; the same command continues: {folder}")
+        return AttemptOutcome("stopped", 0)
     end(folder, "failed", "rank 0 left in the middle of its task")
     tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
-    return Outcome("failed", 1)
+    return AttemptOutcome("failed", 1)
 
 
 def _cores() -> int:

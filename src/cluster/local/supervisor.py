@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Subpr
 
 from src.cluster.diagnosis import hang
 from src.cluster.local.signals import FORWARDED, POLL_SECONDS, tell
-from src.cluster.rank import Job
+from src.cluster.rank import RankJob
 from src.distributed.process.rank_context import host_store
 from src.errors import UserError
 from src.runs.folder import Attempt, log_folder
@@ -28,7 +28,7 @@ _NANOSECONDS = 10**9
 
 
 @dataclass(frozen=True)
-class Failure:
+class FirstFailure:
     """The first rank that failed; `exit_code` is a shell's (128 + signal)."""
 
     rank: int
@@ -59,10 +59,10 @@ class ErrorFiles(LogsSpecs):
         return LogsDest(stdouts=terminal, stderrs=dict(terminal), error_files={r: str(self.path(r)) for r in envs})
 
 
-class Crew:
+class RankSupervisor:
     """The ranks of one attempt on this machine. Main thread only: it takes the signals over while it runs."""
 
-    def __init__(self, job: Job, attempt: Attempt, environment: Mapping[str, str], grace_seconds: float) -> None:
+    def __init__(self, job: RankJob, attempt: Attempt, environment: Mapping[str, str], grace_seconds: float) -> None:
         self.signal: str | None = None  # the first one seen
         self.sent = 0  # what the ranks got for it
         self.killed: str = ""  # why, if the ranks were ended by force
@@ -77,7 +77,7 @@ class Crew:
         self._job = job
         self._environment = dict(environment)
 
-    def run(self) -> Failure | None:
+    def run(self) -> FirstFailure | None:
         """Returns when every rank has ended; None when all ended well."""
         store, port = host_store()
         previous = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGQUIT)}
@@ -155,7 +155,7 @@ class Crew:
         for each in context.subprocess_handlers.values():
             each.proc.wait()
 
-    def _failure(self, context: SubprocessContext) -> Failure | None:
+    def _failure(self, context: SubprocessContext) -> FirstFailure | None:
         codes = {rank: each.proc.returncode for rank, each in context.subprocess_handlers.items()}
         failed = [rank for rank, code in codes.items() if code != 0 and rank not in self._abandoned]
         if not failed:
@@ -172,20 +172,20 @@ class Crew:
         except FileNotFoundError:
             return self._noticed.get(rank, time.time_ns()) - _NANOSECONDS
 
-    def _describe(self, rank: int, code: int) -> Failure:
+    def _describe(self, rank: int, code: int) -> FirstFailure:
         log = self._logs / f"rank_{rank}.log"
         if code < 0:
             name = signal.Signals(-code).name
             error = f"ended by {name}" + (" (the system's out-of-memory killer?)" if code == -signal.SIGKILL else "")
-            return Failure(rank, 128 - code, error, _tail(log), log)
+            return FirstFailure(rank, 128 - code, error, _tail(log), log)
         try:
             message = json.loads(self._files.path(rank).read_text())["message"]
         except (OSError, ValueError):
-            return Failure(rank, code, f"ended with exit code {code}", _tail(log), log)
+            return FirstFailure(rank, code, f"ended with exit code {code}", _tail(log), log)
         error, stack = message["message"], message["extraInfo"]["py_callstack"]
         if error.partition(":")[0] in _FOR_THE_USER:
-            return Failure(rank, code, error.partition("\n")[0], error.partition(": ")[2], log)
-        return Failure(rank, code, error.partition("\n")[0], stack.rstrip(), log)
+            return FirstFailure(rank, code, error.partition("\n")[0], error.partition(": ")[2], log)
+        return FirstFailure(rank, code, error.partition("\n")[0], stack.rstrip(), log)
 
 
 def _facts(rank: int, world: int, port: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, runtime_checkable
 
-from src.cluster.local.config import Outcome
+from src.cluster.local.config import AttemptOutcome
 from src.cluster.local.signals import FORWARDED, POLL_SECONDS, tell
 from src.cluster.replicas.lighthouse import Lighthouse
 from src.errors import UserError
@@ -46,7 +46,7 @@ class Options(Protocol):
 
 
 @dataclass
-class Group:
+class GroupProcess:
     """One of them; `process` is None between two lives, `ended` says why there is no further one."""
 
     number: int
@@ -72,7 +72,7 @@ class Groups:
         self._signal = ""
         self._killed = ""
 
-    def run(self) -> Outcome:
+    def run(self) -> AttemptOutcome:
         """Returns when every group has ended for good."""
         previous = {number: signal.getsignal(number) for number in FORWARDED}
         with Lighthouse(self._options, self._folder) as lighthouse:
@@ -92,10 +92,10 @@ class Groups:
                     signal.signal(number, handler)
         return self._conclude()
 
-    def _group(self, number: int, lighthouse: str) -> Group:
+    def _group(self, number: int, lighthouse: str) -> GroupProcess:
         facts = {"REPLICA_GROUP_ID": str(number), "TORCHFT_LIGHTHOUSE": lighthouse}
         quiet = {"RUST_LOG": os.environ.get("RUST_LOG", "error")}
-        return Group(number, self._folder.group(number), self._environments[number] | facts | quiet)
+        return GroupProcess(number, self._folder.group(number), self._environments[number] | facts | quiet)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -117,7 +117,7 @@ class Groups:
             self._killed = self._killed or ("" if finished else f"not saved {self._grace_seconds:g} s after the signal")
             self._end(signal.SIGKILL)
 
-    def _start(self, group: Group, now: float) -> None:
+    def _start(self, group: GroupProcess, now: float) -> None:
         options = ("--code", self._folder.code, "--world", str(self._world), "--grace", str(self._grace_seconds))
         command = (
             "-P",
@@ -133,7 +133,7 @@ class Groups:
         group.process = subprocess.Popen((sys.executable, *command), env=environment, start_new_session=True)
         group.began = now
 
-    def _ended(self, group: Group, code: int, now: float) -> None:
+    def _ended(self, group: GroupProcess, code: int, now: float) -> None:
         group.process, group.code = None, code
         past = attempts(group.folder)
         word = past[-1].ended if past else None
@@ -173,20 +173,20 @@ class Groups:
             if group.process is not None and group.process.poll() is None:
                 group.process.send_signal(number)
 
-    def _conclude(self) -> Outcome:
+    def _conclude(self) -> AttemptOutcome:
         """Of the run: finished if a group has finished it, stopped if one has saved, else as the first failure was."""
         words = {group.ended for group in self._groups}
         path = self._folder.path
         if "finished" in words:
             end(path, "finished")
-            return Outcome("finished", 0)
+            return AttemptOutcome("finished", 0)
         if self._killed:
             end(path, "killed", self._killed)
-            return Outcome("killed", 130 if self._killed == "Ctrl-C twice" else 137)
+            return AttemptOutcome("killed", 130 if self._killed == "Ctrl-C twice" else 137)
         failed = [group for group in self._groups if group.ended == "given up"]
         if failed:
             end(path, "failed", f"group {failed[0].number}: exit code {failed[0].code}")
             code = failed[0].code
-            return Outcome("failed", 128 - code if code < 0 else code or 1)
+            return AttemptOutcome("failed", 128 - code if code < 0 else code or 1)
         end(path, "stopped", self._signal)
-        return Outcome("stopped", 0)
+        return AttemptOutcome("stopped", 0)

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from src.cluster.local.config import conclude
-from src.cluster.local.supervisor import Crew
-from src.cluster.rank import Job, by_launcher, end_with
+from src.cluster.local.supervisor import RankSupervisor
+from src.cluster.rank import RankJob, by_launcher, end_with
 from src.cluster.slurm.client import SlurmScheduler
 from src.runs.folder import RunFolder
 
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     end_with(given.launcher)
     with RunFolder.rejoin(given.folder, given.code, SlurmScheduler()) as folder:
-        crew = Crew(Job(folder.path, folder.code), folder.begin(given.world), {}, given.grace)
-        return conclude(crew, crew.run(), folder.path, f"group {folder.path.name}: ").exit_code
+        supervisor = RankSupervisor(RankJob(folder.path, folder.code), folder.begin(given.world), {}, given.grace)
+        return conclude(supervisor, supervisor.run(), folder.path, f"group {folder.path.name}: ").exit_code
 
 
 if __name__ == "__main__":

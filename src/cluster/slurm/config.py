@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from src.checkpoint.config import hardly_fits
-from src.cluster.local.config import Outcome
+from src.cluster.local.config import AttemptOutcome
 from src.cluster.slurm import client
-from src.cluster.slurm.pack import Share
+from src.cluster.slurm.pack import PackedRun
 from src.cluster.slurm.packing import PackedJob, filled, left, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
@@ -133,21 +133,21 @@ class Slurm(Config):
             raise PlanError("cluster=slurm submits a job that starts its own ranks; leave the outer launcher out")
         return Devices(None, self.gpu_memory_gib)
 
-    def submit(self, folder: RunFolder, world: int) -> Outcome:
+    def submit(self, folder: RunFolder, world: int) -> AttemptOutcome:
         """A single run: tells where it is, and returns at once, or when it has ended if `wait` is true."""
         if folder.finished:
-            return Outcome("finished", 0)
+            return AttemptOutcome("finished", 0)
         plan = json.loads((folder.path / "plan.json").read_text())
         assert plan["world"] == world, "the folder's own plan"
         submitted = self.submit_all([Prepared(folder, plan)])
         print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)
         if not self.wait:
-            return Outcome("submitted", 0)
+            return AttemptOutcome("submitted", 0)
         from src.cluster.slurm.wait import wait
 
         return wait(submitted)
 
-    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> Outcome:
+    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> AttemptOutcome:
         """The same for replica groups, each as a job of its own."""
         from src.cluster.slurm.replica_groups import submit
 
@@ -231,7 +231,7 @@ class Slurm(Config):
         """One job for all of them, on a node of their own."""
         pairs = list(zip(folders, asked, strict=True))
         jobs = [self._job(folder.path, folder.code, each.world) for folder, each in pairs]
-        shares = tuple(Share(job.folder, job.code, job.world) for job in jobs)
+        shares = tuple(PackedRun(job.folder, job.code, job.world) for job in jobs)
         pack = PackedJob(shares, Path.cwd(), self.gpus_per_node, self.device == "cpu", self.grace_seconds)
         place = _place(jobs)
         place.mkdir(parents=True, exist_ok=True)

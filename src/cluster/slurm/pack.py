@@ -23,7 +23,7 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Share:
+class PackedRun:
     """One run of a pack."""
 
     folder: Path
@@ -53,9 +53,9 @@ class Pack:
     """Starts what fits, and the next when one has ended."""
 
     node: Node
-    waiting: list[Share]
+    waiting: list[PackedRun]
     stopped: bool = False
-    live: dict[Path, tuple["subprocess.Popen[bytes]", Share, tuple[int, ...]]] = field(default_factory=dict)
+    live: dict[Path, tuple["subprocess.Popen[bytes]", PackedRun, tuple[int, ...]]] = field(default_factory=dict)
     codes: dict[Path, int] = field(default_factory=dict)
 
     def run(self, tell: Callable[[str], None] = print) -> dict[Path, int]:
@@ -93,7 +93,7 @@ class Pack:
             self.live[share.folder] = (self._start(share, slots), share, slots)
             tell(f"{share.folder.name} on GPUs {','.join(self.node.gpus[slot] for slot in slots)}")
 
-    def _start(self, share: Share, slots: Sequence[int]) -> "subprocess.Popen[bytes]":
+    def _start(self, share: PackedRun, slots: Sequence[int]) -> "subprocess.Popen[bytes]":
         """A launcher of its own, that ends with us."""
         gpus = ",".join(self.node.gpus[slot] for slot in slots)
         cores = self._cores(slots)

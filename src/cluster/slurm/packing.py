@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.cluster.slurm import client
-from src.cluster.slurm.pack import CANCEL_FILE, Node, Pack, Share
+from src.cluster.slurm.pack import CANCEL_FILE, Node, Pack, PackedRun
 from src.cluster.slurm.resources import Resources
 from src.cluster.slurm.time_limit import margin
 from src.runs.folder import attempts
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class PackedJob:
     """The payload: which runs, and what of the node is theirs."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[PackedRun, ...]
     home: Path  # where relative paths of the configs count from
     gpus: int
     cpu: bool
@@ -51,7 +51,7 @@ class PackedJob:
         return DelayedSubmission(self)
 
     @staticmethod
-    def _ours(share: Share) -> bool:
+    def _ours(share: PackedRun) -> bool:
         """Whether it has still to run, in this job: it may have been handed over again meanwhile."""
         job = os.environ["SLURM_JOB_ID"]
         handed, tried = client.submissions(share.folder), attempts(share.folder)

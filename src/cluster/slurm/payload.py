@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster.diagnosis import rank_failure
-from src.cluster.rank import Job, end_with
+from src.cluster.rank import RankJob, end_with
 from src.cluster.slurm import client
 from src.cluster.slurm.replica_groups import introduce
 from src.cluster.slurm.time_limit import Deadline
 from src.config import tree as trees
-from src.distributed.process.rank_context import Facts
+from src.distributed.process.rank_context import LauncherEnv
 from src.errors import FolderError, UserError
 from src.runs.folder import RunFolder
 
@@ -49,14 +49,14 @@ class QueuedJob:
         os.chdir(self.home)
         end_with(os.getppid())  # a dead step daemon must not leave ranks on its GPUs
         nodes = _export(self.device, self.folder)
-        facts = Facts.read()
+        facts = LauncherEnv.read()
         node = nodes[facts.rank // facts.local_world]
         try:
             finished = self._live(facts, nodes)
             if not finished:
                 self._hand_over(facts.rank)
         except Exception as error:  # noqa: BLE001 (the last word of a rank, whatever it is)
-            _leave(rank_failure.Failure.of(error, facts.rank, node), self.folder, error)
+            _leave(rank_failure.RankFailure.of(error, facts.rank, node), self.folder, error)
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit starts at the requeue."""
@@ -64,7 +64,7 @@ class QueuedJob:
 
         return DelayedSubmission(self)
 
-    def _live(self, facts: Facts, nodes: list[str]) -> bool:
+    def _live(self, facts: LauncherEnv, nodes: list[str]) -> bool:
         _assert_frozen(self.folder / "code" / self.code)
         tree = trees.read(self.folder / "config.yaml")
         _share_compile_cache(tree, self.code)
@@ -78,7 +78,7 @@ class QueuedJob:
             with Deadline(self.folder, site["requeues"], site["grace_seconds"]):
                 return self._run(facts, nodes)
 
-    def _run(self, facts: Facts, nodes: list[str]) -> bool:
+    def _run(self, facts: LauncherEnv, nodes: list[str]) -> bool:
         from src.distributed.process.preflight import preflight, table
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -86,7 +86,7 @@ class QueuedJob:
         present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds)
         if facts.rank == 0:
             print(table(present), flush=True)
-        return Job(self.folder, self.code)()
+        return RankJob(self.folder, self.code)()
 
     def _hand_over(self, rank: int) -> NoReturn:
         """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it.
@@ -181,7 +181,7 @@ def _running() -> bool:
         return True
 
 
-def _leave(failure: rank_failure.Failure, folder: Path, error: Exception) -> NoReturn:
+def _leave(failure: rank_failure.RankFailure, folder: Path, error: Exception) -> NoReturn:
     """Say it, keep it, and go without waiting for threads or process groups, which may wait for other ranks."""
     failure.write(rank_failure.place(folder))
     text = "\n".join(error.problems) if isinstance(error, UserError) else failure.traceback

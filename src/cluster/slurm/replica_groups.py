@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.cluster.local.config import Outcome
+from src.cluster.local.config import AttemptOutcome
 from src.cluster.replicas.lighthouse import ADDRESS_FILE, arguments
 from src.cluster.slurm.client import SlurmScheduler
 from src.cluster.slurm.lighthouse_job import LighthouseJob
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WORD_SECONDS = 60.0
 
 
-def submit(site: "Slurm", folder: RunFolder, options: "Options") -> Outcome:
+def submit(site: "Slurm", folder: RunFolder, options: "Options") -> AttemptOutcome:
     """Tells where each group is, and returns at once, or when all have ended if `wait` is true."""
     from src.cluster.slurm.config import Prepared, Submitted
 
@@ -29,7 +29,7 @@ def submit(site: "Slurm", folder: RunFolder, options: "Options") -> Outcome:
         raise PlanError("cluster.pack=true shares nodes between runs, not between groups; pass cluster.pack=false")
     paths = [folder.group(number) for number in range(options.groups)]
     if any(attempt.ended == "finished" for path in paths for attempt in attempts(path)):
-        return Outcome("finished", 0)
+        return AttemptOutcome("finished", 0)
     plan = json.loads((folder.path / "plan.json").read_text())
     address = folder.path / ADDRESS_FILE
     address.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def submit(site: "Slurm", folder: RunFolder, options: "Options") -> Outcome:
             f"job {handle.job_id}: their lighthouse, which ends after them\nlog: {handle.paths.stdout}", file=sys.stderr
         )
     if not site.wait:
-        return Outcome("submitted", 0)
+        return AttemptOutcome("submitted", 0)
     from src.cluster.slurm.wait import wait
 
     return wait(submitted)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from src.cluster.local.config import Outcome
+from src.cluster.local.config import AttemptOutcome
 from src.cluster.slurm import client
 from src.runs.folder import attempts
 from src.storage.json_lines import Lines
@@ -20,7 +20,7 @@ POLL_SECONDS = 5.0
 GONE_POLLS = 2
 
 
-class Handed(Protocol):
+class SubmittedRun(Protocol):
     """What is known of a submission."""
 
     @property
@@ -30,7 +30,7 @@ class Handed(Protocol):
 
 
 @dataclass(frozen=True)
-class Standing:
+class QueueStatus:
     """How a run stands."""
 
     state: str  # squeue's word; "finished", "failed" ... once it has ended
@@ -40,7 +40,7 @@ class Standing:
     ended: bool
 
 
-def wait(runs: Sequence[Handed], poll_seconds: float = POLL_SECONDS) -> Outcome:
+def wait(runs: Sequence[SubmittedRun], poll_seconds: float = POLL_SECONDS) -> AttemptOutcome:
     """Returns when no run is queued or running. Ctrl-C leaves the jobs alone."""
     unseen = dict.fromkeys((run.job for run in runs), 0)
     with Live(console=Console(stderr=True), auto_refresh=False) as live:
@@ -48,16 +48,16 @@ def wait(runs: Sequence[Handed], poll_seconds: float = POLL_SECONDS) -> Outcome:
             states = _states(list(unseen))
             for job in unseen:
                 unseen[job] = 0 if states is None or _alive(states.get(job)) else unseen[job] + 1
-            standings = [standing(run, states, gone=unseen[run.job] >= GONE_POLLS) for run in runs]
+            standings = [queue_status(run, states, gone=unseen[run.job] >= GONE_POLLS) for run in runs]
             live.update(_table(runs, standings), refresh=True)
             if all(each.ended for each in standings):
                 break
             time.sleep(poll_seconds)
     failed = [each for each in standings if each.state != "finished"]
-    return Outcome("failed", 1) if failed else Outcome("finished", 0)
+    return AttemptOutcome("failed", 1) if failed else AttemptOutcome("finished", 0)
 
 
-def standing(run: Handed, states: dict[str, str] | None, *, gone: bool) -> Standing:
+def queue_status(run: SubmittedRun, states: dict[str, str] | None, *, gone: bool) -> QueueStatus:
     """From SLURM while it knows the job, and from the run's own records after that."""
     tried = attempts(run.folder)
     last = Lines(run.folder / "metrics.jsonl").last() or {}
@@ -65,7 +65,7 @@ def standing(run: Handed, states: dict[str, str] | None, *, gone: bool) -> Stand
     state = "unknown" if states is None else states.get(run.job, "gone")
     if gone:
         state = tried[-1].ended or state if tried else state
-    return Standing(state, len(tried), step, loss, gone)
+    return QueueStatus(state, len(tried), step, loss, gone)
 
 
 def _states(jobs: list[str]) -> dict[str, str] | None:
@@ -79,7 +79,7 @@ def _alive(state: str | None) -> bool:
     return state is not None and state not in client.ENDED
 
 
-def _table(runs: Sequence[Handed], standings: Sequence[Standing]) -> Table:
+def _table(runs: Sequence[SubmittedRun], standings: Sequence[QueueStatus]) -> Table:
     table = Table("job", "run", "state", "attempts", "step", "loss", box=None)
     for run, each in zip(runs, standings, strict=True):
         step, loss = "" if each.step is None else str(each.step), "" if each.loss is None else f"{each.loss:.4f}"

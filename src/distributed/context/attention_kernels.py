@@ -14,7 +14,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 aten = torch.ops.aten
 
 
-class Kernel(Protocol):
+class AttentionKernel(Protocol):
     """q (batch, heads, queries, width), k and v (batch, kv heads, keys, width); causal: as many queries as keys."""
 
     @staticmethod
@@ -28,15 +28,15 @@ class Kernel(Protocol):
         """Gradients of q, k and v, where `out` and `lse` may be those of a softmax over more keys than these."""
 
 
-def fastest(q: Tensor, k: Tensor, v: Tensor) -> type[Kernel]:
+def fastest(q: Tensor, k: Tensor, v: Tensor) -> type[AttentionKernel]:
     """cuDNN, then flash, where the GPU and the shapes allow (half precision); else plain matrices, on the CPU too."""
     if not q.is_cuda:
-        return Plain
+        return PlainKernel
     how = (None, 0.0, True, q.shape[1] != k.shape[1])  # mask, dropout, causal, grouped
     if can_use_cudnn_attention(SDPAParams(q, k, v, *how)):
         return Cudnn
     # The width of v is made that of k.
-    return Flash if can_use_flash_attention(SDPAParams(q, k, k, *how)) else Plain
+    return Flash if can_use_flash_attention(SDPAParams(q, k, k, *how)) else PlainKernel
 
 
 class Cudnn:
@@ -88,7 +88,7 @@ def _widened(x: Tensor, like: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-class Plain:
+class PlainKernel:
     """The definition, with all scores in memory, in fp32 or better."""
 
     @staticmethod
@@ -105,7 +105,7 @@ class Plain:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-        scores, *_ = Plain._scores(q, k, causal, scale)
+        scores, *_ = PlainKernel._scores(q, k, causal, scale)
         lse = scores.logsumexp(-1, keepdim=True)
         out = (scores - lse).exp() @ v.to(lse.dtype).unsqueeze(2)
         return out.flatten(1, 2), lse.flatten(1, 2)
@@ -114,7 +114,7 @@ class Plain:
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores, q, k, factor = Plain._scores(q, k, causal, scale)
+        scores, q, k, factor = PlainKernel._scores(q, k, causal, scale)
         grad, out, lse = (x.to(scores.dtype).unflatten(1, (k.shape[1], -1)) for x in (grad, out, lse))
         probability = (scores - lse).exp()
         grad_probability = grad @ v.to(scores.dtype).unsqueeze(2).mT

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from src.distributed.context.ring_attention import attention, cut, gather
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 from src.models.decoder import Decoder
 
 
@@ -84,7 +84,7 @@ def rows_of(mask: BlockMask | Tensor, queries: Tensor) -> BlockMask | Tensor:
     return create_block_mask(mine, batch, heads, len(queries), keys, device=queries.device, _compile=compiled)
 
 
-def split_context(model: Decoder, mesh: DeviceMesh | None, degrees: Degrees) -> None:
+def split_context(model: Decoder, mesh: DeviceMesh | None, degrees: ParallelDims) -> None:
     """Let every attention core reach over `mesh`, and cut what enters the model; no parameter changes."""
     if mesh is None:
         return

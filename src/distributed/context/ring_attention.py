@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group  # type: ignore[attr-defined]
 
-from src.distributed.context.attention_kernels import Kernel, fastest
+from src.distributed.context.attention_kernels import AttentionKernel, fastest
 
 
 def cut(x: Tensor, rank: int, ranks: int, dim: int = 1) -> Tensor:
@@ -41,7 +41,7 @@ def by_rank(whole: Tensor, ranks: int) -> Tensor:
     return torch.stack((heads, tails.flip(0)), dim=1).flatten(0, 2)
 
 
-class Exchange(Protocol):
+class KeyValueRotation(Protocol):
     """Rows are positions of the sequence: (positions, batch, kv heads, width of a key + width of a value)."""
 
     steps: range
@@ -56,7 +56,7 @@ class Exchange(Protocol):
         """What all others gave for this rank's rows, added up in fp32 or better."""
 
 
-class AllGather:
+class AllGatherRotation:
     """All rows at once."""
 
     def __init__(self, rows: Tensor, group: ProcessGroup) -> None:
@@ -88,7 +88,7 @@ class AllGather:
         return add_up(whole, self.group)
 
 
-class AllToAll:
+class AllToAllRotation:
     """In step i the rows of rank r - i come, and those of this rank go to r + i; gradients take the way back."""
 
     def __init__(self, rows: Tensor, group: ProcessGroup) -> None:
@@ -176,7 +176,10 @@ def add_up(whole: Tensor, group: ProcessGroup) -> Tensor:
     return parts.sum(0, dtype=precise(whole.dtype))
 
 
-EXCHANGES: dict[str, type[AllGather] | type[AllToAll]] = {"allgather": AllGather, "alltoall": AllToAll}
+EXCHANGES: dict[str, type[AllGatherRotation] | type[AllToAllRotation]] = {
+    "allgather": AllGatherRotation,
+    "alltoall": AllToAllRotation,
+}
 
 
 def _group(name: str) -> ProcessGroup:
@@ -204,8 +207,8 @@ def _stored(like: Tensor, width: int) -> Tensor:
 @torch.library.custom_op("context_parallel::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, group: str, rotate: str) -> tuple[Tensor, Tensor]:
     """Causal attention of this rank's queries over the sequence of the whole `group`: see `Kernel.forward`."""
-    kernel: type[Kernel] = fastest(q, k, v)
-    exchange: Exchange = EXCHANGES[rotate](_rows(k, v), _group(group))
+    kernel: type[AttentionKernel] = fastest(q, k, v)
+    exchange: KeyValueRotation = EXCHANGES[rotate](_rows(k, v), _group(group))
     out, lse = kernel.forward(q, k, v, causal=True, scale=scale)
     out = out.to(lse.dtype)
     for step in exchange.steps:
@@ -234,8 +237,8 @@ def attention_backward(
     rotate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's q, k and v from all ranks of `group`."""
-    kernel: type[Kernel] = fastest(q, k, v)
-    exchange: Exchange = EXCHANGES[rotate](_rows(k, v), _group(group))
+    kernel: type[AttentionKernel] = fastest(q, k, v)
+    exchange: KeyValueRotation = EXCHANGES[rotate](_rows(k, v), _group(group))
     grad_q, grad_k, grad_v = kernel.backward(grad, q, k, v, out, lse, causal=True, scale=scale)
     grad_q, own = grad_q.to(lse.dtype), _rows(grad_k, grad_v).to(lse.dtype)
     for step in exchange.steps:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Journey:
+class AllToAllSplits:
     """Numbers of rows, by rank of the group."""
 
     group: str
@@ -21,19 +21,19 @@ class Journey:
     receives: tuple[int, ...]
 
     @classmethod
-    def even(cls, group: str, ranks: int, rows: int) -> "Journey":
+    def even(cls, group: str, ranks: int, rows: int) -> "AllToAllSplits":
         """As many of `rows` to each rank as to any other."""
         each = (rows // ranks,) * ranks
         return cls(group, each, each)
 
-    def reversed(self) -> "Journey":
+    def reversed(self) -> "AllToAllSplits":
         """Everything goes home."""
-        return Journey(self.group, self.receives, self.sends)
+        return AllToAllSplits(self.group, self.receives, self.sends)
 
     def begin(self, rows: Tensor) -> Tensor:
         """rows (sum of sends, ...), the first rank's first -> (sum of receives, ...), not to be read before `end`."""
-        exchange = torch.ops._c10d_functional.all_to_all_single
-        begun: Tensor = exchange(rows.contiguous(), list(self.receives), list(self.sends), self.group)
+        dispatcher = torch.ops._c10d_functional.all_to_all_single
+        begun: Tensor = dispatcher(rows.contiguous(), list(self.receives), list(self.sends), self.group)
         return begun
 
     @staticmethod
@@ -43,17 +43,17 @@ class Journey:
         return ended
 
 
-class Flight:
+class AsyncAllToAll:
     """One tensor under way; later its gradient, which goes home past autograd, since it has another shape by then."""
 
-    def __init__(self, rows: Tensor, journey: Journey) -> None:
+    def __init__(self, rows: Tensor, splits: AllToAllSplits) -> None:
         """Let rows go."""
-        self.journey = journey
+        self.splits = splits
         self.gradient: Tensor | None = None
         apply: Callable[..., Tensor] = _Launch.apply
         self._rows: Tensor | None = apply(rows, self)
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         """The rows that have come, those of the first rank first."""
         apply: Callable[..., Tensor] = _Land.apply
         rows, self._rows = self._rows, None  # what the backward needs of a flight is not its freight
@@ -63,10 +63,10 @@ class Flight:
 def transposed(rows: Tensor, group: str) -> Tensor:
     """Row r goes to rank r of the group; row r of the result came from there."""
     ones = (1,) * len(rows)
-    return Journey.end(Journey(group, ones, ones).begin(rows))
+    return AllToAllSplits.end(AllToAllSplits(group, ones, ones).begin(rows))
 
 
-class Sizes:
+class SplitSizes:
     """How many rows this rank sends to each and gets from each: on their way from the device to the host."""
 
     def __init__(self, going: Tensor, coming: Tensor) -> None:
@@ -87,23 +87,23 @@ class Sizes:
 
 class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.journey.begin(rows)
+    def forward(ctx: Any, rows: Tensor, transfer: AsyncAllToAll) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.splits.begin(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        gradient, ctx.flight.gradient = ctx.flight.gradient, None
-        return Journey.end(gradient), None
+        gradient, ctx.transfer.gradient = ctx.transfer.gradient, None
+        return AllToAllSplits.end(gradient), None
 
 
 class _Land(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return Journey.end(rows)
+    def forward(ctx: Any, rows: Tensor, transfer: AsyncAllToAll) -> Tensor:
+        ctx.transfer = transfer
+        return AllToAllSplits.end(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.gradient = ctx.flight.journey.reversed().begin(grads[0])
+        ctx.transfer.gradient = ctx.transfer.splits.reversed().begin(grads[0])
         return grads[0], None  # stands for it on the edge between the two

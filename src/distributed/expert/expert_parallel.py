@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from src.distributed.expert.all_to_all import Flight, Journey, Sizes, transposed
+from src.distributed.expert.all_to_all import AllToAllSplits, AsyncAllToAll, SplitSizes, transposed
 from src.distributed.mesh import Mesh
 from src.models.moe.experts import Experts
 from src.models.moe.moe import MoE, arrange, combine, dispatch, sorting
@@ -28,7 +28,7 @@ def split_experts(model: nn.Module, mesh: Mesh) -> None:
         assert cut is not None
         _cut(moe.experts, cut)
         if mesh.degrees.expert > 1:
-            moe.register_module("exchange", Exchange(cut["expert"], moe.exchange.score_before_experts))
+            moe.register_module("exchange", AllToAllTokenDispatcher(cut["expert"], moe.dispatcher.score_before_experts))
 
 
 def _cut(experts: Experts, mesh: DeviceMesh) -> None:
@@ -52,12 +52,12 @@ def _with_parts(kind: type[Experts]) -> type[Experts]:
     return type(f"Part{kind.__name__}", (kind,), {"matrices": matrices})
 
 
-class Exchange(nn.Module):
-    """In the place of `LocalExchange`: each rank of a group holds n_experts / ranks neighbouring experts."""
+class AllToAllTokenDispatcher(nn.Module):
+    """In the place of `LocalTokenDispatcher`: each rank of a group holds num_experts / ranks neighbouring experts."""
 
     # What runs between two transfers. A compiler may make a graph of each; they keep only places for the backward, so
     # there is nothing in them to recompute.
-    graphs = ("pack", "regroup", "unpack")
+    compile_regions = ("pack", "regroup", "unpack")
 
     def __init__(self, mesh: DeviceMesh, score_before_experts: bool) -> None:
         super().__init__()
@@ -65,20 +65,24 @@ class Exchange(nn.Module):
         self.score_before_experts = score_before_experts
 
     def forward(self, x: Tensor, routing: Routing, experts: Experts, shared: nn.Module | None = None) -> Tensor:
-        """Collective. As `LocalExchange`."""
+        """Collective. As `LocalTokenDispatcher`."""
         going = routing.counts.view(self.ranks, -1)  # (rank, its expert): rows of mine
         coming = going if routing.even else transposed(going, self.group)  # (rank, my expert): rows of that rank
-        sizes = None if routing.even else Sizes(going, coming)
+        sizes = None if routing.even else SplitSizes(going, coming)
         rows, scales, order, places = self.pack(x, routing.experts, routing.weights)
-        out = Journey(self.group, *sizes.read()) if sizes else Journey.even(self.group, self.ranks, len(rows))
-        first, second = Flight(rows, out), None if scales is None else Flight(scales, out)
+        out = (
+            AllToAllSplits(self.group, *sizes.read())
+            if sizes
+            else AllToAllSplits.even(self.group, self.ranks, len(rows))
+        )
+        first, second = AsyncAllToAll(rows, out), None if scales is None else AsyncAllToAll(scales, out)
         beside = None if shared is None else shared(x)
-        rows, scales = first.land(), None if second is None else second.land()
+        rows, scales = first.wait(), None if second is None else second.wait()
         _any_length(rows, scales)
         rows, scales, index, inverse = self.regroup(rows, scales, coming)
         _any_length(rows, scales)
         rows = permute(experts(rows, coming.sum(0), scales), inverse, index)
-        return self.unpack(Flight(rows, out.reversed()).land(), order, places, beside)
+        return self.unpack(AsyncAllToAll(rows, out.reversed()).wait(), order, places, beside)
 
     def pack(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """x (tokens, dim) -> rows (tokens * top_k, dim), sorted by expert and so by rank; what scales their results,

@@ -15,19 +15,19 @@ def watch(model: nn.Module, mesh: Mesh) -> None:
     """After FSDP, whose own hooks then stay outside of what is timed; where tokens travel between ranks at all."""
     for moe in model.modules() if mesh.degrees.expert > 1 else ():
         if isinstance(moe, MoE):
-            moe.stopwatch = Stopwatch(moe, mesh.whole.device_type)
+            moe.stopwatch = DispatchTimer(moe, mesh.whole.device_type)
 
 
-class Stopwatch:
+class DispatchTimer:
     """Of one mixture's last forward pass, or of its recomputation."""
 
     def __init__(self, moe: MoE, device_type: str) -> None:
         self._cuda = device_type == "cuda"
         self._marks: dict[str, Any] = {}  # events, or seconds
-        moe.exchange.register_forward_pre_hook(self._at("leave"), prepend=True)
+        moe.dispatcher.register_forward_pre_hook(self._at("leave"), prepend=True)
         moe.experts.register_forward_pre_hook(self._at("arrive"), prepend=True)
         moe.experts.register_forward_hook(self._at("return"))
-        moe.exchange.register_forward_hook(self._at("home"))
+        moe.dispatcher.register_forward_hook(self._at("home"))
 
     def milliseconds(self) -> tuple[float, float]:
         """From the choice of experts to rows before them, and from their results to the sum of each token's. What runs

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from src.distributed.mesh import Mesh
-from src.distributed.parallel_dims import Degrees
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import Precision
 from src.models.decoder import Decoder
 from src.models.moe.experts import Experts
@@ -36,7 +36,7 @@ def shard(model: Decoder, mesh: Mesh, precision: Precision) -> None:
     offload = CPUOffloadPolicy(pin_memory=pinned) if degrees.cpu_offload else OffloadPolicy()
     wrap = partial(_wrap, grid=mesh.fsdp, mp_policy=policy, offload_policy=offload)
     always = degrees.reshard == "always"
-    reshard = degrees.lets_go
+    reshard = degrees.reshards_after_forward
     blocks = model.blocks()
     units: list[list[Any]] = []
     for block in blocks:
@@ -76,8 +76,8 @@ def _wrap(unit: nn.Module | list[nn.Module], grid: DeviceMesh, **how: Any) -> FS
     return made
 
 
-def _cut_of_experts(parameters: set[nn.Parameter], degrees: Degrees, parameter: nn.Parameter) -> Shard | None:
-    """FSDP's placement: of dimension 0, except where there are too few experts for that; see `Degrees.cuts_inside`."""
+def _cut_of_experts(parameters: set[nn.Parameter], degrees: ParallelDims, parameter: nn.Parameter) -> Shard | None:
+    """FSDP's placement: of dimension 0, but where there are too few experts: see `ParallelDims.cuts_inside`."""
     inside = parameter in parameters and degrees.cuts_inside(parameter.shape[0])
     return Shard(1) if inside else None
 

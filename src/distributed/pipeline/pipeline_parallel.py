@@ -17,21 +17,21 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from src.data.batches import Batch
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network, Whole, ready
-from src.distributed.parallel_dims import Degrees
+from src.distributed.model_stages import ModelStages, SingleStage, ready
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import SCHEDULES, owned, split, stage_count
 from src.models.decoder import Decoder
 
 
-def build(make: Callable[[], Decoder], n_layers: int, degrees: Degrees, rank: int) -> dict[int, Decoder]:
+def build(make: Callable[[], Decoder], n_layers: int, degrees: ParallelDims, rank: int) -> dict[int, Decoder]:
     """The stages of a pipeline rank, on the meta device; without a pipeline, stage 0 is the whole model."""
     cut, ranks = split(degrees, n_layers), degrees.pipeline
-    parts = {}
+    stages = {}
     for stage in owned(rank, ranks, len(cut), degrees.pipeline_schedule) if ranks > 1 else (0,):
         with torch.device("meta"):
-            parts[stage] = make()
-        keep(parts[stage], cut[stage])
-    return parts
+            stages[stage] = make()
+        keep(stages[stage], cut[stage])
+    return stages
 
 
 def keep(model: Decoder, modules: Sequence[str]) -> None:
@@ -45,20 +45,20 @@ def keep(model: Decoder, modules: Sequence[str]) -> None:
             setattr(model, name, None)
 
 
-def connect(parts: Mapping[int, Decoder], mesh: Mesh, device: torch.device, hidden: torch.dtype) -> Network:
+def connect(stages: Mapping[int, Decoder], mesh: Mesh, device: torch.device, hidden: torch.dtype) -> ModelStages:
     """The stages of this rank as a network; `hidden`: the dtype that travels between stages."""
     if mesh.degrees.pipeline == 1:
-        return Whole(list(parts.values()), mesh, device)
-    return Pipeline(parts, mesh, device, hidden)
+        return SingleStage(list(stages.values()), mesh, device)
+    return Pipeline(stages, mesh, device, hidden)
 
 
-class Pipeline(Network):
+class Pipeline(ModelStages):
     """Some stages of the model are on this rank, and hidden states travel between ranks."""
 
-    def __init__(self, parts: Mapping[int, Decoder], mesh: Mesh, device: torch.device, hidden: torch.dtype) -> None:
-        super().__init__(list(parts.values()), mesh, device)
-        self.degrees, self.hidden, self.stages = mesh.degrees, hidden, dict(parts)
-        self.count = stage_count(self.degrees, self.parts[0].config.n_layers)
+    def __init__(self, stages: Mapping[int, Decoder], mesh: Mesh, device: torch.device, hidden: torch.dtype) -> None:
+        super().__init__(list(stages.values()), mesh, device)
+        self.degrees, self.hidden, self.by_number = mesh.degrees, hidden, dict(stages)
+        self.count = stage_count(self.degrees, self.stages[0].config.n_layers)
         self.width = self.count
         self.group, ranks = mesh.pipeline.get_group(), self.degrees.pipeline
         name = self.degrees.pipeline_schedule
@@ -69,7 +69,7 @@ class Pipeline(Network):
         self._waiting: list[tuple[Tensor, dict[str, Any]]] = []
         self._scale = torch.ones((), device=device)
         self._shape: tuple[int, ...] | None = None
-        for part in self.parts:
+        for part in self.stages:
             # Before the hooks of FSDP, which would send the number to the GPU, and those that cut what enters a model.
             part.register_forward_pre_hook(self._look_up, prepend=True, with_kwargs=True)
 
@@ -77,7 +77,7 @@ class Pipeline(Network):
         self._waiting, self._scale = self._ready(batches), scale.float()
         schedule = self._schedule(len(batches), *batches[0].tokens.shape)
         numbers, losses = torch.arange(len(batches)), list[Tensor]()
-        first = [numbers] if 0 in self.stages else []
+        first = [numbers] if 0 in self.by_number else []
         schedule.step(*first, micro_batch=numbers, target=numbers, losses=losses, return_outputs=False)
         self._waiting = []
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
@@ -88,7 +88,7 @@ class Pipeline(Network):
 
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         results = self._forward([(tokens, {"positions": positions, "mask": mask})])
-        shape = (len(tokens), self.parts[0].config.vocab_size)
+        shape = (len(tokens), self.stages[0].config.vocab_size)
         rows = torch.empty(shape, dtype=self.hidden, device=self.device)
         if results:
             rows.copy_(results[0][:, column])
@@ -96,7 +96,7 @@ class Pipeline(Network):
         return rows
 
     def _ready(self, batches: Sequence[Batch]) -> list[tuple[Tensor, dict[str, Any]]]:
-        return [ready(self.parts[0], batch, self.device) for batch in batches]
+        return [ready(self.stages[0], batch, self.device) for batch in batches]
 
     def _look_up(
         self, part: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,7 +110,7 @@ class Pipeline(Network):
     def _travelling(self, batch: int, length: int) -> tuple[int, int, int]:
         """Shape of a hidden state between two stages, where its sequence stays cut."""
         degrees = self.degrees
-        return batch, length // (degrees.context * degrees.tensor), self.parts[0].config.dim
+        return batch, length // (degrees.context * degrees.tensor), self.stages[0].config.dim
 
     def _schedule(self, micro_batches: int, batch: int, length: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """Made at the first step, when the shapes are known; it keeps a buffer to receive each micro-batch."""
@@ -133,7 +133,7 @@ class Pipeline(Network):
                 output_args=loss if stage == self.count - 1 else hidden,
                 group=self.group,
             )
-            for stage, part in self.stages.items()
+            for stage, part in self.by_number.items()
         ]
         if self.device.type == "cpu":
             for stage in stages:
@@ -159,14 +159,14 @@ class Pipeline(Network):
         sent: list[tuple[dist.Work | None, Tensor]] = []
         for tokens, inputs in given:
             state = tokens
-            for stage, part in self.stages.items():
-                if stage > 0 and stage - 1 not in self.stages:
+            for stage, part in self.by_number.items():
+                if stage > 0 and stage - 1 not in self.by_number:
                     state = torch.empty(self._travelling(*tokens.shape), dtype=self.hidden, device=self.device)
                     dist.recv(state, group=self.group, group_src=self.rank_of[stage - 1])
                 state = part(state, **inputs)
                 if stage == self.count - 1:
                     results.append(state)
-                elif stage + 1 not in self.stages:
+                elif stage + 1 not in self.by_number:
                     state = state.contiguous()
                     sent.append((dist.isend(state, group=self.group, group_dst=self.rank_of[stage + 1]), state))
         for work, _ in sent:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-from src.distributed.parallel_dims import Degrees, ScheduleName
+from src.distributed.parallel_dims import ParallelDims, ScheduleName
 
 EMBEDDING = "tok_embeddings"
 HEAD = ("norm", "output")
@@ -41,7 +41,7 @@ def module_of(weight: str) -> str:
     return ".".join(words[:2]) if words[0] == "layers" else words[0]
 
 
-def stage_count(degrees: Degrees, n_layers: int) -> int:
+def stage_count(degrees: ParallelDims, n_layers: int) -> int:
     """Stages of the whole pipeline."""
     if degrees.stages is not None:
         return len(degrees.stages)
@@ -52,7 +52,7 @@ def stage_count(degrees: Degrees, n_layers: int) -> int:
     return degrees.pipeline * (2 if SCHEDULES[degrees.pipeline_schedule].several else 1)
 
 
-def split(degrees: Degrees, n_layers: int) -> tuple[tuple[str, ...], ...]:
+def split(degrees: ParallelDims, n_layers: int) -> tuple[tuple[str, ...], ...]:
     """The modules of each stage: `parallel.stages`, or even shares where embedding and head count as some layers.
 
     ValueError when there is no such split.
@@ -94,7 +94,7 @@ def owned(rank: int, ranks: int, count: int, schedule: ScheduleName) -> tuple[in
 
 
 @dataclass(frozen=True)
-class Share:
+class StageShare:
     """What one rank of a pipeline has and keeps; without a pipeline, everything."""
 
     modules: frozenset[str]
@@ -109,11 +109,11 @@ class Share:
         return HEAD[-1] in self.modules
 
 
-def shares(degrees: Degrees, n_layers: int, micro_batches: int) -> list[Share]:
+def shares(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[StageShare]:
     """Of each pipeline rank; of the whole model where a pipeline is missing or impossible."""
     ranks, schedule = degrees.pipeline, degrees.pipeline_schedule
     if ranks == 1 or problems(degrees, n_layers, micro_batches):
-        return [Share(frozenset(modules(n_layers)), tuple(range(n_layers)), 1, 1, 1, 0)]
+        return [StageShare(frozenset(modules(n_layers)), tuple(range(n_layers)), 1, 1, 1, 0)]
     cut = split(degrees, n_layers)
     found = []
     for rank in range(ranks):
@@ -121,7 +121,7 @@ def shares(degrees: Degrees, n_layers: int, micro_batches: int) -> list[Share]:
         names = [name for stage in mine for name in cut[stage]]
         last = len(cut) - 1 in mine
         found.append(
-            Share(
+            StageShare(
                 modules=frozenset(names),
                 layers=tuple(int(name.split(".")[1]) for name in names if "." in name),
                 stages=len(mine),
@@ -164,7 +164,7 @@ def heads_in_flight(ranks: int, schedule: ScheduleName, micro_batches: int) -> i
             return 1
 
 
-def problems(degrees: Degrees, n_layers: int, micro_batches: int) -> list[str]:
+def problems(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[str]:
     """Why this pipeline cannot run: key, value, rule, nearest legal value."""
     if degrees.pipeline == 1:
         return _idle_keys(degrees)
@@ -179,7 +179,7 @@ def problems(degrees: Degrees, n_layers: int, micro_batches: int) -> list[str]:
     return found
 
 
-def warnings(degrees: Degrees, n_layers: int, micro_batches: int) -> list[str]:
+def warnings(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[str]:
     """What works, but badly."""
     count = stage_count(degrees, n_layers)
     if degrees.pipeline == 1 or micro_batches >= count:
@@ -190,11 +190,11 @@ def warnings(degrees: Degrees, n_layers: int, micro_batches: int) -> list[str]:
     ]
 
 
-def _units(degrees: Degrees, n_layers: int) -> int:
+def _units(degrees: ParallelDims, n_layers: int) -> int:
     return n_layers + degrees.first_stage_less + degrees.last_stage_less
 
 
-def _idle_keys(degrees: Degrees) -> list[str]:
+def _idle_keys(degrees: ParallelDims) -> list[str]:
     given = {"layers_per_stage": degrees.layers_per_stage, "stages": degrees.stages}
     return [
         f"parallel.{key} cuts a pipeline, and there is none: parallel.pipeline=1; pass parallel.{key}=null"
@@ -203,7 +203,7 @@ def _idle_keys(degrees: Degrees) -> list[str]:
     ]
 
 
-def _count_problems(degrees: Degrees, n_layers: int) -> list[str]:
+def _count_problems(degrees: ParallelDims, n_layers: int) -> list[str]:
     """Stages per rank, against what the schedule asks."""
     name, ranks = degrees.pipeline_schedule, degrees.pipeline
     demands, count, key = SCHEDULES[name], stage_count(degrees, n_layers), _count_key(degrees)
@@ -234,7 +234,7 @@ def _count_problems(degrees: Degrees, n_layers: int) -> list[str]:
     return []
 
 
-def _count_key(degrees: Degrees) -> str:
+def _count_key(degrees: ParallelDims) -> str:
     if degrees.stages is not None:
         return "parallel.stages"
     if degrees.layers_per_stage is not None:
@@ -242,7 +242,7 @@ def _count_key(degrees: Degrees) -> str:
     return f"parallel.pipeline={degrees.pipeline}"
 
 
-def _split_problems(degrees: Degrees, n_layers: int) -> list[str]:
+def _split_problems(degrees: ParallelDims, n_layers: int) -> list[str]:
     if degrees.stages is None:
         try:
             split(degrees, n_layers)
@@ -267,7 +267,7 @@ def _split_problems(degrees: Degrees, n_layers: int) -> list[str]:
     return found
 
 
-def _micro_batch_problems(degrees: Degrees, n_layers: int, micro_batches: int) -> list[str]:
+def _micro_batch_problems(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[str]:
     name, ranks = degrees.pipeline_schedule, degrees.pipeline
     demands, count = SCHEDULES[name], stage_count(degrees, n_layers)
     if demands.full and micro_batches < count:

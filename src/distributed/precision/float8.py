@@ -20,7 +20,7 @@ from src.errors import PlanError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from src.distributed.parallel_dims import Degrees
+    from src.distributed.parallel_dims import ParallelDims
     from src.models.decoder import Decoder
 
 MULTIPLE = 16  # the kernels want both sides of a matrix, as one rank holds it, to be multiples of this
@@ -73,7 +73,7 @@ class Float8(Config):
     def problems(
         self,
         weights: Iterable[Matrix],
-        degrees: "Degrees",
+        degrees: "ParallelDims",
         *,
         compiled: bool,
         gpu: bool,
@@ -192,7 +192,7 @@ def _torch() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _expert_problems(weights: Iterable[Matrix], degrees: "Degrees", *, gpu: bool) -> list[str]:
+def _expert_problems(weights: Iterable[Matrix], degrees: "ParallelDims", *, gpu: bool) -> list[str]:
     """Why grouped products cannot be float8. `gpu`: whether kernels will run, rather than their emulation."""
     experts = [weight for weight in weights if len(weight.shape) == 3]
     if not experts:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from src.distributed.process.rank_context import DeviceType, Facts
+from src.distributed.process.rank_context import DeviceType, LauncherEnv
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -40,7 +40,7 @@ class Presence:
 
 
 def preflight(
-    facts: Facts,
+    facts: LauncherEnv,
     device_type: DeviceType,
     world: int,
     nodes: Sequence[str],
@@ -75,7 +75,7 @@ def table(present: Sequence[Presence]) -> str:
     return "\n".join(lines)
 
 
-def _device(facts: Facts, device_type: DeviceType, node: str) -> str:
+def _device(facts: LauncherEnv, device_type: DeviceType, node: str) -> str:
     import torch
 
     if device_type == "cpu":
@@ -86,7 +86,7 @@ def _device(facts: Facts, device_type: DeviceType, node: str) -> str:
     return torch.cuda.get_device_name(facts.local_rank)
 
 
-def _store(facts: Facts, nodes: Sequence[str], address: tuple[str, int], seconds: float) -> "Store":
+def _store(facts: LauncherEnv, nodes: Sequence[str], address: tuple[str, int], seconds: float) -> "Store":
     import torch.distributed as dist
 
     host, port = address
@@ -100,7 +100,7 @@ def _store(facts: Facts, nodes: Sequence[str], address: tuple[str, int], seconds
         raise PreflightError(f"rank 0 on {nodes[0]}:{port} cannot be reached: {error}", nodes[0]) from error
 
 
-def _gather(store: "Store", mine: Presence, nodes: Sequence[str], facts: Facts, seconds: float) -> list[Presence]:
+def _gather(store: "Store", mine: Presence, nodes: Sequence[str], facts: LauncherEnv, seconds: float) -> list[Presence]:
     """Rank 0 waits for the others and tells all the answer."""
     store.set(f"rank/{mine.rank}", json.dumps(asdict(mine)))
     if mine.rank == 0:
@@ -131,7 +131,7 @@ def _missing(store: "Store", world: int, seconds: float) -> list[int]:
     return missing
 
 
-def _add_up(store: "Store", facts: Facts, device_type: DeviceType, nodes: Sequence[str], seconds: float) -> None:
+def _add_up(store: "Store", facts: LauncherEnv, device_type: DeviceType, nodes: Sequence[str], seconds: float) -> None:
     """The first collective, over the network that training will use; the group is gone afterwards."""
     import torch
     import torch.distributed as dist

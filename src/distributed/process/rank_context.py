@@ -36,7 +36,7 @@ def device_type() -> DeviceType:
 
 
 @dataclass(frozen=True)
-class Facts:
+class LauncherEnv:
     """What the launcher says about this process."""
 
     rank: int
@@ -96,7 +96,7 @@ class Replica:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankContext:
     """One rank among all of them, with the default process group up."""
 
     rank: int
@@ -123,9 +123,9 @@ class Ranks:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            facts = replace(Facts.read(), rank=dist.get_rank(), world=dist.get_world_size())
+            facts = replace(LauncherEnv.read(), rank=dist.get_rank(), world=dist.get_world_size())
         else:
-            facts = Facts.read()
+            facts = LauncherEnv.read()
         _check(facts, device_type, world)
         device = torch.device(device_type, facts.local_rank) if device_type == "cuda" else torch.device("cpu")
         owner = not dist.is_initialized()
@@ -175,7 +175,7 @@ def host_store() -> tuple[object, int]:
     return store, store.port
 
 
-def _check(facts: Facts, device_type: DeviceType, world: int) -> None:
+def _check(facts: LauncherEnv, device_type: DeviceType, world: int) -> None:
     import torch
 
     if facts.world != world:
@@ -207,7 +207,7 @@ def _prepare_nccl(traces: Path | None, *, first: bool) -> None:
         os.environ[key] = value
 
 
-def _initialise(facts: Facts, device: "torch.device", timeout: timedelta) -> None:
+def _initialise(facts: LauncherEnv, device: "torch.device", timeout: timedelta) -> None:
     import torch.distributed as dist
 
     # CPU tensors (flags, asynchronous checkpoints) must not wait behind the GPU's stream.

@@ -54,7 +54,7 @@ class Together(ParallelStyle):
         return gathered(inputs[0], mesh, dim), *inputs[1:]
 
 
-class Plain(ParallelStyle):
+class LocalParallel(ParallelStyle):
     """Cut a module's weight as `placement` says, and let it compute with what is here."""
 
     def __init__(self, placement: Placement, scatter: int | None = None) -> None:
@@ -104,7 +104,7 @@ def _with_part(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Part{kind.__name__}", (kind,), {"forward": forward})
 
 
-class Mixture(ParallelStyle):
+class MoEParallel(ParallelStyle):
     """Router and experts see all tokens, and what they make is summed; or, with `divided` tokens, this rank's own."""
 
     def __init__(self, divided: bool) -> None:
@@ -142,15 +142,15 @@ def style(role: str, divided: bool) -> ParallelStyle | None:
         case "together":
             return Together(SEQUENCE)
         case "alike":
-            return Plain(Replicate())
+            return LocalParallel(Replicate())
         case "outputs":
-            return Plain(Shard(0))
+            return LocalParallel(Shard(0))
         case "inputs":
-            return Plain(Shard(1), scatter=SEQUENCE)
+            return LocalParallel(Shard(1), scatter=SEQUENCE)
         case "mixture":
-            return Mixture(divided)
+            return MoEParallel(divided)
         case "shared":
             return Together(ROWS) if divided else Nothing()
         case "shared inputs":
-            return Plain(Shard(1), scatter=ROWS if divided else None)
+            return LocalParallel(Shard(1), scatter=ROWS if divided else None)
     return None

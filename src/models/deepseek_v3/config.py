@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from src.config.base import Config
 from src.models.accounting import (
     STATISTIC_BYTES,
-    Saved,
+    SavedActivations,
     Slice,
     Weight,
     around_blocks,
@@ -178,9 +178,13 @@ class DeepseekV3Config(ModelConfig):
 
     def cut_by_tensor(self) -> dict[str, int]:
         sizes = {"n_heads": self.n_heads, "vocab_size": self.vocab_size, "ffn_dim": self.ffn_dim}
-        return sizes | ({"moe.n_shared * model.moe.hidden_dim": self.moe.shared_dim} if self.moe.n_shared else {})
+        return sizes | (
+            {"moe.num_shared_experts * model.moe.hidden_dim": self.moe.shared_dim}
+            if self.moe.num_shared_experts
+            else {}
+        )
 
-    def saved_by_block(self, cut: Slice) -> Saved:
+    def saved_by_block(self, cut: Slice) -> SavedActivations:
         """The mean over dense blocks and those with experts, right when times n_layers; `working`: the larger one's."""
         dense, experts, moe = self.n_dense_layers, self.n_layers - self.n_dense_layers, self.moe
         element, attention = cut.element_bytes, self._attention_bytes(cut) + norm_bytes(self.dim, cut)
@@ -195,7 +199,7 @@ class DeepseekV3Config(ModelConfig):
             dense and 3 * self.ffn_dim / cut.tensor,  # gradients of w1 x, w3 x and their product
             experts and working_elements(moe, self.dim, cut),
         )
-        return Saved(
+        return SavedActivations(
             whole=mean(attention + feed_forward, attention + mixture_bytes(moe, self.dim, cut)) + once,
             input=mean(0, 0),
             selective=mean(self._selective(cut, dense=True), self._selective(cut, dense=False)),
@@ -223,7 +227,7 @@ class DeepseekV3Config(ModelConfig):
             widths += [self.ffn_dim / tensor, self.ffn_dim / tensor]
         else:
             widths += [router_width(moe, cut)]
-            widths += [moe.shared_dim / tensor, moe.shared_dim / tensor] if moe.n_shared else []
-            last = self.dim if moe.n_shared else None
+            widths += [moe.shared_dim / tensor, moe.shared_dim / tensor] if moe.num_shared_experts else []
+            last = self.dim if moe.num_shared_experts else None
         core = core_bytes(self.n_heads, self.v_head_dim, cut)
         return product_bytes(widths, last, cut) + core + (0 if dense else selective_bytes(moe, self.dim, cut))

@@ -5,7 +5,7 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.deepseek_v3.config import DeepseekV3Config
-from src.models.stored import MATRIX, Facts, Stored, by_block, experts, router_bias
+from src.models.stored import MATRIX, ConfigReader, Stored, by_block, experts, router_bias
 
 MODEL_TYPES = {"sigmoid": "deepseek_v3", "softmax": "deepseek_v2"}
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
@@ -33,9 +33,9 @@ def stored(config: DeepseekV3Config) -> Iterator[Stored]:
     """Every tensor of the model: the parameters, and the biases of the routers."""
     yield from by_block(config.weights(), _inside)
     # A router with sigmoid scores always has them there, one with softmax scores never.
-    absent = config.moe.score == "softmax"
+    absent = config.moe.score_func == "softmax"
     for layer in range(config.n_dense_layers, config.n_layers):
-        yield router_bias(layer, config.moe.n_experts, optional=absent)
+        yield router_bias(layer, config.moe.num_experts, optional=absent)
 
 
 def _inside(weight: Weight, block: str, inner: str) -> Stored:
@@ -45,7 +45,7 @@ def _inside(weight: Weight, block: str, inner: str) -> Stored:
     return Stored(weight.name, weight.shape, (f"{block}.{IN_BLOCK[inner]}",), linear=linear)
 
 
-def skipped(_config: DeepseekV3Config, key: str, facts: Facts) -> str | None:
+def skipped(_config: DeepseekV3Config, key: str, facts: ConfigReader) -> str | None:
     """Why a key that is there is not read; None: it should be."""
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotary frequencies, which are computed"
@@ -56,7 +56,7 @@ def skipped(_config: DeepseekV3Config, key: str, facts: Facts) -> str | None:
     return None
 
 
-def read(facts: Facts) -> dict[str, Any]:
+def read(facts: ConfigReader) -> dict[str, Any]:
     """The keys of DeepseekV3Config that a config.json says."""
     _refuse(facts)
     theta, kind, numbers = facts.rope(10000.0, "default", "yarn")
@@ -80,7 +80,7 @@ def read(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _refuse(facts: Facts) -> None:
+def _refuse(facts: ConfigReader) -> None:
     facts.only("attention_bias", legal=(False,))
     facts.only("mlp_bias", legal=(False,))
     facts.only("hidden_act", legal=("silu",))
@@ -93,7 +93,7 @@ def _refuse(facts: Facts) -> None:
     facts.get("qk_head_dim", None)
 
 
-def _yarn(numbers: Facts) -> dict[str, Any]:
+def _yarn(numbers: ConfigReader) -> dict[str, Any]:
     mscale, all_dim = numbers.number("mscale", 1.0), numbers.number("mscale_all_dim", 0.0)
     if mscale != all_dim:
         numbers.problems.append(
@@ -108,7 +108,7 @@ def _yarn(numbers: Facts) -> dict[str, Any]:
     }
 
 
-def _mixture(facts: Facts) -> dict[str, Any]:
+def _mixture(facts: ConfigReader) -> dict[str, Any]:
     third = facts.get("model_type") == "deepseek_v3"
     score = facts.only("scoring_func", legal=("sigmoid" if third else "softmax",))
     if third:
@@ -121,25 +121,25 @@ def _mixture(facts: Facts) -> dict[str, Any]:
     if not grouped:
         facts.seen |= {"n_group", "topk_group"}
     return {
-        "n_experts": facts.whole("n_routed_experts"),
-        "groups": groups,
-        "groups_kept": kept,
+        "num_experts": facts.whole("n_routed_experts"),
+        "num_expert_groups": groups,
+        "num_limited_groups": kept,
         "top_k": facts.whole("num_experts_per_tok"),
-        "n_shared": facts.whole("n_shared_experts"),
+        "num_shared_experts": facts.whole("n_shared_experts"),
         "hidden_dim": facts.whole("moe_intermediate_size"),
-        "score": score,
+        "score_func": score,
         "group_score": "top2sum" if third else "max",
-        "normalise": facts.get("norm_topk_prob", True) if third else facts.only("norm_topk_prob", legal=(False,)),
-        "scale": facts.number("routed_scaling_factor", 1.0),
+        "route_norm": facts.get("norm_topk_prob", True) if third else facts.only("norm_topk_prob", legal=(False,)),
+        "route_scale": facts.number("routed_scaling_factor", 1.0),
         "score_before_experts": False,
-        **({} if third else {"balance_rate": None}),  # V2 has no biases to balance with
+        **({} if third else {"load_balance_coeff": None}),  # V2 has no biases to balance with
     }
 
 
 def write(config: DeepseekV3Config) -> dict[str, Any]:
     """config.json without what only a run knows (token ids, dtype)."""
     moe, yarn = config.moe, config.rope_scaling
-    kind = MODEL_TYPES[moe.score]
+    kind = MODEL_TYPES[moe.score_func]
     rope = None
     if yarn is not None:
         rope = {
@@ -152,7 +152,7 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
             "mscale": yarn.mscale,
             "mscale_all_dim": yarn.mscale,
         }
-    plain = moe.groups_kept == moe.groups
+    plain = moe.num_limited_groups == moe.num_expert_groups
     if kind == "deepseek_v3":
         routing: dict[str, Any] = {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0, "rope_interleave": True}
     else:
@@ -173,14 +173,14 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
         "qk_nope_head_dim": config.qk_nope_head_dim,
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "v_head_dim": config.v_head_dim,
-        "n_routed_experts": moe.n_experts,
-        "n_shared_experts": moe.n_shared,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.num_shared_experts,
         "num_experts_per_tok": moe.top_k,
-        "n_group": 1 if plain else moe.groups,
-        "topk_group": 1 if plain else moe.groups_kept,
-        "scoring_func": moe.score,
-        "norm_topk_prob": moe.normalise,
-        "routed_scaling_factor": moe.scale,
+        "n_group": 1 if plain else moe.num_expert_groups,
+        "topk_group": 1 if plain else moe.num_limited_groups,
+        "scoring_func": moe.score_func,
+        "norm_topk_prob": moe.route_norm,
+        "routed_scaling_factor": moe.route_scale,
         **routing,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
@@ -195,7 +195,7 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
 
 def problems(config: DeepseekV3Config) -> list[str]:
     """What transformers' DeepSeek of this score does not have."""
-    moe, kind, found = config.moe, MODEL_TYPES[config.moe.score], []
+    moe, kind, found = config.moe, MODEL_TYPES[config.moe.score_func], []
     if config.fixed_block is not None:
         found.append(f"model.fixed_block={config.fixed_block}: transformers' {kind} attends to all that came before")
     if config.norm_eps != NORM_EPS:
@@ -204,13 +204,15 @@ def problems(config: DeepseekV3Config) -> list[str]:
         found.append(f"model.n_heads={config.n_heads} does not divide model.dim={config.dim}, as transformers asks")
     if moe.score_before_experts:
         found.append(f"model.moe.score_before_experts=true: transformers' {kind} weighs what leaves an expert")
-    if moe.n_shared == 0:
-        found.append(f"model.moe.n_shared=0: transformers' {kind} has at least one shared expert")
-    if moe.forced_balance:
-        found.append(f"model.moe.forced_balance=true: transformers' {kind} takes the best experts")
-    if moe.score == "softmax" and moe.normalise:
-        found.append("model.moe.normalise=true with model.moe.score=softmax: transformers' deepseek_v2 never does")
-    wanted = "top2sum" if moe.score == "sigmoid" else "max"
-    if moe.groups_kept < moe.groups and moe.group_score != wanted:
+    if moe.num_shared_experts == 0:
+        found.append(f"model.moe.num_shared_experts=0: transformers' {kind} has at least one shared expert")
+    if moe.force_load_balance:
+        found.append(f"model.moe.force_load_balance=true: transformers' {kind} takes the best experts")
+    if moe.score_func == "softmax" and moe.route_norm:
+        found.append(
+            "model.moe.route_norm=true with model.moe.score_func=softmax: transformers' deepseek_v2 never does"
+        )
+    wanted = "top2sum" if moe.score_func == "sigmoid" else "max"
+    if moe.num_limited_groups < moe.num_expert_groups and moe.group_score != wanted:
         found.append(f"model.moe.group_score={moe.group_score}: transformers' {kind} has {wanted}")
     return found

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_va
 
 from src.config.base import Config
 from src.errors import divisors
-from src.models.accounting import Saved, Slice, Weight, around_blocks
+from src.models.accounting import SavedActivations, Slice, Weight, around_blocks
 from src.models.base import ModelConfig
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Llama3Config(ModelConfig):
     multiple_of: PositiveInt
     rope_theta: PositiveFloat
     rope_scaling: RopeScaling | None
-    tied_embeddings: bool
+    tie_word_embeddings: bool
     depth_init: bool
 
     @field_validator("n_kv_heads")
@@ -88,7 +88,7 @@ class Llama3Config(ModelConfig):
 
     @property
     def tied(self) -> bool:
-        return self.tied_embeddings
+        return self.tie_word_embeddings
 
     @property
     def kv_heads(self) -> int:
@@ -132,7 +132,7 @@ class Llama3Config(ModelConfig):
     def head_widths(self) -> tuple[int, int]:
         return self.head_width, self.head_width
 
-    def saved_by_block(self, cut: Slice) -> Saved:
+    def saved_by_block(self, cut: Slice) -> SavedActivations:
         """Between blocks the sequence is cut by `tensor`; the inputs of column-wise linears are whole."""
         queries, keys = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
         streams = 2 * self.dim / cut.tensor  # inputs of the two norms
@@ -148,7 +148,7 @@ class Llama3Config(ModelConfig):
             elements += narrow / cut.element_bytes - narrow
         # At its widest: gradients of w1 x, w3 x and their product, of the stream, and of the gathered norm output.
         working = 3 * self.ffn_dim / cut.tensor + self.dim / cut.tensor + self.dim
-        return Saved(
+        return SavedActivations(
             whole=int(cut.tokens * (elements * cut.element_bytes + statistics_bytes)),
             input=int(cut.tokens * self.dim / cut.tensor * cut.element_bytes),
             selective=int(cut.tokens * self._selective(cut)),

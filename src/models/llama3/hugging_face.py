@@ -5,7 +5,7 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.llama3.config import Llama3Config
-from src.models.stored import OUTSIDE, Facts, Stored, by_block
+from src.models.stored import OUTSIDE, ConfigReader, Stored, by_block
 
 MODEL_TYPE = "llama"
 ARCHITECTURE = "LlamaForCausalLM"
@@ -34,14 +34,14 @@ def stored(config: Llama3Config) -> Iterator[Stored]:
     return by_block(config.weights(), inside)
 
 
-def skipped(config: Llama3Config, key: str, _facts: Facts) -> str | None:
+def skipped(config: Llama3Config, key: str, _facts: ConfigReader) -> str | None:
     """Why a key that is there is not read; None: it should be."""
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotary frequencies, which are computed"
-    return "a head that is the embedding" if config.tied_embeddings and key == OUTSIDE["output.weight"] else None
+    return "a head that is the embedding" if config.tie_word_embeddings and key == OUTSIDE["output.weight"] else None
 
 
-def read(facts: Facts) -> dict[str, Any]:
+def read(facts: ConfigReader) -> dict[str, Any]:
     """The keys of Llama3Config that a config.json says."""
     for key in ("attention_bias", "mlp_bias"):
         facts.only(key, legal=(False,))
@@ -71,7 +71,7 @@ def read(facts: Facts) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": facts.number("rms_norm_eps", 1e-6),
-        "tied_embeddings": facts.only("tie_word_embeddings", legal=(False, True)),
+        "tie_word_embeddings": facts.only("tie_word_embeddings", legal=(False, True)),
         "depth_init": True,
     }
 
@@ -109,7 +109,7 @@ def write(config: Llama3Config) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
-        "tie_word_embeddings": config.tied_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
     }

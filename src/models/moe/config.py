@@ -6,7 +6,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, Strict, Validat
 
 from src.config.base import Config
 from src.errors import divisors
-from src.models.accounting import Grid, Weight, swiglu
+from src.models.accounting import RankGrid, Weight, swiglu
 
 # The grouped matrix product reads 16 bytes at a time: 8 numbers of bf16.
 WIDTH_MULTIPLE = 8
@@ -15,43 +15,47 @@ WIDTH_MULTIPLE = 8
 class MixtureOfExperts(Config):
     """A router, many small SwiGLUs of which each token meets a few, and one SwiGLU that all tokens meet."""
 
-    n_experts: PositiveInt
-    groups: PositiveInt
-    groups_kept: PositiveInt
+    num_experts: PositiveInt
+    num_expert_groups: PositiveInt
+    num_limited_groups: PositiveInt
     top_k: PositiveInt
-    n_shared: NonNegativeInt
+    num_shared_experts: NonNegativeInt
     hidden_dim: PositiveInt
-    score: Literal["softmax", "sigmoid"]
+    score_func: Literal["softmax", "sigmoid"]
     group_score: Literal["top2sum", "max"]
-    normalise: bool
-    scale: PositiveFloat
+    route_norm: bool
+    route_scale: PositiveFloat
     score_before_experts: bool
-    balance_rate: PositiveFloat | None
+    load_balance_coeff: PositiveFloat | None
     unbalanced_layers: Annotated[tuple[NonNegativeInt, ...], Strict(strict=False)]
-    forced_balance: bool
+    force_load_balance: bool
 
-    @field_validator("groups")
+    @field_validator("num_expert_groups")
     @classmethod
-    def _groups_are_equal(cls, groups: int, info: ValidationInfo) -> int:
-        n_experts = info.data.get("n_experts")
-        if n_experts is not None and n_experts % groups:
-            raise ValueError(f"{groups} does not divide n_experts={n_experts} ({divisors(n_experts, groups)})")
-        return groups
+    def _groups_are_equal(cls, num_expert_groups: int, info: ValidationInfo) -> int:
+        num_experts = info.data.get("num_experts")
+        if num_experts is not None and num_experts % num_expert_groups:
+            legal = divisors(num_experts, num_expert_groups)
+            raise ValueError(f"{num_expert_groups} does not divide num_experts={num_experts} ({legal})")
+        return num_expert_groups
 
-    @field_validator("groups_kept")
+    @field_validator("num_limited_groups")
     @classmethod
-    def _keeps_what_there_is(cls, groups_kept: int, info: ValidationInfo) -> int:
-        groups = info.data.get("groups")
-        if groups is not None and groups_kept > groups:
-            raise ValueError(f"{groups_kept} is more than groups={groups}; at most {groups}")
-        return groups_kept
+    def _keeps_what_there_is(cls, num_limited_groups: int, info: ValidationInfo) -> int:
+        num_expert_groups = info.data.get("num_expert_groups")
+        if num_expert_groups is not None and num_limited_groups > num_expert_groups:
+            groups = num_expert_groups
+            raise ValueError(f"{num_limited_groups} is more than num_expert_groups={groups}; at most {groups}")
+        return num_limited_groups
 
     @field_validator("top_k")
     @classmethod
     def _enough_to_choose_from(cls, top_k: int, info: ValidationInfo) -> int:
-        n_experts, groups, kept = (info.data.get(key) for key in ("n_experts", "groups", "groups_kept"))
-        if n_experts and groups and kept and top_k > (left := n_experts // groups * kept):
-            raise ValueError(f"{top_k} is more than the {left} experts of groups_kept={kept}; at most {left}")
+        num_experts, groups, kept = (
+            info.data.get(key) for key in ("num_experts", "num_expert_groups", "num_limited_groups")
+        )
+        if num_experts and groups and kept and top_k > (left := num_experts // groups * kept):
+            raise ValueError(f"{top_k} is more than the {left} experts of num_limited_groups={kept}; at most {left}")
         return top_k
 
     @field_validator("hidden_dim")
@@ -62,38 +66,40 @@ class MixtureOfExperts(Config):
     @field_validator("group_score")
     @classmethod
     def _two_in_a_group(cls, group_score: str, info: ValidationInfo) -> str:
-        n_experts, groups = info.data.get("n_experts"), info.data.get("groups")
-        if group_score == "top2sum" and n_experts and groups and groups > 1 and n_experts // groups < 2:
-            raise ValueError(f"top2sum needs two experts in each of groups={groups}; group_score=max does with one")
+        num_experts, groups = info.data.get("num_experts"), info.data.get("num_expert_groups")
+        if group_score == "top2sum" and num_experts and groups and groups > 1 and num_experts // groups < 2:
+            raise ValueError(
+                f"top2sum needs two experts in each of num_expert_groups={groups}; group_score=max does with one"
+            )
         return group_score
 
     def weights(self, unit: str, dim: int) -> tuple[Weight, ...]:
         """Parameters of the mixture in block `unit`, between vectors of `dim` features."""
-        share = self.top_k / self.n_experts
-        up, down = (self.n_experts, self.hidden_dim, dim), (self.n_experts, dim, self.hidden_dim)
+        share = self.top_k / self.num_experts
+        up, down = (self.num_experts, self.hidden_dim, dim), (self.num_experts, dim, self.hidden_dim)
         return (
-            Weight(f"{unit}.moe.router.gate.weight", (self.n_experts, dim), unit),
+            Weight(f"{unit}.moe.router.gate.weight", (self.num_experts, dim), unit),
             Weight(f"{unit}.moe.experts.w1", up, unit, tensor_dim=1, active=share, experts=True),
             Weight(f"{unit}.moe.experts.w2", down, unit, tensor_dim=2, active=share, experts=True),
             Weight(f"{unit}.moe.experts.w3", up, unit, tensor_dim=1, active=share, experts=True),
-            *(swiglu(unit, "moe.shared_experts", dim, self.shared_dim) if self.n_shared else ()),
+            *(swiglu(unit, "moe.shared_experts", dim, self.shared_dim) if self.num_shared_experts else ()),
         )
 
     def warnings(self) -> list[str]:
         """What a reader of this run's figures must know."""
-        if not self.forced_balance:
+        if not self.force_load_balance:
             return []
         return [
-            "model.moe.forced_balance=true: experts in turn, not the best ones; its figures are of no real training"
+            "model.moe.force_load_balance=true: experts in turn, not the best ones; its figures are of no real training"
         ]
 
-    def problems(self, grid: Grid, dim: int) -> list[str]:
+    def problems(self, grid: RankGrid, dim: int) -> list[str]:
         """Why experts between vectors of `dim` features cannot lie on these ranks."""
         found = []
-        if self.n_experts % grid.expert:
-            legal = divisors(self.n_experts, grid.expert)
+        if self.num_experts % grid.expert:
+            legal = divisors(self.num_experts, grid.expert)
             found.append(
-                f"parallel.expert={grid.expert} does not divide model.moe.n_experts={self.n_experts} ({legal})"
+                f"parallel.expert={grid.expert} does not divide model.moe.num_experts={self.num_experts} ({legal})"
             )
         width, remainder = divmod(self.hidden_dim, grid.expert_tensor)
         if remainder or width % WIDTH_MULTIPLE:
@@ -102,9 +108,9 @@ class MixtureOfExperts(Config):
                 f"parallel.expert_tensor={grid.expert_tensor} cuts model.moe.hidden_dim={self.hidden_dim} into parts "
                 f"that are no multiples of {WIDTH_MULTIPLE} ({legal})"
             )
-        if not found and grid.cuts_inside(self.n_experts) and (width % grid.expert_shard or dim % grid.expert_shard):
+        if not found and grid.cuts_inside(self.num_experts) and (width % grid.expert_shard or dim % grid.expert_shard):
             found.append(
-                f"FSDP cannot deal {self.n_experts // grid.expert} experts out to the {grid.expert_shard} ranks that "
+                f"FSDP cannot deal {self.num_experts // grid.expert} experts out to the {grid.expert_shard} ranks that "
                 f"share them, nor cut {width} x {dim} features by as many; pass another parallel.expert, or more ranks "
                 "as parallel.replicate"
             )
@@ -113,7 +119,7 @@ class MixtureOfExperts(Config):
     @property
     def shared_dim(self) -> int:
         """Width of the SwiGLU that every token meets; 0: there is none."""
-        return self.n_shared * self.hidden_dim
+        return self.num_shared_experts * self.hidden_dim
 
 
 def aligned(width: int) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# rows (n, in), those of expert 0 first; matrices (n_experts, in, out); where each expert's rows end (n_experts), int32
+# rows (n, in), those of expert 0 first; matrices (num_experts, in, out); ends of the rows of each (num_experts), int32
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -23,15 +23,15 @@ class Experts(nn.Module):
     product: Product
     multiple: int
 
-    def __init__(self, n_experts: int, dim: int, hidden: int) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
         super().__init__()
         self.product, self.multiple = grouped_product, 1
-        self.w1 = nn.Parameter(torch.empty(n_experts, hidden, dim))
-        self.w2 = nn.Parameter(torch.empty(n_experts, dim, hidden))
-        self.w3 = nn.Parameter(torch.empty(n_experts, hidden, dim))
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w3 = nn.Parameter(torch.empty(num_experts, hidden, dim))
 
     def forward(self, rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
-        """rows (n, dim), those of expert 0 first; counts (n_experts); weights (n) fp32 scale the result (n, dim)."""
+        """rows (n, dim), those of expert 0 first; counts (num_experts); weights (n) fp32 scale the result (n, dim)."""
         if self.multiple == 1:
             return self._swiglu(rows, counts.cumsum(0, dtype=torch.int32), weights)
         places, slots, ends = filling(counts, len(rows), self.multiple)
@@ -54,7 +54,7 @@ class Experts(nn.Module):
 
 def filling(counts: Tensor, rows: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """How to stretch each expert's segment to a multiple of rows, without a wait for the device: the new place of each
-    row; the row at each new place, or `rows` where there is none; and where the new segments end (n_experts), int32.
+    row; the row at each new place, or `rows` where there is none; and where the new segments end (num_experts), int32.
 
     What no segment needs of the fixed length belongs to the last one.
     """

@@ -12,7 +12,7 @@ from src.models.moe.experts import Experts
 from src.models.moe.router import Router, Routing
 
 
-class Stopwatch(Protocol):
+class TransferTimer(Protocol):
     """src.distributed.expert.stopwatch has one."""
 
     def milliseconds(self) -> tuple[float, float]: ...
@@ -21,22 +21,22 @@ class Stopwatch(Protocol):
 class MoE(nn.Module):
     """Router, routed experts, and one SwiGLU for all tokens. What travels between them is `exchange`'s business."""
 
-    expert_bias: Tensor  # (n_experts) fp32: a weight in all but its update
-    tokens_per_expert: Tensor  # (n_experts) int64: of this rank, since the last optimizer step
-    load: Tensor  # (n_experts) int64: of all ranks, in the last optimizer step
-    stopwatch: Stopwatch | None  # of a layout in which tokens travel
+    expert_bias: Tensor  # (num_experts) fp32: a weight in all but its update
+    tokens_per_expert: Tensor  # (num_experts) int64: of this rank, since the last optimizer step
+    load: Tensor  # (num_experts) int64: of all ranks, in the last optimizer step
+    stopwatch: TransferTimer | None  # of a layout in which tokens travel
 
     def __init__(self, dim: int, config: MixtureOfExperts, *, balanced: bool) -> None:
         super().__init__()
         self.stopwatch = None
-        self.balance_rate = config.balance_rate if balanced else None
+        self.load_balance_coeff = config.load_balance_coeff if balanced else None
         self.router = Router(dim, config)
-        self.experts = Experts(config.n_experts, dim, config.hidden_dim)
-        self.exchange = LocalExchange(config.score_before_experts)
-        self.shared_experts = FeedForward(dim, config.shared_dim) if config.n_shared else None
-        self.register_buffer("expert_bias", torch.empty(config.n_experts))
-        self.register_buffer("tokens_per_expert", torch.empty(config.n_experts), persistent=False)
-        self.register_buffer("load", torch.empty(config.n_experts), persistent=False)
+        self.experts = Experts(config.num_experts, dim, config.hidden_dim)
+        self.dispatcher = LocalTokenDispatcher(config.score_before_experts)
+        self.shared_experts = FeedForward(dim, config.shared_dim) if config.num_shared_experts else None
+        self.register_buffer("expert_bias", torch.empty(config.num_experts))
+        self.register_buffer("tokens_per_expert", torch.empty(config.num_experts), persistent=False)
+        self.register_buffer("load", torch.empty(config.num_experts), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -52,11 +52,11 @@ class MoE(nn.Module):
         """
         rows = x.flatten(0, -2)
         routing = self.router(rows, self.expert_bias)
-        result = self.exchange(rows, routing, self.experts, self.shared_experts)
+        result = self.dispatcher(rows, routing, self.experts, self.shared_experts)
         return result.view_as(x), routing.counts
 
 
-class LocalExchange(nn.Module):
+class LocalTokenDispatcher(nn.Module):
     """All experts are here: sort rows by expert, and add up what comes back in a fixed order."""
 
     def __init__(self, score_before_experts: bool) -> None:
@@ -161,11 +161,11 @@ def balance(layers: Sequence[MoE], summed: Callable[[Tensor], Tensor], applied: 
     """
     if not layers:
         return
-    counts = summed(torch.stack([moe.tokens_per_expert for moe in layers]))  # (layers, n_experts)
+    counts = summed(torch.stack([moe.tokens_per_expert for moe in layers]))  # (layers, num_experts)
     direction = (counts.sum(-1, keepdim=True) - counts * counts.shape[-1]).sign().float()
     change = (direction - direction.mean(-1, keepdim=True)) * applied
     for moe, row in zip(layers, change, strict=True):
-        if moe.balance_rate is not None:
-            moe.expert_bias += moe.balance_rate * row
+        if moe.load_balance_coeff is not None:
+            moe.expert_bias += moe.load_balance_coeff * row
     torch._foreach_copy_([moe.load for moe in layers], counts.unbind())
     torch._foreach_zero_([moe.tokens_per_expert for moe in layers])

@@ -14,7 +14,7 @@ class Routing(NamedTuple):
 
     weights: Tensor  # (tokens, top_k) fp32
     experts: Tensor  # (tokens, top_k) int64, different within a row
-    counts: Tensor  # (n_experts) int64: rows that each expert gets; they add up to tokens * top_k
+    counts: Tensor  # (num_experts) int64: rows that each expert gets; they add up to tokens * top_k
     even: bool = False  # the counts are known to be equal before the device has counted
 
 
@@ -24,43 +24,43 @@ class Router(nn.Module):
     def __init__(self, dim: int, config: MixtureOfExperts) -> None:
         super().__init__()
         self.config = config
-        self.gate = Gate(dim, config.n_experts)
+        self.gate = Gate(dim, config.num_experts)
 
     def forward(self, x: Tensor, bias: Tensor) -> Routing:
-        """x (tokens, dim); `bias` (n_experts) fp32 moves the choice, never the weights or a gradient."""
+        """x (tokens, dim); `bias` (num_experts) fp32 moves the choice, never the weights or a gradient."""
         logits = self.gate(x)
-        scores = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
-        experts = self._in_turn(scores) if self.config.forced_balance else self._best(scores.detach() + bias)
+        scores = logits.softmax(-1) if self.config.score_func == "softmax" else logits.sigmoid()
+        experts = self._in_turn(scores) if self.config.force_load_balance else self._best(scores.detach() + bias)
         weights = scores.gather(-1, experts)
-        if self.config.normalise:
+        if self.config.route_norm:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         # A sum of a map of flags: whole numbers, the same at every run, and no wait for the device as in bincount.
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, value=True)
-        even = self.config.forced_balance and experts.numel() % self.config.n_experts == 0
-        return Routing(weights * self.config.scale, experts, chosen.sum(0), even)
+        even = self.config.force_load_balance and experts.numel() % self.config.num_experts == 0
+        return Routing(weights * self.config.route_scale, experts, chosen.sum(0), even)
 
     def _best(self, scores: Tensor) -> Tensor:
         """The top_k of each row, within its best groups of neighbouring experts."""
         config = self.config
-        if config.groups_kept < config.groups:
-            grouped = scores.unflatten(-1, (config.groups, -1))
+        if config.num_limited_groups < config.num_expert_groups:
+            grouped = scores.unflatten(-1, (config.num_expert_groups, -1))
             best = grouped.amax(-1) if config.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
-            kept = best.topk(config.groups_kept, dim=-1, sorted=False).indices
+            kept = best.topk(config.num_limited_groups, dim=-1, sorted=False).indices
             out = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, value=False)
             scores = grouped.masked_fill(out.unsqueeze(-1), float("-inf")).flatten(-2)
         return scores.topk(config.top_k, dim=-1, sorted=False).indices
 
     def _in_turn(self, scores: Tensor) -> Tensor:
-        """Expert p mod n_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
+        """Expert p mod num_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
         places = torch.arange(len(scores) * self.config.top_k, device=scores.device)
-        return (places % self.config.n_experts).view(len(scores), -1)
+        return (places % self.config.num_experts).view(len(scores), -1)
 
 
 class Gate(nn.Linear):
-    """x (tokens, dim) -> logits (tokens, n_experts) fp32."""
+    """x (tokens, dim) -> logits (tokens, num_experts) fp32."""
 
-    def __init__(self, dim: int, n_experts: int) -> None:
-        super().__init__(dim, n_experts, bias=False)
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         project: Callable[..., Tensor] = _PreciseLinear.apply
@@ -101,7 +101,7 @@ class _PreciseLinear(torch.autograd.Function):
             return grads[0] @ weight, grads[0].T @ x
         # Two bf16 numbers add up to 16 bits of a gradient: their products are as cheap as one of half the precision.
         high = grads[0].bfloat16()
-        parts = torch.cat((high, (grads[0] - high).bfloat16()), dim=-1)  # (tokens, 2 * n_experts)
+        parts = torch.cat((high, (grads[0] - high).bfloat16()), dim=-1)  # (tokens, 2 * num_experts)
         grad_x = parts @ torch.cat((weight, weight))
         grad_weight = precise_product(parts.T, x).unflatten(0, (2, -1)).sum(0)
         return grad_x, grad_weight.to(weight.dtype)

@@ -10,20 +10,22 @@ def mixture_bytes(moe: MixtureOfExperts, dim: int, cut: Slice) -> float:
     """What the norm in front makes, the routing, the rows of all experts of a token, and the shared experts."""
     norm = cut.element_bytes * dim
     # Where tensor ranks divide the tokens the shared experts put them together again.
-    shared = swiglu_bytes(moe.shared_dim / cut.tensor, cut) + (norm if moe.n_shared and cut.mixtures > 1 else 0)
+    shared = swiglu_bytes(moe.shared_dim / cut.tensor, cut) + (
+        norm if moe.num_shared_experts and cut.mixtures > 1 else 0
+    )
     return shared + (norm + _routed(moe, dim, cut)) / cut.mixtures
 
 
 def ends_bytes(moe: MixtureOfExperts) -> int:
     """Where each expert's rows end: once for all tokens."""
-    return STATISTIC_BYTES * moe.n_experts
+    return STATISTIC_BYTES * moe.num_experts
 
 
 def _routed(moe: MixtureOfExperts, dim: int, cut: Slice) -> float:
     """Of a token that a mixture sees: the routing, and the rows of all its experts."""
     hidden = moe.hidden_dim / cut.expert_tensor
-    normalising = moe.top_k + 1 if moe.normalise else 0
-    router = 4 * (moe.n_experts + normalising)
+    normalising = moe.top_k + 1 if moe.route_norm else 0
+    router = 4 * (moe.num_experts + normalising)
     # Which experts, their order and its inverse; the weight at each place. Rows that travelled were put in order again.
     indices = moe.top_k * ((5 if cut.expert > 1 else 3) * INDEX_BYTES + 4)
     # Beside what a SwiGLU keeps: what the weight multiplies.
@@ -44,7 +46,7 @@ def working_elements(moe: MixtureOfExperts, dim: int, cut: Slice) -> float:
 
 def router_width(moe: MixtureOfExperts, cut: Slice) -> float:
     """The router's logits, which are fp32, in elements of the compute dtype."""
-    return 4 / cut.element_bytes * moe.n_experts / cut.mixtures
+    return 4 / cut.element_bytes * moe.num_experts / cut.mixtures
 
 
 def selective_bytes(moe: MixtureOfExperts, dim: int, cut: Slice) -> float:

@@ -8,7 +8,7 @@ from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from src.errors import divisors
 from src.models.accounting import (
     STATISTIC_BYTES,
-    Saved,
+    SavedActivations,
     Slice,
     Weight,
     around_blocks,
@@ -55,7 +55,7 @@ class Qwen3Config(ModelConfig):
     head_dim: PositiveInt  # elements of a head; n_heads * head_dim need not be dim
     ffn_dim: PositiveInt | None  # width of every feed forward; None: every layer has experts
     rope_theta: PositiveFloat
-    tied_embeddings: bool
+    tie_word_embeddings: bool
     moe: MixtureOfExperts | None  # None: every layer has a feed forward
 
     @field_validator("n_kv_heads")
@@ -78,8 +78,10 @@ class Qwen3Config(ModelConfig):
     def _no_shared_experts(cls, moe: MixtureOfExperts | None, info: ValidationInfo) -> MixtureOfExperts | None:
         if moe is None:
             return None
-        if moe.n_shared:
-            raise ValueError(f"n_shared={moe.n_shared}: a Qwen3 has no experts that all tokens meet; only 0 does")
+        if moe.num_shared_experts:
+            raise ValueError(
+                f"num_shared_experts={moe.num_shared_experts}: a Qwen3 has no experts that all tokens meet; only 0 does"
+            )
         layers, dim = info.data.get("n_layers"), info.data.get("dim")
         if layers is not None and (beyond := [layer for layer in moe.unbalanced_layers if layer >= layers]):
             raise ValueError(f"unbalanced_layers={beyond}: layers with experts are 0 to {layers - 1}")
@@ -103,7 +105,7 @@ class Qwen3Config(ModelConfig):
 
     @property
     def tied(self) -> bool:
-        return self.tied_embeddings
+        return self.tie_word_embeddings
 
     @property
     def kv_heads(self) -> int:
@@ -140,7 +142,7 @@ class Qwen3Config(ModelConfig):
         sizes = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "vocab_size": self.vocab_size}
         return sizes | ({} if self.ffn_dim is None else {"ffn_dim": self.ffn_dim})
 
-    def saved_by_block(self, cut: Slice) -> Saved:
+    def saved_by_block(self, cut: Slice) -> SavedActivations:
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         element, first = cut.element_bytes, self.dim / cut.tensor
         heads = 3 * queries + 3 * keys  # q and k in front of their norms and as they were turned, v, the result
@@ -159,7 +161,7 @@ class Qwen3Config(ModelConfig):
             whole += element * self.dim + swiglu_bytes(hidden, cut)
             once, working = 0, 3 * hidden  # gradients of w1 x, w3 x and their product
             kept += product_bytes([*products, hidden, hidden], self.dim, cut)
-        return Saved(
+        return SavedActivations(
             whole=int(cut.tokens * whole) + once,
             input=int(cut.tokens * element * first),
             selective=int(cut.tokens * kept),

@@ -5,7 +5,7 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.qwen3.config import Qwen3Config
-from src.models.stored import MATRIX, OUTSIDE, Facts, Stored, by_block, experts, router_bias
+from src.models.stored import MATRIX, OUTSIDE, ConfigReader, Stored, by_block, experts, router_bias
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
@@ -42,15 +42,15 @@ def stored(config: Qwen3Config) -> Iterator[Stored]:
 
     yield from by_block(config.weights(), inside)
     if config.moe is not None:  # transformers has no such biases
-        yield from (router_bias(layer, config.moe.n_experts, optional=True) for layer in range(config.n_layers))
+        yield from (router_bias(layer, config.moe.num_experts, optional=True) for layer in range(config.n_layers))
 
 
-def skipped(config: Qwen3Config, key: str, _facts: Facts) -> str | None:
+def skipped(config: Qwen3Config, key: str, _facts: ConfigReader) -> str | None:
     """Why a key that is there is not read; None: it should be."""
     return "a head that is the embedding" if config.tied and key == OUTSIDE["output.weight"] else None
 
 
-def read(facts: Facts) -> dict[str, Any]:
+def read(facts: ConfigReader) -> dict[str, Any]:
     """The keys of Qwen3Config that a config.json says."""
     facts.only("attention_bias", legal=(False,))
     facts.only("hidden_act", legal=("silu",))
@@ -70,27 +70,27 @@ def read(facts: Facts) -> dict[str, Any]:
         "max_seq_len": facts.whole("max_position_embeddings", 32768),
         "rope_theta": theta,
         "norm_eps": facts.number("rms_norm_eps", 1e-6),
-        "tied_embeddings": facts.only("tie_word_embeddings", legal=(False, True)),
+        "tie_word_embeddings": facts.only("tie_word_embeddings", legal=(False, True)),
         "moe": _mixture(facts) if routed else None,
     }
 
 
-def _mixture(facts: Facts) -> dict[str, Any]:
+def _mixture(facts: ConfigReader) -> dict[str, Any]:
     facts.only("decoder_sparse_step", legal=(1,))
     facts.only("mlp_only_layers", legal=([],))
     return {
-        "n_experts": facts.whole("num_experts", facts.get("num_local_experts", 128)),
+        "num_experts": facts.whole("num_experts", facts.get("num_local_experts", 128)),
         "groups": 1,
-        "groups_kept": 1,
+        "num_limited_groups": 1,
         "top_k": facts.whole("num_experts_per_tok", 8),
-        "n_shared": 0,
+        "num_shared_experts": 0,
         "hidden_dim": facts.whole("moe_intermediate_size", 768),
         "score": "softmax",
         "group_score": "max",
-        "normalise": facts.only("norm_topk_prob", legal=(False, True)),
+        "route_norm": facts.only("norm_topk_prob", legal=(False, True)),
         "scale": 1.0,
         "score_before_experts": False,
-        "balance_rate": None,  # there are no biases to balance with
+        "load_balance_coeff": None,  # there are no biases to balance with
     }
 
 
@@ -101,10 +101,10 @@ def write(config: Qwen3Config) -> dict[str, Any]:
     if moe is not None:
         width = moe.top_k * moe.hidden_dim  # of feed forwards that no layer has; released files say this one
         mixture = {
-            "num_experts": moe.n_experts,
+            "num_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.hidden_dim,
-            "norm_topk_prob": moe.normalise,
+            "norm_topk_prob": moe.route_norm,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
@@ -123,7 +123,7 @@ def write(config: Qwen3Config) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
-        "tie_word_embeddings": config.tied_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "use_sliding_window": False,
         **mixture,
@@ -137,14 +137,16 @@ def problems(config: Qwen3Config) -> list[str]:
         found.append(f"model.fixed_block={config.fixed_block}: transformers' qwen3 attends to all that came before")
     if moe is None:
         return found
-    if moe.score != "softmax":
-        found.append(f"model.moe.score={moe.score}: transformers' qwen3_moe has softmax")
-    if moe.groups_kept < moe.groups:
-        found.append(f"model.moe.groups_kept={moe.groups_kept}: transformers' qwen3_moe chooses among all experts")
-    if moe.scale != 1.0:
-        found.append(f"model.moe.scale={moe.scale}: transformers' qwen3_moe has 1.0")
+    if moe.score_func != "softmax":
+        found.append(f"model.moe.score_func={moe.score_func}: transformers' qwen3_moe has softmax")
+    if moe.num_limited_groups < moe.num_expert_groups:
+        found.append(
+            f"model.moe.num_limited_groups={moe.num_limited_groups}: transformers' qwen3_moe chooses among all experts"
+        )
+    if moe.route_scale != 1.0:
+        found.append(f"model.moe.route_scale={moe.route_scale}: transformers' qwen3_moe has 1.0")
     if moe.score_before_experts:
         found.append("model.moe.score_before_experts=true: transformers' qwen3_moe weighs what leaves an expert")
-    if moe.forced_balance:
-        found.append("model.moe.forced_balance=true: transformers' qwen3_moe takes the best experts")
+    if moe.force_load_balance:
+        found.append("model.moe.force_load_balance=true: transformers' qwen3_moe takes the best experts")
     return found

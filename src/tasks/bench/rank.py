@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.process.rank_context import RankContext, device_type
 from src.metrics.console import Console
-from src.metrics.kernels import Kernel, breakdown, markdown
+from src.metrics.kernels import KernelTime, breakdown, markdown
 from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
 from src.planning.plan import Plan, plan
-from src.planning.recompute_choice import settled
+from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.tasks.bench.config import Bench
 from src.train.expert_load import expert_load
-from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
+from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
 from src.train.step import Readback
 
 BENCH_FILE = "bench.json"
@@ -28,11 +28,11 @@ PROFILED_STEPS = 2
 
 def bench(task: Bench, run: Run, folder: Path) -> bool:
     """Collective. Always True: a benchmark that was stopped is started again."""
-    ranks = Ranks.join(
+    ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
-    run = settled(run, folder)
-    training = assemble(run, ranks, skips=0)
+    run = resolve_auto_recompute(run, folder)
+    training = build_training(run, ranks, skips=0)
     planned = plan(run)
     batches = [_random(planned, task.seq_len, run, training, index) for index in range(planned.micro_batches)]
     losses = _steps(training, batches, task.warmup_steps)
@@ -108,7 +108,7 @@ def _measure(
 def _routing(run: Run) -> str | None:
     """What belongs beside every figure of a model with experts."""
     mixture = run.model.mixture
-    return None if mixture is None else "forced balance" if mixture.forced_balance else "natural"
+    return None if mixture is None else "forced balance" if mixture.force_load_balance else "natural"
 
 
 def _profile(training: Training, batches: list[Batch], folder: Path) -> dict[str, Any]:
@@ -118,24 +118,24 @@ def _profile(training: Training, batches: list[Batch], folder: Path) -> dict[str
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         _steps(training, batches, PROFILED_STEPS)
-    parts = breakdown(_kernels(profiler.events() or [], training.ranks.device), PROFILED_STEPS)
+    stages = breakdown(_kernels(profiler.events() or [], training.ranks.device), PROFILED_STEPS)
     if training.ranks.rank == 0:
-        (folder / "profile.md").write_text(markdown(parts))
+        (folder / "profile.md").write_text(markdown(stages))
         key = "self_device_time_total" if training.ranks.device.type == "cuda" else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110)
         (folder / "profile.txt").write_text(table)
         profiler.export_chrome_trace(str(folder / "profile_trace.json.gz"))
-    return parts
+    return stages
 
 
-def _kernels(events: Iterable[Any], device: torch.device) -> list[Kernel]:
+def _kernels(events: Iterable[Any], device: torch.device) -> list[KernelTime]:
     """What ran on the GPU. On the CPU: each operator's own time, one after another."""
     if device.type == "cuda":
         found = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
-        return [Kernel(event.name, event.time_range.start, event.time_range.end) for event in found]
+        return [KernelTime(event.name, event.time_range.start, event.time_range.end) for event in found]
     own = [(event.name, event.self_cpu_time_total) for event in events if not event.is_user_annotation]
     ends = list(accumulate(spent for _, spent in own))
-    return [Kernel(name, end - spent, end) for (name, spent), end in zip(own, ends, strict=True)]
+    return [KernelTime(name, end - spent, end) for (name, spent), end in zip(own, ends, strict=True)]
 
 
 def _tell(figures: dict[str, Any]) -> None:

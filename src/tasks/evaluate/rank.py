@@ -14,12 +14,12 @@ from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.model_stages import ModelStages
+from src.distributed.process.rank_context import RankContext, device_type
 from src.run import Run
 from src.tasks.evaluate.config import Evaluate
 from src.tasks.source import load
-from src.train.setup import START_TIMEOUT_SECONDS, unfilled
+from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
 from src.train.stop import Stop
 from src.train.validate import summed_loss
 
@@ -44,10 +44,10 @@ class Score:
 def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
     """Collective. False when a signal came before the last source was read; nothing is written then."""
     with Stop() as stop:
-        ranks = Ranks.join(
+        ranks = RankContext.join(
             device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
         )
-        network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
+        network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
         origin = load(task, run, network, folder)
         corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)
         scores = _scores(task, run, network, corpus, stop)
@@ -60,7 +60,7 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
         return scores is not None
 
 
-def _scores(task: Evaluate, run: Run, network: Network, corpus: Corpus, stop: Stop) -> dict[str, Score] | None:
+def _scores(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus, stop: Stop) -> dict[str, Score] | None:
     """Collective. By source, then "all" where there are several."""
     batches = Batches(
         corpus,

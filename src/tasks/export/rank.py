@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.checkpoint.folder import is_complete, read_marker, step_of
-from src.checkpoint.host_group import Team
+from src.checkpoint.host_group import HostGroup
 from src.checkpoint.store import VALUES
 from src.data.tokenizer import Tokenizer
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import Network
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.model_stages import ModelStages
+from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
 from src.hugging_face.companions import card, describe, tokenizer_files
 from src.hugging_face.push import push
@@ -27,26 +27,26 @@ from src.run import Run
 from src.tasks.export.config import Export
 from src.tasks.export.self_check import Finding, Logits, native_logits, read_back, with_transformers
 from src.tasks.source import load
-from src.train.setup import START_TIMEOUT_SECONDS, unfilled
+from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
 
 GB = 10**9
 
 
 def export(task: Export, run: Run, folder: Path) -> bool:
     """Collective. Always true: an export that was stopped is written anew."""
-    ranks = Ranks.join(
+    ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
     run = _precise(run)
-    network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
+    network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
     origin = load(task, run, network, folder)
-    team, tokenizer = Team(), run.tokenizer.open(run.cache, run.data)
+    team, tokenizer = HostGroup(), run.tokenizer.open(run.cache, run.data)
     form = _form(task, run, team, network)
     beside = _beside(task, run, tokenizer, form, origin)
     ids = tokenizer.prompt(task.text)[: run.model.max_seq_len]
     before = native_logits(network, ids) if task.check else None
-    parts = held(network.tensors())
-    draft = save(team, task.target, parts, run.model, form, beside, _largest, ranks.device)
+    stages = held(network.tensors())
+    draft = save(team, task.target, stages, run.model, form, beside, _largest, ranks.device)
     if before is not None:
         finding = _check(task, run, network, team, draft, ids, before, form)
         if ranks.rank == 0:
@@ -77,7 +77,7 @@ def _precise(run: Run) -> Run:
     )
 
 
-def _form(task: Export, run: Run, team: Team, network: Network) -> Form:
+def _form(task: Export, run: Run, team: HostGroup, network: ModelStages) -> Form:
     """Collective. Biases that transformers has no place for must not go lost in silence."""
     names = {each.name for each in stored(run.model) if each.optional}
     mine = [bool(tensor.any()) for name, tensor in network.tensors().items() if name in names]
@@ -123,7 +123,14 @@ def _facts(task: Export, run: Run, form: Form, origin: Path) -> dict[str, Any]:
 
 
 def _check(
-    task: Export, run: Run, network: Network, team: Team, draft: Path, ids: list[int], before: Logits, form: Form
+    task: Export,
+    run: Run,
+    network: ModelStages,
+    team: HostGroup,
+    draft: Path,
+    ids: list[int],
+    before: Logits,
+    form: Form,
 ) -> Finding:
     """Collective. The same on every rank."""
     after = read_back(network, team, draft, ids)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.checkpoint.host_group import Team
+from src.checkpoint.host_group import HostGroup
 from src.data.tokenizer import Tokenizer
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.hugging_face.archive import quantisation, read_json
 from src.hugging_face.check import SCALE
 from src.hugging_face.load import load
@@ -41,7 +41,7 @@ def places_of(ids: Sequence[int]) -> list[int]:
     return sorted({(len(ids) - 1) * place // (PLACES - 1) for place in range(PLACES)})
 
 
-def native_logits(network: Network, ids: Sequence[int]) -> Logits:
+def native_logits(network: ModelStages, ids: Sequence[int]) -> Logits:
     """Collective. After some of the tokens of a text."""
     padding = -len(ids) % pass_multiple(network.mesh.degrees)  # comes after, where nobody looks
     row = torch.tensor([[*ids, *[0] * padding]], device=network.device)
@@ -49,9 +49,9 @@ def native_logits(network: Network, ids: Sequence[int]) -> Logits:
         return {place: network.logits(row, place, None, None)[0].float().cpu() for place in places_of(ids)}
 
 
-def read_back(network: Network, team: Team, folder: Path, ids: Sequence[int]) -> Logits:
+def read_back(network: ModelStages, team: HostGroup, folder: Path, ids: Sequence[int]) -> Logits:
     """Collective. The network has the folder's weights afterwards."""
-    team.each(lambda: load(folder, network.tensors(), network.parts[0].config))
+    team.each(lambda: load(folder, network.tensors(), network.stages[0].config))
     return native_logits(network, ids)
 
 

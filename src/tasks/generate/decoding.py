@@ -10,21 +10,21 @@ from torch import Tensor
 
 from src.distributed.collectives import any_rank
 from src.distributed.init_weights import seed_of
-from src.distributed.model_stages import Network
+from src.distributed.model_stages import ModelStages
 from src.models.base import pass_multiple
 from src.models.cache import Cache, attending
-from src.tasks.generate.sampling import Rule, draw
+from src.tasks.generate.sampling import SamplingParams, sample
 
 # A pass over prompts brings this many tokens of all rows at once: at 128,256 words their logits are 0.5 GiB in bf16.
 TOKENS_AT_ONCE = 2048
 
 
 def generate(
-    network: Network,
+    network: ModelStages,
     prompts: Sequence[Sequence[int]],
     *,
     count: int,
-    rule: Rule,
+    rule: SamplingParams,
     seed: int,
     end: int | None,
     batch: int,
@@ -34,7 +34,7 @@ def generate(
     `batch`: prompts at once on each data rank. Prompt number i draws from a generator of (seed, i), so neither the
     layout nor the company of other prompts changes what is drawn.
     """
-    longest = network.parts[0].config.max_seq_len
+    longest = network.stages[0].config.max_seq_len
     assert all(0 < len(prompt) <= longest - count for prompt in prompts), "the task refuses longer prompts"
     together = batch * network.mesh.data_ranks
     mine: dict[int, list[int]] = {}
@@ -44,18 +44,18 @@ def generate(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for first in range(0, len(prompts), together):
             numbers = range(first, min(first + together, len(prompts)))
-            mine |= Group(network, {i: prompts[i] for i in numbers}, count, seed).write(rule, end)
+            mine |= DecodingGroup(network, {i: prompts[i] for i in numbers}, count, seed).write(rule, end)
     everywhere: list[dict[int, list[int]]] = [{}] * network.mesh.world
     dist.all_gather_object(everywhere, mine)
     merged = {number: ids for part in everywhere for number, ids in part.items()}
     return [merged[number] for number in range(len(prompts))]
 
 
-class Group:
+class DecodingGroup:
     """Prompts that are continued together; each data rank has its share of them, or stands by with another's."""
 
-    def __init__(self, network: Network, prompts: dict[int, Sequence[int]], count: int, seed: int) -> None:
-        mesh, config = network.mesh, network.parts[0].config
+    def __init__(self, network: ModelStages, prompts: dict[int, Sequence[int]], count: int, seed: int) -> None:
+        mesh, config = network.mesh, network.stages[0].config
         share = -(-len(prompts) // mesh.data_ranks)
         numbers = sorted(prompts)
         self.numbers = numbers[mesh.data_rank * share : (mesh.data_rank + 1) * share]
@@ -69,16 +69,16 @@ class Group:
         self.cache = Cache(config, padding, self.width + count + self.multiple, network.device)
         self.generators = [torch.Generator().manual_seed(seed_of(seed, f"prompt {number}")) for number in rows]
 
-    def write(self, rule: Rule, end: int | None) -> dict[int, list[int]]:
+    def write(self, rule: SamplingParams, end: int | None) -> dict[int, list[int]]:
         """Collective. By number, the ids after each prompt that this rank had to continue."""
         texts: dict[int, list[int]] = {number: [] for number in self.numbers}
         writing = set(self.numbers)
         with ExitStack() as stack:
-            for part in self.network.parts:
+            for part in self.network.stages:
                 stack.enter_context(attending(part, self.cache))
             logits = self._read(self.tokens)
             for written in range(1, self.count + 1):
-                ids = draw(logits, rule, self._uniforms().to(logits.device)).cpu()
+                ids = sample(logits, rule, self._uniforms().to(logits.device)).cpu()
                 for number, chosen in zip(self.numbers, ids.tolist(), strict=False):
                     if number in writing and chosen != end:
                         texts[number].append(chosen)

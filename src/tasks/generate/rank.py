@@ -7,31 +7,31 @@ from rich.console import Console
 from rich.text import Text
 
 from src.distributed.mesh import Mesh
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.process.rank_context import RankContext, device_type
 from src.run import Run
 from src.tasks.generate.config import Generate
 from src.tasks.generate.decoding import generate
-from src.tasks.generate.sampling import Rule
+from src.tasks.generate.sampling import SamplingParams
 from src.tasks.source import load
-from src.train.setup import START_TIMEOUT_SECONDS, unfilled
+from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
 
 TEXTS_FILE = "generated.jsonl"
 
 
 def write(task: Generate, run: Run, folder: Path) -> bool:
     """Collective. Always true: texts that were not finished are written anew."""
-    ranks = Ranks.join(
+    ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
     run = run.holding_weights()
-    network = unfilled(run, ranks, Mesh(run.parallel, ranks.device.type))
+    network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
     origin = load(task, run, network, folder)
     tokenizer, texts = run.tokenizer.open(run.cache, run.data), task.texts()
     written = generate(
         network,
         [tokenizer.prompt(text) for text in texts],
         count=task.max_tokens,
-        rule=Rule(task.temperature, task.top_k, task.top_p),
+        rule=SamplingParams(task.temperature, task.top_k, task.top_p),
         seed=run.seed,
         end=tokenizer.eos_id,
         batch=task.batch,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rule:
+class SamplingParams:
     """temperature 0: always the likeliest token. Then the `top_k` likeliest, and of these the fewest that hold `top_p`.
 
     None: no such limit.
@@ -17,7 +17,7 @@ class Rule:
     top_p: float | None = None
 
 
-def draw(logits: Tensor, rule: Rule, uniforms: Tensor) -> Tensor:
+def sample(logits: Tensor, rule: SamplingParams, uniforms: Tensor) -> Tensor:
     """logits (rows, vocabulary), uniforms (rows) in [0, 1) -> ids (rows).
 
     By the inverse of the cumulated probabilities, in float64 and from the likeliest token down: a uniform number picks

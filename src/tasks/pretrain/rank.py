@@ -11,7 +11,7 @@ from src.checkpoint.store import Store
 from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.process.rank_context import RankContext, device_type
 from src.fault_tolerance.peers import Peers
 from src.hugging_face.companions import describe, tokenizer_files
 from src.hugging_face.load import noted
@@ -20,17 +20,17 @@ from src.metrics.curve import plot
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
 from src.planning.plan import Plan, plan
-from src.planning.recompute_choice import settled
+from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.tasks.export.check_folder import check_apart
 from src.tasks.generate.decoding import generate
-from src.tasks.generate.sampling import Rule
+from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
 from src.train.exports import Exports
 from src.train.loop import Loop
 from src.train.report import Report
 from src.train.resume import resume
-from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble, make_deterministic
+from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, make_deterministic
 from src.train.stop import Stop
 
 
@@ -39,14 +39,14 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
     startup = Startup()
     startup.done("import")
     with Stop() as stop:
-        ranks = Ranks.join(
+        ranks = RankContext.join(
             device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
         )
         if task.deterministic:
             make_deterministic()
         peers, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)
-        asked, run = run.recompute, settled(run, home)
-        training = assemble(run, ranks, skips=task.skips, peers=peers)
+        asked, run = run.recompute, resolve_auto_recompute(run, home)
+        training = build_training(run, ranks, skips=task.skips, peers=peers)
         startup.done("init")
         report = _report(task, run, home, ranks, peers)
         if run.recompute != asked:
@@ -65,7 +65,7 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         return finished
 
 
-def _report(task: Pretrain, run: Run, folder: Path, ranks: Ranks, peers: Peers) -> Report:
+def _report(task: Pretrain, run: Run, folder: Path, ranks: RankContext, peers: Peers) -> Report:
     """Rank 0 speaks for all, and rank 0 of one group for all groups."""
     if ranks.rank != 0:
         return Report(None, None, folder)
@@ -165,7 +165,7 @@ def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt
         training.network,
         [ids],
         count=min(task.sample_tokens, room),
-        rule=Rule(task.sample_temperature),
+        rule=SamplingParams(task.sample_temperature),
         seed=training.state.seed,
         end=corpus.eos_id,
         batch=1,

@@ -26,15 +26,15 @@ from src.distributed.collectives import world_sum
 from src.distributed.init_weights import seed_of
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import forward_loss
-from src.distributed.process.rank_context import Ranks, device_type
+from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import PlanError, VerdictError
 from src.models.cross_entropy import IGNORED
 from src.planning.plan import one_device_problems
-from src.planning.recompute_choice import settled
+from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
 from src.tasks.verify.config import Verify
-from src.train.setup import START_TIMEOUT_SECONDS, Training, assemble
+from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
 
 CERTIFICATE_FILE = "certificate.json"
 TABLE_COLUMNS = 110  # where the output is a file
@@ -45,10 +45,10 @@ SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
 
 def verify(task: Verify, run: Run, folder: Path) -> bool:
     """Collective. True when the layout trains like one device; VerdictError otherwise."""
-    run = settled(run, folder)
+    run = resolve_auto_recompute(run, folder)
     if device_type() == "cpu" and (problems := one_device_problems(run, _host_bytes())):
         raise PlanError(problems)
-    ranks = Ranks.join(
+    ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
@@ -64,7 +64,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     return True
 
 
-def certify(task: Verify, run: Run, ranks: Ranks, facts: dict[str, Any]) -> Certificate:
+def certify(task: Verify, run: Run, ranks: RankContext, facts: dict[str, Any]) -> Certificate:
     """Collective. The same on every rank."""
     single = run.on_one_device()
     alone = Mesh(single.parallel, ranks.device.type, copies=ranks.world)
@@ -83,7 +83,7 @@ def _host_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _facts(run: Run, ranks: Ranks) -> dict[str, Any]:
+def _facts(run: Run, ranks: RankContext) -> dict[str, Any]:
     cuda = ranks.device.type == "cuda"
     return {
         "layout": {axis: degree for axis, degree in run.parallel.axes.items() if degree > 1},
@@ -104,7 +104,9 @@ def rows(task: Verify, run: Run, rank: int, ranks: int) -> list[Batch]:
 
 
 def _batch(task: Verify, run: Run, samples: Sequence[int]) -> Batch:
-    tokens, labels, starts = (torch.stack(parts) for parts in zip(*(_row(task, run, g) for g in samples), strict=True))
+    tokens, labels, starts = (
+        torch.stack(stages) for stages in zip(*(_row(task, run, g) for g in samples), strict=True)
+    )
     places = torch.arange(task.seq_len).expand_as(tokens)
     first = torch.where(starts, places, 0).cummax(dim=1).values
     positions = places - first if run.model.within_documents else None
@@ -123,10 +125,10 @@ def _row(task: Verify, run: Run, sample: int) -> tuple[Tensor, Tensor, Tensor]:
     return window[:-1], labels, starts
 
 
-def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
+def _train_alone(task: Verify, run: Run, ranks: RankContext, mesh: Mesh) -> Trace:
     """Plain training on this rank's device; no other rank takes part."""
-    training = assemble(run, ranks, skips=0, mesh=mesh)
-    (model,), optimizer = training.network.parts, training.state.optimizer
+    training = build_training(run, ranks, skips=0, mesh=mesh)
+    (model,), optimizer = training.network.stages, training.state.optimizer
     batches = rows(task, run, rank=0, ranks=1)
     tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     optimizer.found_inf = torch.zeros((), device=ranks.device)  # type: ignore[attr-defined]
@@ -143,7 +145,7 @@ def _train_alone(task: Verify, run: Run, ranks: Ranks, mesh: Mesh) -> Trace:
         nn.utils.clip_grad_norm_(model.parameters(), run.optim.max_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(lambda counts: counts, torch.ones((), device=ranks.device))
+        model.post_optimizer_step(lambda counts: counts, torch.ones((), device=ranks.device))
     return Trace(losses, grad_norms, gradients)
 
 
@@ -153,9 +155,9 @@ def _whole_norm(model: nn.Module) -> float:
     return float(torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt())
 
 
-def _train_together(task: Verify, run: Run, ranks: Ranks) -> Trace:
+def _train_together(task: Verify, run: Run, ranks: RankContext) -> Trace:
     """Collective. The layout's own train step, looked at from outside."""
-    training = assemble(run, ranks, skips=0)
+    training = build_training(run, ranks, skips=0)
     names = _names(run)
     batches = rows(task, run, training.mesh.data_rank, training.mesh.data_ranks)
     outcomes = []
