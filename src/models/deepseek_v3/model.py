@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from src.models.attention import CausalAttention, FlexAttention
-from src.models.block import DeepseekV3Block
+from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config
 from src.models.moe.moe import MoE
@@ -62,11 +62,11 @@ class DeepseekV3(Decoder):
     config: DeepseekV3Config
 
     def __init__(self, config: DeepseekV3Config) -> None:
-        def block(layer: int) -> DeepseekV3Block:
+        def block(layer: int) -> Block:
             moe = None
             if layer >= config.n_dense_layers:
                 moe = MoE(config.dim, config.moe, balanced=layer not in config.moe.unbalanced_layers)
-            return DeepseekV3Block(config.dim, config.norm_eps, LatentAttention(config), moe=moe, hidden=config.ffn_dim)
+            return Block(config.dim, config.norm_eps, LatentAttention(config), moe=moe, hidden=config.ffn_dim)
 
         super().__init__(config, map(block, range(config.n_layers)), config.qk_rope_head_dim)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from src.models.attention import CausalAttention, FlexAttention
-from src.models.block import Llama3Block
+from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.llama3.config import Llama3Config
 from src.models.rope import inverse_frequencies, rotate, scale_llama3
@@ -45,7 +45,7 @@ class Llama3(Decoder):
 
     def __init__(self, config: Llama3Config) -> None:
         blocks = (
-            Llama3Block(config.dim, config.norm_eps, Attention(config), moe=None, hidden=config.ffn_dim)
+            Block(config.dim, config.norm_eps, Attention(config), moe=None, hidden=config.ffn_dim)
             for _ in range(config.n_layers)
         )
         super().__init__(config, blocks, config.head_width)
