@@ -18,7 +18,7 @@ MOVED: Mapping[str, str] = {
     "src.cluster.slurm.Slurm": "src.cluster.slurm.config.Slurm",
     "src.cluster.sweep.Grid": "src.sweeps.grid.Grid",
     "src.distributed.compiling.Compile": "src.distributed.compile.Compile",
-    "src.distributed.degrees.Degrees": "src.distributed.parallel_dims.Degrees",
+    "src.distributed.degrees.Degrees": "src.distributed.parallel_dims.ParallelDims",
     "src.distributed.float8.Float8": "src.distributed.precision.float8.Float8",
     "src.distributed.precision.Precision": "src.distributed.precision.config.Precision",
     "src.metrics.event_files.EventFiles": "src.metrics.trackers.tensorboard.EventFiles",
@@ -34,7 +34,19 @@ MOVED: Mapping[str, str] = {
 
 # Dotted key of an older version -> of a later one, such as "model.moe.n_experts": "model.moe.num_experts". Commands
 # may use either.
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {
+    # 0.1 -> 0.2: the words of the papers and of the hub
+    "model.tied_embeddings": "model.tie_word_embeddings",
+    "model.moe.n_experts": "model.moe.num_experts",
+    "model.moe.groups": "model.moe.num_expert_groups",
+    "model.moe.groups_kept": "model.moe.num_limited_groups",
+    "model.moe.n_shared": "model.moe.num_shared_experts",
+    "model.moe.score": "model.moe.score_func",
+    "model.moe.normalise": "model.moe.route_norm",
+    "model.moe.scale": "model.moe.route_scale",
+    "model.moe.balance_rate": "model.moe.load_balance_coeff",
+    "model.moe.forced_balance": "model.moe.force_load_balance",
+}
 
 # Class -> its keys that an earlier version of the class had not, with the value that does what that version did, such
 # as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
