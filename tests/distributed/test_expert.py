@@ -291,14 +291,14 @@ def test_the_same_bits_every_time(ranks: RankPool) -> None:
 def compile_regions(layout: str, recompute: str = "none") -> int:
     """How many a compiler makes of three layers, two of them with experts."""
     torch._dynamo.reset()
-    torch._dynamo.utils.expert_counts.clear()
+    torch._dynamo.utils.counters.clear()
     made = partial(torch.compile, backend="aot_eager", fullgraph=True)
     with patch("torch.compile", lambda function, **_: made(function)):
         compile = Compile(blocks=True, loss=False, mode="default")
         network = parallel_network(tiny_deepseek(n_layers=3), degrees(layout), BF16, recompute, compile)
     for seed in range(2):
         network.backward(share(rows(4, 16, 96, seed=seed), network.mesh, 1), torch.tensor(1e-2))
-    return int(torch._dynamo.utils.expert_counts["stats"]["unique_graphs"])
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def test_all_layers_share_their_graphs(ranks: RankPool) -> None:

@@ -80,15 +80,15 @@ def _mixture(facts: ConfigReader) -> dict[str, Any]:
     facts.only("mlp_only_layers", legal=([],))
     return {
         "num_experts": facts.whole("num_experts", facts.get("num_local_experts", 128)),
-        "groups": 1,
+        "num_expert_groups": 1,
         "num_limited_groups": 1,
         "top_k": facts.whole("num_experts_per_tok", 8),
         "num_shared_experts": 0,
         "hidden_dim": facts.whole("moe_intermediate_size", 768),
-        "score": "softmax",
+        "score_func": "softmax",
         "group_score": "max",
         "route_norm": facts.only("norm_topk_prob", legal=(False, True)),
-        "scale": 1.0,
+        "route_scale": 1.0,
         "score_before_experts": False,
         "load_balance_coeff": None,  # there are no biases to balance with
     }
