@@ -1,4 +1,4 @@
-"""Long-lived gloo workers: torch is imported once per worker, not once per test.
+"""Long-lived gloo workers: torch is imported once, not once per worker or test.
 
 `ranks(4, function, *args)` calls `function(*args)` on four processes inside a fresh gloo world of 4 and returns what
 each returned, by rank. `function` must be importable at module level. A failing rank raises `RankError` with its
@@ -14,7 +14,6 @@ A death fails the call in which it happens, clean-up included, and no other: wor
 import faulthandler
 import functools
 import gc
-import multiprocessing
 import os
 import signal
 import sys
@@ -26,6 +25,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from tests.forks import Place, forkserver
 
 TIMEOUT_SECONDS = 120.0
 SECONDS_TO_DIE = 1.0  # a rank that lost its peer may speak before the peer is seen to be dead
@@ -42,7 +43,8 @@ class CrashError(RankError):
     """A rank ended by one of CRASHES."""
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, place: Place) -> None:
+    place.enter()
     faulthandler.enable()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
@@ -94,7 +96,7 @@ class RankPool:
     """A pool that grows to the largest world asked for and lives as long as the test session."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = forkserver()
         self._workers: list[tuple[Any, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
@@ -156,7 +158,7 @@ class RankPool:
         old = len(self._workers)
         while len(self._workers) < world:
             here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process = self._context.Process(target=_serve, args=(there, Place()), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.tree import identity
+from tests.end_to_end.commands import Command
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -141,7 +142,7 @@ def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 6
     )
 
 
-def until_heard(launcher: "subprocess.Popen[str]", name: str) -> None:
+def until_heard(launcher: "subprocess.Popen[str] | Command", name: str) -> None:
     """Until it says that this signal came: two that come at once count once."""
     assert launcher.stderr is not None
     while f"{name}: the ranks save and stop" not in (line := launcher.stderr.readline()):

@@ -1,7 +1,6 @@
 """Replica groups with the real lighthouse: their ranks start in a moment, since one warm process forks them."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, product
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -21,6 +20,7 @@ from src.distributed.process.rank_context import host_store
 from src.runs.folder import RunFolder
 from tests.end_to_end.lives import HOME, TINY, opened
 from tests.fault_tolerance.life import Seat, Trouble, live
+from tests.forks import forkserver
 
 PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
 # A stall that only sum_seconds or heal_seconds would end is longer than a test's patience.
@@ -157,13 +157,6 @@ class Fleet:
             if process.is_alive():
                 process.kill()
         self.lighthouse.kill()
-
-
-def forkserver() -> ForkServerContext:
-    os.environ.setdefault("RUST_LOG", "error")  # read once, when torchft is imported
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fault_tolerance.warm"])
-    return context
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import pytest
 from src.cluster.replicas.supervisor import GroupProcess, Groups
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts
-from tests.end_to_end.commands import command, start
+from tests.end_to_end.commands import Command, command, start
 from tests.end_to_end.lives import TINY, opened, records, series, write_text
 from tests.train.runs import changed, section
 
@@ -27,12 +27,12 @@ QUICK = (
 )
 
 
-def until(true: Callable[[], Any], process: "subprocess.Popen[str]") -> Any:
+def until(true: Callable[[], Any], process: Command) -> Any:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (found := true()):
         if time.monotonic() > deadline or process.poll() is not None:
             process.kill()
-            raise AssertionError(process.communicate())
+            raise AssertionError(process.communicate(PATIENCE_SECONDS))
         time.sleep(0.1)
     return found
 
