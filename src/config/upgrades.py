@@ -24,6 +24,7 @@ MOVED: Mapping[str, str] = {
     "src.metrics.event_files.EventFiles": "src.metrics.trackers.tensorboard.EventFiles",
     "src.metrics.tracker.Tracker": "src.metrics.trackers.config.Tracker",
     "src.metrics.weights_and_biases.WeightsAndBiases": "src.metrics.trackers.weights_and_biases.WeightsAndBiases",
+    "src.models.auto.Auto": "src.models.families.Auto",
     "src.tasks.bench.Bench": "src.tasks.bench.config.Bench",
     "src.tasks.evaluate.Evaluate": "src.tasks.evaluate.config.Evaluate",
     "src.tasks.export.Export": "src.tasks.export.config.Export",

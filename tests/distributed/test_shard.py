@@ -49,7 +49,7 @@ def stepped(layout: str, precision: Precision, optim: AdamW) -> dict[str, Any]:
     seen: set[torch.dtype] = set()
     (model,) = network.stages
     for block in model.blocks():
-        block.register_forward_hook(lambda *called: seen.add(called[-1].dtype))
+        block.register_forward_hook(lambda *called: seen.add(called[-1][0].dtype))
     outcomes = [
         stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 1), stop=False) for step in range(3)
     ]
