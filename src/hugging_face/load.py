@@ -48,7 +48,7 @@ def _differences(config: ModelConfig, there: Mapping[str, Any]) -> list[str]:
 def _flat(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """With the keys of inner groups by their dotted names; a group that is null stays one key."""
     for key, value in keys.items():
-        if key == "moe":
+        if key == "moe" and value is not None:
             yield from ((f"{key}.{inner}", each) for inner, each in value.items())
         else:
             yield key, value

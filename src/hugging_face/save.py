@@ -42,6 +42,19 @@ class Form:
         return tuple(each for each in stored(config) if self.biases or not each.optional)
 
 
+UNCOMPARED = "not compared with transformers, which has no place for this router's biases"
+
+
+def has_biases(team: SaveGroup, config: ModelConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Collective. Whether any of those biases of routers for which transformers has no place is not zero.
+
+    `tensors`: by name, this rank's part of each.
+    """
+    names = {each.name for each in stored(config) if each.optional}
+    mine = [bool(tensor.any()) for name, tensor in tensors.items() if name in names]
+    return any(each for rank in team.each(lambda: mine) for each in rank)
+
+
 def refuse_foreign(folder: Path) -> None:
     """CheckpointError for a place that holds anything but an earlier export."""
     if folder.exists() and not (folder / FACTS).is_file():

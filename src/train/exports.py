@@ -15,7 +15,7 @@ from src.checkpoint.host_group import HostGroup
 from src.distributed.model_stages import ModelStages
 from src.errors import UserError
 from src.hugging_face.companions import card
-from src.hugging_face.save import FACTS, Form, publish, save
+from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
 from src.hugging_face.write import Held, held
 from src.models.base import ModelConfig
 
@@ -40,8 +40,7 @@ class Exports:
     def __init__(self, folder: Path, model: ModelConfig, dtype: str, beside: Mapping[str, bytes], check: Check) -> None:
         """`folder`: exports of the run; `beside`: files of every step, such as config.json and the tokenizer's."""
         self.folder, self.model, self.beside, self.check = folder, model, beside, check
-        # Biases that balance experts are written too, where transformers has no place for them: nothing is lost.
-        self.form = Form(dtype, fp8=False, biases=True, shard_bytes=SHARD_BYTES)
+        self.form = Form(dtype, fp8=False, biases=False, shard_bytes=SHARD_BYTES)
         self.last: Exported | None = None
         self.failed: str | None = None  # why the last one is not there
         self._team = HostGroup()
@@ -74,8 +73,11 @@ class Exports:
 
     def _write(self, step: int, stages: Mapping[str, Held], beside: Mapping[str, bytes]) -> list[str]:
         target, host = self.folder / f"step_{step:08d}", torch.device("cpu")
-        draft = save(self._team, target, stages, self.model, self.form, beside, _never, host)
-        lines = self._team.first(lambda: self.check(draft, self.model))
+        # Biases that balance experts are written too where transformers has no place for them: nothing is lost.
+        biased = has_biases(self._team, self.model, {name: part.local for name, part in stages.items()})
+        form = replace(self.form, biases=biased)
+        draft = save(self._team, target, stages, self.model, form, beside, _never, host)
+        lines = [UNCOMPARED] if biased else self._team.first(lambda: self.check(draft, self.model))
         self._team.first(lambda: publish(draft, target))
         return lines
 

@@ -155,7 +155,11 @@ SOFTMAX = (
 
 def test_biases_that_transformers_has_no_place_for(text: tuple[str, ...], ranks: RankPool, tmp_path: Path) -> None:
     """Refused, or dropped, which changes logits, or kept, and then they come back."""
-    run = opened(*(each for each in text if not each.startswith(("model.n_kv", "model.mult"))), *SOFTMAX)
+    run = opened(
+        *(each for each in text if not each.startswith(("model.n_kv", "model.mult"))),
+        *SOFTMAX,
+        "checkpoint.export_every=3",
+    )
     assert ranks(1, live, run) == [True]
     argv = ("task=export", f"run={run}", f"root={run.parent}", "cluster.gpus=0")
     refused = opened(*argv, f"to={tmp_path / 'refused'}", "name=refused")
@@ -167,10 +171,38 @@ def test_biases_that_transformers_has_no_place_for(text: tuple[str, ...], ranks:
     biases = {key for key in kept if key.endswith("e_score_correction_bias")}
     assert kept.keys() - dropped.keys() == biases
     assert biases == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    beside = (run / "exports/step_00000003/model.safetensors").read_bytes()
+    assert beside == (tmp_path / "keep/model.safetensors").read_bytes(), "exports beside the training keep them"
     exported(
         ranks, Path(f"hf:{tmp_path / 'keep'}"), f"to={tmp_path / 'again'}", "task.biases=keep", f"root={run.parent}"
     )
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "keep/model.safetensors").read_bytes()
+
+
+QWEN3 = {
+    "dense": ("model=qwen3_debug", "model.head_dim=8", "model.ffn_dim=64", "model.tie_word_embeddings=true"),
+    "experts": (
+        "model=qwen3_moe_debug",
+        "model.head_dim=8",
+        "model.moe.hidden_dim=16",
+        "model.moe.load_balance_coeff=null",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", QWEN3)
+def test_a_qwen3_computes_the_same_in_transformers(
+    text: tuple[str, ...], ranks: RankPool, tmp_path: Path, kind: str
+) -> None:
+    """The task compares logits with transformers', and fails where they differ; then the weights come back."""
+    run = opened(
+        *(each for each in text if not each.startswith("model.mult")), *QWEN3[kind], "task.steps=3", f"name={kind}"
+    )
+    assert ranks(1, live, run) == [True]
+    exported(ranks, run, f"to={tmp_path / 'out'}")
+    again = (f"to={tmp_path / 'again'}", "task.check=false", f"root={run.parent}", "name=again")
+    exported(ranks, Path(f"hf:{tmp_path / 'out'}"), *again, layout="tp2")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("form", [("dtype=bfloat16",), ("fp8=true", "task.shard_gb=0.00002")])

@@ -19,10 +19,10 @@ from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
 from src.hugging_face.companions import card, describe, tokenizer_files
 from src.hugging_face.push import push
-from src.hugging_face.save import FACTS, Form, publish, save
+from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
 from src.hugging_face.write import held
 from src.metrics.console import Console
-from src.models.hugging_face import stored
+from src.models.hugging_face import config_json
 from src.run import Run
 from src.tasks.export.config import Export
 from src.tasks.export.self_check import Finding, Logits, native_logits, read_back, with_transformers
@@ -79,13 +79,12 @@ def _precise(run: Run) -> Run:
 
 def _form(task: Export, run: Run, team: HostGroup, network: ModelStages) -> Form:
     """Collective. Biases that transformers has no place for must not go lost in silence."""
-    names = {each.name for each in stored(run.model) if each.optional}
-    mine = [bool(tensor.any()) for name, tensor in network.tensors().items() if name in names]
-    biased = any(each for part in team.each(lambda: mine) for each in part)
+    biased = has_biases(team, run.model, network.tensors())
     if biased and task.biases == "refuse":
+        kind = config_json(run.model)["model_type"]
         raise VerdictError(
             "task.biases=refuse: this model's routers have softmax scores and biases that balance experts, for which "
-            "transformers' deepseek_v2 has no place; biases=drop leaves them out (other experts will be chosen), "
+            f"transformers' {kind} has no place; biases=drop leaves them out (other experts will be chosen), "
             "biases=keep writes them for vLLM and for this repository"
         )
     return Form(
@@ -136,7 +135,7 @@ def _check(
     after = read_back(network, team, draft, ids)
     exact = form.dtype == run.precision.storage and not form.fp8 and task.biases != "drop"
     if form.biases and run.model.routed and task.biases == "keep":
-        return Finding(["not compared with transformers, which has no place for this router's biases"])
+        return Finding([UNCOMPARED])
     tokenizer = run.tokenizer.open(run.cache, run.data)
     return team.first(lambda: with_transformers(draft, tokenizer, task.text, before, after, exact=exact))
 
