@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from src.config import wording
+from src.config import synonyms, wording
 from src.config.base import Config, PathField
 from src.config.groups import EXPERIMENT, SECTIONS, options
 from src.config.tree import Tree
@@ -123,6 +123,9 @@ class _Builder:
 def _stranger(key: str, value: object, tree: Tree) -> str:
     """A top-level key that nobody knows: a misspelt section, or a key without its section."""
     names = [*Top.model_fields, *SECTIONS]
+    for leaf in [*value, key] if isinstance(value, Mapping) else [key]:
+        if (meant := synonyms.ours(leaf)) is not None:
+            return f"{key}: no such section; did you mean {meant}?"
     if not isinstance(value, Mapping) or wording.nearest(key, names) is None:
         inner = list(value) if isinstance(value, Mapping) else [key]
         groups = {section: tree[section] for section in SECTIONS if isinstance(tree.get(section), Mapping)}

@@ -7,6 +7,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from src.config import synonyms
+
 _TYPES = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -99,7 +101,11 @@ def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | 
     if kind == "extra_forbidden":
         owner = _owner(cls, location[:-1])
         names = (field.alias or name for name, field in owner.model_fields.items())
-        return unknown(str(location[-1]), names, "key")
+        name, known = str(location[-1]), list(names)
+        meant = synonyms.ours(name)
+        if meant is None or meant.rpartition(".")[2] == nearest(name, known):
+            return unknown(name, known, "key")
+        return f"no such key; did you mean {meant}?"
     if kind == "missing":
         return f"missing; pass {key}=..."
     if kind in _TYPES:

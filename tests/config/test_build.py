@@ -143,7 +143,7 @@ def test_a_mistake_at_the_top(top: dict[str, Any], problem: str) -> None:
 def test_something_else_where_a_group_belongs_shows_the_options(value: object) -> None:
     (problem,) = problems(tree({"model": value}))
     assert problem.startswith("model: ")
-    assert "llama3_8b, llama3_debug)" in problem
+    assert "llama3_8b, llama3_debug" in problem
 
 
 def test_a_class_check_of_its_own_is_told_with_its_section() -> None:
