@@ -6,7 +6,7 @@ READY = $(VENV)/installed
 ARGS ?=
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test lint docs slurm clean
+.PHONY: help demo test test-all lint docs slurm clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^=#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -22,19 +22,20 @@ demo: $(READY) ## trains a small Llama here, in about two minutes, and draws its
 	esac; \
 	set -x; $(PY) launch.py experiment=demo $$layout $(ARGS)
 
-# One thread per process, and one test after another: many have ranks of their own, which share the cores. Those of SLURM
-# mostly wait, so tests that leave them a core run beside them; on two cores that is 12 minutes instead of 21.
-RANKS = tests/distributed tests/end_to_end tests/fault_tolerance
-test: export OMP_NUM_THREADS = 1
-test: $(READY) ## every test; ARGS="tests/data -k order" chooses
+# One thread per process, for many tests have ranks of their own. One process of tests more than there are cores: tests of
+# SLURM and of replica groups mostly wait. Each takes whole files, those of SLURM as one (tests/conftest.py).
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+SIDE_BY_SIDE = --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
+test test-all: export OMP_NUM_THREADS = 1
+test: $(READY) ## the suite; ARGS="tests/data -k order" chooses
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
-	@$(PY) -m pytest $(RANKS); ranks=$$?; \
-	$(PY) -m pytest tests/slurm > $(VENV)/slurm.txt 2>&1 & slurm=$$!; \
-	$(PY) -m pytest $(addprefix --ignore=,$(RANKS) tests/slurm); rest=$$?; \
-	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.txt; exit $$((ranks | rest | slurm))
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 endif
+
+test-all: $(READY) ## every test: also the largest products of layouts and options, marked slow
+	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 # A SLURM of three pretend nodes on this machine, until Ctrl-C; it says what to type. Needs root, slurm-wlm and munge.
 slurm: $(READY) ## a SLURM of three pretend nodes on this machine, until Ctrl-C

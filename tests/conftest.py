@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,22 @@ import torch
 
 from tests.ranks import RankPool
 
+# Which take longest, so begin first: the others fill the cores beside them.
+LONGEST = ("slurm", "fault_tolerance", "end_to_end", "distributed", "planning", "tasks", "checkpoint")
+TESTS = Path(__file__).parent
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests for CUDA devices are left out, not skipped, where there are none."""
+    """Tests for CUDA devices are left out, not skipped, where there are none. Among processes of tests that run side by
+    side, one takes a whole file, which shares its fixtures; a machine has one SLURM, so one process takes all of that.
+    """
+    for item in items:
+        file = item.path.relative_to(TESTS)
+        item.add_marker(pytest.mark.xdist_group("slurm" if file.parts[0] == "slurm" else str(file)))
+    if config.getoption("dist", "no") != "no" or "PYTEST_XDIST_WORKER" in os.environ:
+        rooms = {room: place for place, room in enumerate(LONGEST)}
+        items.sort(key=lambda item: rooms.get(item.path.relative_to(TESTS).parts[0], len(rooms)))
     marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not marked or torch.cuda.is_available():
         return
