@@ -14,6 +14,9 @@ HOME = Path(__file__).parents[1]
 DOCS = sorted((HOME / "docs").rglob("*.md"))
 PAGES = [*DOCS, *(HOME / name for name in OUTSIDE)]
 LONGEST_LINE = 120
+FIRST_WALK_FILES = 25
+# 12. `src/cluster/rank.py`: `main`, `run_rank`. What happens there.
+STATION = re.compile(r"^(\d+)\. `([\w./]+)`(?:: ((?:`[\w.]+`(?:, )?)+))?\. ", re.MULTILINE)
 
 
 def named_paths(text: str) -> set[str]:
@@ -99,3 +102,23 @@ def test_links_lead_from_the_site_to_the_site() -> None:
     assert followed("[a](../benchmarks/README.md#slurm)", "slurm.md") == "[a](benchmarks/README.md#slurm)"
     assert followed("[a](../../README.md)", "tutorials/first_run.md") == "[a](../README.md)"
     assert followed("[a](../docs/slurm.md)", "benchmarks/README.md") == "[a](../slurm.md)"
+
+
+def test_the_life_of_a_run_names_each_file_once() -> None:
+    """In reading order, with names that are there, and the way to the loss is not longer than it should be."""
+    text = (HOME / "docs/life_of_a_run.md").read_text(encoding="utf-8")
+    stations = STATION.findall(text)
+    assert [int(number) for number, _, _ in stations] == list(range(1, len(stations) + 1))
+    assert len(stations) == len(re.findall(r"^\d+\. ", text, re.MULTILINE))
+    files = [file for _, file, _ in stations]
+    assert [file for file in files if not (HOME / file).is_file()] == []
+    assert [file for file in files if text.count(file) > (2 if file == "launch.py" else 1)] == []
+    missing = [
+        f"{file}: {name}"
+        for _, file, names in stations
+        for name in re.findall(r"`([\w.]+)`", names)
+        if name not in defined(HOME / file)
+    ]
+    assert missing == []
+    first = STATION.findall(text[: text.index("## A checkpoint")])
+    assert 20 <= len(first) <= FIRST_WALK_FILES
