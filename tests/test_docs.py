@@ -57,6 +57,38 @@ def exists(name: str) -> bool:
     return False
 
 
+@cache
+def words_of_keys(group: str) -> frozenset[str]:
+    """Every word that a key of a group of conf/ is made of."""
+
+    def words(node: object) -> set[str]:
+        if isinstance(node, dict):
+            return {str(key) for key in node} | {word for child in node.values() for word in words(child)}
+        return {word for child in node for word in words(child)} if isinstance(node, list) else set()
+
+    files = (HOME / "conf" / group).rglob("*.yaml")
+    return frozenset(word for file in files for word in words(yaml.safe_load(file.read_text(encoding="utf-8"))))
+
+
+def named_keys(text: str) -> set[str]:
+    """Keys that a page assigns: task.steps=20; without those of a peer's command."""
+    text = re.sub(r"^torchrun (?:.*\\\n)*.*\n", "", text, flags=re.MULTILINE)
+    groups = "|".join(sorted(folder.name for folder in (HOME / "conf").iterdir() if folder.is_dir()))
+    return set(re.findall(rf"(?<![\w./-])((?:{groups})(?:\.\w+)+)=", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(HOME).as_posix())
+def test_keys_that_a_page_assigns_exist(page: Path) -> None:
+    keys = named_keys(page.read_text(encoding="utf-8"))
+    assert sorted(key for key in keys if not set(key.split(".")[1:]) <= words_of_keys(key.split(".")[0])) == []
+
+
+def test_stale_keys_are_seen() -> None:
+    assert named_keys("`task.steps=20` and (optim.gone=1), src/task.py=2") == {"task.steps", "optim.gone"}
+    assert "steps" in words_of_keys("task")
+    assert "gone" not in words_of_keys("optim")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(HOME).as_posix())
 def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
