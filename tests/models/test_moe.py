@@ -69,6 +69,7 @@ def test_output_and_gradients_equal_a_loop_over_experts(changes: dict[str, Any])
 
 
 def test_bf16_experts_are_as_good_as_bf16_allows() -> None:
+    """Off by 5.7e-3, one and a half roundings (2^-8); 1.2e-2 is twice that."""
     experts = Experts(4, 32, 24)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -76,7 +77,7 @@ def test_bf16_experts_are_as_good_as_bf16_allows() -> None:
     weights = torch.rand(30)
     exact = experts(rows, counts, weights)
     error = (experts.bfloat16()(rows.bfloat16(), counts, weights).float() - exact).norm() / exact.norm()
-    assert error < 0.01
+    assert error < 1.2e-2
 
 
 def test_rows_are_sorted_by_expert_and_find_their_way_back() -> None:
