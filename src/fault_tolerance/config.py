@@ -11,7 +11,7 @@ from src.config.base import Config
 
 if TYPE_CHECKING:
     from src.distributed.process.rank_context import RankContext
-    from src.fault_tolerance.peers import Peers
+    from src.fault_tolerance.replica_groups import ReplicaGroups
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class FaultTolerance(Config):
         return folder
 
     @abstractmethod
-    def join(self, ranks: "RankContext") -> "Peers":
-        """This group's view of the others; nothing is sent before the first step."""
+    def join(self, ranks: "RankContext") -> "ReplicaGroups | None":
+        """This group's view of the others, to which nothing is sent before the first step; None: there are none."""
 
     def outer_bytes(self, weight_bytes: int) -> int:
         """What a rank keeps on its device beside each weight, which takes `weight_bytes` itself."""
@@ -56,10 +56,8 @@ class Off(FaultTolerance):
 
     on: ClassVar[bool] = False
 
-    def join(self, ranks: "RankContext") -> "Peers":
-        from src.fault_tolerance.peers import Peers
-
-        return Peers()
+    def join(self, ranks: "RankContext") -> None:
+        return None
 
 
 class TorchFT(FaultTolerance):
@@ -85,10 +83,10 @@ class TorchFT(FaultTolerance):
     def home(self, folder: Path) -> Path:
         return folder.parents[1]
 
-    def join(self, ranks: "RankContext") -> "Peers":
-        from src.fault_tolerance.synchronous import Synchronous
+    def join(self, ranks: "RankContext") -> "ReplicaGroups":
+        from src.fault_tolerance.synchronous_groups import SynchronousGroups
 
-        return Synchronous(self, ranks)
+        return SynchronousGroups(self, ranks)
 
     def problems(self, asked: Asked) -> list[str]:
         found = []

@@ -11,11 +11,11 @@ from src.fault_tolerance.fragments import Modules, Rounds, cut, problems
 if TYPE_CHECKING:
     from src.distributed.process.rank_context import RankContext
     from src.fault_tolerance.outer import Rule
-    from src.fault_tolerance.peers import Peers
+    from src.fault_tolerance.replica_groups import ReplicaGroups
 
 
 class Periodic(TorchFT):
-    """What both have in common; the subclasses also answer as `Method` of src/fault_tolerance/apart.py."""
+    """What both have in common; subclasses are also `LocalSGDOptions` of src/fault_tolerance/local_sgd_groups.py."""
 
     sync_steps: PositiveInt
     copy_on: Literal["cpu", "device"]
@@ -29,11 +29,11 @@ class Periodic(TorchFT):
     def outer_bytes(self, weight_bytes: int) -> int:
         return weight_bytes + self.velocity_bytes if self.copy_on == "device" else 0
 
-    def join(self, ranks: "RankContext") -> "Peers":
-        from src.fault_tolerance.apart import Apart
+    def join(self, ranks: "RankContext") -> "ReplicaGroups":
+        from src.fault_tolerance.local_sgd_groups import LocalSGDGroups
 
         assert isinstance(self, LocalSGD | DiLoCo), "one of the two methods"
-        return Apart(self, ranks)
+        return LocalSGDGroups(self, ranks)
 
     def problems(self, asked: Asked) -> list[str]:
         found = super().problems(asked) + self.rounds.problems()

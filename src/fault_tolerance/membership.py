@@ -12,12 +12,11 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from http.client import HTTPException
 from itertools import count
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -31,8 +30,8 @@ from torchft.process_group import ProcessGroup, ProcessGroupGloo, ProcessGroupNC
 from src.distributed.collectives import any_rank
 from src.distributed.process.rank_context import RankContext, Replica
 from src.fault_tolerance.carry import fill, shards
-from src.fault_tolerance.config import TorchFT
-from src.fault_tolerance.peers import Own
+from src.fault_tolerance.replica_groups import StateCallbacks
+from src.fault_tolerance.table import Quorum
 
 CONNECT_SECONDS = 10.0
 LOOK_SECONDS, LOOKS_PER_WORD = 3.0, 20  # who waits looks around this often, and says so less often
@@ -49,18 +48,23 @@ def _nothing(*_: object) -> None:
     """Instead of a line on stderr."""
 
 
-@dataclass(frozen=True)
-class Quorum:
-    """The groups of one step; equal on all ranks of all of them but for `rank`."""
+class MembershipOptions(Protocol):
+    """Keys of the section that matter here; conf/fault_tolerance/torchft.yaml says what each means."""
 
-    id: int
-    rank: int
-    size: int
-    healed: bool  # this group was behind and has taken over another's state
+    @property
+    def min_groups(self) -> int: ...
+    @property
+    def process_group(self) -> Literal["gloo", "nccl"] | None: ...
+    @property
+    def heartbeat_seconds(self) -> float: ...
+    @property
+    def sum_seconds(self) -> float: ...
+    @property
+    def heal_seconds(self) -> float: ...
 
 
 class Membership:
-    def __init__(self, options: TorchFT, ranks: RankContext, tell: Callable[[str], None]) -> None:
+    def __init__(self, options: MembershipOptions, ranks: RankContext, tell: Callable[[str], None]) -> None:
         """Collective in the group. From here on the lighthouse counts this group as alive."""
         replica = Replica.read()
         self.options, self.ranks, self.replica = options, ranks, replica
@@ -108,7 +112,7 @@ class Membership:
             quorum_retries=AGAIN,
         )
 
-    def meet(self, version: int, own: Own) -> Quorum | None:
+    def start_quorum(self, version: int, own: StateCallbacks) -> Quorum | None:
         """Collective. Wait for the others, and be healed or heal: `version` says who is ahead.
 
         A failure is kept in `error`: the step must still be voted on. None: told to stop while it waited.
@@ -129,7 +133,7 @@ class Membership:
         healed = answer.heal and self._heal(answer, own)
         return Quorum(answer.quorum_id, answer.replica_rank, answer.replica_world_size, healed)
 
-    def _ask(self, version: int, own: Own) -> Any:
+    def _ask(self, version: int, own: StateCallbacks) -> Any:
         """The lighthouse's answer, however long it takes; who waits is told what for, and follows one that moves.
 
         None where a signal wants this rank to stop instead.
@@ -188,12 +192,12 @@ class Membership:
             place = f"{address}/{number}"
             group.configure(place, f"{self.replica.group}", answer.replica_rank, answer.replica_world_size)
 
-    def _give(self, answer: Any, own: Own) -> None:
+    def _give(self, answer: Any, own: StateCallbacks) -> None:
         """Serve this rank's shards until the vote, before which they do not change."""
         limit = timedelta(seconds=self.options.heal_seconds)
         self._transport.send_checkpoint(answer.recover_dst_replica_ranks, answer.max_step, shards(own.give()), limit)
 
-    def _heal(self, answer: Any, own: Own) -> bool:
+    def _heal(self, answer: Any, own: StateCallbacks) -> bool:
         """All ranks of the group take over what they fetched, or none does."""
         began, fetched = time.perf_counter(), list[dict[str, Any]]()
         self._try(lambda: fetched.append(self._fetch(answer)))
@@ -215,7 +219,7 @@ class Membership:
             )
         return fetched
 
-    def sum_(self, tensors: Sequence[Tensor], seconds: float | None = None) -> None:
+    def allreduce(self, tensors: Sequence[Tensor], seconds: float | None = None) -> None:
         """Collective over groups. In place; waits for the device only where the library does."""
         kinds = {(tensor.device, tensor.dtype): list[Tensor]() for tensor in tensors if tensor.numel()}
         for tensor in tensors:

@@ -1,15 +1,24 @@
 """What the groups of a quorum tell each other before a step, and what all of them conclude from it alike."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
-
-if TYPE_CHECKING:
-    from src.fault_tolerance.membership import Membership, Quorum
+from torch import Tensor
 
 HISTORY_BITS = 48  # rows travel as float64, which is exact to 2^53
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """The groups of one step; equal on all ranks of all of them but for `rank`."""
+
+    id: int
+    rank: int
+    size: int
+    healed: bool  # this group was behind and has taken over another's state
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,12 @@ class Table:
     rows: tuple[Row, ...] = ()
 
     @classmethod
-    def exchange(cls, own: Row, quorum: "Quorum", members: "Membership", seconds: float) -> Self:
+    def exchange(cls, own: Row, quorum: Quorum, allreduce: Callable[[list[Tensor]], None]) -> Self:
         """Collective over groups; it waits for those that are being healed. After a failure nobody reads it."""
         cells = torch.zeros(quorum.size, len(astuple(own)), dtype=torch.float64)
         cells[quorum.rank] = torch.tensor([float(value) for value in astuple(own)], dtype=torch.float64)
         if quorum.size > 1:
-            members.sum_([cells], seconds)
+            allreduce([cells])
         return cls(tuple(_row(values) for values in cells.tolist()))
 
     @property

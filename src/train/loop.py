@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from src.checkpoint.config import Checkpoint, hardly_fits
 from src.checkpoint.store import Store
 from src.data.batches import Batch, Batches
 from src.distributed.collectives import any_rank
 from src.distributed.compile import compile_seconds
 from src.errors import DivergedError
-from src.fault_tolerance.peers import Own, Peers
 from src.metrics.console import format_startup, format_validation
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.memory import memory
@@ -63,7 +64,6 @@ class Loop:
     startup: Startup
     report: Report
     stop: Stop
-    peers: Peers
     facts: dict[str, Any]  # of the run, for each checkpoint's marker
     grace_seconds: float  # between a stop signal and the end of ranks that still save
 
@@ -72,28 +72,18 @@ class Loop:
         state, steps = self.training.state, self.plan.steps
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
         self._first: int | None = None  # step of this attempt, once it is done
-        self._told, self._warned, self._validated = self.store.last, False, 0
+        self._reported, self._warned, self._validated = self.store.last, False, 0
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
             gc.collect(1)
-        self.peers.introduce(Own(self._state, self._adopt, self._tell, lambda: self.stop.seen is not None))
         self.throughput.restart()
-        for batches, waited in self._fetched() if self.peers.alone else self._met():
+        for batches, waited in self._step_batches():
             if self._stopping:
                 break
-            outcomes = self._step(batches)
-            if not self.peers.counted:
-                continue
-            self._first = self._first or state.step
-            self.throughput.step(self.plan.tokens_per_step, waited)
-            self._take(outcomes)
-            if not self.peers.alone:
-                self._settle()
-            if self._due(state.step):
-                self._take(self._readback.flush())
-                self._pause(state.step)
-        self._take(self._readback.flush())
+            scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
+            self._advance(self.training.stepper(batches, stop=self.stop.seen is not None), waited)
+        self._process_outcomes(self._readback.flush())
         self._save(last=True)
         self.store.finish()
         self._tell_save()
@@ -104,7 +94,7 @@ class Loop:
             self._validate(steps)  # a stop had cut it short
         return state.step == steps and not self._stopping
 
-    def _fetched(self) -> Iterator[tuple[list[Batch], float]]:
+    def _step_batches(self) -> Iterator[tuple[list[Batch], float]]:
         """The steps' batches and how long each was waited for, in seconds."""
         state = self.training.state
         steps_batches = self.batches.prefetch(state.position, self.plan.steps - state.step)
@@ -115,64 +105,39 @@ class Loop:
                 return
             yield batches, time.perf_counter() - began
 
-    def _met(self) -> Iterator[tuple[list[Batch], float]]:
-        """The same, of this group's share of each step; one that did not count comes again."""
+    def _advance(self, outcome: dict[str, Tensor], waited: float) -> None:
+        """After a step: count it, and do what is due."""
+        self._count(outcome, waited)
+        if self._due(self.training.state.step):
+            self._process_outcomes(self._readback.flush())
+            self._end_interval(self.training.state.step)
+
+    def _count(self, outcome: dict[str, Tensor], waited: float) -> None:
         state = self.training.state
-        while state.step < self.plan.steps and not self._stopping:
-            share = self.peers.meet(state.step, self.plan.micro_batches)
-            self.report.lead(self.peers.leads)
-            self._stopping = self.peers.gave_up
-            if share is not None:
-                began = time.perf_counter()
-                yield self.batches.step(state.position, share), time.perf_counter() - began
-
-    def _state(self) -> dict[str, Any]:
-        """What a group that comes back must get; the tensors are the live ones."""
-        stepper = self.training.stepper
-        streak = {"in_a_row": stepper.in_a_row, "dead": stepper.dead}
-        return {"state": self.training.state.tree(0.0), "streak": streak}
-
-    def _tell(self, text: str) -> None:
-        self.report.tell(f"step {self.training.state.step + 1}: {text}")
-
-    def _adopt(self, tree: dict[str, Any]) -> None:
-        self.training.state.adopt(tree["state"])
-        for act in self.training.stepper.after_update:  # weights are new
-            act()
-
-    def _step(self, batches: list[Batch]) -> list[StepOutcome]:
-        state = self.training.state
-        scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, self.plan.steps))
-        outcome = self.training.stepper(batches, stop=self.stop.seen is not None)
-        if not self.peers.counted:
-            return []
         state.step += 1
         state.position += self.plan.sequences_per_step
         if self.cadence.gc_every and state.step % self.cadence.gc_every == 0:
             gc.collect(1)
         outcomes = self._readback.push(state.step, outcome)
-        # A group that heals takes over what this one has counted; the vote has waited for the device already.
-        return outcomes if self.peers.alone else outcomes + self._readback.flush()
-
-    def _settle(self) -> None:
-        state = self.training.state
-        if self._stopping and state.step < self.plan.steps:
-            return  # the others may have left; what is due is the next life's
-        others = self.peers.settle(state.step, self._last.tokens)  # which may replace the state
-        state.tokens += others
-        self._stopping = self._stopping or self.peers.gave_up
+        self._first = self._first or state.step
+        self.throughput.step(self.plan.tokens_per_step, waited)
+        self._process_outcomes(outcomes)
 
     def _learning_rate(self, step: int) -> float:
         return self.optim.lr * self.schedule.multiplier(step, self.plan.steps)
 
-    def _take(self, outcomes: list[StepOutcome]) -> None:
+    def _process_outcomes(self, outcomes: list[StepOutcome]) -> None:
         """Learn what steps did; every rank learns the same at the same step, so all take the same branch."""
         for outcome in outcomes:
             self._last = outcome
             self.training.state.tokens += outcome.tokens
-            self._stopping = self._stopping or self.peers.may_leave(outcome.stop)
+            self._stopping = self._stopping or self._may_stop(outcome.stop)
             if outcome.skipped:
                 self._not_finite(outcome)
+
+    def _may_stop(self, asked: bool) -> bool:
+        """Whether a stop that is asked for ends the loop now."""
+        return asked
 
     def _not_finite(self, outcome: StepOutcome) -> None:
         # An initial checkpoint may have had another global batch: count back from here.
@@ -200,7 +165,7 @@ class Loop:
             or self.checkpoint.exports(step)
         )
 
-    def _pause(self, step: int) -> None:
+    def _end_interval(self, step: int) -> None:
         """Between two steps, with the device idle: tell, validate, save."""
         if step == self._first:
             self.training.ranks.set_timeout(STEP_TIMEOUT_SECONDS, self.training.mesh.groups())
@@ -209,7 +174,7 @@ class Loop:
             self.report.say(format_startup(self.startup.seconds))
         last = step == self.plan.steps
         if step == self._first or last or step % self.cadence.log_every == 0:
-            self._record(step)
+            self.report.record(step, self._values(step))
         if self.cadence.validate_every and (last or step % self.cadence.validate_every == 0):
             self._validate(step)
         if self.checkpoint.due(step, last=False):
@@ -220,18 +185,17 @@ class Loop:
         self._tell_export()
         self.throughput.restart()
 
-    def _record(self, step: int) -> None:
-        values = {
+    def _values(self, step: int) -> dict[str, float]:
+        """Collective. What is recorded of a step."""
+        return {
             **self._last.metrics,
             "lr": self._learning_rate(step - 1),
             "tokens": float(self.training.state.tokens),
             **self.throughput.report(),
             **memory(self.training.ranks.device),
             **self._shares(),
-            **self.peers.metrics(),
             **({} if (load := self._load()) is None else load.values()),
         }
-        self.report.record(step, values)
 
     def _load(self) -> ExpertLoad | None:
         """Collective. Where the last step's tokens went, in a model with experts."""
@@ -249,7 +213,7 @@ class Loop:
             return
         loss = validate(self.training.network, self.batches, self.cadence.validate_samples, self._stopped)
         if loss is None:
-            self._stopping = self.peers.may_leave(asked=True)
+            self._stopping = self._may_stop(asked=True)
             return
         self._validated = step
         self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
@@ -261,8 +225,10 @@ class Loop:
         if not self.checkpoint.due(state.step, last=last) or state.step == self._saved:
             return
         self._saved = state.step
-        if not self.peers.saves:
-            return
+        self._write(last=last)
+
+    def _write(self, *, last: bool) -> None:
+        state = self.training.state
         state.digest = self.batches.digest(state.position)
         tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
         self.store.save(state.step, tree, self.facts, wait=last)
@@ -270,9 +236,9 @@ class Loop:
     def _tell_save(self) -> None:
         """What the last save cost, once it is on the disk: at the step that it holds."""
         saved = self.store.last
-        if saved is None or saved is self._told:
+        if saved is None or saved is self._reported:
             return
-        self._told = saved
+        self._reported = saved
         costs = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds, "bytes": saved.bytes}
         self.report.measure(saved.step, {f"checkpoint/{key}": float(value) for key, value in costs.items()})
         if not self._warned and (slow := hardly_fits(saved.write_seconds, self.grace_seconds)) is not None:
@@ -280,7 +246,7 @@ class Loop:
             self.report.say(f"warning: {slow}")
 
     def _export(self, step: int) -> None:
-        if self.exports is None or not self.peers.saves:
+        if self.exports is None:
             return
         self.exports.finish()
         self._tell_export()

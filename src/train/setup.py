@@ -12,10 +12,11 @@ from src.distributed.parallelize import parallelize
 from src.distributed.pipeline.pipeline_parallel import build, connect
 from src.distributed.process.rank_context import RankContext
 from src.distributed.tensor.symmetric_memory import share_memory
-from src.fault_tolerance.peers import Peers
+from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
 from src.run import Run
 from src.train import step_metrics
+from src.train.replicated_step import ReplicatedStepper
 from src.train.state import TrainState
 from src.train.step import Stepper
 
@@ -35,11 +36,11 @@ class Training:
 
 
 def build_training(
-    run: Run, ranks: RankContext, *, skips: int, mesh: Mesh | None = None, peers: Peers | None = None
+    run: Run, ranks: RankContext, *, skips: int, mesh: Mesh | None = None, groups: ReplicaGroups | None = None
 ) -> Training:
     """Collective. The parallel model with its name-seeded weights, its optimizer, and a state at step 0.
 
-    `mesh`: where the world is not the layout's own. `peers`: the run's other groups.
+    `mesh`: where the world is not the layout's own. `groups`: where there are several.
     """
     torch.manual_seed(run.seed)  # weights do not draw from it; what does, draws alike in every attempt
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
@@ -49,10 +50,12 @@ def build_training(
     optimizer = run.optim.build(network.named_parameters(), ranks.device)
     float8 = run.precision.float8
     after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
-    peers = peers or Peers()
-    peers.watch(network, after_update)
-    stepper = Stepper(network, optimizer, run.optim.max_norm, skips, after_update, peers, step_metrics.STEP_METRICS)
-    return Training(ranks, mesh, network, TrainState(network, optimizer, run.seed, peers), stepper)
+    state = TrainState(network, optimizer, run.seed, more=groups)
+    arguments = (network, optimizer, run.optim.max_norm, skips, after_update, step_metrics.STEP_METRICS)
+    if groups is None:
+        return Training(ranks, mesh, network, state, Stepper(*arguments))
+    groups.watch(network, after_update)
+    return Training(ranks, mesh, network, state, ReplicatedStepper(*arguments, groups=groups))
 
 
 def build_uninitialized(run: Run, ranks: RankContext, mesh: Mesh) -> ModelStages:

@@ -1,14 +1,20 @@
 """Everything that a run must remember, free of meshes: another layout can go on from it."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from src.distributed.model_stages import ModelStages
-from src.fault_tolerance.peers import Peers
 from src.optim.state import optimizer_state
+
+
+class Stateful(Protocol):
+    """Has something of its own to remember, under keys of its own."""
+
+    def tree(self) -> dict[str, Any]: ...
+    def adopt(self, tree: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -18,11 +24,11 @@ class TrainState:
     network: ModelStages
     optimizer: Optimizer
     seed: int
-    peers: Peers = field(default_factory=Peers)
     step: int = 0
     tokens: int = 0
     position: int = 0
-    digest: str = field(default="")  # of the ids of samples [0, position)
+    digest: str = ""  # of the ids of samples [0, position)
+    more: Stateful | None = None
 
     def tree(self, learning_rate: float) -> dict[str, Any]:
         """What a checkpoint holds; the tensors are the live ones."""
@@ -37,7 +43,7 @@ class TrainState:
             # generator is kept for whoever adds dropout.
             "rng": {"seed": self.seed, "torch": torch.get_rng_state()},
             "schedule": {"step": self.step, "learning_rate": learning_rate},
-            **self.peers.tree(),
+            **({} if self.more is None else self.more.tree()),
         }
 
     def adopt(self, tree: dict[str, Any]) -> None:
@@ -45,4 +51,5 @@ class TrainState:
         self.step, self.tokens, self.position = tree["step"], tree["tokens"], tree["position"]
         self.digest = tree["digest"]
         torch.set_rng_state(tree["rng"]["torch"])
-        self.peers.adopt(tree)
+        if self.more is not None:
+            self.more.adopt(tree)

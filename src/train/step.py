@@ -11,7 +11,6 @@ from src.data.batches import Batch
 from src.distributed.collectives import world_sum
 from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import ModelStages
-from src.fault_tolerance.peers import Peers
 from src.models.cross_entropy import IGNORED
 from src.train.step_metrics import STEP_METRICS, AfterBackward, StepMetric
 
@@ -54,32 +53,28 @@ class Stepper:
         max_norm: float | None,
         skips: int,
         after_update: Sequence[Callable[[], None]] = (),
-        peers: Peers | None = None,
         metrics: Sequence[StepMetric] = STEP_METRICS,
     ) -> None:
-        """`after_update`: what follows from new weights, in order; collective. `peers`: other groups of this run."""
+        """`after_update`: what follows from new weights, in order; collective."""
         self.network, self.optimizer, self.max_norm, self.skips = network, optimizer, max_norm, skips
         self.mesh, self.device, self.metrics = network.mesh, network.device, metrics
         names = [metric.name for metric in metrics]
         assert len({*names, *CONTROL}) == len(names) + len(CONTROL), f"a name twice: {names}, {CONTROL}"
         parameters = [parameter for _, parameter in network.named_parameters() if parameter.requires_grad]
         self.gradients = Gradients(parameters, self.mesh.world // self.mesh.degrees.pipeline)
-        self.after_update, self.peers = after_update, peers or Peers()
+        self.after_update = after_update
         self.in_a_row = torch.zeros((), device=self.device)
         self.dead = torch.zeros((), device=self.device)
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
-        """Collective. The metrics by name, and tokens, skipped, dead and stop: 0-dim, on the device; see `StepOutcome`.
+        """Collective. Metrics by name, and tokens, skipped, dead and stop: 0-dim, on the device; see `StepOutcome`."""
+        tokens = self._valid_tokens(batches)
+        loss = self._backward(batches, tokens)
+        return self._update(self._measure(batches, loss, stop) | {"tokens": tokens})
 
-        Nothing has changed where `peers.counted` is false afterwards.
-        """
-        tokens = self.peers.total(self._valid_tokens(batches))
-        loss = self.network.backward(batches, 1.0 / tokens.clamp(min=1))
-        self.peers.add([*self.gradients.local(), loss, *self._counters()])
-        measured = self._measure(batches, loss, stop) | {"tokens": tokens}
-        if not self.peers.agree(_finite(measured)):
-            return self._discard(measured)
-        return self._update(measured)
+    def _backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
+        """Gradients of the mean over `tokens` labels; this rank's share of that mean."""
+        return self.network.backward(batches, 1.0 / tokens.clamp(min=1))
 
     def _measure(self, batches: Sequence[Batch], loss: Tensor, stop: bool) -> dict[str, Tensor]:
         """Collective: all metrics and the votes to stop in one sum."""
@@ -90,7 +85,7 @@ class Stepper:
         return {metric.name: metric.of_sum(total, self.mesh.world) for metric, total in pairs} | {"stop": votes}
 
     def _update(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
-        skipped = self._decide(_finite(measured))
+        skipped = self._decide(all_finite(measured))
         if self.max_norm is not None:  # divided as the optimizer reads them: one pass over all gradients less
             excess = self.gradients.excess(measured["grad_norm"], self.max_norm)
             self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
@@ -103,14 +98,6 @@ class Stepper:
         for act in self.after_update:
             act()
         return measured | {"skipped": skipped, "dead": self.dead}
-
-    def _discard(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As if the step had not been."""
-        expert_counts = self._counters()
-        self.optimizer.zero_grad()
-        for counter in expert_counts:
-            counter.zero_()
-        return measured | {"skipped": torch.ones_like(self.dead), "dead": self.dead}
 
     def _counters(self) -> list[Tensor]:
         """What a model counts of its tokens until the update."""
@@ -130,7 +117,8 @@ class Stepper:
         return skipped
 
 
-def _finite(measured: dict[str, Tensor]) -> Tensor:
+def all_finite(measured: dict[str, Tensor]) -> Tensor:
+    """0-dim, bool: whether a step with this loss and gradient norm may update."""
     return torch.isfinite(measured["loss"]) & torch.isfinite(measured["grad_norm"])
 
 

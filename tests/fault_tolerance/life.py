@@ -18,7 +18,7 @@ from src.cluster.rank import run_rank
 from src.config.tree import read
 from src.fault_tolerance.membership import Membership
 from src.train.loop import Loop
-from src.train.step import Stepper
+from src.train.replicated_step import ReplicatedStepper
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble],
     torch.set_num_threads(1)
     life = Life(folder, seat.rank, troubles)
     with (
-        patch.object(Stepper, "__call__", lambda *args, **kwargs: life.step_of(*args, **kwargs)),
+        patch.object(ReplicatedStepper, "__call__", lambda *args, **kwargs: life.step_of(*args, **kwargs)),
         patch.object(Loop, "run", lambda loop: life.run(loop)),
         patch.object(Membership, "_fetch", lambda *args: life.fetch(*args)),
         patch.object(Membership, "_give", lambda *args: life.give(*args)),
@@ -66,7 +66,7 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble],
 class Life:
     def __init__(self, folder: Path, rank: int, troubles: Sequence[Trouble]) -> None:
         self._folder, self._rank, self._troubles = folder, rank, list(troubles)
-        self._compute, self._run, self._fetch = Stepper.__call__, Loop.run, Membership._fetch
+        self._compute, self._run, self._fetch = ReplicatedStepper.__call__, Loop.run, Membership._fetch
         self._give, self._vote = Membership._give, Membership.vote
 
     def note(self, **facts: Any) -> None:
@@ -86,13 +86,13 @@ class Life:
         self.note(end=state.step, position=state.position, tokens=state.tokens, weights=weights)
         return finished
 
-    def step_of(self, stepper: Stepper, batches: Any, stop: bool) -> dict[str, Tensor]:
-        quorum = stepper.peers._quorum.id  # type: ignore[attr-defined]
+    def step_of(self, stepper: ReplicatedStepper, batches: Any, stop: bool) -> dict[str, Tensor]:
+        quorum = stepper.groups._quorum.id  # type: ignore[attr-defined]
         self.note(quorum=quorum, offered=[sample for batch in batches for sample in batch.samples], step=self.step)
         backward = stepper.network.backward
         with patch.object(stepper.network, "backward", lambda *args: backward(*args) + self._befall()):
             outcome = self._compute(stepper, batches, stop)
-        if stepper.peers.counted:
+        if stepper.groups.committed:
             self.note(quorum=quorum, counted=self.step, loss=outcome["loss"].item())
         return outcome
 

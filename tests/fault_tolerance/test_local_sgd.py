@@ -11,10 +11,10 @@ from torch import Tensor
 
 from src.distributed.pipeline.stages import modules
 from src.distributed.process.rank_context import RankContext
-from src.fault_tolerance.apart import Apart
 from src.fault_tolerance.config import Asked
-from src.fault_tolerance.membership import Quorum
-from src.fault_tolerance.peers import Own
+from src.fault_tolerance.local_sgd_groups import LocalSGDGroups
+from src.fault_tolerance.replica_groups import StateCallbacks
+from src.fault_tolerance.table import Quorum
 from src.train.setup import build_training
 from tests.fault_tolerance.by_hand import plain
 from tests.ranks import RankPool as Workers
@@ -59,7 +59,7 @@ class Alone:
         self.answers: list[bool] = []
         self.asked: list[bool] = []
 
-    def meet(self, version: int, own: Own) -> Quorum:
+    def start_quorum(self, version: int, own: StateCallbacks) -> Quorum:
         return Quorum(1, 0, 1, healed=False)
 
     def vote(self, *, fine: bool) -> bool:
@@ -79,19 +79,19 @@ def rounds(answers: list[bool], spoil: Callable[[dict[str, Tensor], int], None])
     members.answers, members.group = answers, Group()  # type: ignore[assignment]
     told, moved = list[str](), list[set[int]]()
     with patch.dict(os.environ, {"REPLICA_GROUP_ID": "0", "TORCHFT_LIGHTHOUSE": "http://nowhere:1"}):
-        peers = Apart(options, ranks)
-    peers._membership = members  # type: ignore[assignment]
-    training = build_training(make_run(), ranks, skips=0, peers=peers)
-    peers.introduce(Own(dict, lambda _: None, told.append, lambda: False))
-    assert peers.meet(0, 4) == range(4)
+        groups = LocalSGDGroups(options, ranks)
+    groups._membership = members  # type: ignore[assignment]
+    training = build_training(make_run(), ranks, skips=0, groups=groups)
+    groups.register(StateCallbacks(dict, lambda _: None, told.append, lambda: False))
+    assert groups.start_quorum(0, 4) == range(4)
     for step in (1, 2, 3):
         weights = plain(training)
         before = {name: tensor.clone() for name, tensor in weights.items()}
         spoil(weights, step)
-        peers.settle(step, 100)
+        groups.outer_step(step, 100)
         ends = {0: "tok_embeddings.weight", 1: "output.weight"}
         moved.append({f for f, name in ends.items() if not torch.equal(weights[name], before[name])})
-    return {"asked": members.asked, "told": told, "moved": moved, "metrics": dict(peers.metrics())}
+    return {"asked": members.asked, "told": told, "moved": moved, "metrics": dict(groups.metrics())}
 
 
 def add_one(weights: dict[str, Tensor], _: int) -> None:

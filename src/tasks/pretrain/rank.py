@@ -12,7 +12,7 @@ from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.process.rank_context import RankContext, device_type
-from src.fault_tolerance.peers import Peers
+from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.hugging_face.companions import describe, tokenizer_files
 from src.hugging_face.load import noted
 from src.metrics.console import Console
@@ -28,6 +28,7 @@ from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
 from src.train.exports import Exports
 from src.train.loop import Loop
+from src.train.replicated_loop import ReplicatedLoop
 from src.train.report import Report
 from src.train.resume import resume
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, make_deterministic
@@ -44,19 +45,20 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         )
         if task.deterministic:
             make_deterministic()
-        peers, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)
+        groups, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)
         asked, run = run.recompute, resolve_auto_recompute(run, home)
-        training = build_training(run, ranks, skips=task.skips, peers=peers)
+        training = build_training(run, ranks, skips=task.skips, groups=groups)
         startup.done("init")
-        report = _report(task, run, home, ranks, peers)
+        report = _report(task, run, home, ranks, groups)
         if run.recompute != asked:
             report.say(f"recompute: {run.recompute}, the cheapest that fits")
         status: Literal["done", "stopped", "failed"] = "failed"
         try:
             corpus = reopen(json.loads((home / "data.json").read_text()), run.cache)
-            loop = _loop(task, run, home, corpus, training, startup, report, stop, peers)
+            loop = _loop(task, run, home, corpus, training, startup, report, stop, groups)
             finished = loop.run()
-            peers.leave()
+            if groups is not None:
+                groups.leave()
             _farewell(task, run, home, corpus, training, report, finished)
             status = "done" if finished else "stopped"
         finally:
@@ -65,14 +67,14 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         return finished
 
 
-def _report(task: Pretrain, run: Run, folder: Path, ranks: RankContext, peers: Peers) -> Report:
+def _report(task: Pretrain, run: Run, folder: Path, ranks: RankContext, groups: ReplicaGroups | None) -> Report:
     """Rank 0 speaks for all, and rank 0 of one group for all groups."""
     if ranks.rank != 0:
         return Report(None, None, folder)
     open_log = partial(run.tracker.open, folder, read(folder / "config.yaml"))
-    if peers.alone:
+    if groups is None:
         return Report(open_log(), Console(task.steps), folder)
-    return Report(None, Console(task.steps, title=f"group {peers.group}: "), folder, open_log)
+    return Report(None, Console(task.steps, title=f"group {groups.group}: "), folder, open_log)
 
 
 def _loop(
@@ -84,7 +86,7 @@ def _loop(
     startup: Startup,
     report: Report,
     stop: Stop,
-    peers: Peers,
+    groups: ReplicaGroups | None,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
     planned = plan(run, corpus)
@@ -98,10 +100,11 @@ def _loop(
         micro_batch=planned.micro_batch,
         micro_batches=planned.micro_batches,
     )
-    store = Store(folder / "checkpoints", run.checkpoint, shared=not peers.alone)
+    store = Store(folder / "checkpoints", run.checkpoint, shared=groups is not None)
     report.say(resume(training.state, store, batches, task.steps, noted(folder)))
     startup.done("load")
-    return Loop(
+    make = Loop if groups is None else partial(ReplicatedLoop, groups=groups)
+    return make(
         training=training,
         plan=planned,
         cadence=task,
@@ -115,7 +118,6 @@ def _loop(
         startup=startup,
         report=report,
         stop=stop,
-        peers=peers,
         facts={"run": folder.name, "layout": planned.axes},
         grace_seconds=run.cluster.grace_seconds,
     )

@@ -8,44 +8,48 @@ fell behind another takes over its state.
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from src.distributed.collectives import any_rank
 from src.distributed.process.rank_context import RankContext, Replica
-from src.fault_tolerance.config import TorchFT
-from src.fault_tolerance.membership import Membership, Quorum
-from src.fault_tolerance.peers import Own, Peers, Tree
-from src.fault_tolerance.table import HISTORY_BITS, Row, Table, share
+from src.fault_tolerance.membership import Membership, MembershipOptions
+from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks, Tree
+from src.fault_tolerance.table import HISTORY_BITS, Quorum, Row, Table, share
 
 
-class Synchronous(Peers):
-    alone = False
+class SynchronousOptions(MembershipOptions, Protocol):
+    @property
+    def groups(self) -> int: ...
 
-    def __init__(self, options: TorchFT, ranks: RankContext) -> None:
+
+class SynchronousGroups(ReplicaGroups):
+    def __init__(self, options: SynchronousOptions, ranks: RankContext) -> None:
         self.options, self.ranks = options, ranks
         self.group = Replica.read().group
-        self.leads = False
+        self.leads = self.gave_up = False
+        self.committed = True
         self.table = Table()
         self._membership: Membership | None = None
         self._quorum: Quorum | None = None
-        self._own: Own | None = None
+        self._own: StateCallbacks | None = None
         self._history = 0  # a number that groups share exactly when they have counted the same steps
         self._led = False  # the last step that counted
         self._leaving = self._stale = self._retried = False
         self._lost = 0  # steps of this group's work that did not count
         self._failures = 0  # votes that said no
 
-    def introduce(self, own: Own) -> None:
+    def register(self, callbacks: StateCallbacks) -> None:
         def give() -> Tree:
-            return {"run": own.give(), "history": self._history}
+            return {"run": callbacks.give(), "history": self._history}
 
         def take(tree: Tree) -> None:
-            own.take(tree["run"])
+            callbacks.take(tree["run"])
             self._history, self._stale = tree["history"], False
 
-        self._own = Own(give, take, own.tell, own.stopped)
+        self._own = StateCallbacks(give, take, callbacks.tell, callbacks.stopped)
 
     @property
     def members(self) -> Membership:
@@ -54,18 +58,18 @@ class Synchronous(Peers):
             self._membership = Membership(self.options, self.ranks, self._tell)
         return self._membership
 
-    def meet(self, step: int, micro_batches: int) -> range | None:
-        assert self._own is not None, "introduce() comes first"
+    def start_quorum(self, step: int, micro_batches: int) -> range | None:
+        assert self._own is not None, "register() comes first"
         members, before, began = self.members, self._quorum, time.perf_counter()
         # A group with another past than its peers is behind them, however many steps it has done.
-        quorum = members.meet(2 * step + (not self._stale), self._own)
+        quorum = members.start_quorum(2 * step + (not self._stale), self._own)
         if quorum is None:
             self.gave_up = True
             return None
         self._quorum = quorum
         so_far = (self._lost, self._failures, members.heal_seconds)
         row = Row(self.group, self._led, self._leaving, self._history, *so_far)
-        table = Table.exchange(row, quorum, members, self.options.heal_seconds)
+        table = Table.exchange(row, quorum, lambda rows: members.allreduce(rows, self.options.heal_seconds))
         failed = any_rank(members.error is not None, torch.device("cpu"))
         if failed or table.split:
             self._stale = self._stale or (not failed and table.astray(row))
@@ -76,16 +80,12 @@ class Synchronous(Peers):
             self._own.tell(self._described(quorum, time.perf_counter() - began))
         return share(quorum.rank, quorum.size, micro_batches)
 
-    def total(self, values: Tensor) -> Tensor:
-        self.add([values])
-        return values
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        assert self._quorum is not None, "meet() comes first"
+    def allreduce(self, tensors: Sequence[Tensor]) -> None:
+        assert self._quorum is not None, "start_quorum() comes first"
         if self._quorum.size > 1:
-            self.members.sum_(tensors)
+            self.members.allreduce(tensors)
 
-    def agree(self, finite: Tensor) -> bool:
+    def should_commit(self, finite: Tensor) -> bool:
         # A broken device makes numbers that are not finite as well as bad data do: the same samples are tried once
         # more before the run's own rule for such steps holds.
         fine = bool(finite) or self._retried
@@ -98,9 +98,9 @@ class Synchronous(Peers):
 
     def _vote(self, *, fine: bool) -> bool:
         members, quorum = self.members, self._quorum
-        assert quorum is not None, "meet() comes first"
-        self.counted = members.vote(fine=fine)
-        if self.counted:
+        assert quorum is not None, "start_quorum() comes first"
+        self.committed = members.vote(fine=fine)
+        if self.committed:
             self._history = hash((self._history, quorum.id, quorum.size)) % 2**HISTORY_BITS
             self._led = self.leads
             return True
@@ -109,7 +109,7 @@ class Synchronous(Peers):
             self._tell(f"this step did not count ({_short(members.error)}): the groups meet again")
         return False
 
-    def may_leave(self, asked: bool) -> bool:
+    def may_stop(self, asked: bool) -> bool:
         # One step later than asked: a signal to all groups reaches them within a step of each other, and the last ones
         # must know whether somebody stays who has the state.
         told, self._leaving = self._leaving, self._leaving or asked
@@ -138,7 +138,7 @@ class Synchronous(Peers):
         return f"quorum {quorum.id}: groups {there} of {self.options.groups}, met in {seconds:.1f} s{healed}"
 
     def _tell(self, text: str) -> None:
-        assert self._own is not None, "introduce() comes first"
+        assert self._own is not None, "register() comes first"
         self._own.tell(text)
 
     def leave(self) -> None:

@@ -18,15 +18,14 @@ from src.distributed.collectives import any_rank, world_sum
 from src.distributed.model_stages import ModelStages
 from src.distributed.process.rank_context import RankContext
 from src.fault_tolerance.fragments import Modules, Rounds
-from src.fault_tolerance.local_sgd import DiLoCo, LocalSGD
 from src.fault_tolerance.mean import Exchange, Means, sent_bytes
 from src.fault_tolerance.outer import Outer, Place, Rule
-from src.fault_tolerance.peers import Own, Tree
-from src.fault_tolerance.synchronous import Synchronous
+from src.fault_tolerance.replica_groups import StateCallbacks, Tree
+from src.fault_tolerance.synchronous_groups import SynchronousGroups, SynchronousOptions
 from src.fault_tolerance.table import HISTORY_BITS, share
 
 
-class Method(Protocol):
+class LocalSGDOptions(SynchronousOptions, Protocol):
     """What local_sgd and diloco answer differently."""
 
     @property
@@ -41,10 +40,10 @@ class Method(Protocol):
     def modules(self, n_layers: int) -> Modules: ...
 
 
-class Apart(Synchronous):
-    def __init__(self, options: LocalSGD | DiLoCo, ranks: RankContext) -> None:
+class LocalSGDGroups(SynchronousGroups):
+    def __init__(self, options: LocalSGDOptions, ranks: RankContext) -> None:
         super().__init__(options, ranks)
-        self.method: Method = options
+        self.method = options
         self.rounds = self.method.rounds
         self._outer: Outer | None = None
         self._means: Means | None = None
@@ -81,13 +80,13 @@ class Apart(Synchronous):
         self._at, self._left, self._merged = outer["at"], outer["left"], outer["merged"]
         self._failed, self._unshared, self._history = outer["failed"], outer["unshared"], outer["history"]
 
-    def introduce(self, own: Own) -> None:
-        super().introduce(own)
+    def register(self, callbacks: StateCallbacks) -> None:
+        super().register(callbacks)
         self._unshared = 0  # a checkpoint gave all groups the same count; what else was done since a meeting is lost
         if not self._loaded:
             self.outer.begin()
 
-    def meet(self, step: int, micro_batches: int) -> range | None:
+    def start_quorum(self, step: int, micro_batches: int) -> range | None:
         if not self._met:
             self._at = step
             if not self._gather():
@@ -99,17 +98,14 @@ class Apart(Synchronous):
         assert self._quorum is not None, "the groups have met"
         return share(self._quorum.rank, self._quorum.size, micro_batches)
 
-    def total(self, values: Tensor) -> Tensor:
-        return values
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def allreduce(self, tensors: Sequence[Tensor]) -> None:
         """Gradients stay in the group."""
 
-    def agree(self, finite: Tensor) -> bool:
-        self.counted, self._copied = True, False
+    def should_commit(self, finite: Tensor) -> bool:
+        self.committed, self._copied = True, False
         return True
 
-    def settle(self, step: int, tokens: int) -> int:
+    def outer_step(self, step: int, tokens: int) -> int:
         self._at, self._unshared = step, self._unshared + tokens
         if self.rounds.leaves(step):
             while not self._gather():  # each time it waits for the others
@@ -121,7 +117,7 @@ class Apart(Synchronous):
 
     def _gather(self) -> bool:
         """Collective. A meeting, after which all groups have done the same steps; false: once more."""
-        met = super().meet(self._at, self.options.groups) is not None
+        met = super().start_quorum(self._at, self.options.groups) is not None
         self._copied = self._copied or (self._quorum is not None and self._quorum.healed)
         self._led = self.leads if met else self._led
         return met
@@ -143,7 +139,7 @@ class Apart(Synchronous):
             vector.zero_()
             cells.zero_()
         if quorum.size > 1:
-            members.sum_([cells])
+            members.allreduce([cells])
         if not any_rank(members.error is not None, torch.device("cpu")):
             contributors, tokens = (int(value) for value in cells.tolist())
             self._others += tokens - self._unshared
@@ -193,7 +189,7 @@ class Apart(Synchronous):
             self._means = Means(self.method.exchange, self.options.sum_seconds, device)
         return self._means
 
-    def may_leave(self, asked: bool) -> bool:
+    def may_stop(self, asked: bool) -> bool:
         # What is on its way is in no checkpoint; it arrives a few steps later. What was to be sent is sent by the next
         # life: another group may have left already.
         return asked and not self._sent

@@ -1,0 +1,85 @@
+"""The training loop of one replica group among others: `Loop`, with a quorum before each step and what follows from it.
+
+A step that its groups do not commit is computed again; a group that was behind takes over the state of another; one
+group writes metrics and checkpoints for all.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from src.data.batches import Batch
+from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks
+from src.train.loop import Loop
+
+
+@dataclass
+class ReplicatedLoop(Loop):
+    groups: ReplicaGroups
+
+    def run(self) -> bool:
+        self.groups.register(StateCallbacks(self._state, self._adopt, self._tell, lambda: self.stop.seen is not None))
+        return super().run()
+
+    def _step_batches(self) -> Iterator[tuple[list[Batch], float]]:
+        return self._quorum_batches()
+
+    def _quorum_batches(self) -> Iterator[tuple[list[Batch], float]]:
+        """This group's share of each step's batches; those of a step that was not committed come again."""
+        state = self.training.state
+        while state.step < self.plan.steps and not self._stopping:
+            share = self.groups.start_quorum(state.step, self.plan.micro_batches)
+            self.report.lead(self.groups.leads)
+            self._stopping = self.groups.gave_up
+            if share is not None:
+                began = time.perf_counter()
+                yield self.batches.step(state.position, share), time.perf_counter() - began
+
+    def _advance(self, outcome: dict[str, Tensor], waited: float) -> None:
+        if self.groups.committed:
+            super()._advance(outcome, waited)
+
+    def _count(self, outcome: dict[str, Tensor], waited: float) -> None:
+        super()._count(outcome, waited)
+        # A group that heals takes over what this one has counted; the vote has waited for the device already.
+        self._process_outcomes(self._readback.flush())
+        self._outer_step()
+
+    def _outer_step(self) -> None:
+        state = self.training.state
+        if self._stopping and state.step < self.plan.steps:
+            return  # the others may have left; what is due is the next life's
+        others = self.groups.outer_step(state.step, self._last.tokens)  # which may replace the state
+        state.tokens += others
+        self._stopping = self._stopping or self.groups.gave_up
+
+    def _may_stop(self, asked: bool) -> bool:
+        return self.groups.may_stop(asked)
+
+    def _values(self, step: int) -> dict[str, float]:
+        return {**super()._values(step), **self.groups.metrics()}
+
+    def _write(self, *, last: bool) -> None:
+        if self.groups.saves:
+            super()._write(last=last)
+
+    def _export(self, step: int) -> None:
+        if self.groups.saves:
+            super()._export(step)
+
+    def _state(self) -> dict[str, Any]:
+        """What a group that comes back must get; the tensors are the live ones."""
+        stepper = self.training.stepper
+        streak = {"in_a_row": stepper.in_a_row, "dead": stepper.dead}
+        return {"state": self.training.state.tree(0.0), "streak": streak}
+
+    def _adopt(self, tree: dict[str, Any]) -> None:
+        self.training.state.adopt(tree["state"])
+        for act in self.training.stepper.after_update:  # weights are new
+            act()
+
+    def _tell(self, text: str) -> None:
+        self.report.tell(f"step {self.training.state.step + 1}: {text}")

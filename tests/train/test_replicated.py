@@ -1,0 +1,29 @@
+"""Replica groups wrap the training loop: who reads the plain one meets none of their words."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from src.train.loop import Loop
+from src.train.replicated_loop import ReplicatedLoop
+from src.train.replicated_step import ReplicatedStepper
+from src.train.step import Stepper
+
+HOME = Path(__file__).parents[2]
+THEIRS = re.compile(
+    r"replica|fault_tolerance|peers?\b|quorum|\bheal|allreduce|commit|outer|lighthouse|other groups", re.I
+)
+
+
+@pytest.mark.parametrize("module", ["loop", "step", "step_metrics", "state"])
+def test_the_plain_loop_has_none_of_their_words(module: str) -> None:
+    lines = (HOME / f"src/train/{module}.py").read_text().splitlines()
+    assert [line for line in lines if THEIRS.search(line)] == []
+
+
+def test_the_words_are_those_of_the_wrappers() -> None:
+    for module in ("replicated_loop", "replicated_step"):
+        assert len(THEIRS.findall((HOME / f"src/train/{module}.py").read_text())) > 5
+    assert issubclass(ReplicatedLoop, Loop)
+    assert issubclass(ReplicatedStepper, Stepper)
