@@ -1,7 +1,7 @@
-"""Whose move it is: every error that a user can cause, how names are told in one, and nothing else.
+"""Exceptions that a user can cause (exit code 2, no traceback), and how they list names.
 
-`launch.py` prints the problems of a `UserError` and exits with its code, 2 for all that the user can put right; any
-other exception is our fault and keeps its traceback. A promise between our own functions is an `assert`.
+`launch.py` prints the problems of a `UserError` and exits with its code. Any other exception is a bug and keeps its
+traceback. What one function of this project guarantees to another is an `assert`.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,8 @@
-"""Who talks to whom. Every question about groups and data ranks is asked here."""
+"""Device meshes of a layout and the data-parallel rank of each process.
+
+Axes: pipeline, replicate, shard (FSDP), context, tensor; routed experts have a mesh of their own. Which ranks share
+parameters, a sequence or samples is decided here and nowhere else.
+"""
 
 import torch.distributed as dist
 from torch import Tensor

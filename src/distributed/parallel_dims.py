@@ -1,4 +1,7 @@
-"""How many ranks along each axis, and how often they meet. Only arithmetic: no rank and no process group exists yet."""
+"""Parallel degrees and pipeline schedule of a layout (config section `parallel`), with their legality rules.
+
+Arithmetic only: the launcher checks a layout before any process group exists.
+"""
 
 from math import prod
 from typing import Annotated, Literal

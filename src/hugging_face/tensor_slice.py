@@ -1,4 +1,4 @@
-"""Which part of a tensor a rank holds, and where that part lies in a file of the whole tensor, rows first."""
+"""The local shard of a DTensor as index ranges, and the byte ranges of its rows in a safetensors file (row-major)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from src.hugging_face.header import TensorEntry
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Part of a tensor: [start, start + size) in each dimension."""
+    """A hyper-rectangle of a tensor: indices [start, start + size) in each dimension."""
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorSlice:
 
     @classmethod
     def held(cls, tensor: Tensor) -> "TensorSlice":
-        """What this rank holds of a tensor."""
+        """The local shard of `tensor`; all of it when it is no DTensor."""
         if not isinstance(tensor, DTensor):
             return cls((0,) * tensor.dim(), tuple(tensor.shape))
         (chunk,) = tensor.__create_chunk_list__()

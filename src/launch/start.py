@@ -1,4 +1,7 @@
-"""From checked configs to started runs: what `python launch.py` and a sweep's ledger have in common."""
+"""Launch: build configs, check plans, prepare data and run folders, submit to the cluster.
+
+`python launch.py` and `python -m src.sweeps.ledger` both start runs through these functions.
+"""
 
 import json
 import os
@@ -29,14 +32,14 @@ Made = TypeVar("Made")
 
 
 class Cluster(Protocol):
-    """What every class of the group cluster can do."""
+    """The interface of a cluster backend (config group `cluster`): submit one run folder, or one of replica groups."""
 
     def submit(self, folder: "RunFolder", world: int) -> "AttemptOutcome": ...
     def submit_groups(self, folder: "RunFolder", world: int, options: Options) -> "AttemptOutcome": ...
 
 
 def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
-    """What `act` makes of each; the problems of all of them at once."""
+    """Map `act` over `given`; raise one UserError that lists the problems of all items."""
     made: list[Made] = []
     problems: list[str] = []
     for each in given:

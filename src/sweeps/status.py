@@ -1,4 +1,7 @@
-"""How a point of a sweep stands: what SLURM, its attempts and its metrics say together."""
+"""Status of a sweep point (queued, running, finished, failed, diverged ...).
+
+Derived each time from the scheduler's job states, the attempts in the run folder and its metrics; nothing is stored.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""The living ranks of one attempt: started, watched, signalled, and their first error told."""
+"""Supervises the rank processes of one attempt on this machine.
+
+Starts them, forwards signals, collects exit codes, reports the first failure and ends the others after it.
+"""
 
 import json
 import os
@@ -39,7 +42,7 @@ class FirstFailure:
 
 
 class ErrorFiles(LogsSpecs):
-    """Tells torch's launcher where each rank's `record` writes; logs are the ranks' own matter (console.py)."""
+    """Where torch's elastic launcher finds each rank's error file; ranks write their own logs (rank_log.py)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(log_dir=str(folder))
@@ -78,7 +81,7 @@ class RankSupervisor:
         self._environment = dict(environment)
 
     def run(self) -> FirstFailure | None:
-        """Returns when every rank has ended; None when all ended well."""
+        """Start the ranks and wait until every one has ended; None when all exit codes are 0."""
         store, port = host_store()
         previous = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGQUIT)}
         context = self._start(port)

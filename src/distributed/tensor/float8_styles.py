@@ -19,7 +19,7 @@ from torchao.float8.float8_training_tensor import GemmInputRole
 
 
 class _Float8Gather(ParallelStyle):
-    """Put the sequence of the first argument together in float8, for all matrices inside; gradients stay wide."""
+    """All-gather the sequence of the first argument in float8, once for all matrices inside; gradients stay wide."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         multiplication = next(each.linear_mm_config for each in module.modules() if isinstance(each, Float8Linear))
@@ -47,10 +47,10 @@ def _style(role: str, module: nn.Module) -> ParallelStyle | None:
     if not matrices or not all(isinstance(each, Float8Linear) for each in matrices):
         return None
     match role:
-        case "gather":
+        case "gather_sequence":
             return _Float8Gather()
-        case "columns":
+        case "colwise":
             return Float8ColwiseParallel()  # type: ignore[no-any-return]
-        case "rows":
+        case "rowwise":
             return Float8RowwiseParallel(output_layouts=Shard(1))  # type: ignore[no-any-return]
     return None

@@ -1,17 +1,9 @@
-"""Tensor parallelism in plain tensors, where matrices that are cut stand among such as are not.
+"""Tensor parallelism without DTensor, for modules that mix sharded and replicated weights (latent attention, MoE).
 
-Latent attention and mixtures make narrow vectors that all ranks compute alike and that meet another share of heads,
-features or experts on each. So the gradient of all that lies behind `together` is a part on each rank, to be added up
-over ranks, and since every backward is linear in its gradient it may stay a part: it is added up once for each weight,
-and once, scattered by sequence, for the hidden state. The words of tensor.py that are meant for this:
-
-    together       before it the sequence is put together
-    alike          a norm or matrix that every rank computes with all of; its weight's gradient is a part
-    outputs        output features are cut
-    inputs         input features are cut; partial results are summed, and scattered by sequence
-    mixture        together, and its partial result is summed; or, where ranks divide tokens, neither
-    shared         the experts that all tokens meet: nothing to do; or together, where ranks divide tokens
-    shared inputs  as inputs, but not summed, for the mixture sums; or, where ranks divide tokens, as inputs
+Replicated weights (low-rank projections, routers) make vectors that are equal on all ranks, and each rank uses them for
+other heads, features or experts. So every gradient behind `gather_sequence_local` is Partial over the axis `tensor`. It
+stays Partial until one all-reduce for each replicated weight and one reduce-scatter for the hidden state: exact, since
+every backward is linear in its gradient. The table of roles is in tensor_parallel.py.
 """
 
 from functools import cache, partial
@@ -27,19 +19,19 @@ ROWS = 0  # of (tokens, features)
 
 
 def gathered(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """The parts of all ranks, joined; a gradient that is a part on each rank is summed and scattered."""
+    """All-gather along `dim`, to a plain tensor; its gradient is Partial and is reduce-scattered along `dim`."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False)
     return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def scattered(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """The sum over ranks, of which each gets its part."""
+    """Reduce-scatter along `dim` of a Partial plain tensor; its gradient is all-gathered."""
     return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(dim)]).to_local()
 
 
-class Together(ParallelStyle):
-    """Put the parts of the first argument together."""
+class GatherSequenceLocal(ParallelStyle):
+    """All-gather the first argument along `dim` before the module runs; the module gets a plain tensor."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -55,10 +47,10 @@ class Together(ParallelStyle):
 
 
 class LocalParallel(ParallelStyle):
-    """Cut a module's weight as `placement` says, and let it compute with what is here."""
+    """Shard or replicate a module's weight as `placement` says; the module computes with the local part."""
 
     def __init__(self, placement: Placement, scatter: int | None = None) -> None:
-        """`scatter`: the dimension by which the sum of all ranks' results is scattered; None: it stays here."""
+        """`scatter`: the dimension along which results are reduce-scattered; None: they stay Partial or sharded."""
         super().__init__()
         self.placement, self.scatter = placement, scatter
 
@@ -105,7 +97,7 @@ def _with_part(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class MoEParallel(ParallelStyle):
-    """Router and experts see all tokens, and what they make is summed; or, with `divided` tokens, this rank's own."""
+    """All-gather before a mixture of experts, reduce-scatter after it; neither where ranks divide the tokens."""
 
     def __init__(self, divided: bool) -> None:
         super().__init__()
@@ -119,7 +111,7 @@ class MoEParallel(ParallelStyle):
 
     @staticmethod
     def _enter(mesh: DeviceMesh | None, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]  # a DTensor after a norm with the role `sequence`
+        x = inputs[0]  # a DTensor after a norm with the role `sequence_parallel`
         return (x.to_local() if mesh is None else gathered(x, mesh, SEQUENCE)), *inputs[1:]
 
     @staticmethod
@@ -137,20 +129,20 @@ class Nothing(ParallelStyle):
 
 
 def style(role: str, divided: bool) -> ParallelStyle | None:
-    """None: a word of tensor.py's own. `divided`: ranks of `tensor` divide the tokens of a mixture, not its experts."""
+    """The style of a local role, None for a DTensor's. `divided`: ranks divide a mixture's tokens, not its experts."""
     match role:
-        case "together":
-            return Together(SEQUENCE)
-        case "alike":
+        case "gather_sequence_local":
+            return GatherSequenceLocal(SEQUENCE)
+        case "replicated":
             return LocalParallel(Replicate())
-        case "outputs":
+        case "colwise_local":
             return LocalParallel(Shard(0))
-        case "inputs":
+        case "rowwise_local":
             return LocalParallel(Shard(1), scatter=SEQUENCE)
-        case "mixture":
+        case "moe":
             return MoEParallel(divided)
-        case "shared":
-            return Together(ROWS) if divided else Nothing()
-        case "shared inputs":
+        case "shared_experts":
+            return GatherSequenceLocal(ROWS) if divided else Nothing()
+        case "shared_experts_rowwise":
             return LocalParallel(Shard(1), scatter=ROWS if divided else None)
     return None

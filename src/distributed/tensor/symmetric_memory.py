@@ -1,5 +1,6 @@
-"""Memory of one group's GPUs that each of them reaches: pipelined matrix products move their parts through it.
+"""Symmetric memory for async tensor parallelism: GPUs of one group access each other's memory directly.
 
+Matrix products that overlap with their all-gather or reduce-scatter (parallel.async_tensor) move shards through it.
 They copy between neighbours; NVLink multicast, which some machines switch off, only makes small products faster.
 """
 

@@ -1,16 +1,34 @@
-"""Tensor parallelism with sequence parallelism (arXiv 1909.08053, 2205.05198): a model's roles become parallel styles.
+"""Tensor parallelism with sequence parallelism (Megatron, arXiv 1909.08053 and 2205.05198): the table of roles.
 
-Between blocks the sequence is cut; inside attention and feed forward the features are. A model only says which word
-fits which module, and the words mean:
+A model family gives every module with weights a role (`roles` of its config); here roles become parallel styles. A
+rank of the axis `tensor` holds 1/t of each sharded weight, and 1/t of the sequence between blocks.
 
-    embedding    rows of the table (words) are cut; the result leaves cut by sequence
-    sequence     a norm: weight on every rank, activations cut by sequence
-    gather       before it the sequence is put together, for all column-wise modules inside at once
-    columns      output features are cut; the result stays on this rank
-    rows         input features are cut; partial results are summed and scattered by sequence
-    vocabulary   the head: words are cut, and so is the cross entropy; logits never meet on one rank
+| role                     | forward                                    | gradient                         | weight |
+|--------------------------|--------------------------------------------|----------------------------------|--------|
+| `embedding`              | vocabulary sharded; reduce-scatter of the  | all-gather of the sequence       | 1/t    |
+|                          | looked-up rows along the sequence          |                                  |        |
+| `vocabulary`             | the head: vocabulary sharded, and so its   | hidden state: reduce-scatter     | 1/t    |
+|                          | cross entropy; no rank holds all logits    |                                  |        |
+| `sequence_parallel`      | a norm on this rank's part of the sequence | weight: all-reduce               | all    |
+| `gather_sequence`        | all-gather of the sequence before a module | reduce-scatter, once for all     | none   |
+|                          | of `colwise` and `rowwise` matrices        | matrices inside                  |        |
+| `gather_sequence_local`  | the same before `*_local`, `replicated`    | the same: Partial behind it      | none   |
+| `colwise`                | output features sharded, no communication  | input: Partial                   | 1/t    |
+| `colwise_local`          | the same on plain tensors                  | input: Partial                   | 1/t    |
+| `rowwise`                | input features sharded; reduce-scatter of  | all-gather of the sequence       | 1/t    |
+|                          | the product along the sequence             |                                  |        |
+| `rowwise_local`          | the same on plain tensors                  | all-gather of the sequence       | 1/t    |
+| `replicated`             | every rank computes with the whole weight  | weight: Partial, one all-reduce  | all    |
+| `moe`                    | all-gather of the sequence, reduce-scatter | the reverse                      | none   |
+|                          | of the result; neither if tokens are       |                                  |        |
+|                          | divided over ranks (expert parallel)       |                                  |        |
+| `shared_experts`         | nothing, since `moe` gathers; an all-gather| nothing; a reduce-scatter of     | none   |
+|                          | of tokens if ranks divide them             | tokens if ranks divide them      |        |
+| `shared_experts_rowwise` | `rowwise_local` without the reduce, which  | as the forward, reversed         | 1/t    |
+|                          | `moe` does; with it if tokens are divided  |                                  |        |
 
-plain_tensor.py has more of them.
+`colwise`, `rowwise` and `gather_sequence` compute on DTensors, `*_local` on plain tensors (plain_tensor.py says why).
+Inside one gathered module take all from one of the two sets; `replicated` may stand in either (a norm of each head).
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +55,7 @@ from src.models.moe.experts import Experts
 
 
 class _Embedding(ParallelStyle):
-    """Cut the words of the table."""
+    """Vocabulary-parallel embedding: rows of the table are sharded."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         style = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
@@ -48,7 +66,7 @@ class _Embedding(ParallelStyle):
 
 
 class _Gather(ParallelStyle):
-    """Put the sequence of the first argument together; its gradient is scattered again, summed once for all users."""
+    """All-gather the sequence of the first argument, as a DTensor; its gradient is reduce-scattered, once for all."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(partial(self._gather, device_mesh))
@@ -56,14 +74,14 @@ class _Gather(ParallelStyle):
 
     @staticmethod
     def _gather(mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]  # a DTensor after a norm with the role `sequence`
+        x = inputs[0]  # a DTensor after a norm with the role `sequence_parallel`
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
         return x.redistribute(placements=[Replicate()]), *inputs[1:]
 
 
 class _ShardedVocabulary:
-    """Words [offset, offset + held) are here, the others on the other ranks of `mesh`."""
+    """This rank's shard of the vocabulary, token ids [offset, offset + held), and its reductions over `mesh`."""
 
     def __init__(self, mesh: DeviceMesh, held: int) -> None:
         self.mesh = mesh
@@ -79,7 +97,7 @@ class _ShardedVocabulary:
 
 
 class _Vocabulary(ParallelStyle):
-    """Cut the head's words. With labels each rank computes its part of every row; without, logits come out whole."""
+    """Vocabulary-parallel head and cross entropy; without labels the logits come out whole on every rank."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Output), "the role `vocabulary` is the head's"
@@ -108,13 +126,13 @@ def _style(role: str, divided: bool) -> ParallelStyle:
     match role:
         case "embedding":
             return _Embedding()
-        case "sequence":
+        case "sequence_parallel":
             return SequenceParallel()
-        case "gather":
+        case "gather_sequence":
             return _Gather()
-        case "columns":
+        case "colwise":
             return ColwiseParallel()
-        case "rows":
+        case "rowwise":
             return RowwiseParallel(output_layouts=Shard(1))
         case "vocabulary":
             return _Vocabulary()
@@ -130,7 +148,7 @@ def _modules(model: nn.Module, pattern: str) -> Iterator[str]:
 def split_tensor(
     model: Decoder, mesh: DeviceMesh | None, *, divided_tokens: bool = False, float8: bool = False
 ) -> None:
-    """Cut every module that has a role over `mesh`; every parameter but those of routed experts becomes a DTensor.
+    """Shard every module that has a role over `mesh`; all parameters but those of routed experts become DTensors.
 
     `divided_tokens`: the ranks divide the tokens of a mixture, not each of its experts.
     `float8`: ranks exchange float8 activations where every matrix that reads them is float8 too.
