@@ -1,4 +1,4 @@
-"""Where a rank's words go: every rank's to its log, rank 0's to the terminal as well."""
+"""Logs of ranks: stdout and stderr of each rank go to its log file, rank 0's to the terminal as well."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Small sums that every rank takes part in."""
+"""All-reduces of small tensors: sums and maxima over a mesh or the world, whether a flag is set on any rank."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""torch.compile, one block at a time: all blocks share one graph, so warm-up does not grow with depth."""
+"""Regional torch.compile, one block at a time: blocks share one graph, so compile time does not grow with depth."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal

@@ -1,4 +1,4 @@
-"""From the meta device to numbers: the same numbers on every mesh, without communication.
+"""Sharded weight initialization from the meta device: the same numbers on every mesh, without communication.
 
 Each parameter is drawn whole from a generator seeded by (seed, name) and cut locally, so a run starts from the same
 weights on one rank or a thousand. A seed checkpoint is not needed.

@@ -1,4 +1,4 @@
-"""What a rank holds of a model, and the passes through all of it: of a whole model here, of stages in pipeline.py."""
+"""The model stages that a rank holds and their forward and backward: one whole model here, stages in pipeline/."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Does it fit, and if not, which knob frees how much: each answer is the estimate of a changed load."""
+"""Out-of-memory advice: which setting frees how many bytes, each estimated by planning/memory.py."""
 
 from collections.abc import Iterator
 

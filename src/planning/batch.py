@@ -1,4 +1,4 @@
-"""How a step's sequences are divided over data ranks and passes: global_batch = micro_batch * data ranks * passes."""
+"""Batch arithmetic: global_batch = micro_batch * data ranks * passes (gradient accumulation steps), in sequences."""
 
 from src.distributed.pipeline import stages
 from src.errors import divisors

@@ -1,4 +1,4 @@
-"""Bytes on the fullest GPU, from shapes: what a run needs before anybody queues for it.
+"""Memory estimate of the fullest GPU in bytes, from shapes: weights, gradients, optimizer state, activations.
 
 Every coefficient that is a judgement and not arithmetic is a named constant here or a commented term of a model's
 `saved_by_block`. benchmarks/ holds measured peaks to compare with.

@@ -1,4 +1,4 @@
-"""Every derived number of a run, and every reason why it cannot work, before anything starts.
+"""The plan of a run: every derived number, and every reason why the config cannot work, before anything starts.
 
 Pure arithmetic on frozen objects: no process group, no model, no GPU, no clock. What this machine has comes in as an
 argument.

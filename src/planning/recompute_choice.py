@@ -1,4 +1,4 @@
-"""recompute=auto: the least recomputation that fits. The launcher, who knows the GPUs, chooses; the ranks read it."""
+"""recompute=auto: the least activation checkpointing that fits in memory, chosen by the launcher, read by the ranks."""
 
 import json
 from dataclasses import replace

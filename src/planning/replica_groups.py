@@ -1,4 +1,4 @@
-"""What several replica groups ask of the batch, the machine and the layout, whichever of them are there."""
+"""Rules of replica groups (fault tolerance): batch, machine and layout must suit any number of live groups."""
 
 from collections.abc import Callable
 

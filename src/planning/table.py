@@ -1,4 +1,4 @@
-"""A plan for the eyes."""
+"""The plan as the table of text that `launch.py` prints."""
 
 from rich.console import Group
 from rich.table import Table

@@ -1,4 +1,4 @@
-"""The points of a sweep: entered in its ledger, handed over if need be, on this machine or to SLURM."""
+"""Grid sweeps: records the points in the ledger and submits those that are not done, here or to SLURM."""
 
 import hashlib
 import re

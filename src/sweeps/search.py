@@ -1,4 +1,4 @@
-"""sweep=optuna: points drawn from ranges, batch by batch, each batch knowing how the earlier ones ended.
+"""sweep=optuna: hyperparameter search, batch by batch; each batch is sampled knowing the results of earlier ones.
 
 The ledger is the study's only memory: a killed search, or the same command with more trials, goes on from there.
 """

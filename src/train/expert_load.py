@@ -1,4 +1,4 @@
-"""The load of the experts of a whole model, wherever its layers are."""
+"""Expert load (tokens per routed expert) of all MoE layers of a model."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Exports while training goes on: a copy of the shards in host memory, which a thread writes as Hugging Face files."""
+"""Asynchronous export during training: shards are copied to host memory, a thread writes them as Hugging Face files."""
 
 import json
 import time

@@ -1,4 +1,7 @@
-"""Steps until all are done or a signal stops them. First start, resume and requeue all enter here."""
+"""The training loop: steps, logging, validation, checkpoints, until done or stopped by a signal.
+
+First start, resume and requeue all enter here.
+"""
 
 import gc
 import time

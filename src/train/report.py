@@ -1,4 +1,4 @@
-"""What rank 0 tells, and the other ranks do not."""
+"""Console and log output of rank 0; silent on all other ranks."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

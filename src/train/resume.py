@@ -1,4 +1,4 @@
-"""Where a run goes on: its own newest checkpoint, else what it was told to start from, else step 0."""
+"""Resume: load the run's newest complete checkpoint, else the one it was given to start from, else begin at step 0."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From a run's sections to a model that can take a step on this rank. Each line hands over what the next one needs."""
+"""Builds model, optimizer and stepper of this rank from the sections of a run, in the order of execution."""
 
 from dataclasses import dataclass
 from functools import partial

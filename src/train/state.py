@@ -1,4 +1,4 @@
-"""Everything that a run must remember, free of meshes: another layout can go on from it."""
+"""Training state in a checkpoint (weights, optimizer, data position), independent of the layout that saved it."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""One optimizer step, from micro-batches to updated weights, without a wait for the device."""
+"""One optimizer step: gradient accumulation over micro-batches, clipping, update; without a wait for the device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class Stepper:
         return measured | {"skipped": skipped, "dead": self.dead}
 
     def _counters(self) -> list[Tensor]:
-        """What a model counts of its tokens until the update."""
+        """Expert counts of all stages, accumulated until the update."""
         return [counter for part in self.network.stages for counter in part.expert_counts()]
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A signal asks a rank to save and stop: remembered here, agreed on and acted upon by the loop."""
+"""Graceful stop: signal handlers set a flag; the loop agrees on it over all ranks, saves a checkpoint and ends."""
 
 import signal
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Loss on held-out samples: the same ones each time, under any layout, without a trace in training."""
+"""Validation loss on held-out samples: the same samples each time and under any layout; training state is untouched."""
 
 from collections.abc import Callable, Iterable
 from itertools import islice

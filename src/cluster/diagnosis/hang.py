@@ -1,4 +1,4 @@
-"""Who kept the others waiting: read from the flight recorder's dumps.
+"""Diagnosis of a hang: the rank that never entered a collective, from the flight recorder's dumps.
 
 NCCL's watchdog writes them when it gives up; on the CPU src/distributed/process/flight_recorder.py does.
 """

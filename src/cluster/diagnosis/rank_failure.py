@@ -1,4 +1,4 @@
-"""What each failing rank of a SLURM job leaves behind for the verdict."""
+"""Failure records: what each failing rank of a SLURM job writes for the verdict."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ranks on this machine, through torch's elastic process launcher.
+"""cluster=local: runs the ranks on this machine, through torch's elastic process launcher.
 
 Of torch.distributed.elastic only the process layer is used: the agent above it ends ranks 30 s after a signal, and a
 save may take longer. The rendezvous store lives in the launcher, as the agent's does.

@@ -1,4 +1,4 @@
-"""What starters of ranks on this machine do alike: signals handed on, words past Python's buffers. No torch here."""
+"""Signal forwarding and unbuffered messages, shared by all supervisors of ranks on this machine. No torch here."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""All replica groups of a run on this machine: started, watched, started again, and their ends told.
+"""Supervises all replica groups of a run on this machine: start, watch, restart, report their ends.
 
 Each group is a process of its own (group.py) with ranks of its own, so that the end of one is nothing to the others.
 """

@@ -1,4 +1,4 @@
-"""What SLURM's own commands say about jobs, partitions and nodes."""
+"""Client of SLURM's commands (squeue, sinfo, scontrol): job states, partitions, nodes."""
 
 import json
 import os

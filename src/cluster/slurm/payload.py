@@ -1,4 +1,4 @@
-"""A run folder as a SLURM job: first start, requeue and the start after a node failure are the same call."""
+"""The payload of a SLURM job: one call for first start, requeue, and restart after a node failure."""
 
 import hashlib
 import json

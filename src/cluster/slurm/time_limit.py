@@ -1,4 +1,4 @@
-"""A save that does not fit before the time limit must not be the end of the run.
+"""Time limit: requeues the job when a checkpoint save would not finish before SLURM ends it.
 
 At its limit SLURM ends a job as TIMEOUT, and requeues nothing. Shortly before, rank 0 gives the save up: the job is
 requeued, and goes on from the newest complete checkpoint, if this attempt has written one.

@@ -1,4 +1,4 @@
-"""Attention kernels with what joining needs: the log sum exp of each query, and a backward that takes it back.
+"""Attention kernels for ring attention: they return the log-sum-exp of each query, and their backward takes it.
 
 The operators below are those that torch's scaled dot product attention itself calls on CUDA; their signatures are the
 same in torch 2.11 and 2.13.

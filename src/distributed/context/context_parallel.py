@@ -1,4 +1,4 @@
-"""Context parallelism: one sequence lies on several ranks, cut so that a causal mask leaves them equal work.
+"""Context parallelism: sequences are sharded over ranks, so that a causal mask leaves each rank equal work.
 
 Whole batches come in and whole logits go out: the cut happens at the model's own border, so training, validation and
 sampling all call a model as if it were alone, and labels are counted before the cut. A summed loss is this rank's part.

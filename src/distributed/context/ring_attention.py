@@ -1,4 +1,4 @@
-"""Causal attention of a sequence that lies on several ranks, with the keys and values of the others.
+"""Ring attention for context parallelism: causal attention of a sequence sharded over ranks, with load balancing.
 
 A sequence is cut into 2n chunks and rank r holds chunks r (its head) and 2n-1-r (its tail): under a causal mask all
 ranks then have equal work. A query sees its own rank's keys causally, and a chunk of another rank either whole or not

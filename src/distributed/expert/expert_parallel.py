@@ -1,4 +1,4 @@
-"""Expert parallelism (arXiv 2006.16668): routed experts are spread over ranks, and tokens travel to them and back.
+"""Expert parallelism (GShard, arXiv 2006.16668): experts sharded over ranks, an all-to-all token dispatcher.
 
 How many rows go where is known to the device only, and a transfer wants to know it on the host: one reading a layer,
 and none where experts take turns. While the host waits for it the device sorts rows; while rows travel it computes
@@ -22,7 +22,7 @@ from src.models.moe.router import Routing
 
 
 def split_experts(model: nn.Module, mesh: Mesh) -> None:
-    """In place, on the meta device: cut the parameters of every mixture's experts, and let its tokens travel."""
+    """In place, on the meta device: shard the experts of every MoE layer and give it the all-to-all dispatcher."""
     cut, moes = mesh.experts, [module for module in model.modules() if isinstance(module, MoE)]
     for moe in moes if cut is not None else []:
         assert cut is not None
@@ -53,7 +53,7 @@ def _with_parts(kind: type[Experts]) -> type[Experts]:
 
 
 class AllToAllTokenDispatcher(nn.Module):
-    """In the place of `LocalTokenDispatcher`: each rank of a group holds num_experts / ranks neighbouring experts."""
+    """Token dispatcher of expert parallelism: each rank of a group holds num_experts / ranks neighbouring experts."""
 
     # What runs between two transfers. A compiler may make a graph of each; they keep only places for the backward, so
     # there is nothing in them to recompute.

@@ -1,4 +1,4 @@
-"""How long rows travel to their experts and back: marks in the device's stream, read where it is idle anyway."""
+"""Time of the expert-parallel all-to-all (dispatch and combine), by CUDA events read where the device idles anyway."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One gradient norm over every mesh, and what it asks of clipping, without waiting for the device."""
+"""Global gradient norm over all meshes and gradient clipping, without waiting for the device."""
 
 from math import prod
 

@@ -1,4 +1,4 @@
-"""Which collectives a rank on the CPU entered, kept for the day on which one never ends.
+"""Flight recorder for gloo: the last collectives of each CPU rank, dumped when one hangs.
 
 NCCL's watchdog writes such dumps by itself (process.py). gloo only raises an error in the ranks that waited; here these
 ask for the dumps of all, and a thread writes them, so that also a rank that is stuck elsewhere says where it is.

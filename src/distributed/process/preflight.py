@@ -1,4 +1,4 @@
-"""Before anything slow begins, every rank says where it is and all add up once; who is missing is named by its node."""
+"""Preflight check: rendezvous and one all-reduce before anything slow; ranks that miss are named by their node."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The process as a rank: its facts from the environment, its device, its process group. Read nowhere else.
+"""Rank, world size, device and process group of this process, read from the environment here and nowhere else.
 
 torch is imported inside the functions, so that a launcher may ask `joined()` without paying for it.
 """

@@ -1,4 +1,4 @@
-"""The numbers of a mixture of experts; src/models/moe/moe.py makes the module."""
+"""Config of a mixture of experts (model.moe): experts, router, load balancing. moe.py builds the module."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,7 @@
-"""Many SwiGLUs in three parameters, each applied to its own segment of rows by grouped matrix products."""
+"""Routed experts: SwiGLU weights stacked in three parameters, applied by grouped matrix products (grouped GEMM).
+
+Rows come sorted by expert; expert e computes on its own segment.
+"""
 
 from collections.abc import Callable
 from typing import Any

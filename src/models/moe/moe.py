@@ -1,4 +1,4 @@
-"""Mixture of experts with shared experts, balanced without an auxiliary loss (arXiv 2408.15664)."""
+"""Mixture of experts (MoE) with shared experts and load balancing without an auxiliary loss (arXiv 2408.15664)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -57,7 +57,7 @@ class MoE(nn.Module):
 
 
 class LocalTokenDispatcher(nn.Module):
-    """All experts are here: sort rows by expert, and add up what comes back in a fixed order."""
+    """Token dispatcher without expert parallelism: sort rows by expert, combine results in a fixed order."""
 
     def __init__(self, score_before_experts: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which experts a token meets, and with what weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+"""Top-k router (gate) of a mixture of experts: experts and weights of a token (arXiv 2412.19437, section 2.1.2)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from src.models.moe.config import MixtureOfExperts
 
 
 class Routing(NamedTuple):
-    """The choice for some tokens."""
+    """The router's choice for a batch of tokens."""
 
     weights: Tensor  # (tokens, top_k) fp32
     experts: Tensor  # (tokens, top_k) int64, different within a row
@@ -19,7 +19,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """All of it in fp32: bf16 logits would tie or swap experts that are close."""
+    """Scores, bias and top-k choice in fp32: bf16 logits would tie or swap experts that are close."""
 
     def __init__(self, dim: int, config: MixtureOfExperts) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Router(nn.Module):
         return Routing(weights * self.config.route_scale, experts, chosen.sum(0), even)
 
     def _best(self, scores: Tensor) -> Tensor:
-        """The top_k of each row, within its best groups of neighbouring experts."""
+        """Top-k experts of each row, limited to its best expert groups (group-limited routing)."""
         config = self.config
         if config.num_limited_groups < config.num_expert_groups:
             grouped = scores.unflatten(-1, (config.num_expert_groups, -1))

@@ -1,4 +1,4 @@
-"""Bytes that a mixture of experts keeps for its backward, of one token on one rank: a block adds them to its own."""
+"""Activation memory of a mixture of experts: bytes of one token on one rank kept for the backward pass."""
 
 from src.models.accounting import STATISTIC_BYTES, Slice, swiglu_bytes
 from src.models.moe.config import MixtureOfExperts
