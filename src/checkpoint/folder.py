@@ -4,7 +4,6 @@ A run's checkpoints lie in `<run>/checkpoints/step_00000010/`. Such a folder cou
 """
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import CheckpointError
+from src.storage.atomic_write import atomic_write, sync_folder
 
 MARKER = "COMPLETE.json"
 ASIDE = ".replaced"  # an older complete checkpoint of the same step, kept until the new one is complete
@@ -128,19 +128,9 @@ def measure(path: Path) -> CheckpointFile:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """The file has all of `text`, on the disk, or it is not there."""
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
-    for folder in (path.parent, path.parent.parent):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """The file has all of `text`, on the disk, or it is not there; so is the step folder that it lies in."""
+    atomic_write(path, text, durable=True)
+    sync_folder(path.parent.parent)
 
 
 def write_marker(path: Path, marker: Marker) -> None:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.upgrades import Tree, upgraded, without_neutral
 from src.errors import ConfigError
+from src.storage.atomic_write import atomic_write
 
 __all__ = ["SITE", "STEERING", "Tree", "difference", "identity", "read", "resolve", "steers", "write"]
 
@@ -144,4 +145,4 @@ def read(path: Path) -> Tree:
 
 def write(path: Path, tree: Tree) -> None:
     """Plain YAML, keys in their order."""
-    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    atomic_write(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import time
-import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+
+from src.storage.atomic_write import atomic_write
 
 # A file changed this recently may change again within one tick of the clock behind its mtime: its hash is not kept.
 SETTLED_SECONDS = 2.0
@@ -21,17 +21,8 @@ def fingerprint(*facts: object) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all: written beside `path`, flushed to disk, renamed in."""
-    temporary = temporary_beside(path)
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def temporary_beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    """Keys sorted; whole and on the disk, or not at all."""
+    atomic_write(path, json.dumps(content, indent=1, sort_keys=True), durable=True)
 
 
 def hash_files(paths: Iterable[Path], cache: Path) -> list[str]:

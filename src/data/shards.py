@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from src.data.fingerprint import fingerprint, is_settled, read_memory, remember, stamp, temporary_beside, write_json
+from src.data.fingerprint import fingerprint, is_settled, read_memory, remember, stamp, write_json
 from src.data.tokenizer_files import read_facts
 from src.errors import DataError
+from src.storage.atomic_write import TEMPORARY, temporary_beside
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -95,7 +96,7 @@ def write_index(folder: Path, pieces: int, dtype: str) -> None:
     records = [read_facts(folder / f"{number:05d}.json") for number in range(pieces)]
     body = {"format": FORMAT, "dtype": dtype, "pieces": records}
     write_json(folder / "index.json", body | {"checksum": fingerprint(body)})
-    for path in folder.glob(".*.tmp"):  # left by killed preparers; one that is still at work has fresh ones
+    for path in folder.glob(f".*{TEMPORARY}"):  # left by killed preparers; one that is still at work has fresh ones
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)
 

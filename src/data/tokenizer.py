@@ -16,10 +16,11 @@ from pydantic import Field, PositiveInt
 
 from src.config.base import Config, PathField
 from src.data.config import Data
-from src.data.fingerprint import fingerprint, temporary_beside, write_json
+from src.data.fingerprint import fingerprint, write_json
 from src.data.sources import held_out
 from src.data.tokenizer_files import Marks, read_backend, read_facts
 from src.errors import DataError
+from src.storage.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     import tokenizers
@@ -152,9 +153,7 @@ class Kept(TokenizerConfig):
         if not (ours / "marks.json").is_file():
             ours.mkdir(parents=True, exist_ok=True)
             for name in ("tokenizer.json", "marks.json"):
-                temporary = temporary_beside(ours / name)
-                temporary.write_bytes((theirs.folder / name).read_bytes())
-                temporary.replace(ours / name)
+                atomic_write(ours / name, (theirs.folder / name).read_bytes())
         return open_kept(ours)
 
 
@@ -243,9 +242,7 @@ def keep(backend: "tokenizers.Tokenizer", marks: Marks, cache: Path) -> JsonToke
     folder = cache / fingerprint(text, facts)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "marks.json").is_file():
-        temporary = temporary_beside(folder / "tokenizer.json")
-        temporary.write_text(text)
-        temporary.replace(folder / "tokenizer.json")
+        atomic_write(folder / "tokenizer.json", text)
         write_json(folder / "marks.json", facts)
     return open_kept(folder)
 

@@ -11,6 +11,7 @@ from src.hugging_face.check import check
 from src.hugging_face.hub import Fetched
 from src.models.base import ModelConfig
 from src.models.hugging_face import section, stored
+from src.storage.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ def _flat(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def note(folder: Path, fetched: Fetched) -> None:
     """In the run folder: where its weights come from, at which revision, and where they lie on this machine."""
-    (folder / FILE).write_text(json.dumps(fetched.to_dict(), indent=2) + "\n")
+    atomic_write(folder / FILE, json.dumps(fetched.to_dict(), indent=2) + "\n")
 
 
 def noted(folder: Path) -> Path | None:

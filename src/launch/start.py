@@ -17,6 +17,7 @@ from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import LauncherEnv, joined
 from src.errors import DataError, PlanError, UserError
 from src.runs.folder import place
+from src.storage.atomic_write import atomic_write
 from src.version import VERSION
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def record(corpus: "Corpus", folder: Path) -> None:
     recipe = corpus.recipe()
     if file.exists() and json.loads(file.read_text())["fingerprint"] != recipe["fingerprint"]:
         raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
-    file.write_text(json.dumps(recipe, indent=2) + "\n")
+    atomic_write(file, json.dumps(recipe, indent=2) + "\n")
 
 
 def opening(folder: "RunFolder") -> str:

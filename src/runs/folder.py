@@ -7,7 +7,6 @@ checkpoints/  attempts.jsonl  lock
 """
 
 import json
-import os
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from src.runs.lock import Lock
 from src.runs.records import ATTEMPTS_FILE
 from src.runs.scheduler import NoScheduler, Scheduler
 from src.runs.twins import earlier
+from src.storage.atomic_write import TEMPORARY, atomic_write
 from src.version import VERSION
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
@@ -42,6 +42,9 @@ OPERATIONAL: Mapping[str, str] = {
     "fault_tolerance.min_groups": "who is waited for, not what is computed",
     "fault_tolerance.process_group": "the same sums, over another network",
 }
+
+
+HALF_WRITTEN = (TEMPORARY, ".partial")  # .partial: of older versions
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,11 @@ class RunFolder:
             for part in ("logs", "checkpoints", "code"):
                 (path / part).mkdir(exist_ok=True)
             code, git = freeze(repository, path / "code"), Git.read(repository)
-            _replace(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
-            _replace(path / "git.diff", git.diff)
-            _replace(path / "version", f"{VERSION}\n")
-            _replace(path / "plan.json", json.dumps(plan, indent=2) + "\n")
-            trees.write(path / "config.yaml.partial", tree)
-            os.replace(path / "config.yaml.partial", path / "config.yaml")  # last: its presence says that all is there
+            atomic_write(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
+            atomic_write(path / "git.diff", git.diff)
+            atomic_write(path / "version", f"{VERSION}\n")
+            atomic_write(path / "plan.json", json.dumps(plan, indent=2) + "\n")
+            trees.write(path / "config.yaml", tree)  # last: its presence says that all is there
         except OSError as error:
             lock.release()
             raise FolderError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
@@ -152,7 +154,7 @@ class RunFolder:
         )
         logs = log_folder(self.path, attempt.number)
         logs.mkdir(parents=True, exist_ok=True)
-        (logs / "config.yaml").write_bytes((self.path / "config.yaml").read_bytes())
+        atomic_write(logs / "config.yaml", (self.path / "config.yaml").read_bytes())
         record = {key: value for key, value in asdict(attempt).items() if key not in ("ended", "detail")}
         _append(self.path, record)
         return attempt
@@ -240,12 +242,6 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
         stream.write(("\n" if torn else "") + json.dumps(record) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(partial, path)
-
-
 def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -261,7 +257,7 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
     config = path / "config.yaml"
     if not config.exists():
         ours = {"lock", "logs", "checkpoints", "code", "git.json", "git.diff", "version", "plan.json"}
-        strange = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(".partial"))
+        strange = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(HALF_WRITTEN))
         if strange:
             raise FolderError(
                 f"{path}: no run folder, but not empty either ({', '.join(strange[:5])}); choose another folder"

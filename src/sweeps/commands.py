@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from src.cluster.slurm.pack import CANCEL_FILE
 from src.errors import FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
+from src.storage.atomic_write import atomic_write
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
@@ -77,8 +79,7 @@ def write_csv(ledger: Ledger, rows: Sequence[Row]) -> Path:
     """Every override and every number, a line per point."""
     path = ledger.path / "table.csv"
     keys = list(dict.fromkeys(key for point, _ in rows for key in point.overrides))
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         parts = [f"{part}_seconds" for part in rows[0][1].goodput.to_dict()] if rows else []
         writer.writerow(
@@ -89,7 +90,7 @@ def write_csv(ledger: Ledger, rows: Sequence[Row]) -> Path:
             seconds = [round(each, 3) for each in now.goodput.to_dict().values()]
             facts = [now.attempts, now.step, now.loss, now.tokens_per_second, *seconds, point.folder]
             writer.writerow([point.number, point.folder.name, now.state, *overrides, *facts])
-    partial.replace(path)
+        atomic_write(path, file.getvalue())
     return path
 
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 from src.config import tree as trees
 from src.errors import FolderError
 from src.runs.folder import place
+from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import Lines
 from src.sweeps.status import RunStatus, Submission, job_states, status_of
 
@@ -58,10 +59,8 @@ class Ledger:
         except OSError as error:
             raise FolderError(f"{path}: cannot be made ({error.strerror}); pass another root=...") from error
         if not (ledger.path / SWEEP).exists():
-            partial = ledger.path / f"{SWEEP}.partial"
             about = {"argv": [*argv], "space": dict(space), "home": str(Path.cwd())}
-            partial.write_text(json.dumps(about, indent=2) + "\n")
-            partial.replace(ledger.path / SWEEP)
+            atomic_write(ledger.path / SWEEP, json.dumps(about, indent=2) + "\n")
         return ledger
 
     @classmethod
@@ -97,10 +96,7 @@ class Ledger:
         given = tree["folder"]
         folder = place(Path(tree["root"]), tree["name"], identity, None if given is None else Path(given))
         known = {point.identity: point for point in self.points()}
-        config = self.path / "points" / f"{identity}.yaml"
-        partial = config.with_suffix(".partial")
-        trees.write(partial, tree)
-        partial.replace(config)  # the newest root, cluster and tracker
+        trees.write(self.path / "points" / f"{identity}.yaml", tree)  # the newest root, cluster and tracker
         if identity in known:
             return known[identity]
         point = SweepPoint(len(known) + 1, identity, folder, dict(overrides), proposal=proposal)

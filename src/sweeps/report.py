@@ -11,6 +11,7 @@ from pathlib import Path
 from src.metrics.curve import at_tokens, smoothed
 from src.metrics.goodput import Goodput, duration
 from src.metrics.history import History, Series, read
+from src.storage.atomic_write import atomic_write
 from src.sweeps.chart import Bar, Curve, Dot, bars, dots, lines, number
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import RunStatus
@@ -57,9 +58,7 @@ def write(ledger: Ledger, rows: Sequence[tuple[SweepPoint, RunStatus]]) -> Path:
         for (point, now), colour, dash in zip(rows, *colours, strict=True)
     ]
     path = ledger.path / REPORT_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(_page(ledger, shown, swept), encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, _page(ledger, shown, swept))
     return path
 
 

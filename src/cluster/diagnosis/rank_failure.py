@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from src.errors import UserError
+from src.storage.atomic_write import atomic_write
 
 Kind = Literal["memory", "user", "code", "node", "peer"]
 
@@ -52,9 +53,7 @@ class RankFailure:
     def write(self, place: Path) -> None:
         """Whole or not at all."""
         place.mkdir(parents=True, exist_ok=True)
-        partial = place / f"rank_{self.rank}.partial"
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(place / f"rank_{self.rank}.error.json")
+        atomic_write(place / f"rank_{self.rank}.error.json", json.dumps(asdict(self)))
 
 
 def classify(error: BaseException) -> Kind:

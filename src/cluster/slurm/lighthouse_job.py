@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from src.cluster.replicas.lighthouse import ADDRESS_FILE, command
 from src.cluster.slurm import client
 from src.runs.folder import RunFolder, attempts, end
+from src.storage.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -41,9 +42,7 @@ class LighthouseJob:
             ) as server:
                 assert server.stdout is not None
                 address = server.stdout.readline().strip()
-                partial = self.folder / f"{ADDRESS_FILE}.partial"
-                partial.write_text(address)
-                partial.replace(self.folder / ADDRESS_FILE)
+                atomic_write(self.folder / ADDRESS_FILE, address)
                 print(f"lighthouse at {address}", flush=True)
                 misses = 0
                 while misses < MISSES and server.poll() is None:

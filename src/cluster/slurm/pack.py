@@ -16,6 +16,7 @@ from pathlib import Path
 from src.cluster.local.config import Local
 from src.cluster.slurm.client import SlurmScheduler
 from src.runs.folder import RunFolder, attempts, log_folder
+from src.storage.atomic_write import atomic_write
 
 CANCEL_FILE = "cancel"  # in a run folder: end this run, not its neighbours
 SHARE_FILE = "pack.json"  # what the newest attempt was given
@@ -97,7 +98,7 @@ class Pack:
         """A launcher of its own, that ends with us."""
         gpus = ",".join(self.node.gpus[slot] for slot in slots)
         cores = self._cores(slots)
-        (share.folder / SHARE_FILE).write_text(json.dumps({"gpus": gpus, "cores": cores}) + "\n")
+        atomic_write(share.folder / SHARE_FILE, json.dumps({"gpus": gpus, "cores": cores}) + "\n")
         source = share.folder / "code" / share.code
         paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(paths)}
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = local.submit(folder, given.world)
     if (given.folder / SHARE_FILE).exists():
         share = json.loads((given.folder / SHARE_FILE).read_text())
-        (given.folder / SHARE_FILE).write_text(json.dumps(share | asdict(outcome)) + "\n")
+        atomic_write(given.folder / SHARE_FILE, json.dumps(share | asdict(outcome)) + "\n")
     return SAVED_NOT_REQUEUED if outcome.status == "stopped" else outcome.exit_code
 
 

@@ -13,6 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from src.storage.atomic_write import atomic_write
+
 WANTED = "wanted"  # touched when the dumps of all ranks are
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0  # for ranks that are dead, or stuck where no thread can run
@@ -37,9 +39,7 @@ def ask(traces: Path, world: int) -> None:
 def _watch(traces: Path, rank: int, before: int | None, main: int) -> None:
     while _asked(traces) == before:
         time.sleep(POLL_SECONDS)
-    partial = traces / f"rank_{rank}.partial"
-    partial.write_bytes(pickle.dumps(_dump(main)))
-    partial.replace(traces / f"rank_{rank}")
+    atomic_write(traces / f"rank_{rank}", pickle.dumps(_dump(main)))
 
 
 def _dump(main: int) -> dict[str, Any]:

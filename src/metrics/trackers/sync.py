@@ -14,6 +14,7 @@ from typing import Any
 from src.config.tree import read
 from src.errors import FolderError, UserError
 from src.metrics.trackers.weights_and_biases import OFFLINE_FILE, WandbSink, WeightsAndBiases
+from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE, Lines
 
 SENT_FILE = "wandb_sent.json"
@@ -38,9 +39,8 @@ def sync(folder: Path) -> int:
         else:
             sink.record(line["step"], {key: value for key, value in line.items() if key not in NOT_VALUES})
     sink.finish(_succeeded(folder))
-    partial = folder / f"{SENT_FILE}.partial"
-    partial.write_text(json.dumps({"lines": fresh[-1][0] + 1}) + "\n")
-    partial.replace(folder / SENT_FILE)  # last: a kill before this line sends points twice, and loses none
+    # Last: a kill before this line sends points twice, and loses none.
+    atomic_write(folder / SENT_FILE, json.dumps({"lines": fresh[-1][0] + 1}) + "\n")
     return len(fresh)
 
 

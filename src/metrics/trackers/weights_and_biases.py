@@ -13,6 +13,7 @@ from pydantic import PositiveFloat, model_validator
 
 from src.config.base import Config, Names
 from src.runs.records import jobs
+from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import Lines
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,5 @@ def run_id(folder: Path) -> str:
     """The id of this folder's wandb run: minted once, then read from the folder."""
     path = folder / ID_FILE
     if not path.exists():
-        fresh = path.with_suffix(".new")
-        fresh.write_text(secrets.token_hex(8))
-        fresh.replace(path)  # whole or absent, whenever we are killed
+        atomic_write(path, secrets.token_hex(8))
     return path.read_text().strip()

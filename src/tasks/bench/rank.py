@@ -17,6 +17,7 @@ from src.metrics.throughput import Throughput, peak_flops
 from src.planning.plan import Plan, plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
+from src.storage.atomic_write import atomic_write
 from src.tasks.bench.config import Bench
 from src.train.expert_load import expert_load
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
@@ -41,7 +42,7 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     if task.profile:
         figures["profile"] = _profile(training, batches, folder)
     if ranks.rank == 0:
-        (folder / BENCH_FILE).write_text(json.dumps(figures, indent=2) + "\n")
+        atomic_write(folder / BENCH_FILE, json.dumps(figures, indent=2) + "\n")
         _tell(figures)
     ranks.leave()
     return True
@@ -120,10 +121,10 @@ def _profile(training: Training, batches: list[Batch], folder: Path) -> dict[str
         _steps(training, batches, PROFILED_STEPS)
     stages = breakdown(_kernels(profiler.events() or [], training.ranks.device), PROFILED_STEPS)
     if training.ranks.rank == 0:
-        (folder / "profile.md").write_text(markdown(stages))
+        atomic_write(folder / "profile.md", markdown(stages))
         key = "self_device_time_total" if training.ranks.device.type == "cuda" else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=110)
-        (folder / "profile.txt").write_text(table)
+        atomic_write(folder / "profile.txt", table)
         profiler.export_chrome_trace(str(folder / "profile_trace.json.gz"))
     return stages
 

@@ -17,6 +17,7 @@ from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.distributed.process.rank_context import RankContext, device_type
 from src.run import Run
+from src.storage.atomic_write import atomic_write
 from src.tasks.evaluate.config import Evaluate
 from src.tasks.source import load
 from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
@@ -54,7 +55,7 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
         if scores is not None and ranks.rank == 0:
             facts = _facts(task, run, origin) | {"data": read(folder / "config.yaml")["data"]}
             values = {name: asdict(score) for name, score in scores.items()}
-            (folder / EVALUATION_FILE).write_text(json.dumps(facts | {"scores": values}, indent=2) + "\n")
+            atomic_write(folder / EVALUATION_FILE, json.dumps(facts | {"scores": values}, indent=2) + "\n")
             _tell(f"{origin}, split {task.split}", scores, folder)
         ranks.leave()
         return scores is not None

@@ -9,6 +9,7 @@ from rich.text import Text
 from src.distributed.mesh import Mesh
 from src.distributed.process.rank_context import RankContext, device_type
 from src.run import Run
+from src.storage.atomic_write import atomic_write
 from src.tasks.generate.config import Generate
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
@@ -42,7 +43,7 @@ def write(task: Generate, run: Run, folder: Path) -> bool:
             {"prompt": text, "text": answer, "tokens": len(ids), "ended": len(ids) < task.max_tokens}
             for text, answer, ids in zip(texts, answers, written, strict=True)
         )
-        (folder / TEXTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        atomic_write(folder / TEXTS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
         _tell(origin, list(zip(texts, answers, strict=True)), folder)
     ranks.leave()
     return True

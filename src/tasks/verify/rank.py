@@ -32,6 +32,7 @@ from src.models.cross_entropy import IGNORED
 from src.planning.plan import one_device_problems
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
+from src.storage.atomic_write import atomic_write
 from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
 from src.tasks.verify.config import Verify
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
@@ -53,7 +54,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     )
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
     if ranks.rank == 0:
-        (folder / CERTIFICATE_FILE).write_text(json.dumps(certificate.to_dict(), indent=2) + "\n")
+        atomic_write(folder / CERTIFICATE_FILE, json.dumps(certificate.to_dict(), indent=2) + "\n")
         terminal = Console(soft_wrap=True)
         terminal.width = max(terminal.width, TABLE_COLUMNS)
         terminal.print(*certificate.tables(), certificate.tolerances.why, sep="\n")
