@@ -50,6 +50,19 @@ FENCES = {
     "os.getenv": (),
 }
 
+# Who may write or rename a file without src.storage, and why.
+WRITERS = {
+    "src.checkpoint.folder": "renames folders",
+    "src.checkpoint.store": "renames folders",
+    "src.hugging_face.save": "writes into a draft folder, which gets its name as a whole",
+    "src.hugging_face.write": "writes tensors into a draft folder",
+    "src.runs.frozen_code": "writes into a draft folder, which gets its name as a whole",
+    "src.data.shards": "streams more than fits into memory, then renames",
+    "src.cluster.rank_log": "appends what a process says",
+    "src.cluster.replicas.lighthouse": "appends what a process says",
+    "src.cluster.slurm.pack": "appends what a process says",
+}
+
 
 def name(file: Path) -> str:
     """src/config/tree.py -> src.config.tree"""
@@ -124,6 +137,25 @@ def fenced(imported: str, module: str) -> bool:
     return bool(libraries) and not within(module, FENCES[max(libraries, key=len)])
 
 
+def writes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, code) of every call that writes a file whole, renames one or opens one for writing or appending."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called, method = ast.unparse(node.func), ast.unparse(node.func).rpartition(".")[2]
+        modes = {
+            each.value for each in [*node.args, *(key.value for key in node.keywords)] if isinstance(each, ast.Constant)
+        }
+        opens = method == "open" and any(re.fullmatch("[awx][bt+]*", str(mode)) for mode in modes)
+        flags = called == "os.open" and "O_APPEND" in ast.unparse(node)
+        moves = called in ("os.replace", "os.rename") or (
+            # One argument: of a path. A string's has two, a dataclass's and a date's have keywords.
+            method in ("replace", "rename") and "." in called and len(node.args) == 1 and not node.keywords
+        )
+        if opens or flags or moves or method in ("write_text", "write_bytes"):
+            yield node.lineno, ast.unparse(node)
+
+
 def test_every_file_has_its_floor() -> None:
     assert {room(name(file)) for file in FILES if name(file) != "src"} <= set(floors())
     assert all(floors()[each] in range(12) for each in floors())
@@ -140,6 +172,18 @@ def test_imports_go_downward() -> None:
 def test_fences() -> None:
     names = [(file, line, each) for file in FILES for line, each in named(file, types=True)]
     assert [f"{name(file)}:{line} {each}" for file, line, each in names if fenced(each, name(file))] == []
+
+
+def test_files_are_written_by_storage() -> None:
+    found = {(name(file), line, code) for file in FILES for line, code in writes(parsed(file))}
+    outside = {each for each in found if not within(each[0], "src.storage")}
+    assert sorted(each for each in outside if each[0] not in WRITERS) == []
+    assert {module for module, _, _ in outside} == set(WRITERS)  # no exception that nobody needs
+    forbidden = (
+        "open(a, 'ab')\nb.open(mode='w')\nos.open(c, os.O_APPEND)\nos.replace(d, e)\nf.rename(g)\nh.replace(i)\n"
+    )
+    assert len(list(writes(ast.parse(forbidden + "j.write_text(k)")))) == 7
+    assert list(writes(ast.parse("a.replace('b', 'c')\nopen(d)\ne.open('rb')\nreplace(f, g=1)"))) == []
 
 
 def test_sizes_and_names() -> None:

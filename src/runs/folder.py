@@ -19,10 +19,11 @@ from src.config import tree as trees
 from src.errors import ConfigError, FolderError
 from src.runs.frozen_code import REPOSITORY, Git, freeze
 from src.runs.lock import Lock
-from src.runs.records import ATTEMPTS_FILE
+from src.runs.records import ATTEMPTS_FILE, starts
 from src.runs.scheduler import NoScheduler, Scheduler
 from src.runs.twins import earlier
 from src.storage.atomic_write import TEMPORARY, atomic_write
+from src.storage.json_lines import Lines
 from src.version import VERSION
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
@@ -156,7 +157,7 @@ class RunFolder:
         logs.mkdir(parents=True, exist_ok=True)
         atomic_write(logs / "config.yaml", (self.path / "config.yaml").read_bytes())
         record = {key: value for key, value in asdict(attempt).items() if key not in ("ended", "detail")}
-        _append(self.path, record)
+        Lines(self.path / ATTEMPTS_FILE).append(record)
         return attempt
 
     @property
@@ -210,20 +211,7 @@ def log_folder(path: Path, attempt: int) -> Path:
 
 def attempts(path: Path) -> list[Attempt]:
     """Every start of the run, oldest first; a line cut off by a crash is passed over."""
-    found: dict[int, dict[str, Any]] = {}
-    try:
-        lines = (path / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found.setdefault(record["number"], {}).update(record)
-    return [
-        Attempt(**record | {"changed": tuple(record["changed"])}) for record in found.values() if "started" in record
-    ]
+    return [Attempt(**record | {"changed": tuple(record["changed"])}) for record in starts(path)]
 
 
 def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -> None:
@@ -231,15 +219,8 @@ def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -
     newest = attempts(path)[-1]
     if newest.ended is None or overrule:
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        _append(path, {"number": newest.number, "ended": ended, "detail": f"{when} {detail}".strip()})
-
-
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    # One write of one whole line: O_APPEND keeps lines of two processes apart. A leading newline closes a torn line.
-    file = path / ATTEMPTS_FILE
-    torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(("\n" if torn else "") + json.dumps(record) + "\n")
+        record = {"number": newest.number, "ended": ended, "detail": f"{when} {detail}".strip()}
+        Lines(path / ATTEMPTS_FILE).append(record)
 
 
 def _make(path: Path) -> None:

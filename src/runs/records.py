@@ -23,12 +23,12 @@ class AttemptSpan:
 
 def spans(folder: Path) -> list[AttemptSpan]:
     """Of every attempt, oldest first."""
-    return [AttemptSpan(_seconds(each["started"]), _ended(each)) for each in _attempts(folder)]
+    return [AttemptSpan(_seconds(each["started"]), _ended(each)) for each in starts(folder)]
 
 
 def jobs(folder: Path) -> list[str]:
     """The scheduler's ids, oldest first; a requeued job has one for ever."""
-    return list(dict.fromkeys(each["job"] for each in _attempts(folder) if each.get("job")))
+    return list(dict.fromkeys(each["job"] for each in starts(folder) if each.get("job")))
 
 
 def asked(folder: Path, otherwise: float | None = None) -> float | None:
@@ -38,10 +38,12 @@ def asked(folder: Path, otherwise: float | None = None) -> float | None:
     return min(known, default=None)
 
 
-def _attempts(folder: Path) -> list[dict[str, Any]]:
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """Every start of the ranks with what was noted of its end, oldest first; lines that a crash broke are left out."""
     found: dict[int, dict[str, Any]] = defaultdict(dict)
     for line in Lines(folder / ATTEMPTS_FILE).read():
-        found[line["number"]].update(line)
+        if "number" in line:
+            found[line["number"]].update(line)
     return [each for each in found.values() if "started" in each]
 
 

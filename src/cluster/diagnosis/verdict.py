@@ -21,6 +21,7 @@ from src.checkpoint.folder import complete
 from src.cluster.diagnosis import hang, rank_failure
 from src.cluster.slurm import client
 from src.runs.folder import attempts, end
+from src.storage.json_lines import Lines
 
 FILE = "verdicts.jsonl"
 # A failure that comes back at the same checkpoint is no accident, whatever it looks like.
@@ -135,12 +136,11 @@ def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], checkpoint: s
 def settle(folder: Path, job: str, verdict: Verdict, requeues: int) -> Verdict:
     """Capped, and kept in verdicts.jsonl."""
     checkpoint = newest(folder)
-    file = folder / FILE
-    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    verdict = capped(verdict, [each for each in earlier if each["job"] == job], checkpoint, requeues)
+    lines = Lines(folder / FILE)
+    earlier = [each for each in lines.read() if each.get("job") == job]
+    verdict = capped(verdict, earlier, checkpoint, requeues)
     record = {"job": job, "time": round(time.time(), 3), "checkpoint": checkpoint} | asdict(verdict)
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
+    lines.append(record)
     return verdict
 
 

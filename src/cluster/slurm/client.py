@@ -1,6 +1,5 @@
 """Client of SLURM's commands (squeue, sinfo, scontrol): job states, partitions, nodes."""
 
-import json
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.runs.records import SUBMISSIONS_FILE
+from src.storage.json_lines import Lines
 
 _ANSWER_SECONDS = 60
 
@@ -129,11 +129,7 @@ def minutes(text: str) -> int | None:
 
 def submissions(folder: Path) -> list[dict[str, Any]]:
     """Every time the run was handed to SLURM, oldest first."""
-    try:
-        lines = (folder / SUBMISSIONS_FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+    return list(Lines(folder / SUBMISSIONS_FILE).read())
 
 
 def _ask(*command: str) -> str:

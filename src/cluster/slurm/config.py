@@ -26,6 +26,7 @@ from src.errors import FolderError, PlanError
 from src.metrics.trackers.wandb_address import wandb_address
 from src.runs.folder import RunFolder
 from src.runs.records import SUBMISSIONS_FILE
+from src.storage.json_lines import METRICS_FILE, Lines
 
 if TYPE_CHECKING:
     from src.cluster.replicas.supervisor import Options
@@ -334,8 +335,6 @@ def _outside_of_jobs() -> Iterator[None]:
 
 def slow_saves(folder: Path, grace_seconds: float) -> str | None:
     """A warning when this run's own saves hardly fit into the time between the signal and the end."""
-    from src.storage.json_lines import METRICS_FILE, Lines
-
     seconds = [line.get("checkpoint/write_seconds", 0.0) for line in Lines(folder / METRICS_FILE).read()]
     slow = hardly_fits(max(seconds, default=0.0), grace_seconds)
     return None if slow is None else f"{folder}: {slow}"
@@ -356,8 +355,7 @@ def _live(folders: Sequence[Path]) -> list[str]:
 
 def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources, *, packed: bool = False) -> Submitted:
     record = {"job": submitted.job, "submitted": round(time.time(), 3), "log": str(submitted.log)}
-    with (folder.path / SUBMISSIONS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record | {"resources": asdict(asked), "packed": packed}) + "\n")
+    Lines(folder.path / SUBMISSIONS_FILE).append(record | {"resources": asdict(asked), "packed": packed})
     folder.close()
     return submitted
 
