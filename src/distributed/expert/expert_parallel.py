@@ -28,7 +28,8 @@ def split_experts(model: nn.Module, mesh: Mesh) -> None:
         assert cut is not None
         _cut(moe.experts, cut)
         if mesh.degrees.expert > 1:
-            moe.register_module("exchange", AllToAllTokenDispatcher(cut["expert"], moe.dispatcher.score_before_experts))
+            before = moe.dispatcher.score_before_experts
+            moe.register_module("dispatcher", AllToAllTokenDispatcher(cut["expert"], before))
 
 
 def _cut(experts: Experts, mesh: DeviceMesh) -> None:

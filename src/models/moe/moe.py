@@ -19,7 +19,7 @@ class TransferTimer(Protocol):
 
 
 class MoE(nn.Module):
-    """Router, routed experts, and one SwiGLU for all tokens. What travels between them is `exchange`'s business."""
+    """Router, routed experts, and one SwiGLU for all tokens. What travels between them is `dispatcher`'s business."""
 
     expert_bias: Tensor  # (num_experts) fp32: a weight in all but its update
     tokens_per_expert: Tensor  # (num_experts) int64: of this rank, since the last optimizer step
