@@ -48,10 +48,12 @@ CELLS = Path(__file__).with_suffix(".json")
 PAGE = HOME / "docs" / "support_matrix.md"
 COMMAND = "python -m benchmarks.support_matrix"
 # What decides whether a layout trains like one device.
-SOURCES = ("src/distributed/", "src/models/llama3/", "src/models/deepseek_v3/", "src/models/moe/", "src/models/decoder",
-           "src/models/cross_entropy", "src/train/setup", "src/train/step", "conf/parallel/")  # fmt: skip
+SOURCES = ("src/distributed/", "src/models/llama3/", "src/models/deepseek_v3/", "src/models/qwen3/", "src/models/moe/",
+           "src/models/decoder", "src/models/block", "src/models/cross_entropy", "src/train/setup", "src/train/step",
+           "conf/parallel/")  # fmt: skip
 FOLDERS = ("src", "conf/parallel")  # a file that moved in or out of the above moved within these
-# Which cells a source concerns: those whose name has the text. It goes by the last of these words in the source's path.
+# Which cells a source concerns: those whose name has the text, or one of several (";"). It goes by the last of these
+# words in the source's path.
 CONCERNS = {
     "context": "cp",
     "pipeline": "pp",
@@ -59,11 +61,14 @@ CONCERNS = {
     **dict.fromkeys(("float8", "float8_styles"), "float8"),
     "recompute": "recompute",
     "compile": "compile",
-    **dict.fromkeys(("deepseek_v3", "moe", "expert", "plain_tensor"), "deepseek"),
+    "deepseek_v3": "deepseek",
+    "qwen3": "qwen3",
+    "plain_tensor": "deepseek;qwen3",
+    **dict.fromkeys(("moe", "expert"), "deepseek;qwen3 experts"),
     # They start ranks, look at machines, multiply experts in float8, and name tensors of files, which no cell does.
     **dict.fromkeys(("process", "float8_experts", "hugging_face"), "no cell"),
 }
-SAMPLES = 23  # 17 cells each, some 3 minutes on two cores; a prime, so that a sample has all features and layouts
+SAMPLES = 23  # 19 cells each, some 3 minutes on two cores; a prime, so that a sample has all features and layouts
 
 MOST_RANKS, MOST_RANKS_ROUTED = 8, 4  # every way to spread experts fits four
 # 4 layers for two stages on each of two ranks, 4 key heads for tp4, 64 tokens for two pieces on each of 2 x 2 ranks.
@@ -96,6 +101,13 @@ ROUTED_FEATURES: dict[str, tuple[str, ...]] = {
     "recompute=selective": ("recompute=selective",),
     "compile=blocks": ("compile=blocks", "precision=bf16"),
     "bf16": ("precision=bf16",),
+}
+# Of a Qwen3, whose cells have this word in their names: its code is that of the other two but for norms of queries and
+# keys, so a dense one and one with experts go through the layouts.
+QWEN3 = "qwen3"
+QWEN3_FEATURES: dict[str, tuple[str, ...]] = {
+    "plain": ("model=qwen3_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.ffn_dim=128"),
+    "experts": ("model=qwen3_moe_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.moe.hidden_dim=64"),
 }
 INTRODUCTION = f"""# What works with what
 
@@ -149,6 +161,9 @@ def wanted() -> Iterator[tuple[str, tuple[str, ...]]]:
         for schedule in SCHEDULES:
             given = (f"parallel={layout}", *ROUTED, f"parallel.pipeline_schedule={schedule}")
             yield f"{layout} | {FAMILY} {schedule}", given
+    for layout in layouts(routed=True):
+        for feature, overrides in QWEN3_FEATURES.items():
+            yield f"{layout} | {QWEN3} {feature}", (f"parallel={layout}", *overrides)
 
 
 def composed(*overrides: str) -> Run:
@@ -211,7 +226,7 @@ def touches(file: str, name: str) -> bool:
     if not file.startswith(SOURCES):
         return False
     text = concern(file)
-    return name.startswith(text) if file.startswith("conf/parallel/") else text in name
+    return name.startswith(text) if file.startswith("conf/parallel/") else any(each in name for each in text.split(";"))
 
 
 def unknown(cells: dict[str, Cell]) -> set[str]:
@@ -271,6 +286,7 @@ def page(cells: dict[str, Cell]) -> str:
     routed = layouts(routed=True), pipelines(routed=True)
     routed_features = table("layout", routed[0], list(ROUTED_FEATURES), cells, notes, FAMILY + " ")
     routed_schedules = table("layout", routed[1], list(SCHEDULES), cells, notes, FAMILY + " ")
+    qwen3 = table("layout", routed[0], list(QWEN3_FEATURES), cells, notes, QWEN3 + " ")
     reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
     parts = (
         INTRODUCTION.strip(),
@@ -278,6 +294,7 @@ def page(cells: dict[str, Cell]) -> str:
         f"## Pipelines and their schedules\n\n{schedules}",
         f"## DeepSeek-V3: layouts and features\n\n{routed_features}",
         f"## DeepSeek-V3: pipelines and their schedules\n\n{routed_schedules}",
+        f"## Qwen3: layouts\n\n{qwen3}",
         f"## Reasons\n\n{reasons}",
     )
     return "\n\n".join(parts) + "\n"
