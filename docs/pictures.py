@@ -41,7 +41,7 @@ def main(root: Path) -> None:
     (curve,) = root.glob("demo-*/loss.png")
     shutil.copy(curve, PICTURES)
     (sweep,) = root.glob("sweeps/*")
-    _python(root, "-m", "src.sweeps.ledger", "report", str(sweep))
+    _python(root, "-m", "src.sweeps", "report", str(sweep))
     # No sandbox: the page is our own, and root, as in a container, has none.
     window = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WINDOW}"]
     page = (sweep / "report.html").as_uri()

@@ -1,4 +1,4 @@
-"""`python -m src.sweeps.ledger <command> <sweep folder>`: look at a sweep, and act on some of its points."""
+"""`python -m src.sweeps <command> <sweep folder>`: look at a sweep, and act on some of its points."""
 
 import argparse
 import csv
@@ -189,7 +189,7 @@ def _chosen(ledger: Ledger, numbers: Sequence[int]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m src.sweeps.ledger", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m src.sweeps", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plain: dict[str, Callable[[Ledger], int]] = {"status": status, "table": table, "report": report}
     some: dict[str, Callable[[Ledger, Sequence[int]], int]] = {"retry": retry, "cancel": cancel}

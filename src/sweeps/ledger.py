@@ -1,4 +1,4 @@
-"""A sweep's folder: what was asked, and what was done about it. `python -m src.sweeps.ledger --help` for the commands.
+"""A sweep's folder: what was asked, and what was done about it. `python -m src.sweeps --help` for the commands.
 
 sweep.json         arguments, where they were typed, what is searched
 ledger.jsonl       one line per event: a point, a submission, a refusal, a cancellation; only ever appended to
@@ -7,7 +7,6 @@ table.csv report.html
 """
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -180,9 +179,3 @@ def _at(tree: trees.Tree, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part, "") if isinstance(value, Mapping) else ""
     return value
-
-
-if __name__ == "__main__":
-    from src.sweeps.commands import main
-
-    sys.exit(main())

@@ -18,7 +18,7 @@ WILD = "1e+30"  # a learning rate after which no loss is finite
 def ledger(site: Site, *argv: str) -> str:
     """What a command says to a person on the login node."""
     done = subprocess.run(
-        [sys.executable, "-m", "src.sweeps.ledger", *argv],
+        [sys.executable, "-m", "src.sweeps", *argv],
         cwd=site.repository,
         env=site.environment(),
         capture_output=True,
