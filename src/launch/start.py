@@ -1,6 +1,6 @@
 """Launch: build configs, check plans, prepare data and run folders, submit to the cluster.
 
-`python launch.py` and `python -m src.sweeps.ledger` both start runs through these functions.
+`python launch.py` and `python -m src.sweeps` both start runs through these functions.
 """
 
 import json
@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from src.cluster.replicas.supervisor import Options
+from src.cluster.backend import Backend, Options
 from src.cluster.slurm.client import SlurmScheduler
 from src.config.build import build
 from src.config.tree import Tree, identity
@@ -21,7 +21,6 @@ from src.storage.atomic_write import atomic_write
 from src.version import VERSION
 
 if TYPE_CHECKING:
-    from src.cluster.local.config import AttemptOutcome
     from src.data.corpus import Corpus
     from src.hugging_face.hub import Fetched
     from src.planning.plan import Plan
@@ -30,13 +29,6 @@ if TYPE_CHECKING:
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-
-
-class Cluster(Protocol):
-    """The interface of a cluster backend (config group `cluster`): submit one run folder, or one of replica groups."""
-
-    def submit(self, folder: "RunFolder", world: int) -> "AttemptOutcome": ...
-    def submit_groups(self, folder: "RunFolder", world: int, options: Options) -> "AttemptOutcome": ...
 
 
 def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
@@ -189,7 +181,7 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
         return _join(tree, run), 0
     folder, _ = prepare(tree, run)
     with folder:
-        cluster, world = cast(Cluster, run.cluster), run.parallel.world
+        cluster, world = cast(Backend, run.cluster), run.parallel.world
         if isinstance(run.fault_tolerance, Options):
             outcome = cluster.submit_groups(folder, world, run.fault_tolerance)
         else:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
+from src.cluster.slurm.submission import Prepared, Submits
 from src.config.base import Config
 from src.config.tree import Tree, difference, identity
 from src.distributed.process.rank_context import joined
@@ -17,7 +18,6 @@ from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import OPEN, State
 
 if TYPE_CHECKING:
-    from src.cluster.slurm.config import Prepared, Submitted
     from src.run import Run
 
 SWEEPS = "sweeps"
@@ -28,13 +28,6 @@ class Grid(Config):
     """sweep=grid: the points are those that were asked for."""
 
     name: str | None
-
-
-@runtime_checkable
-class Submits(Protocol):
-    """A cluster that takes many runs at once and does not wait for them."""
-
-    def submit_all(self, points: "Sequence[Prepared]") -> "list[Submitted]": ...
 
 
 @dataclass(frozen=True)
@@ -139,8 +132,6 @@ def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = Fal
 
 
 def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[SweepEntry], *, wait: bool) -> int:
-    from src.cluster.slurm.config import Prepared
-
     opened: list[tuple[SweepEntry, Prepared]] = []
     code = 0
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from src.cluster.backend import AttemptOutcome, Options
 from src.cluster.rank import RankJob
 from src.config.base import Config
 from src.errors import PlanError
@@ -21,7 +22,6 @@ from src.runs.folder import RunFolder, attempts, end, log_folder
 
 if TYPE_CHECKING:
     from src.cluster.local.supervisor import FirstFailure, RankSupervisor
-    from src.cluster.replicas.supervisor import Options
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,6 @@ class Devices:
     name: str
     capability: tuple[int, int] | None = None  # CUDA's compute capability
     host_gib: float | None = None  # memory that ranks on the CPU share
-
-
-@dataclass(frozen=True)
-class AttemptOutcome:
-    """How an attempt ended and the exit code that says so: 0 also for a run that saved and stopped on a signal."""
-
-    status: Literal["finished", "stopped", "failed", "killed", "submitted"]
-    exit_code: int
 
 
 class Local(Config):
@@ -79,7 +71,7 @@ class Local(Config):
         )
         return conclude(supervisor, supervisor.run(), folder.path)
 
-    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> AttemptOutcome:
+    def submit_groups(self, folder: RunFolder, world: int, options: Options) -> AttemptOutcome:
         """The same for replica groups of `world` ranks each, on GPUs of its own; one that fails is started again."""
         from src.cluster.replicas.supervisor import Groups
 

@@ -4,21 +4,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 from urllib.parse import urlsplit
 
+from src.cluster.backend import Options
 from src.cluster.local.signals import tell
 from src.errors import PlanError
 from src.runs.folder import RunFolder
 
-if TYPE_CHECKING:
-    from src.cluster.replicas.supervisor import Options
-
-
 ADDRESS_FILE = "lighthouse.url"  # of a run folder, where SLURM decides on the node
 
 
-def arguments(options: "Options") -> tuple[str, ...]:
+def arguments(options: Options) -> tuple[str, ...]:
     """Of src/fault_tolerance/lighthouse.py."""
     given = {
         "--min-groups": options.min_groups,
@@ -36,7 +33,7 @@ def command(given: Sequence[str]) -> list[str]:
 class Lighthouse:
     """`address` is a URL; of one that somebody else keeps, nothing is started and nothing is watched."""
 
-    def __init__(self, options: "Options", folder: RunFolder) -> None:
+    def __init__(self, options: Options, folder: RunFolder) -> None:
         self._options, self._log = options, folder.path / "logs" / "lighthouse.log"
         self._source = folder.path / "code" / folder.code
         self._process: subprocess.Popen[str] | None = None

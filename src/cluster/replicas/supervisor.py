@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, runtime_checkable
 
-from src.cluster.local.config import AttemptOutcome
+from src.cluster.backend import AttemptOutcome, Options
 from src.cluster.local.signals import FORWARDED, POLL_SECONDS, tell
 from src.cluster.replicas.lighthouse import Lighthouse
 from src.errors import UserError
@@ -23,26 +22,6 @@ from src.runs.folder import RunFolder, attempts, end
 LONGEST_BACKOFF_SECONDS = 300.0
 LAST_SAVE_SECONDS = 1800.0
 HEALTHY_SECONDS = 600.0  # a life this long forgives the failures before it
-
-
-@runtime_checkable
-class Options(Protocol):
-    """Of src.fault_tolerance.config."""
-
-    @property
-    def groups(self) -> int: ...
-    @property
-    def min_groups(self) -> int: ...
-    @property
-    def lighthouse(self) -> str | None: ...
-    @property
-    def heartbeat_seconds(self) -> float: ...
-    @property
-    def join_seconds(self) -> float: ...
-    @property
-    def restarts(self) -> int: ...
-    @property
-    def backoff_seconds(self) -> float: ...
 
 
 @dataclass

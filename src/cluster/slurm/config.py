@@ -9,27 +9,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from src.checkpoint.config import hardly_fits
-from src.cluster.local.config import AttemptOutcome
+from src.cluster.backend import AttemptOutcome, Options
 from src.cluster.slurm import client
 from src.cluster.slurm.pack import PackedRun
 from src.cluster.slurm.packing import PackedJob, filled, left, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
+from src.cluster.slurm.submission import Prepared, Submitted
 from src.config.base import Config, Names
 from src.distributed.process.rank_context import joined
 from src.errors import FolderError, PlanError
-from src.metrics.trackers.wandb_address import wandb_address
 from src.runs.folder import RunFolder
 from src.runs.records import SUBMISSIONS_FILE
 from src.storage.json_lines import METRICS_FILE, Lines
-
-if TYPE_CHECKING:
-    from src.cluster.replicas.supervisor import Options
 
 Flags = dict[str, str | int | float | bool | None]
 
@@ -52,36 +49,6 @@ class Devices:
     memory_gib: float | None
     host_gib: None = None
     capability: None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that only waits for ranks: config, plan, code and data are in its folder."""
-
-    folder: RunFolder
-    plan: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A run in SLURM's hands; `job` is "123", or "123_4" of an array."""
-
-    job: str
-    folder: Path
-    log: Path
-
-    def text(self) -> str:
-        """What a person wants to know once the terminal is free again."""
-        lines = (f"log: {self.log}", f"wandb: {wandb_address(self.folder)}", self.tail, self.cancel)
-        return "\n".join((f"job {self.job}: {self.folder}", *lines))
-
-    @property
-    def tail(self) -> str:
-        return f"tail -F {shlex.quote(str(self.log))}"
-
-    @property
-    def cancel(self) -> str:
-        return f"scancel {self.job}"
 
 
 class Slurm(Config):
@@ -148,7 +115,7 @@ class Slurm(Config):
 
         return wait(submitted)
 
-    def submit_groups(self, folder: RunFolder, world: int, options: "Options") -> AttemptOutcome:
+    def submit_groups(self, folder: RunFolder, world: int, options: Options) -> AttemptOutcome:
         """The same for replica groups, each as a job of its own."""
         from src.cluster.slurm.replica_groups import submit
 

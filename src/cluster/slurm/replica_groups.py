@@ -5,26 +5,21 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from src.cluster.local.config import AttemptOutcome
+from src.cluster.backend import AttemptOutcome, Options
 from src.cluster.replicas.lighthouse import ADDRESS_FILE, arguments
 from src.cluster.slurm.client import SlurmScheduler
 from src.cluster.slurm.lighthouse_job import LighthouseJob
+from src.cluster.slurm.submission import Prepared, SubmitsGroups, Submitted
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts
-
-if TYPE_CHECKING:
-    from src.cluster.replicas.supervisor import Options
-    from src.cluster.slurm.config import Slurm
 
 WORD_SECONDS = 60.0
 
 
-def submit(site: "Slurm", folder: RunFolder, options: "Options") -> AttemptOutcome:
+def submit(site: SubmitsGroups, folder: RunFolder, options: Options) -> AttemptOutcome:
     """Tells where each group is, and returns at once, or when all have ended if `wait` is true."""
-    from src.cluster.slurm.config import Prepared, Submitted
-
     if site.pack:
         raise PlanError("cluster.pack=true shares nodes between runs, not between groups; pass cluster.pack=false")
     paths = [folder.group(number) for number in range(options.groups)]

@@ -3,14 +3,27 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 from src.cluster.slurm.client import NodeFacts
 
-if TYPE_CHECKING:
-    from src.cluster.slurm.config import Slurm
-
 _MIB = 1024  # per GiB
+
+
+class Site(Protocol):
+    """The facts of src.cluster.slurm.config that decide what a job asks for."""
+
+    @property
+    def gpus_per_node(self) -> int: ...
+    @property
+    def cpus_per_gpu(self) -> int: ...
+    @property
+    def memory_gib_per_gpu(self) -> float | None: ...
+    @property
+    def minutes(self) -> int: ...
+    @property
+    def asks_gpus(self) -> bool:
+        """Whether sbatch is asked for GPUs by their number."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Resources:
     minutes: int
 
     @classmethod
-    def of(cls, site: "Slurm", plan: Mapping[str, Any]) -> Self:
+    def of(cls, site: Site, plan: Mapping[str, Any]) -> Self:
         tasks = int(plan["ranks_per_node"])
         memory = None if site.memory_gib_per_gpu is None else site.memory_gib_per_gpu * tasks
         return cls(int(plan["nodes"]), tasks, site.cpus_per_gpu, memory, site.minutes)
@@ -35,7 +48,7 @@ class Resources:
 
 
 def problems(
-    site: "Slurm", asked: Sequence[Resources], partition: str | None, there: Sequence[NodeFacts], names: Sequence[str]
+    site: Site, asked: Sequence[Resources], partition: str | None, there: Sequence[NodeFacts], names: Sequence[str]
 ) -> list[str]:
     """What the partition cannot give, each with the nearest that it can. `partition`: the site's, or SLURM's default;
     `there`: its nodes; `names`: of all partitions.
@@ -61,7 +74,7 @@ def _unknown(partition: str, names: Sequence[str]) -> str:
     return f"cluster.partition={partition}: no such partition; {meant}there are: {', '.join(names)}"
 
 
-def _misfits(site: "Slurm", asked: Resources, partition: str, there: Sequence[NodeFacts]) -> list[str]:
+def _misfits(site: Site, asked: Resources, partition: str, there: Sequence[NodeFacts]) -> list[str]:
     """Each limit by itself, then all together."""
     tasks, found = asked.tasks_per_node, []
     most_gpus = max(node.gpus for node in there)
@@ -88,7 +101,7 @@ def _misfits(site: "Slurm", asked: Resources, partition: str, there: Sequence[No
     return found
 
 
-def _fits(site: "Slurm", asked: Resources, node: NodeFacts) -> bool:
+def _fits(site: Site, asked: Resources, node: NodeFacts) -> bool:
     enough_memory = asked.memory_gib is None or asked.memory_gib * _MIB <= node.memory_mib
     enough_gpus = not site.asks_gpus or asked.tasks_per_node <= node.gpus
     return enough_memory and enough_gpus and asked.tasks_per_node * asked.cpus_per_task <= node.cpus

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from src.cluster.local.config import AttemptOutcome
+from src.cluster.backend import AttemptOutcome
 from src.cluster.slurm import client
 from src.runs.folder import attempts
 from src.storage.json_lines import Lines
