@@ -186,6 +186,45 @@ def test_files_are_written_by_storage() -> None:
     assert list(writes(ast.parse("a.replace('b', 'c')\nopen(d)\ne.open('rb')\nreplace(f, g=1)"))) == []
 
 
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other, but for a config class and the one module beside it that it builds."""
+
+    def reached(module: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [*imports[module]]
+        while ahead:
+            if (each := ahead.pop()) not in seen:
+                seen.add(each)
+                ahead += imports[each]
+        return seen
+
+    reach = {module: reached(module) for module in imports}
+    found = {
+        tuple(sorted(other for other in reach[module] if module in reach[other]))
+        for module in imports
+        if module in reach[module]
+    }
+    return sorted([*circle] for circle in found if not _builds(circle))
+
+
+def _builds(circle: tuple[str, ...]) -> bool:
+    """Whether it is a config class (config.py, or base.py with that of all families) and what it builds beside it."""
+    places = [module.rpartition(".") for module in circle]
+    return (
+        len(circle) == 2
+        and places[0][0] == places[1][0]
+        and not {"config", "base"}.isdisjoint(place[2] for place in places)
+    )
+
+
+def test_no_circles_of_imports() -> None:
+    """Imports in functions and for the type checker count, too."""
+    modules = {name(file) for file in FILES}
+    imports = {name(file): {each for _, each in named(file, types=True)} & modules - {name(file)} for file in FILES}
+    assert len(imports["src.launch.start"]) > 5
+    assert circles(imports) == []
+
+
 def test_sizes_and_names() -> None:
     assert [name(file) for file in [*FILES, *TESTS] if NO_NOUNS & set(name(file).split("."))] == []
     files = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in [*FILES, *TESTS]}
@@ -216,6 +255,10 @@ def test_the_rules_catch_what_they_forbid(tmp_path: Path) -> None:
     assert fenced("torch.distributed.tensor", "src.models.llama3.model")
     assert fenced("omegaconf", "src.planning.plan")
     assert not fenced("torch.distributed.elastic.multiprocessing", "src.cluster.local.supervisor")
+    assert circles({"a.x": {"b.y"}, "b.y": {"c"}, "c": {"a.x"}, "d": {"a.x"}}) == [["a.x", "b.y", "c"]]
+    assert circles({"a.x": {"a.y"}, "a.y": {"a.x"}}) == [["a.x", "a.y"]]
+    assert circles({"a.config": {"b.y"}, "b.y": {"a.config"}}) == [["a.config", "b.y"]]
+    assert circles({"a.config": {"a.y"}, "a.y": {"a.config"}}) == []
     assert not upward("src.optim.adamw", "src.config.base")
     assert not upward("src.planning.plan", "src.models.base")
 
