@@ -21,8 +21,9 @@ EXPERIMENTS = options(EXPERIMENT)
 KEYWORDS = {"override", "optional"}
 
 
+@cache
 def composed(*overrides: str) -> Tree:
-    """The tree that launch.py would get; what a user must pass is "x"."""
+    """The tree that launch.py would get; what a user must pass is "x". Tests that ask for the same share one."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

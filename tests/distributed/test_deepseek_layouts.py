@@ -14,6 +14,7 @@ from tests.ranks import RankPool
 LAYOUTS = ["ddp2", "fsdp2", "hsdp2x2", "cp2_fsdp2", "pp2", "pp2_fsdp2"]
 LAYOUTS += ["fsdp2_ep2", "fsdp4_ep2", "fsdp4_ep4", "hsdp2x2_ep2", "cp2_fsdp2_ep2", "pp2_fsdp2_ep2"]
 LAYOUTS += ["tp2", "tp2_etp2", "tp2_fsdp2_ep2", "tp2_fsdp2_ep2_etp2", "pp2_tp2_ep2"]
+CORNERS = ("pp2", "fsdp4_ep4", "cp2_fsdp2_ep2", "tp2_fsdp2_ep2_etp2", "pp2_tp2_ep2")  # each axis, and products of them
 STEPS = 3
 MOE = {
     "score_func": "sigmoid",
@@ -56,7 +57,9 @@ def single(ranks: RankPool) -> dict[str, Any]:
     return ranks(1, trained, "single")[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(each, marks=() if each in CORNERS else pytest.mark.slow) for each in LAYOUTS]
+)
 def test_layout_trains_like_one_device(ranks: RankPool, single: dict[str, Any], layout: str) -> None:
     results = ranks(degrees(layout).world, trained, layout)
     assert set().union(*(result["end"] for result in results)) == set(single["end"])

@@ -21,8 +21,10 @@ DEEPSEEK = (
 )
 MODELS = {"llama": TINY, "deepseek": DEEPSEEK}
 CASES = [
-    *(("llama", layout) for layout in ("tp2", "pp2", "cp2")),
-    *(("deepseek", layout) for layout in ("fsdp2_ep2", "tp2_ep2")),
+    ("llama", "tp2"),
+    *(pytest.param("llama", layout, marks=pytest.mark.slow) for layout in ("pp2", "cp2")),
+    pytest.param("deepseek", "fsdp2_ep2", marks=pytest.mark.slow),
+    ("deepseek", "tp2_ep2"),
 ]
 
 
