@@ -124,7 +124,11 @@ class Site:
         self.cluster, self.folder = cluster, folder
         self.repository = folder / "repository"
         for part in PARTS:
-            (shutil.copytree if (HOME / part).is_dir() else shutil.copy)(HOME / part, _made(self.repository) / part)
+            source, copy = HOME / part, _made(self.repository) / part
+            if source.is_dir():  # without what other tests' Pythons write beside the modules meanwhile
+                shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy)
         (_made(folder / "site") / "sitecustomize.py").write_text(BRAKE)
         self.arguments = (
             *(each for each in TINY if not each.startswith(("cluster.", "name="))),
