@@ -25,7 +25,7 @@ demo: $(READY) ## trains a small Llama here, in about two minutes, and draws its
 # One thread per process, for many tests have ranks of their own. One process of tests more than there are cores: tests of
 # SLURM and of replica groups mostly wait. Each takes whole files, those of SLURM as one (tests/conftest.py).
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
-SIDE_BY_SIDE = --numprocesses=$(WORKERS) --dist=loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE = --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 test test-all: export OMP_NUM_THREADS = 1
 test: $(READY) ## the suite; ARGS="tests/data -k order" chooses
 ifdef ARGS

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,19 +19,33 @@ import torch
 
 from tests.ranks import RankPool
 
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
 # Which take longest, so begin first: the others fill the cores beside them.
 LONGEST = ("slurm", "fault_tolerance", "end_to_end", "distributed", "planning", "tasks", "checkpoint")
 TESTS = Path(__file__).parent
+SLURM = "tests/slurm/"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests for CUDA devices are left out, not skipped, where there are none. Among processes of tests that run side by
-    side, one takes a whole file, which shares its fixtures; a machine has one SLURM, so one process takes all of that.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
+    """Among processes of tests that run side by side, one takes a whole file, whose tests share fixtures; a machine has
+    one SLURM, so one process takes all of that. Between xdist 3.8 and pytest 9.2 the marks of --dist=loadgroup are lost.
     """
-    for item in items:
-        file = item.path.relative_to(TESTS)
-        item.add_marker(pytest.mark.xdist_group("slurm" if file.parts[0] == "slurm" else str(file)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return SLURM if file.startswith(SLURM) else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests for CUDA devices are left out, not skipped, where there are none."""
     if config.getoption("dist", "no") != "no" or "PYTEST_XDIST_WORKER" in os.environ:
         rooms = {room: place for place, room in enumerate(LONGEST)}
         items.sort(key=lambda item: rooms.get(item.path.relative_to(TESTS).parts[0], len(rooms)))
