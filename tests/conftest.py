@@ -32,7 +32,7 @@ SLURM = "tests/slurm/"
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
     """Among processes of tests that run side by side, one takes a whole file, whose tests share fixtures; a machine has
-    one SLURM, so one process takes all of that. Between xdist 3.8 and pytest 9.2 the marks of --dist=loadgroup are lost.
+    one SLURM, so one process takes all of that. xdist 3.8 loses the marks of --dist=loadgroup under pytest 9.2.
     """
     from xdist.scheduler import LoadScopeScheduling
 
