@@ -54,28 +54,34 @@ class Finder(MetaPathFinder):
         return spec
 
 def brake(Loop):
-    original = Loop._step
-    def held(self, batches):
-        step, rank = self.training.state.step, os.environ["RANK"]
-        if FAULT == ["code", rank, str(step)]:
-            raise KeyError("a key that nobody set")
-        if FAULT == ["kill", rank, str(step)]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if FAULT == ["hang", os.environ["SLURMD_NODENAME"], str(step)]:
-            forget_the_others()
-        while self.stop.seen is None and step == named(os.environ["BRAKE"]):
-            mark = f"{os.environ['BRAKE']}.rank_{rank}"
-            if not os.path.exists(mark):
-                open(mark, "w").write(str(os.getpid()))
-            time.sleep(0.05)
-        return original(self, batches)
-    Loop._step = held
+    run = Loop.run
+    def braked(self):
+        batches = self._step_batches
+        self._step_batches = lambda: held(self, batches())
+        return run(self)
+    Loop.run = braked
     save = Loop._save
     def slow(self, *, last):
         if FAULT == ["slow"] and self.stop.seen:
             time.sleep(600)
         save(self, last=last)
     Loop._save = slow
+
+def held(loop, batches):
+    for each in batches:
+        step, rank = loop.training.state.step, os.environ["RANK"]
+        if FAULT == ["code", rank, str(step)]:
+            raise KeyError("a key that nobody set")
+        if FAULT == ["kill", rank, str(step)]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == ["hang", os.environ["SLURMD_NODENAME"], str(step)]:
+            forget_the_others()
+        while loop.stop.seen is None and step == named(os.environ["BRAKE"]):
+            mark = f"{os.environ['BRAKE']}.rank_{rank}"
+            if not os.path.exists(mark):
+                open(mark, "w").write(str(os.getpid()))
+            time.sleep(0.05)
+        yield each
 
 def forget_the_others():
     time.sleep(600)
