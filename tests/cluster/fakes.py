@@ -98,7 +98,7 @@ sys.exit(outcome.exit_code)
 
 def repository(into: Path) -> Path:
     """A copy of the rooms under test, with stand-ins for those above and beside them."""
-    for name in ("__init__.py", "errors.py", "config/tree.py", "train/stop.py"):
+    for name in ("__init__.py", "errors.py", "version.py", "config/tree.py", "config/upgrades.py", "train/stop.py"):
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "src" / name, into / "src" / name)
     for room in ("cluster", "distributed/process", "runs", "storage"):

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from src.cluster.diagnosis.rank_failure import classify
-from src.distributed.process.rank_context import flight_recorder
+from src.distributed.process import flight_recorder
 from src.distributed.process.rank_context import RankContext
 
 traces, forgetful = Path(sys.argv[1]), int(sys.argv[2])
-ranks = Ranks.join("cpu", 3, timeout_seconds=60.0, traces=traces)
+ranks = RankContext.join("cpu", 3, timeout_seconds=60.0, traces=traces)
 pair = dist.new_group([1, 2], group_desc="tensor")
 dist.all_reduce(torch.ones(3))
 if ranks.rank > 0:
@@ -71,7 +71,7 @@ import torch
 import torch.distributed as dist
 from src.distributed.process.rank_context import RankContext
 
-ranks = Ranks.join("cuda", 2, timeout_seconds=120.0, traces=Path(sys.argv[1]))
+ranks = RankContext.join("cuda", 2, timeout_seconds=120.0, traces=Path(sys.argv[1]))
 x = torch.ones(3, device=ranks.device)
 dist.all_reduce(x)
 ranks.set_timeout(10.0, [])

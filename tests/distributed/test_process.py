@@ -16,7 +16,7 @@ ALONE = """
 import torch, torch.distributed as dist
 from src.distributed.process.rank_context import RankContext, joined
 assert not joined()
-ranks = Ranks.join("cpu", 1, timeout_seconds=30)
+ranks = RankContext.join("cpu", 1, timeout_seconds=30)
 value = torch.ones(2)
 dist.all_reduce(value)
 ranks.set_timeout(5, [])
@@ -27,7 +27,7 @@ print(dist.is_initialized())
 CLIENT = """
 import torch, torch.distributed as dist
 from src.distributed.process.rank_context import RankContext
-ranks = Ranks.join("cpu", 2, timeout_seconds=30)
+ranks = RankContext.join("cpu", 2, timeout_seconds=30)
 value = torch.tensor([ranks.rank + 1.0])
 dist.all_reduce(value)
 print(ranks.rank, ranks.local_world, value.item())
