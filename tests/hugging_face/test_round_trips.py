@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 ON = {
     "llama3": ("single", "fsdp3", "tp2_fsdp2", "hsdp2x2", "pp2_fsdp2"),
     "llama3-tied": ("single", "tp2_fsdp2"),
-    "qwen3_moe": ("single", "fsdp3", "pp2_fsdp2", "tp2_fsdp2_ep2"),
+    "qwen3_moe": ("single", "fsdp2_ep2", "pp2_fsdp2", "tp2_fsdp2_ep2"),
     "deepseek_v3": ("single", "hsdp2x2", "pp2_fsdp2", "fsdp2_ep2", "fsdp4_ep2", "tp2_fsdp2", "tp2_fsdp2_ep2"),
 }
 FORM = Form(dtype="float32", fp8=False, biases=True, shard_bytes=2_000_000)
