@@ -172,8 +172,8 @@ def test_every_file_of_the_group_builds_and_opens_nothing(tmp_path: Path) -> Non
 
 
 def test_a_missing_package_is_told_by_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("weights_and_biases", "event_files"):
-        monkeypatch.setattr(f"src.metrics.{module}.find_spec", lambda _: None)
+    for module in ("weights_and_biases", "tensorboard"):
+        monkeypatch.setattr(f"src.metrics.trackers.{module}.find_spec", lambda _: None)
     for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
         with pytest.raises(ValidationError, match=f"pip install {package}"):
             section(name)
