@@ -152,3 +152,26 @@ class ModelConfig(Config):
     def counts(self, seq_len: int) -> Counts:
         """Parameters and flops per token of the whole model, before any cut."""
         return count(self.weights(), self.attention_width(), seq_len)
+
+
+class GroupedQueryConfig(ModelConfig):
+    """A family whose query heads share key and value heads (arXiv 2305.13245), and whose head may be the embedding."""
+
+    n_kv_heads: PositiveInt  # key and value heads; each serves n_heads / n_kv_heads query heads
+    tie_word_embeddings: bool  # true: the output matrix is the embedding
+
+    @field_validator("n_kv_heads")
+    @classmethod
+    def _heads_share(cls, n_kv_heads: int, info: ValidationInfo) -> int:
+        n_heads = info.data.get("n_heads")
+        if n_heads is not None and n_heads % n_kv_heads:
+            raise ValueError(f"{n_kv_heads} does not divide n_heads={n_heads} ({divisors(n_heads, n_kv_heads)})")
+        return n_kv_heads
+
+    @property
+    def tied(self) -> bool:
+        return self.tie_word_embeddings
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads

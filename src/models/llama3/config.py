@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from src.config.base import Config
-from src.errors import divisors
 from src.models.accounting import SavedActivations, Slice, Weight, around_blocks
-from src.models.base import ModelConfig
+from src.models.base import GroupedQueryConfig
 
 if TYPE_CHECKING:
     from src.models.llama3.model import Llama3
@@ -32,7 +31,7 @@ class RopeScaling(Config):
         return high
 
 
-class Llama3Config(ModelConfig):
+class Llama3Config(GroupedQueryConfig):
     """Every number of a Llama 3; `build` makes the module."""
 
     family: ClassVar[str] = "llama3"
@@ -53,22 +52,12 @@ class Llama3Config(ModelConfig):
         "output": "vocabulary",
     }
 
-    n_kv_heads: PositiveInt
     head_dim: PositiveInt | None
     ffn_dim_multiplier: PositiveFloat | None
     multiple_of: PositiveInt
     rope_theta: PositiveFloat
     rope_scaling: RopeScaling | None
-    tie_word_embeddings: bool
     depth_init: bool
-
-    @field_validator("n_kv_heads")
-    @classmethod
-    def _heads_share(cls, n_kv_heads: int, info: ValidationInfo) -> int:
-        n_heads = info.data.get("n_heads")
-        if n_heads is not None and n_heads % n_kv_heads:
-            raise ValueError(f"{n_kv_heads} does not divide n_heads={n_heads} ({divisors(n_heads, n_kv_heads)})")
-        return n_kv_heads
 
     @field_validator("head_dim")
     @classmethod
@@ -85,14 +74,6 @@ class Llama3Config(ModelConfig):
     def head_width(self) -> int:
         """Elements of one head."""
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def tied(self) -> bool:
-        return self.tie_word_embeddings
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads
 
     @property
     def ffn_dim(self) -> int:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from src.errors import divisors
 from src.models.accounting import (
     STATISTIC_BYTES,
     SavedActivations,
@@ -18,7 +17,7 @@ from src.models.accounting import (
     swiglu,
     swiglu_bytes,
 )
-from src.models.base import ModelConfig
+from src.models.base import GroupedQueryConfig
 from src.models.moe.config import WIDTH_MULTIPLE, MixtureOfExperts
 from src.models.moe.saved import ends_bytes, mixture_bytes, router_width, selective_bytes, working_elements
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from src.models.qwen3.model import Qwen3
 
 
-class Qwen3Config(ModelConfig):
+class Qwen3Config(GroupedQueryConfig):
     """Every number of a Qwen3; `build` makes the module. Every layer has a feed forward, or every layer has experts."""
 
     family: ClassVar[str] = "qwen3"
@@ -51,20 +50,10 @@ class Qwen3Config(ModelConfig):
         "output": "vocabulary",
     }
 
-    n_kv_heads: PositiveInt  # key and value heads; each serves n_heads / n_kv_heads query heads
     head_dim: PositiveInt  # elements of a head; n_heads * head_dim need not be dim
     ffn_dim: PositiveInt | None  # width of every feed forward; None: every layer has experts
     rope_theta: PositiveFloat
-    tie_word_embeddings: bool
     moe: MixtureOfExperts | None  # None: every layer has a feed forward
-
-    @field_validator("n_kv_heads")
-    @classmethod
-    def _heads_share(cls, n_kv_heads: int, info: ValidationInfo) -> int:
-        n_heads = info.data.get("n_heads")
-        if n_heads is not None and n_heads % n_kv_heads:
-            raise ValueError(f"{n_kv_heads} does not divide n_heads={n_heads} ({divisors(n_heads, n_kv_heads)})")
-        return n_kv_heads
 
     @field_validator("head_dim")
     @classmethod
@@ -102,14 +91,6 @@ class Qwen3Config(ModelConfig):
         from src.models.qwen3.model import Qwen3
 
         return Qwen3(self)
-
-    @property
-    def tied(self) -> bool:
-        return self.tie_word_embeddings
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads
 
     @property
     def head_widths(self) -> tuple[int, int]:
