@@ -16,7 +16,7 @@ from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
 from src.run import Run
 from src.train import step_metrics
-from src.train.replicated_step import ReplicatedStepper
+from src.train.replicated.step import ReplicatedStepper
 from src.train.state import TrainState
 from src.train.step import Stepper
 

@@ -18,7 +18,7 @@ from src.cluster.rank import run_rank
 from src.config.tree import read
 from src.fault_tolerance.membership import Membership
 from src.train.loop import Loop
-from src.train.replicated_step import ReplicatedStepper
+from src.train.replicated.step import ReplicatedStepper
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from src.train.loop import Loop
-from src.train.replicated_loop import ReplicatedLoop
-from src.train.replicated_step import ReplicatedStepper
+from src.train.replicated.loop import ReplicatedLoop
+from src.train.replicated.step import ReplicatedStepper
 from src.train.step import Stepper
 
 HOME = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def test_the_plain_loop_has_none_of_their_words(module: str) -> None:
 
 
 def test_the_words_are_those_of_the_wrappers() -> None:
-    for module in ("replicated_loop", "replicated_step"):
+    for module in ("replicated/loop", "replicated/step"):
         assert len(THEIRS.findall((HOME / f"src/train/{module}.py").read_text())) > 5
     assert issubclass(ReplicatedLoop, Loop)
     assert issubclass(ReplicatedStepper, Stepper)

@@ -28,7 +28,7 @@ from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
 from src.train.exports import Exports
 from src.train.loop import Loop
-from src.train.replicated_loop import ReplicatedLoop
+from src.train.replicated.loop import ReplicatedLoop
 from src.train.report import Report
 from src.train.resume import resume
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, make_deterministic
