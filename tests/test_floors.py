@@ -280,3 +280,13 @@ def test_config_classes_come_without_torch() -> None:
         [sys.executable, "-c", script, *modules], cwd=HOME, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    """A stranger who searches for a name finds one class. A private one is its file's own business only if no other is."""
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name(file))
+    assert {each: files for each, files in places.items() if len(files) > 1} == {}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Devices:
+class LocalDevices:
     """What ranks may use here. `count` is None on the CPU: any number of ranks shares it."""
 
     kind: Literal["cpu", "cuda"]
@@ -44,13 +44,13 @@ class Local(Config):
     threads: Annotated[int, Field(ge=1)] | None  # torch threads per rank; None: cores // ranks
     grace_seconds: Annotated[float, Field(gt=0)]  # between a signal and the end of ranks that still save
 
-    def devices(self) -> Devices:
+    def devices(self) -> LocalDevices:
         """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""
         found = _visible_gpus() if self.gpus is None else self.gpus
         if found == 0:
-            return Devices("cpu", None, None, "CPU", host_gib=_host_gib())
+            return LocalDevices("cpu", None, None, "CPU", host_gib=_host_gib())
         name, memory_gib, capability = _first_gpu()
-        return Devices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
+        return LocalDevices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
 
     def submit(self, folder: RunFolder, world: int) -> AttemptOutcome:
         """Start `world` ranks of the folder, show rank 0, and return when all have ended.
@@ -87,7 +87,7 @@ class Local(Config):
                 each["CUDA_VISIBLE_DEVICES"] = ",".join(names[number * world : (number + 1) * world])
         return Groups(folder, options, environments, world, self.grace_seconds).run()
 
-    def _environment(self, job: RankJob, world: int, devices: Devices) -> dict[str, str]:
+    def _environment(self, job: RankJob, world: int, devices: LocalDevices) -> dict[str, str]:
         """What every rank inherits on top of this process's environment."""
         assert job.source is not None, "local ranks run the frozen code"
         paths = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]

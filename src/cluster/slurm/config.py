@@ -42,7 +42,7 @@ _OWN = {
 
 
 @dataclass(frozen=True)
-class Devices:
+class SlurmDevices:
     """Nodes are somewhere else: nothing is asked of this machine."""
 
     count: None
@@ -96,10 +96,10 @@ class Slurm(Config):
     def asks_gpus(self) -> bool:
         return "gpus-per-node" not in self.sbatch
 
-    def devices(self) -> Devices:
+    def devices(self) -> SlurmDevices:
         if joined():
             raise PlanError("cluster=slurm submits a job that starts its own ranks; leave the outer launcher out")
-        return Devices(None, self.gpu_memory_gib)
+        return SlurmDevices(None, self.gpu_memory_gib)
 
     def submit(self, folder: RunFolder, world: int) -> AttemptOutcome:
         """A single run: tells where it is, and returns at once, or when it has ended if `wait` is true."""

@@ -15,7 +15,7 @@ from src.models.llama3.config import Llama3Config
 from src.models.rope import inverse_frequencies, rotate, scale_llama3
 
 
-class Attention(nn.Module):
+class Llama3Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245)."""
 
     def __init__(self, config: Llama3Config) -> None:
@@ -45,7 +45,7 @@ class Llama3(Decoder):
 
     def __init__(self, config: Llama3Config) -> None:
         blocks = (
-            Block(config.dim, config.norm_eps, Attention(config), moe=None, hidden=config.ffn_dim)
+            Block(config.dim, config.norm_eps, Llama3Attention(config), moe=None, hidden=config.ffn_dim)
             for _ in range(config.n_layers)
         )
         super().__init__(config, blocks, config.head_width)

@@ -14,7 +14,7 @@ from src.models.qwen3.config import Qwen3Config
 from src.models.rope import inverse_frequencies, rotate
 
 
-class Attention(nn.Module):
+class Qwen3Attention(nn.Module):
     """Grouped-query attention; one norm for the queries of all heads, one for the keys, each over a single head."""
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -47,7 +47,7 @@ class Qwen3(Decoder):
             moe = None
             if config.moe is not None:
                 moe = MoE(config.dim, config.moe, balanced=layer not in config.moe.unbalanced_layers)
-            return Block(config.dim, config.norm_eps, Attention(config), moe=moe, hidden=config.ffn_dim or 0)
+            return Block(config.dim, config.norm_eps, Qwen3Attention(config), moe=moe, hidden=config.ffn_dim or 0)
 
         super().__init__(config, map(block, range(config.n_layers)), config.head_dim)
 
