@@ -67,7 +67,7 @@ class Store:
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
         if not shared:
-            self._team.first(lambda: files.clean(folder))
+            self._team.on_rank_zero(lambda: files.clean(folder))
 
     def save(self, step: int, state: dict[str, Any], facts: dict[str, Any], *, wait: bool = False) -> None:
         """Write `state` as the checkpoint of `step`; when it returns, the state may change.
@@ -94,13 +94,13 @@ class Store:
     def newest(self) -> Path | None:
         """The newest complete checkpoint of this run."""
         self.finish()
-        found = self._team.first(lambda: files.complete(self.folder))
+        found = self._team.on_rank_zero(lambda: files.complete(self.folder))
         return found[-1] if found else None
 
     def origin(self) -> Path | None:
         """What this run starts from: `newest()`, else `checkpoint.initial`, else None."""
         self.finish()
-        return self._team.first(lambda: self.options.origin(self.folder))
+        return self._team.on_rank_zero(lambda: self.options.origin(self.folder))
 
     def load(self, path: Path, state: dict[str, Any], *, optional: Collection[str] = ()) -> dict[str, Any]:
         """Fill the tensors of `state` in place, on whatever mesh they are, and return its tree with the saved values.
@@ -110,14 +110,14 @@ class Store:
         checkpoint has no value of is left out of the tree.
         """
         self.finish()
-        self._team.first(lambda: self.options.check_trust(path, self.folder))
+        self._team.on_rank_zero(lambda: self.options.check_trust(path, self.folder))
         self._verify(path)
-        values: dict[str, Any] = self._team.first(lambda: json.loads((path / VALUES).read_text()))
+        values: dict[str, Any] = self._team.on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
         there = {name.partition(".")[0] for name in values}
         state = {key: child for key, child in state.items() if key in there or key not in optional}
         flat = flatten(state)
         self._check_fit(path, flat, values)
-        self._team.each(lambda: self._read_tensors(path, flat))
+        self._team.on_all(lambda: self._read_tensors(path, flat))
         if path.resolve().parent == self.folder.resolve():
             self._loaded = self.folder / path.name
             if self.options.verify == "full":
@@ -128,14 +128,14 @@ class Store:
 
     def _write(self, job: _Write) -> None:
         path = files.step_folder(self.folder, job.step)
-        values = merge(self._team.each(lambda: job.values))
-        if not self._team.first(lambda: self._open(path)):
+        values = merge(self._team.on_all(lambda: job.values))
+        if not self._team.on_rank_zero(lambda: self._open(path)):
             return
         try:
             marker = self._write_files(path, job, values)
         except CheckpointError:
             with suppress(CheckpointError):  # a full disk must not stay full of half a checkpoint
-                self._team.first(lambda: files.clean(self.folder))
+                self._team.on_rank_zero(lambda: files.clean(self.folder))
             raise
         self._sound.add(path)
         seconds = time.perf_counter() - job.began
@@ -143,11 +143,11 @@ class Store:
         self.last = SavedCheckpoint(job.step, path, stall_seconds, seconds, marker.bytes)
 
     def _write_files(self, path: Path, job: _Write, values: str) -> Marker:
-        self._team.each(lambda: self._write_tensors(path, job.snapshot))
-        written = self._team.each(lambda: self._seal(path, values))
+        self._team.on_all(lambda: self._write_tensors(path, job.snapshot))
+        written = self._team.on_all(lambda: self._seal(path, values))
         sealed = {name: file for one in written for name, file in one.items()}
         marker = Marker(job.step, str(torch.__version__), job.facts, sealed)
-        self._team.first(lambda: self._close(path, marker))
+        self._team.on_rank_zero(lambda: self._close(path, marker))
         return marker
 
     def _open(self, path: Path) -> bool:
@@ -194,11 +194,11 @@ class Store:
     def _verify(self, path: Path) -> None:
         """Each rank checks its share of the files; whatever is wrong, an older checkpoint is offered."""
         try:
-            marker = self._team.first(lambda: files.read_marker(path))
+            marker = self._team.on_rank_zero(lambda: files.read_marker(path))
             by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
-            self._team.each(lambda: self._check_files(path, marker, by_size[self._team.rank :: self._team.world]))
+            self._team.on_all(lambda: self._check_files(path, marker, by_size[self._team.rank :: self._team.world]))
         except CheckpointError as error:
-            raise CheckpointError([*error.problems, self._team.first(lambda: self._way_out(path))]) from None
+            raise CheckpointError([*error.problems, self._team.on_rank_zero(lambda: self._way_out(path))]) from None
 
     def _check_files(self, path: Path, marker: Marker, names: list[str]) -> None:
         faults = [files.fault(path / name, marker.files[name], self.options.verify) for name in names]
@@ -220,7 +220,7 @@ class Store:
         def look() -> tuple[set[str], set[str], list[str]]:
             return difference(flat, FileSystemReader(path).read_metadata(), values)
 
-        looks = self._team.each(look)
+        looks = self._team.on_all(look)
         missing = set[str]().union(*(one[0] for one in looks))
         # Ranks of a pipeline have different names: unexpected is what no rank has a place for.
         unexpected = set.intersection(*(one[1] for one in looks))

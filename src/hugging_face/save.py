@@ -22,10 +22,10 @@ FACTS = "export.json"  # also says that the folder was written here, and may be 
 
 
 class SaveGroup(Protocol):
-    """Agreements between all ranks: src.checkpoint.host_group.Team."""
+    """Agreements between all ranks: src.checkpoint.host_group.HostGroup."""
 
-    def each(self, action: Callable[[], T]) -> list[T]: ...
-    def first(self, action: Callable[[], T]) -> T: ...
+    def on_all(self, action: Callable[[], T]) -> list[T]: ...
+    def on_rank_zero(self, action: Callable[[], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def has_biases(team: SaveGroup, config: ModelConfig, tensors: Mapping[str, Tenso
     """
     names = {each.name for each in stored(config) if each.optional}
     mine = [bool(tensor.any()) for name, tensor in tensors.items() if name in names]
-    return any(each for rank in team.each(lambda: mine) for each in rank)
+    return any(each for rank in team.on_all(lambda: mine) for each in rank)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -77,10 +77,10 @@ def save(
     """
     table, draft = form.table(config), folder.with_name(f"{folder.name}.partial")
     files = Files.plan(draft, table, form.dtype, fp8=form.fp8, shard_bytes=form.shard_bytes)
-    team.first(lambda: _begin(folder, draft, files))
+    team.on_rank_zero(lambda: _begin(folder, draft, files))
     scales = block_scales(parts, table, largest, device) if form.fp8 else None
-    team.each(lambda: write(files, parts, table, scales))
-    team.first(lambda: _end(draft, files, scales, beside))
+    team.on_all(lambda: write(files, parts, table, scales))
+    team.on_rank_zero(lambda: _end(draft, files, scales, beside))
     return draft
 
 

@@ -27,33 +27,33 @@ if TYPE_CHECKING:
     from src.run import Run
     from src.runs.folder import RunFolder
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def every(act: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
-    """Map `act` over `given`; raise one UserError that lists the problems of all items."""
-    made: list[Made] = []
+def map_collecting_errors(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`function` of each item; one UserError that lists the problems of all items, each line once."""
+    results: list[Result] = []
     problems: list[str] = []
-    for each in given:
+    for item in items:
         try:
-            made.append(act(each))
+            results.append(function(item))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(dict.fromkeys(problems))
-    return made
+    return results
 
 
 def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
     """Every point's objects and plan. What can take seconds to import comes after all configs are proven right."""
-    sections = every(build, trees)
+    sections = map_collecting_errors(build, trees)
     from src.planning.plan import plan
     from src.run import Run
 
-    runs = every(Run.from_sections, sections)
-    plans = every(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
-    every(lambda pair: examine(*pair), zip(trees, runs, strict=True))
+    runs = map_collecting_errors(Run.from_sections, sections)
+    plans = map_collecting_errors(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
+    map_collecting_errors(lambda pair: examine(*pair), zip(trees, runs, strict=True))
     return list(zip(trees, runs, plans, strict=True))
 
 

@@ -7,6 +7,7 @@ table.csv report.html
 """
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,3 +180,8 @@ def _at(tree: trees.Tree, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part, "") if isinstance(value, Mapping) else ""
     return value
+
+
+if __name__ == "__main__":
+    print("src.sweeps.ledger is no command; pass the sweep folder to python -m src.sweeps status", file=sys.stderr)
+    sys.exit(2)

@@ -77,8 +77,8 @@ class Exports:
         biased = has_biases(self._team, self.model, {name: part.local for name, part in stages.items()})
         form = replace(self.form, biases=biased)
         draft = save(self._team, target, stages, self.model, form, beside, _never, host)
-        lines = [UNCOMPARED] if biased else self._team.first(lambda: self.check(draft, self.model))
-        self._team.first(lambda: publish(draft, target))
+        lines = [UNCOMPARED] if biased else self._team.on_rank_zero(lambda: self.check(draft, self.model))
+        self._team.on_rank_zero(lambda: publish(draft, target))
         return lines
 
 

@@ -13,7 +13,7 @@ from src.train.state import TrainState
 
 def adopt(network: ModelStages, foreign: Path) -> str:
     """Collective. Fill the network from a folder in Hugging Face layout; what is wrong on one rank is raised on all."""
-    lines = HostGroup().each(lambda: load(foreign, network.tensors(), network.stages[0].config))
+    lines = HostGroup().on_all(lambda: load(foreign, network.tensors(), network.stages[0].config))
     return f"the weights of {foreign}: {lines[0]}"
 
 

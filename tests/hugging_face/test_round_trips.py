@@ -100,7 +100,7 @@ def there_and_back(name: str, layout: str, folder: Path, form: Form) -> tuple[li
     parts, config = held(network.tensors()), network.stages[0].config
     team = HostGroup()
     draft = save(team, folder, parts, config, form, {"config.json": b"{}"}, largest, torch.device("cpu"))
-    team.first(lambda: publish(draft, folder))
+    team.on_rank_zero(lambda: publish(draft, folder))
     with torch.no_grad():
         for tensor in network.tensors().values():
             local(tensor).fill_(float("nan"))

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,11 @@ def test_a_final_loss_is_the_newest_attempts(ledger: Ledger) -> None:
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "no sweep folder" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_ledger_is_no_command_and_names_the_one_that_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("src.sweeps.ledger", run_name="__main__")
+    assert left.value.code == 2
+    assert "python -m src.sweeps status" in capsys.readouterr().err

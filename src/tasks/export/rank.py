@@ -53,12 +53,12 @@ def export(task: Export, run: Run, folder: Path) -> bool:
             _tell(finding)
         if finding.problems:
             raise VerdictError(finding.problems)
-    team.first(lambda: publish(draft, task.target))
+    team.on_rank_zero(lambda: publish(draft, task.target))
     if ranks.rank == 0:
         print(f"exported: {task.target}", flush=True)
     if task.push is not None:
         repository = task.push
-        team.first(lambda: print(push(task.target, repository, send=task.send), flush=True))
+        team.on_rank_zero(lambda: print(push(task.target, repository, send=task.send), flush=True))
     ranks.leave()
     return True
 
@@ -137,7 +137,7 @@ def _check(
     if form.biases and run.model.routed and task.biases == "keep":
         return Finding([UNCOMPARED])
     tokenizer = run.tokenizer.open(run.cache, run.data)
-    return team.first(lambda: with_transformers(draft, tokenizer, task.text, before, after, exact=exact))
+    return team.on_rank_zero(lambda: with_transformers(draft, tokenizer, task.text, before, after, exact=exact))
 
 
 def _tell(finding: Finding) -> None:

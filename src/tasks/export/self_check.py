@@ -51,7 +51,7 @@ def native_logits(network: ModelStages, ids: Sequence[int]) -> Logits:
 
 def read_back(network: ModelStages, team: HostGroup, folder: Path, ids: Sequence[int]) -> Logits:
     """Collective. The network has the folder's weights afterwards."""
-    team.each(lambda: load(folder, network.tensors(), network.stages[0].config))
+    team.on_all(lambda: load(folder, network.tensors(), network.stages[0].config))
     return native_logits(network, ids)
 
 
