@@ -283,7 +283,7 @@ def test_config_classes_come_without_torch() -> None:
 
 
 def test_a_class_name_has_one_meaning() -> None:
-    """A stranger who searches for a name finds one class. A private one is its file's own business only if no other is."""
+    """A stranger who searches for a name finds one class, also where it is private."""
     places: dict[str, list[str]] = {}
     for file in FILES:
         for node in ast.walk(parsed(file)):
