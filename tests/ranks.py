@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.forks import Place, forkserver
 
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 600.0  # a rank may wait for a compiler on a machine that does other things as well
 SECONDS_TO_DIE = 1.0  # a rank that lost its peer may speak before the peer is seen to be dead
 MOST_THREADS = 60  # of a worker; it begins with 5
 GONE = (EOFError, OSError)  # what a pipe raises whose other end died; ConnectionResetError where it left data unread
@@ -59,7 +59,7 @@ def _serve(pipe: Connection, place: Place) -> None:
             return
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
             )
             for key, value in {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}.items():
                 os.environ[key] = str(value)

@@ -28,10 +28,10 @@ def watch(traces: Path, rank: int) -> None:
     threading.Thread(target=_watch, args=arguments, name="recorder", daemon=True).start()
 
 
-def ask(traces: Path, world: int) -> None:
-    """Have all ranks write their dumps; returns when they have, or when those that still can must have."""
+def ask(traces: Path, world: int, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    """Have all ranks write their dumps; returns when they have, or after `patience_seconds`."""
     (traces / WANTED).touch()
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = time.monotonic() + patience_seconds
     while not all((traces / f"rank_{rank}").exists() for rank in range(world)) and time.monotonic() < end:
         time.sleep(POLL_SECONDS / 5)
 
