@@ -7,7 +7,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from src.checkpoint.folder import complete, read_initial
 from src.config.base import Config, PathField
-from src.errors import CheckpointError
 
 FOREIGN = "hf:"
 
@@ -65,21 +64,11 @@ class Checkpoint(Config):
 
         None too where `initial` is `foreign`: that is no checkpoint.
 
-        Raises CheckpointError when `initial` is needed but is not there, or lies outside the run without `trusted`.
+        Raises CheckpointError when `initial` is needed but is not there.
         """
         own = complete(checkpoints)
         if own:
             return own[-1]
         if self.initial is None or self.foreign is not None:
             return None
-        found = read_initial(self.initial)
-        self.check_trust(found, checkpoints)
-        return found
-
-    def check_trust(self, path: Path, checkpoints: Path) -> None:
-        """Raises CheckpointError for a checkpoint that is not of the run that owns `checkpoints`, unless trusted."""
-        if not self.trusted and not path.resolve().is_relative_to(checkpoints.parent.resolve()):
-            raise CheckpointError(
-                f"checkpoint.initial={path}: outside this run's folder {checkpoints.parent}. A checkpoint's "
-                "metadata is pickle, which can run any code: if you know who wrote it, set checkpoint.trusted=true"
-            )
+        return read_initial(self.initial)

@@ -21,6 +21,7 @@ from src.checkpoint.background import BackgroundTask
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
+from src.checkpoint.metadata import RestrictedReader
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
 from src.errors import CheckpointError, some
 
@@ -110,14 +111,13 @@ class Store:
         checkpoint has no value of is left out of the tree.
         """
         self.finish()
-        self._team.on_rank_zero(lambda: self.options.check_trust(path, self.folder))
         self._verify(path)
         values: dict[str, Any] = self._team.on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
         there = {name.partition(".")[0] for name in values}
         state = {key: child for key, child in state.items() if key in there or key not in optional}
         flat = flatten(state)
-        self._check_fit(path, flat, values)
-        self._team.on_all(lambda: self._read_tensors(path, flat))
+        reader = self._check_fit(path, flat, values)
+        self._team.on_all(lambda: self._read_tensors(path, flat, reader))
         if path.resolve().parent == self.folder.resolve():
             self._loaded = self.folder / path.name
             if self.options.verify == "full":
@@ -216,9 +216,11 @@ class Store:
             return f"{offer}: set checkpoint.initial={older[-1]}"
         return f"{offer}: to resume from it, `mv {path} {path}.bad` and run the same command again"
 
-    def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any]) -> None:
+    def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any]) -> FileSystemReader:
+        reader = FileSystemReader(path) if self.options.trusted else RestrictedReader(path)
+
         def look() -> tuple[set[str], set[str], list[str]]:
-            return difference(flat, FileSystemReader(path).read_metadata(), values)
+            return difference(flat, reader.read_metadata(), values)
 
         looks = self._team.on_all(look)
         missing = set[str]().union(*(one[0] for one in looks))
@@ -231,13 +233,14 @@ class Store:
         misfits = dict.fromkeys(f"{path}: {misfit}" for one in looks for misfit in one[2])
         if problems or misfits:
             raise CheckpointError([*problems, *misfits])
+        return reader
 
-    def _read_tensors(self, path: Path, flat: Flat) -> None:
+    def _read_tensors(self, path: Path, flat: Flat, reader: FileSystemReader) -> None:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             load(
                 dict(flat.tensors),
-                storage_reader=FileSystemReader(path),
+                storage_reader=reader,
                 planner=planner,
                 process_group=self._team.group,
             )

@@ -8,10 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from src.errors import FolderError
+from src.errors import FolderError, some
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("src", "conf", "launch.py", "requirements.txt", "pyproject.toml")
+LIST = "FILES"  # of a snapshot: the names that it was frozen with
+# What Python runs when it finds it below PYTHONPATH, by its name (sitecustomize.py) or in place of another module.
+RUNNABLE = frozenset({".py", ".pyc", ".pyo", ".pyd", ".so", ".pth", ".zip", ".egg"})
+CACHE = "__pycache__"
+# For processes that import a snapshot: bytecode beside it would be run unread, and nobody could tell whose it is.
+NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @dataclass(frozen=True)
@@ -45,28 +51,35 @@ class Git:
 
 
 def freeze(root: Path, into: Path) -> str:
-    """Copy the code below `root` to `into/<hash8>` unless it is there; the hash covers names and contents."""
+    """Copy the code below `root` to `into/<hash8>` unless it is there; the hash covers names and contents.
+
+    The caller holds the run's lock. FolderError where somebody has added code to the copy that is there.
+    """
+    for stale in into.glob("*.partial-*"):  # of launchers that were killed
+        shutil.rmtree(stale, ignore_errors=True)
     files = _files(root)
     contents = {name: (root / name).read_bytes() for name in files}
     digest = _digest(contents)
     target = into / digest
-    if target.is_dir() and fingerprint(target, files) == digest:
+    refuse_added(target, files, cache=False)
+    if _is_exactly(target, contents):
         return digest
     partial = into / f"{digest}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     for name, content in contents.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(content)
-    (partial / "FILES").write_text("".join(f"{name}\n" for name in files))
+    (partial / LIST).write_text("".join(f"{name}\n" for name in files))
     shutil.rmtree(target, ignore_errors=True)  # half removed or edited by hand: the same hash must mean the same code
     partial.rename(target)
     return digest
 
 
 def verify(snapshot: Path) -> None:
-    """FolderError when the frozen code is not what its name says."""
+    """FolderError when the frozen code is not what its name says, or when there is more of it."""
     try:
-        files = (snapshot / "FILES").read_text().splitlines()
+        files = (snapshot / LIST).read_text().splitlines()
+        refuse_added(snapshot, files)
         digest = fingerprint(snapshot, files)
     except OSError as error:
         raise FolderError(
@@ -76,6 +89,31 @@ def verify(snapshot: Path) -> None:
         raise FolderError(
             f"{snapshot}: the frozen code was edited (hash {digest}); edit your work tree and start again"
         )
+
+
+def refuse_added(snapshot: Path, files: list[str], *, cache: bool = True) -> None:
+    """FolderError that names what Python would run of a snapshot beside `files`, and links; `cache`: bytecode too."""
+    known = {snapshot / name for name in files}
+    found = [
+        each for each in snapshot.rglob("*") if each.is_symlink() or (each.suffix in RUNNABLE and each not in known)
+    ]
+    if not cache:
+        found = [each for each in found if each.is_symlink() or CACHE not in each.parts]
+    added = [f"{each.relative_to(snapshot)}{' (a link)' if each.is_symlink() else ''}" for each in found]
+    if snapshot.is_symlink():
+        added.append(f"{snapshot.name} (a link)")
+    if added:
+        raise FolderError(
+            f"{snapshot}: holds {some(added)}, which is no part of the code that was frozen here and would be run with "
+            f"it; find out whose it is, then remove {snapshot} and start again"
+        )
+
+
+def _is_exactly(snapshot: Path, contents: dict[str, bytes]) -> bool:
+    """Byte by byte, since 8 digits of a hash can be met on purpose; and no bytecode, which would be run unread."""
+    if not snapshot.is_dir() or any(snapshot.rglob(CACHE)):
+        return False
+    return all((snapshot / n).is_file() and (snapshot / n).read_bytes() == each for n, each in contents.items())
 
 
 def fingerprint(root: Path, files: list[str]) -> str:
@@ -101,7 +139,7 @@ def _files(root: Path) -> list[str]:
     else:
         below = [path for part in parts for path in [root / part, *(root / part).rglob("*")]]
         names = {str(path.relative_to(root)) for path in below}
-    return sorted(n for n in names if (root / n).is_file() and "__pycache__" not in Path(n).parts)
+    return sorted(n for n in names if (root / n).is_file() and CACHE not in Path(n).parts)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

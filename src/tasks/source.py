@@ -62,7 +62,6 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml{_meant(folder, tree)}")
     checkpoint = find(folder, task.get("step"))
-    _check_trust(folder, tree)
     earlier = sections(folder)
     inherited = {key: _overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
     given = {"run": str(folder), "step": step_of(checkpoint)}
@@ -147,7 +146,7 @@ def find(folder: Path, step: object) -> Path:
 def load(task: Reads, run: "Run", network: "ModelStages", folder: Path) -> Path:
     """Collective. Fill the network with the weights that the task names; `folder`: of this run. Returns where they lie.
 
-    The launcher has settled the step, what to trust, and where a hub id lies on this machine.
+    The launcher has settled the step, and where a hub id lies on this machine.
     """
     from src.checkpoint.store import Store
     from src.train.resume import adopt
@@ -158,17 +157,8 @@ def load(task: Reads, run: "Run", network: "ModelStages", folder: Path) -> Path:
         adopt(network, path)
         return path
     path = find(Path(task.source), task.step)
-    store = Store(folder / "checkpoints", run.checkpoint.model_copy(update={"trusted": True}))
-    store.load(path, {"model": network.tensors()})
+    Store(folder / "checkpoints", run.checkpoint).load(path, {"model": network.tensors()})
     return path
-
-
-def _check_trust(folder: Path, tree: Tree) -> None:
-    if not tree["checkpoint"]["trusted"] and not folder.resolve().is_relative_to(Path(tree["root"]).resolve()):
-        raise CheckpointError(
-            f"task.run={folder}: outside of root={tree['root']}. A checkpoint's metadata is pickle, which can run any "
-            "code: if you know who wrote it, set checkpoint.trusted=true"
-        )
 
 
 def _overlaid(section: str, earlier: Any, tree: Tree, typed: Mapping[str, str]) -> Any:

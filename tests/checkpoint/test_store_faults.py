@@ -17,7 +17,7 @@ from tests.ranks import RankError, RankPool
 
 
 def load_damaged(folder: Path, path: Path, verify: str) -> tuple[tuple[str, ...], bool]:
-    store = Store(folder, options(verify=verify, trusted=True))
+    store = Store(folder, options(verify=verify))
     tree = state(5)
     told = problems(store.load, path, tree)
     return told, equals(tree, 5)
@@ -159,21 +159,31 @@ def test_values_that_differ_between_ranks_are_our_fault(ranks: RankPool, tmp_pat
     assert not (tmp_path / "step_00000001").exists()
 
 
-def foreign(folder: Path, path: Path) -> tuple[str, ...]:
+def foreign(folder: Path, path: Path) -> bool:
     store = Store(folder, options(initial=path))
-    assert problems(store.origin) == problems(store.load, path, blank())
-    trusting = Store(folder, options(initial=path, trusted=True))
-    assert trusting.origin() == path
-    assert equals(trusting.load(path, blank()), 2)
-    return problems(store.load, path, blank())
+    assert store.origin() == path
+    return equals(store.load(path, blank()), 2)
 
 
-def test_a_foreign_checkpoint_needs_trust(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_checkpoint_from_elsewhere_needs_no_trust(ranks: RankPool, tmp_path: Path) -> None:
     other = tmp_path / "other" / "checkpoints"
     ranks(2, two_saves, other)
-    first, second = ranks(2, foreign, tmp_path / "own" / "checkpoints", other / "step_00000020")
-    assert first == second
-    assert first[0].startswith(
-        f"checkpoint.initial={other / 'step_00000020'}: outside this run's folder {tmp_path / 'own'}"
-    )
-    assert "checkpoint.trusted=true" in first[0]
+    assert ranks(2, foreign, tmp_path / "own" / "checkpoints", other / "step_00000020") == [True, True]
+
+
+def linked(folder: Path) -> bool:
+    store = Store(folder, options())
+    newest = store.newest()
+    assert newest is not None
+    loaded = equals(store.load(newest, blank()), 2)
+    store.save(30, state(3), {}, wait=True)
+    return loaded and store.newest() == folder / "step_00000030"
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "checkpoints/step_00000020"])
+def test_checkpoints_moved_to_another_disk_and_linked(ranks: RankPool, tmp_path: Path, what: str) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    ranks(2, two_saves, run / "checkpoints")
+    (run / what).rename(disk)
+    (run / what).symlink_to(disk)
+    assert ranks(2, linked, run / "checkpoints") == [True, True]

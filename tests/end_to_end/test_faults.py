@@ -60,7 +60,7 @@ def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: R
 def test_an_initial_checkpoint_of_another_run(text: tuple[str, ...], ranks: RankPool) -> None:
     first = opened(*text, "task.steps=10", "name=first")
     assert ranks(1, live, first) == [True]
-    start = (f"checkpoint.initial={first}", "checkpoint.trusted=true")
+    start = (f"checkpoint.initial={first}",)
     further = opened(*text, *start, "optim.lr=1e-3", "name=further")
     assert ranks(1, live, further) == [True]
     assert list(series(further)) == list(range(11, 21))

@@ -150,7 +150,7 @@ def test_a_group_told_to_stop_while_it_waits_for_another_saves(tmp_path: Path) -
 def test_one_group_with_a_plain_outer_step_is_a_plain_run(ranks: RankPool, tmp_path: Path) -> None:
     plain = opened(*TINY, *ARGV, "data=synthetic", f"root={tmp_path / 'plain'}")
     assert ranks(1, live, plain) == [True]
-    initial = (f"checkpoint.initial={plain / 'checkpoints/step_00000006'}", "checkpoint.trusted=true")
+    initial = (f"checkpoint.initial={plain / 'checkpoints/step_00000006'}",)
     for argv, first in (((), 1), (initial, 7)):
         with fleet(tmp_path / str(first), *ARGV, *argv, *PLAIN.keys(), groups=1) as found:
             found.start(0)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import threading
@@ -235,3 +236,42 @@ def test_a_lock_of_another_machine_needs_a_person_or_the_same_job(
         Lock(tmp_path / "lock", SlurmScheduler()).take()
     monkeypatch.setenv("SLURM_JOB_ID", "77")  # requeued on another node
     Lock(tmp_path / "lock", SlurmScheduler()).take()
+
+
+@pytest.mark.parametrize(
+    "name", ["yaml.py", "sitecustomize.py", "evil.pth", "src/a.so", "src/b/__init__.py", "src/link"]
+)
+def test_code_that_was_added_to_the_frozen_code_is_refused_by_name(tmp_path: Path, code: Path, name: str) -> None:
+    with start(tmp_path, code) as folder:
+        frozen = folder.path / "code" / folder.code
+    (frozen / name).parent.mkdir(exist_ok=True)
+    if name == "src/link":
+        (frozen / name).symlink_to(tmp_path)
+    else:
+        (frozen / name).write_text("")
+    for act in (lambda: verify(frozen), lambda: start(tmp_path, code)):
+        with pytest.raises(FolderError, match=f"holds {name}.* no part of the code that was frozen here"):
+            act()
+    shutil.rmtree(frozen)
+    start(tmp_path, code).close()
+    verify(frozen)
+
+
+def test_bytecode_beside_the_frozen_code_is_never_run(tmp_path: Path, code: Path) -> None:
+    """A start makes the snapshot anew without it; ranks, which write none, refuse it."""
+    with start(tmp_path, code) as folder:
+        frozen = folder.path / "code" / folder.code
+    (frozen / "src/__pycache__").mkdir()
+    (frozen / "src/__pycache__/a.cpython-311.pyc").write_bytes(b"")
+    with pytest.raises(FolderError, match=r"a.cpython-311.pyc"):
+        verify(frozen)
+    start(tmp_path, code).close()
+    verify(frozen)
+    assert not (frozen / "src/__pycache__").exists()
+
+
+def test_half_frozen_code_of_a_killed_launcher_is_removed(tmp_path: Path, code: Path) -> None:
+    start(tmp_path, code).close()
+    (tmp_path / "a-01234567/code/0a0a0a0a.partial-77/src").mkdir(parents=True)
+    with start(tmp_path, code) as folder:
+        assert [each.name for each in (folder.path / "code").iterdir()] == [folder.code]

@@ -43,9 +43,12 @@ def find(traces: Path, since: float, nodes: Sequence[str], keep: Path | None = N
             try:
                 with file.open("rb") as stream:
                     dumps[int(rank)] = _PlainUnpickler(stream).load()
-            except (pickle.UnpicklingError, EOFError):  # cut off: its rank was ended while it wrote
+            except Exception:  # noqa: BLE001 (cut off: its rank was ended while it wrote; or no dump of ours)
                 continue
-    return compare(dumps, nodes) if dumps else None
+    try:
+        return compare(dumps, nodes) if dumps else None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # no dump of ours
+        return None
 
 
 def compare(dumps: Mapping[int, Mapping[str, Any]], nodes: Sequence[str]) -> Hang | None:

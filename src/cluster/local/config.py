@@ -19,6 +19,7 @@ from src.cluster.rank import RankJob
 from src.config.base import Config
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts, end, log_folder
+from src.runs.frozen_code import NO_BYTECODE
 
 if TYPE_CHECKING:
     from src.cluster.local.supervisor import FirstFailure, RankSupervisor
@@ -92,7 +93,7 @@ class Local(Config):
         assert job.source is not None, "local ranks run the frozen code"
         paths = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = self.threads or os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // world)
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), **NO_BYTECODE}
         if devices.kind == "cpu":
             return environment | {"CUDA_VISIBLE_DEVICES": ""}
         # Sequence lengths and recompute make block sizes vary; without this the allocator fragments.

@@ -1,5 +1,6 @@
 """The lighthouse of a run on this machine: a child process, started again at the same port when it is gone."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from src.cluster.backend import Options
 from src.cluster.local.signals import tell
 from src.errors import PlanError
 from src.runs.folder import RunFolder
+from src.runs.frozen_code import NO_BYTECODE
 
 ADDRESS_FILE = "lighthouse.url"  # of a run folder, where SLURM decides on the node
 
@@ -66,6 +68,7 @@ class Lighthouse:
             self._process = subprocess.Popen(
                 command(("--port", str(port), *arguments(self._options))),
                 cwd=self._source,
+                env=os.environ | NO_BYTECODE,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -25,6 +25,7 @@ from src.config.base import Config, Names
 from src.distributed.process.rank_context import joined
 from src.errors import FolderError, PlanError
 from src.runs.folder import RunFolder
+from src.runs.frozen_code import NO_BYTECODE
 from src.runs.records import SUBMISSIONS_FILE
 from src.storage.json_lines import METRICS_FILE, Lines
 
@@ -357,6 +358,7 @@ def _setup(jobs: Sequence[QueuedJob]) -> list[str]:
         "point=${SLURM_ARRAY_TASK_ID:-0}",
         'export PYTHONPATH="${folders[$point]}/code/${codes[$point]}${PYTHONPATH:+:$PYTHONPATH}"',
         "export PYTHONSAFEPATH=1",  # or `python -m` would find the work tree first
+        *(f"export {key}={value}" for key, value in NO_BYTECODE.items()),
     ]
 
 
