@@ -5,6 +5,7 @@ traceback. What one function of this project guarantees to another is an `assert
 """
 
 from collections.abc import Iterable
+from math import isqrt
 from typing import ClassVar
 
 
@@ -60,7 +61,8 @@ def some(names: Iterable[str], most: int = 6) -> str:
 
 def divisors(value: int, asked: int) -> str:
     """In words, what divides `value`: all of them when they are few, the four nearest to `asked` otherwise."""
-    all_of_them = [candidate for candidate in range(1, value + 1) if value % candidate == 0]
+    small = [candidate for candidate in range(1, isqrt(value) + 1) if value % candidate == 0]
+    all_of_them = sorted({*small, *(value // each for each in small)})
     nearest = all_of_them if len(all_of_them) <= 8 else sorted(all_of_them, key=lambda one: abs(one - asked))[:4]
     words = [str(one) for one in sorted(nearest)]
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + (" do" if len(words) > 1 else " does")

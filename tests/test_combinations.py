@@ -114,9 +114,15 @@ REFUSED = {
         "precision=fp8_gather precision.float8.recipe=rowwise",
         "precision.float8: all_gather=true with recipe=rowwise; only recipe=tensorwise gathers float8",
     ),
-    "validation of nothing": ("task.validate_samples=0", "task.validate_samples: 0 is not above 0"),
-    "validation before the start": ("task.validate_every=-1", "task.validate_every: -1 is not at least 0"),
-    "no log": ("task.log_every=0", "task.log_every: 0 is not above 0"),
+    "validation of nothing": (
+        "task.validate_samples=0",
+        "task.validate_samples: 0 is not at least 1 and at most 2147483647",
+    ),
+    "validation before the start": (
+        "task.validate_every=-1",
+        "task.validate_every: -1 is not at least 0 and at most 2147483647",
+    ),
+    "no log": ("task.log_every=0", "task.log_every: 0 is not at least 1 and at most 2147483647"),
     "a last checkpoint that the next save removes": ("checkpoint.keep=1", "checkpoint.keep: 1 is not at least 2"),
 }
 

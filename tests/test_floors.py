@@ -119,7 +119,7 @@ def root(node: ast.expr) -> str | None:
 
 
 def upward(module: str, imported: str) -> bool:
-    """Whether an import goes up, sideways or past `src.config.base`."""
+    """Whether an import goes up, sideways or past the two files that config classes are made of."""
     here, there = room(module), room(imported)
     if there is None or here == there:
         return False
@@ -128,7 +128,7 @@ def upward(module: str, imported: str) -> bool:
         if (here, there) == ("src.distributed", "src.models"):
             return not within(imported, CONTRACTS)  # any family will do
         return False
-    return not within(imported, "src.config.base")
+    return not within(imported, ("src.config.base", "src.config.bounds"))
 
 
 def fenced(imported: str, module: str) -> bool:

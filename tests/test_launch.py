@@ -107,7 +107,7 @@ def test_all_mistakes_of_files_and_command_line_come_at_once(somewhere: Path) ->
     told = problems(f"hydra.searchpath=[file://{somewhere}]", "experiment=mine", "modle=x", "optim.lr=many", "seed=-1")
     assert told == [
         "modle: no such section; did you mean model?",
-        "seed: -1 is not at least 0",
+        "seed: -1 is not at least 0 and below 9223372036854775808",
         "model.n_layer: no such key; did you mean n_layers?",
         "optim.lr: 'many' is not a number",
     ]

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from src.checkpoint.folder import complete, read_initial
 from src.config.base import Config, PathField
+from src.config.bounds import Steps
 
 FOREIGN = "hf:"
 
@@ -25,12 +26,12 @@ def hardly_fits(save_seconds: float, grace_seconds: float) -> str | None:
 
 
 class Checkpoint(Config):
-    every: PositiveInt | None
+    every: Steps | None
     keep: Annotated[int, Field(ge=2)] | None
-    keep_every: PositiveInt | None
+    keep_every: Steps | None
     asynchronous: bool
     verify: Literal["full", "size"]
-    export_every: PositiveInt | None
+    export_every: Steps | None
     initial: PathField | None
     trusted: bool
 

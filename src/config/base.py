@@ -1,22 +1,68 @@
 """The base of every object that a config section names with `_target_`."""
 
+import unicodedata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict
+
+from src.config.bounds import CountFromZero
+
+LONGEST_NAME_BYTES = 255  # of a file on every file system of Linux
+LONGEST_PATH_BYTES = 4095
 
 
 class Config(BaseModel):
     """Frozen and strict: unknown keys, text where a number belongs and `true` for 1 are errors, not guesses.
 
-    Constructing one opens no file, reads no environment and joins no process group, so that building every section on
-    the login node is the check. Defaults live in conf/ only: fields have none.
+    Constructing one opens no file, reads no environment (but for whose home a ~ is) and joins no process group, so that
+    building every section on the login node is the check. Defaults live in conf/ only: fields have none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def printable(text: str) -> str:
+    """ValueError for a text that cannot stand in one line of a script, a log or a file's name."""
+    for letter in text:
+        if unicodedata.category(letter) in ("Cc", "Zl", "Zp"):
+            raise ValueError(f"{text!r} holds a line break or another control character, {letter!r}; leave it out")
+        if unicodedata.category(letter) == "Cs":
+            raise ValueError(f"{text!r} is not UTF-8; give it a name that is")
+    return text
+
+
+def _path(value: Any) -> Any:
+    """Strings only: what else stands there is told by its type."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError(f"{value!r} is empty; it must name a file or folder")
+    printable(value)
+    longest = max(len(part.encode()) for part in value.split("/"))
+    if longest > LONGEST_NAME_BYTES or len(value.encode()) > LONGEST_PATH_BYTES:
+        raise ValueError(
+            f"{value[:40]!r}... is too long: at most {LONGEST_NAME_BYTES} bytes between two / and "
+            f"{LONGEST_PATH_BYTES} in all"
+        )
+    return value
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r}: {path.parts[0]} is nobody's home; write the whole path") from error
+
+
+def _line(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{text!r} is empty; give it some text, or null")
+    return printable(text)
+
+
 # YAML has no paths and no tuples; these are the only coercions.
-PathField = Annotated[Path, Strict(strict=False)]
+PathField = Annotated[Path, BeforeValidator(_path), AfterValidator(_at_home), Strict(strict=False)]
+Line = Annotated[str, AfterValidator(_line)]  # a word or several for a command, a script or a service
 Names = Annotated[tuple[str, ...], Strict(strict=False)]
-RankNumbers = Annotated[tuple[NonNegativeInt, ...], Strict(strict=False)]
+RankNumbers = Annotated[tuple[CountFromZero, ...], Strict(strict=False)]

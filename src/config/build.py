@@ -3,16 +3,18 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError, field_validator
 
 from src.config import synonyms, wording
 from src.config.base import Config, PathField
+from src.config.bounds import Seed
 from src.config.groups import EXPERIMENT, SECTIONS, options
 from src.config.tree import Tree
 from src.errors import ConfigError
 
+LONGEST_NAME_BYTES = 160  # of the 255 that a file may have: hashes, steps and job numbers are added to it
 _BROKEN = object()  # stands for an object whose problems are already listed
 
 
@@ -20,7 +22,7 @@ class Top(Config):
     """The keys that stand beside the sections."""
 
     name: str
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Seed
     root: PathField
     folder: PathField | None
     dry_run: bool
@@ -28,6 +30,8 @@ class Top(Config):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
+        if len(name.encode(errors="replace")) > LONGEST_NAME_BYTES:
+            raise ValueError(f"{name[:40]!r}... is too long for a folder's name; at most {LONGEST_NAME_BYTES} bytes")
         if not name or not all(letter.isalnum() or letter in "._-" for letter in name) or name.startswith("."):
             raise ValueError(f"{name!r} must name a folder: letters, digits and . _ - only, and no dot in front")
         return name

@@ -112,7 +112,7 @@ def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | 
         return f"{value} is not {_TYPES[kind]}"
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]
-        return f"{value} is not {word} {context[name]}"
+        return f"{value} is not {_range(cls, location) or f'{word} {context[name]}'}"
     if kind == "literal_error":
         return f"{value} is not {context['expected']}"
     if kind == "is_instance_of":
@@ -128,6 +128,27 @@ def _owner(cls: type[BaseModel], location: Sequence[int | str]) -> type[BaseMode
         if isinstance(part, str) and part in cls.model_fields:
             cls = next(_models(cls.model_fields[part].annotation), cls)
     return cls
+
+
+def _range(cls: type[BaseModel], location: Sequence[int | str]) -> str | None:
+    """Both ends of what may stand at `location`, like "at least 1 and at most 1000"; None where one end is open."""
+    field = _owner(cls, location[:-1]).model_fields.get(str(location[-1])) if location else None
+    if field is None:
+        return None
+    words: dict[str, str] = {}
+    for rule in [*field.metadata, *_rules(field.annotation)]:
+        for word, name in _BOUNDS.values():
+            if (limit := getattr(rule, name, None)) is not None:
+                words.setdefault(name, f"{word} {limit:g}" if isinstance(limit, float) else f"{word} {limit}")
+    ends = [words[name] for name in ("ge", "gt", "le", "lt") if name in words]
+    return " and ".join(ends) if len(ends) == 2 else None
+
+
+def _rules(annotation: Any) -> Iterator[Any]:
+    """What `Annotated` says in the branches of a union."""
+    for branch in get_args(annotation):
+        for rule in getattr(branch, "__metadata__", ()):
+            yield from getattr(rule, "metadata", [rule])
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from src.config.base import Config
+from src.config.bounds import PerNode, Scale
 from src.data.hub import HubSource
 from src.data.sources import Source, StdlibSource, SyntheticSource, TextSource
 
@@ -16,8 +17,8 @@ class Data(Config, ABC):
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)]
     mask_document_starts: bool
     document_masks: bool
-    max_epochs: PositiveFloat | None
-    processes: PositiveInt | None
+    max_epochs: Scale | None
+    processes: PerNode | None
 
     @abstractmethod
     def parts(self) -> dict[str, tuple[float, Source]]:
@@ -48,7 +49,7 @@ class Mixture(Data):
     """Every prefix of the sample order holds the weights, to within one sample of each source."""
 
     sources: dict[str, Source]
-    weights: dict[str, PositiveFloat]
+    weights: dict[str, Scale]
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:

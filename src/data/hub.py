@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
-
+from src.config.bounds import Count
 from src.data.files import TextSpan, text_of
 from src.data.fingerprint import fingerprint, hash_files
 from src.data.sources import Piece, Source
@@ -20,7 +19,7 @@ class HubSource(Source):
     split: str
     revision: str | None
     field: str
-    max_documents: PositiveInt | None
+    max_documents: Count | None
 
     def fingerprint(self, cache: Path) -> str:
         folder = Path(self.path)

@@ -16,9 +16,10 @@ from glob import glob
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from src.config.base import Config, Names
+from src.config.bounds import Count, Seed
 from src.data import files
 from src.data.fingerprint import fingerprint, hash_files
 from src.errors import DataError
@@ -121,9 +122,9 @@ class TextSource(Source):
 class SyntheticSource(Source):
     """A language of made-up words in which each word allows few successors: learnable, endless, the same everywhere."""
 
-    documents: PositiveInt
-    words: PositiveInt
-    seed: NonNegativeInt
+    documents: Count
+    words: Count
+    seed: Seed
 
     def fingerprint(self, cache: Path) -> str:
         return fingerprint("synthetic", self.documents, self.words, self.seed)

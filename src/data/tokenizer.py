@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from src.config.base import Config, PathField
+from src.config.bounds import Count
 from src.data.config import Data
 from src.data.fingerprint import fingerprint, write_json
 from src.data.sources import held_out
@@ -161,7 +162,7 @@ class Bpe(TokenizerConfig):
     """Byte-level, so that every text can be written; held-out documents do not take part in training it."""
 
     vocab_size: Annotated[int, Field(ge=258)]
-    sample_bytes: PositiveInt
+    sample_bytes: Count
 
     def vocabulary(self) -> int:
         return self.vocab_size

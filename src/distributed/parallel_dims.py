@@ -6,38 +6,47 @@ Arithmetic only: the launcher checks a layout before any process group exists.
 from math import prod
 from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, Strict
+from pydantic import Strict, model_validator
 
 from src.config.base import Config, Names
+from src.config.bounds import CountFromZero, Layers, Ranks
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]
 
+MOST_RANKS = 2**20  # ten times the largest machines
 SPLITTING: tuple[ScheduleName, ...] = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
 class ParallelDims(Config):
     """The layout of a run. The world is the product of the degrees; nothing is inferred from the machine."""
 
-    replicate: PositiveInt  # copies of the whole sharded model
-    shard: PositiveInt  # FSDP: ranks over which parameters, gradients and optimizer state are cut
-    context: PositiveInt  # ranks over which one sequence is cut
-    tensor: PositiveInt  # ranks over which every matrix is cut
-    expert: PositiveInt  # ranks over which routed experts are spread; taken out of shard, context and tensor
-    expert_tensor: PositiveInt  # ranks over which every matrix of a routed expert is cut: 1, or as many as `tensor`
-    pipeline: PositiveInt  # stages
+    replicate: Ranks  # copies of the whole sharded model
+    shard: Ranks  # FSDP: ranks over which parameters, gradients and optimizer state are cut
+    context: Ranks  # ranks over which one sequence is cut
+    tensor: Ranks  # ranks over which every matrix is cut
+    expert: Ranks  # ranks over which routed experts are spread; taken out of shard, context and tensor
+    expert_tensor: Ranks  # ranks over which every matrix of a routed expert is cut: 1, or as many as `tensor`
+    pipeline: Ranks  # stages
     reshard: Literal["default", "always", "never"]
     rotate: Literal["allgather", "alltoall"]  # how keys and values reach the ranks of `context`
     async_tensor: bool  # matrices of `tensor` multiply what has arrived while the rest is under way
     sync_each_micro_batch: bool  # reduce gradients after each micro-batch: less memory, more communication
-    prefetch: PositiveInt  # blocks whose weights FSDP gathers ahead, in both passes
+    prefetch: Layers  # blocks whose weights FSDP gathers ahead, in both passes
     cpu_offload: bool  # shares of parameters, gradients and optimizer state rest in the host's memory
     pipeline_schedule: ScheduleName
-    layers_per_stage: PositiveInt | None
-    first_stage_less: NonNegativeInt  # layers that the embedding counts as
-    last_stage_less: NonNegativeInt  # layers that the head counts as
+    layers_per_stage: Layers | None
+    first_stage_less: CountFromZero  # layers that the embedding counts as
+    last_stage_less: CountFromZero  # layers that the head counts as
     stages: Annotated[tuple[Names, ...], Strict(strict=False)] | None  # names of modules
+
+    @model_validator(mode="after")
+    def _a_world_that_exists(self) -> "ParallelDims":
+        if self.world > MOST_RANKS:
+            shape = " * ".join(f"{axis}={degree}" for axis, degree in self.axes.items() if degree > 1)
+            raise ValueError(f"{shape} are {self.world} ranks; at most {MOST_RANKS}")
+        return self
 
     @property
     def axes(self) -> dict[str, int]:

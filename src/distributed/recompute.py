@@ -3,11 +3,12 @@
 from collections import Counter
 from functools import cache, partial
 from types import MethodType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import model_validator
 
 from src.config.base import Config
+from src.config.bounds import Fraction, Layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,8 +44,8 @@ class Recompute(Config):
     """What of a block's activations is kept for its backward pass; the rest is computed again there."""
 
     mode: Mode
-    every: PositiveInt | None
-    budget: Annotated[float, Field(ge=0.0, le=1.0)] | None
+    every: Layers | None
+    budget: Fraction | None
 
     @model_validator(mode="after")
     def _numbers_belong_to_modes(self) -> "Recompute":

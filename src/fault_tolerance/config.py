@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from src.config.base import Config
+from src.config.bounds import CountFromZero, Groups, Seconds
 
 if TYPE_CHECKING:
     from src.distributed.process.rank_context import RankContext
@@ -65,16 +66,16 @@ class TorchFT(FaultTolerance):
 
     on: ClassVar[bool] = True
 
-    groups: PositiveInt
-    min_groups: PositiveInt
+    groups: Groups
+    min_groups: Groups
     process_group: Literal["gloo", "nccl"] | None
     lighthouse: Annotated[str, Field(pattern=r"^https?://[^/\s]+:\d+$")] | None
-    heartbeat_seconds: PositiveFloat
-    join_seconds: PositiveFloat
-    sum_seconds: PositiveFloat
-    heal_seconds: PositiveFloat
-    restarts: NonNegativeInt
-    backoff_seconds: PositiveFloat
+    heartbeat_seconds: Seconds
+    join_seconds: Seconds
+    sum_seconds: Seconds
+    heal_seconds: Seconds
+    restarts: CountFromZero
+    backoff_seconds: Seconds
 
     @property
     def copies(self) -> int:

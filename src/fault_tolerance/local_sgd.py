@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from src.config.base import Names
+from src.config.bounds import Layers, LearningRate, Steps, StepsOrNever
 from src.fault_tolerance.config import Asked, TorchFT
 from src.fault_tolerance.fragments import Modules, Rounds, cut, problems
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class Periodic(TorchFT):
     """What both have in common; subclasses are also `LocalSGDOptions` of src/fault_tolerance/local_sgd_groups.py."""
 
-    sync_steps: PositiveInt
+    sync_steps: Steps
     copy_on: Literal["cpu", "device"]
 
     velocity_bytes: ClassVar[int]  # of each weight
@@ -74,11 +75,11 @@ class DiLoCo(Periodic):
 
     velocity_bytes: ClassVar[int] = 4  # float32
 
-    outer_lr: PositiveFloat
+    outer_lr: LearningRate
     outer_momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    fragments: PositiveInt
+    fragments: Layers
     fragment_modules: Annotated[tuple[Names, ...], Field(strict=False)] | None
-    delay_steps: NonNegativeInt
+    delay_steps: StepsOrNever
     own_share: Annotated[float, Field(ge=0.0, le=1.0)]
     exchange: Literal["float32", "bfloat16", "int8"]
 

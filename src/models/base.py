@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from src.config.base import Config
+from src.config.bounds import Layers, NormEpsilon, Tokens, Vocabulary, Width
 from src.errors import divisors, some
 from src.models.accounting import Counts, RankGrid, SavedActivations, Slice, Weight, count
 
@@ -39,15 +40,15 @@ class ModelConfig(Config):
     # src/distributed/tensor/tensor_parallel.py gives the words meaning.
     roles: ClassVar[Mapping[str, str]]
 
-    dim: PositiveInt
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    vocab_size: PositiveInt
-    norm_eps: PositiveFloat
-    max_seq_len: PositiveInt
+    dim: Width
+    n_layers: Layers
+    n_heads: Width
+    vocab_size: Vocabulary
+    norm_eps: NormEpsilon
+    max_seq_len: Tokens
     attention: Literal["sdpa", "flex"]  # the kernel: torch's causal one, or FlexAttention, which takes masks
     mask: Literal["causal", "block_causal"]
-    fixed_block: PositiveInt | None  # tokens
+    fixed_block: Tokens | None  # tokens
 
     @field_validator("mask")
     @classmethod
@@ -157,7 +158,7 @@ class ModelConfig(Config):
 class GroupedQueryConfig(ModelConfig):
     """A family whose query heads share key and value heads (arXiv 2305.13245), and whose head may be the embedding."""
 
-    n_kv_heads: PositiveInt  # key and value heads; each serves n_heads / n_kv_heads query heads
+    n_kv_heads: Width  # key and value heads; each serves n_heads / n_kv_heads query heads
     tie_word_embeddings: bool  # true: the output matrix is the embedding
 
     @field_validator("n_kv_heads")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, cast
 
-from pydantic import PositiveInt
-
 from src.config.base import Config
+from src.config.bounds import Tokens
 from src.models.base import ModelConfig
 from src.models.stored import ConfigReader, Stored
 
@@ -76,8 +75,8 @@ class Auto(Config):
     The launcher puts the model that it does say in this one's place, before anything else is checked.
     """
 
-    max_seq_len: PositiveInt | None
+    max_seq_len: Tokens | None
     attention: Literal["sdpa", "flex"]
     mask: Literal["causal", "block_causal"]
-    fixed_block: PositiveInt | None
+    fixed_block: Tokens | None
     moe: dict[str, Any]

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import PositiveFloat, model_validator
+from pydantic import model_validator
 
+from src.config.bounds import Beta, Epsilon
 from src.errors import ConfigError
-from src.optim.base import Beta, Optimizer, StateDtype, bfloat16_problem
+from src.optim.base import Optimizer, StateDtype, bfloat16_problem
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class AdamW(Optimizer):
 
     beta1: Beta
     beta2: Beta
-    eps: PositiveFloat
+    eps: Epsilon
     moments: StateDtype
     fused: bool
 

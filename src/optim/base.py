@@ -2,17 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
-
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from src.config.base import Config
+from src.config.bounds import GradientNorm, LearningRate, WeightDecay
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 StateDtype = Literal["float32", "bfloat16"]
 # What an update of one number reads besides its own gradient and state.
 Reads = Literal["elements", "rows", "matrices"]
@@ -33,10 +31,10 @@ class Optimizer(Config):
 
     reads: ClassVar[Reads] = "elements"
 
-    lr: PositiveFloat
-    weight_decay: NonNegativeFloat
+    lr: LearningRate
+    weight_decay: WeightDecay
     decay_norms_and_embeddings: bool
-    max_norm: PositiveFloat | None
+    max_norm: GradientNorm | None
 
     @property
     @abstractmethod

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
-from src.optim.base import Beta, Optimizer, StateDtype, bfloat16_problem
+from src.config.bounds import Beta
+from src.optim.base import Optimizer, StateDtype, bfloat16_problem
 
 if TYPE_CHECKING:
     import torch

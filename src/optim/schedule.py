@@ -1,23 +1,20 @@
 """The learning rate's factor at each step: linear warm-up, a stable stretch, a decay."""
 
 import math
-from typing import Annotated, Literal
-
-from pydantic import Field, NonNegativeInt, PositiveInt
+from typing import Literal
 
 from src.config.base import Config
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from src.config.bounds import Fraction, Steps, StepsOrNever
 
 
 class Schedule(Config):
     """Every familiar schedule is one of these: `decay_ratio` null is cosine or linear decay, 0 is constant."""
 
     shape: Literal["linear", "sqrt", "cosine"]
-    warmup_steps: NonNegativeInt
+    warmup_steps: StepsOrNever
     decay_ratio: Fraction | None
     min_factor: Fraction
-    total_steps: PositiveInt | None
+    total_steps: Steps | None
 
     def multiplier(self, step: int, steps: int) -> float:
         """Factor on the peak learning rate of the step with this number, counted from 0, in a task of `steps` steps."""
@@ -31,6 +28,11 @@ class Schedule(Config):
         progress = min((step + 1 - warmup - stable) / decay, 1.0)
         return self.min_factor + (1.0 - self.min_factor) * self._fall(progress)
 
+    def rests(self, steps: int) -> bool:
+        """Whether steps behind the decay have a learning rate of 0."""
+        _, decay, total = self._lengths(steps)
+        return total < steps and decay > 0 and self.min_factor == 0.0
+
     def warnings(self, steps: int) -> list[str]:
         """What was cut to fit in the total, in the user's keys."""
         total = self.total_steps or steps
@@ -42,6 +44,11 @@ class Schedule(Config):
             found.append(
                 f"schedule.decay_ratio={self.decay_ratio} asks for {round(total * self.decay_ratio)} of {total} steps; "
                 f"the warm-up of {warmup} leaves {decay}"
+            )
+        if total < steps and decay > 0:
+            found.append(
+                f"schedule.total_steps={total} ends before task.steps={steps}: from there on it is "
+                f"schedule.min_factor={self.min_factor:g} of the peak"
             )
         return found
 

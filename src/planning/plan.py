@@ -5,6 +5,7 @@ argument.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -243,9 +244,12 @@ def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
     load = load_of(run.on_one_device())
     if (peak := estimate(load).peak) <= limit_bytes:
         return []
-    smaller = (run.model.model_copy(update={"n_layers": layers}) for layers in range(run.model.n_layers - 1, 0, -1))
-    fits = next((model for model in smaller if estimate(load.changed(model=model)).peak <= limit_bytes), None)
-    way_out = "pass a smaller model" if fits is None else f"pass model.n_layers={fits.n_layers}, or a smaller model"
+
+    def beyond(layers: int) -> bool:
+        return estimate(load.changed(model=run.model.model_copy(update={"n_layers": layers}))).peak > limit_bytes
+
+    fit = bisect_left(range(1, run.model.n_layers), x=True, key=beyond)  # each layer adds to the peak
+    way_out = f"pass model.n_layers={fit}, or a smaller model" if fit else "pass a smaller model"
     return [
         f"this task also trains the whole model on one device: {told(peak)}, there are {told(limit_bytes)}; {way_out}"
     ]
@@ -253,6 +257,11 @@ def one_device_problems(run: Run, limit_bytes: int) -> list[str]:
 
 def _infers(run: Run) -> bool:
     return isinstance(run.task, Infers) and run.task.forward_only
+
+
+def _follows_the_schedule(run: Run) -> bool:
+    """A benchmark and a verification keep the learning rate; only a run over data follows the schedule."""
+    return run.task.needs_corpus and not _infers(run)
 
 
 def _rehearses(run: Run) -> bool:
@@ -276,6 +285,17 @@ def _section_problems(run: Run) -> list[str]:
     found = run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
     if run.recompute.mode == "budget" and not run.compile.blocks:
         found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
+    if run.recompute.every is not None and run.recompute.every > run.model.n_layers:
+        found.append(
+            f"recompute.every={run.recompute.every} repeats none of model.n_layers={run.model.n_layers}; at most "
+            f"recompute.every={run.model.n_layers}, or recompute=none"
+        )
+    if _follows_the_schedule(run) and run.schedule.rests(run.task.steps):
+        found.append(
+            f"schedule.total_steps={run.schedule.total_steps} leaves a learning rate of 0 for the rest of "
+            f"task.steps={run.task.steps}; pass schedule.total_steps=null, at least {run.task.steps}, or a "
+            "schedule.min_factor above 0"
+        )
     if run.compile.blocks and run.model.routed and run.precision.compute != "bfloat16":
         found.append(
             f"compile.blocks=true with precision.compute={run.precision.compute}: grouped products of experts are "
@@ -345,9 +365,7 @@ def _epochs(run: Run, corpus: TrainingData) -> float:
 
 
 def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
-    # A benchmark and a verification keep the learning rate; only a run over data follows the schedule.
-    trains = run.task.needs_corpus and not _infers(run)
-    found = list(run.schedule.warnings(run.task.steps)) if trains else []
+    found = list(run.schedule.warnings(run.task.steps)) if _follows_the_schedule(run) else []
     found += stages.warnings(run.parallel, run.model.n_layers, micro_batches)
     found += run.model.warnings()
     found += batch.problems(run) if _rehearses(run) else []

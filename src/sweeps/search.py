@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 
 from src.config.base import Config
+from src.config.bounds import Count, CountFromZero, Seed
 from src.config.build import build
 from src.config.compose import Request, point
 from src.config.space import Choices, Interval, ranges
@@ -36,11 +37,11 @@ class Optuna(Config):
     """The objective is the final validation loss."""
 
     name: str | None
-    trials: PositiveInt
-    batch: PositiveInt
+    trials: Count
+    batch: Count
     sampler: Literal["tpe", "random"]
-    first_random: NonNegativeInt
-    seed: NonNegativeInt
+    first_random: CountFromZero
+    seed: Seed
 
     @model_validator(mode="after")
     def _is_installed(self) -> "Optuna":

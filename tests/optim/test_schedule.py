@@ -63,3 +63,15 @@ def test_decay_that_meets_the_warmup_is_cut_and_said() -> None:
 def test_unknown_shape_is_refused() -> None:
     with pytest.raises(ValidationError, match="shape"):
         schedule(shape="step")
+
+
+def test_what_follows_the_decay_is_told() -> None:
+    assert schedule(total_steps=10).rests(500)
+    assert not schedule(total_steps=10).rests(10)
+    assert not schedule(total_steps=10, decay_ratio=0.0).rests(500)  # constant
+    low = schedule(total_steps=10, min_factor=0.1)
+    assert not low.rests(500)
+    (line,) = low.warnings(500)
+    assert line == (
+        "schedule.total_steps=10 ends before task.steps=500: from there on it is schedule.min_factor=0.1 of the peak"
+    )

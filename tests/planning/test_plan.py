@@ -309,6 +309,17 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
         "task.validate_every=5 has nothing to read: data.validation_fraction=0; "
         "pass task.validate_every=0 or a fraction such as 0.01",
     ),
+    "no layer is repeated": (
+        make_run(recompute=changed(section("recompute", "every2"), every=100)),
+        {},
+        "recompute.every=100 repeats none of model.n_layers=6; at most recompute.every=6, or recompute=none",
+    ),
+    "a learning rate of 0 for most of the run": (
+        make_run({"steps": 1000}, schedule=changed(section("schedule", "wsd"), total_steps=100)),
+        {},
+        "schedule.total_steps=100 leaves a learning rate of 0 for the rest of task.steps=1000; pass "
+        "schedule.total_steps=null, at least 1000, or a schedule.min_factor above 0",
+    ),
 }
 
 

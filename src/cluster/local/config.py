@@ -10,13 +10,12 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal
 
 from src.cluster.backend import AttemptOutcome, Options
 from src.cluster.rank import RankJob
 from src.config.base import Config
+from src.config.bounds import CountFromZero, Gibibytes, PerNode, Seconds
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts, end, log_folder
 from src.runs.frozen_code import NO_BYTECODE
@@ -40,10 +39,10 @@ class LocalDevices:
 class Local(Config):
     """cluster=local."""
 
-    gpus: Annotated[int, Field(ge=0)] | None  # None: all that are visible; 0: the CPU
-    gpu_memory_gib: Annotated[float, Field(gt=0)] | None  # None: what the GPU says
-    threads: Annotated[int, Field(ge=1)] | None  # torch threads per rank; None: cores // ranks
-    grace_seconds: Annotated[float, Field(gt=0)]  # between a signal and the end of ranks that still save
+    gpus: CountFromZero | None  # None: all that are visible; 0: the CPU
+    gpu_memory_gib: Gibibytes | None  # None: what the GPU says
+    threads: PerNode | None  # torch threads per rank; None: cores // ranks
+    grace_seconds: Seconds  # between a signal and the end of ranks that still save
 
     def devices(self) -> LocalDevices:
         """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from src.checkpoint.config import hardly_fits
 from src.cluster.backend import AttemptOutcome, Options
@@ -21,7 +21,8 @@ from src.cluster.slurm.packing import PackedJob, filled, left, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
 from src.cluster.slurm.submission import Prepared, Submitted
-from src.config.base import Config, Names
+from src.config.base import Config, Line, Names
+from src.config.bounds import Count, CountFromZero, Gibibytes, Minutes, PerNode, Seconds
 from src.distributed.process.rank_context import joined
 from src.errors import FolderError, PlanError
 from src.runs.folder import RunFolder
@@ -55,22 +56,22 @@ class SlurmDevices:
 class Slurm(Config):
     """Facts of a site."""
 
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    exclude: str | None
-    gpus_per_node: PositiveInt
-    cpus_per_gpu: PositiveInt
-    memory_gib_per_gpu: PositiveFloat | None
-    gpu_memory_gib: PositiveFloat | None
+    partition: Line | None
+    account: Line | None
+    qos: Line | None
+    constraint: Line | None
+    exclude: Line | None
+    gpus_per_node: PerNode
+    cpus_per_gpu: PerNode
+    memory_gib_per_gpu: Gibibytes | None
+    gpu_memory_gib: Gibibytes | None
     device: Literal["cuda", "cpu"]
-    minutes: PositiveInt
+    minutes: Minutes
     grace_seconds: Annotated[int, Field(gt=0, le=65535)]  # SLURM keeps 16 bits of it
-    requeues: Annotated[int, Field(ge=0)]
-    array_parallelism: PositiveInt
-    preflight_seconds: PositiveFloat
-    python: str | None
+    requeues: CountFromZero
+    array_parallelism: Count
+    preflight_seconds: Seconds
+    python: Line | None
     setup: Names
     sbatch: Flags
     srun: Flags

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
-
 from src.config.base import Config
+from src.config.bounds import Count, SecondsOrNone
 from src.metrics.goodput import Meter
 from src.metrics.trackers.background import Side, Sink
 from src.metrics.trackers.tensorboard import EventFiles
@@ -22,8 +21,8 @@ Status = Literal["done", "stopped", "failed"]
 
 
 class Tracker(Config):
-    queue_points: PositiveInt
-    finish_seconds: NonNegativeFloat
+    queue_points: Count
+    finish_seconds: SecondsOrNone
     wandb: WeightsAndBiases | None
     tensorboard: EventFiles | None
 

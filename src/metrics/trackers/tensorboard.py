@@ -5,13 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
 from src.config.base import Config
+from src.config.bounds import Count
 
 
 class EventFiles(Config):
-    flush_seconds: PositiveInt
+    flush_seconds: Count
 
     @model_validator(mode="after")
     def _is_installed(self) -> "EventFiles":

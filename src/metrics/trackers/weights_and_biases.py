@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveFloat, model_validator
+from pydantic import model_validator
 
 from src.config.base import Config, Names
+from src.config.bounds import Seconds
 from src.runs.records import jobs
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import Lines
@@ -30,7 +31,7 @@ class WeightsAndBiases(Config):
     tags: Names
     notes: str | None
     mode: Literal["online", "offline"] | None
-    init_seconds: PositiveFloat
+    init_seconds: Seconds
 
     @model_validator(mode="after")
     def _is_installed(self) -> "WeightsAndBiases":

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from math import log, sqrt
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from src.config.base import Config
+from src.config.bounds import CountFromZero, RopeTheta, Scale, Tokens, Width
 from src.models.accounting import (
     STATISTIC_BYTES,
     SavedActivations,
@@ -31,10 +32,10 @@ class Yarn(Config):
     """YaRN's stretch of the context: see src/models/rope.py."""
 
     factor: float = Field(ge=1)
-    original: PositiveInt
-    beta_fast: PositiveFloat
-    beta_slow: PositiveFloat
-    mscale: PositiveFloat
+    original: Tokens
+    beta_fast: Scale
+    beta_slow: Scale
+    mscale: Scale
 
     @field_validator("beta_slow")
     @classmethod
@@ -81,14 +82,14 @@ class DeepseekV3Config(ModelConfig):
         "output": "vocabulary",
     }
 
-    ffn_dim: PositiveInt
-    n_dense_layers: NonNegativeInt
-    q_lora_rank: PositiveInt | None
-    kv_lora_rank: PositiveInt
-    qk_nope_head_dim: PositiveInt
-    qk_rope_head_dim: PositiveInt
-    v_head_dim: PositiveInt
-    rope_theta: PositiveFloat
+    ffn_dim: Width
+    n_dense_layers: CountFromZero
+    q_lora_rank: Width | None
+    kv_lora_rank: Width
+    qk_nope_head_dim: Width
+    qk_rope_head_dim: Width
+    v_head_dim: Width
+    rope_theta: RopeTheta
     rope_scaling: Yarn | None
     moe: MixtureOfExperts
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from src.config.base import Config
+from src.config.bounds import RopeTheta, Scale, Tokens, Width
 from src.models.accounting import SavedActivations, Slice, Weight, around_blocks
 from src.models.base import GroupedQueryConfig
 
@@ -18,9 +19,9 @@ class RopeScaling(Config):
     """Llama 3.1's stretch of slow rotary frequencies; wavelengths are compared with original/high and original/low."""
 
     factor: float = Field(ge=1)
-    low: PositiveFloat
-    high: PositiveFloat
-    original: PositiveInt  # tokens: the length that the frequencies were made for
+    low: Scale
+    high: Scale
+    original: Tokens  # tokens: the length that the frequencies were made for
 
     @field_validator("high")
     @classmethod
@@ -52,10 +53,10 @@ class Llama3Config(GroupedQueryConfig):
         "output": "vocabulary",
     }
 
-    head_dim: PositiveInt | None
-    ffn_dim_multiplier: PositiveFloat | None
-    multiple_of: PositiveInt
-    rope_theta: PositiveFloat
+    head_dim: Width | None
+    ffn_dim_multiplier: Scale | None
+    multiple_of: Width
+    rope_theta: RopeTheta
     rope_scaling: RopeScaling | None
     depth_init: bool
 

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, Strict, ValidationInfo, field_validator
+from pydantic import Strict, ValidationInfo, field_validator
 
 from src.config.base import Config
+from src.config.bounds import CountFromZero, LearningRate, Scale, Width
 from src.errors import divisors
 from src.models.accounting import RankGrid, Weight, swiglu
 
@@ -15,19 +16,19 @@ WIDTH_MULTIPLE = 8
 class MixtureOfExperts(Config):
     """A router, many small SwiGLUs of which each token meets a few, and one SwiGLU that all tokens meet."""
 
-    num_experts: PositiveInt
-    num_expert_groups: PositiveInt
-    num_limited_groups: PositiveInt
-    top_k: PositiveInt
-    num_shared_experts: NonNegativeInt
-    hidden_dim: PositiveInt
+    num_experts: Width
+    num_expert_groups: Width
+    num_limited_groups: Width
+    top_k: Width
+    num_shared_experts: CountFromZero
+    hidden_dim: Width
     score_func: Literal["softmax", "sigmoid"]
     group_score: Literal["top2sum", "max"]
     route_norm: bool
-    route_scale: PositiveFloat
+    route_scale: Scale
     score_before_experts: bool
-    load_balance_coeff: PositiveFloat | None
-    unbalanced_layers: Annotated[tuple[NonNegativeInt, ...], Strict(strict=False)]
+    load_balance_coeff: LearningRate | None
+    unbalanced_layers: Annotated[tuple[CountFromZero, ...], Strict(strict=False)]
     force_load_balance: bool
 
     @field_validator("num_expert_groups")

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
+from src.config.bounds import RopeTheta, Width
 from src.models.accounting import (
     STATISTIC_BYTES,
     SavedActivations,
@@ -50,9 +51,9 @@ class Qwen3Config(GroupedQueryConfig):
         "output": "vocabulary",
     }
 
-    head_dim: PositiveInt  # elements of a head; n_heads * head_dim need not be dim
-    ffn_dim: PositiveInt | None  # width of every feed forward; None: every layer has experts
-    rope_theta: PositiveFloat
+    head_dim: Width  # elements of a head; n_heads * head_dim need not be dim
+    ffn_dim: Width | None  # width of every feed forward; None: every layer has experts
+    rope_theta: RopeTheta
     moe: MixtureOfExperts | None  # None: every layer has a feed forward
 
     @field_validator("head_dim")

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import PositiveInt
-
 from src.config.base import Config, RankNumbers
+from src.config.bounds import Sequences, Steps, Tokens
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -16,11 +15,11 @@ class Bench(Config):
 
     needs_corpus: ClassVar[bool] = False
 
-    steps: PositiveInt
-    warmup_steps: PositiveInt
-    seq_len: PositiveInt
-    global_batch: PositiveInt
-    micro_batch: PositiveInt | None
+    steps: Steps
+    warmup_steps: Steps
+    seq_len: Tokens
+    global_batch: Sequences
+    micro_batch: Sequences | None
     profile: bool
     rehearse: bool
     rehearse_ranks: RankNumbers | None

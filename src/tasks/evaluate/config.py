@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from src.config.base import Config
+from src.config.bounds import Count, Sequences, Steps, Tokens
 
 if TYPE_CHECKING:
     from src.data.corpus import Corpus
@@ -20,11 +21,11 @@ class Evaluate(Config):
     steps: ClassVar[int] = 1
 
     source: str = Field(alias="run")
-    step: PositiveInt | None
+    step: Steps | None
     split: Literal["validation", "train"]
-    samples: PositiveInt | None
-    seq_len: PositiveInt
-    micro_batch: PositiveInt
+    samples: Count | None
+    seq_len: Tokens
+    micro_batch: Sequences
 
     @property
     def global_batch(self) -> int:

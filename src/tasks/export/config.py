@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from src.checkpoint.config import FOREIGN
 from src.config.base import Config, PathField
+from src.config.bounds import Gibibytes, Steps
 from src.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ class Export(Config):
     micro_batch: ClassVar[int] = 1
 
     source: str = Field(alias="run")
-    step: PositiveInt | None
+    step: Steps | None
     to: PathField | None
     dtype: Literal["float32", "bfloat16", "float16"] | None
     fp8: bool
     biases: Literal["refuse", "drop", "keep"]
-    shard_gb: PositiveFloat
+    shard_gb: Gibibytes
     check: bool
     text: str
     push: str | None

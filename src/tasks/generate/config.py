@@ -5,9 +5,10 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from src.config.base import Config, PathField
+from src.config.bounds import Sequences, Steps, Temperature, Tokens, Vocabulary
 from src.errors import DataError
 from src.models.base import pass_multiple
 
@@ -25,14 +26,14 @@ class Generate(Config):
     seq_len: ClassVar[int] = 0
 
     source: str = Field(alias="run")
-    step: PositiveInt | None
+    step: Steps | None
     prompt: str | None
     prompts: PathField | None
-    max_tokens: PositiveInt
-    temperature: NonNegativeFloat
-    top_k: PositiveInt | None
+    max_tokens: Tokens
+    temperature: Temperature
+    top_k: Vocabulary | None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None
-    batch: PositiveInt
+    batch: Sequences
 
     @model_validator(mode="after")
     def _chance_has_a_temperature(self) -> "Generate":

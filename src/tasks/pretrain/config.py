@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-
 from src.config.base import Config, RankNumbers
+from src.config.bounds import Count, Sequences, Steps, StepsOrNever, Temperature, Tokens
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -16,20 +15,20 @@ class Pretrain(Config):
 
     needs_corpus: ClassVar[bool] = True
 
-    steps: PositiveInt
-    seq_len: PositiveInt
-    global_batch: PositiveInt
-    micro_batch: PositiveInt | None
-    validate_every: NonNegativeInt
-    validate_samples: PositiveInt
-    log_every: PositiveInt
+    steps: Steps
+    seq_len: Tokens
+    global_batch: Sequences
+    micro_batch: Sequences | None
+    validate_every: StepsOrNever
+    validate_samples: Count
+    log_every: Steps
     nonfinite: Literal["raise", "skip_step"]
-    nonfinite_cap: PositiveInt
-    gc_every: NonNegativeInt
+    nonfinite_cap: Steps
+    gc_every: StepsOrNever
     deterministic: bool
     sample_prompt: str | None
-    sample_tokens: PositiveInt
-    sample_temperature: NonNegativeFloat
+    sample_tokens: Tokens
+    sample_temperature: Temperature
     rehearse: bool
     rehearse_ranks: RankNumbers | None
 

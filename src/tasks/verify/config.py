@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import PositiveInt
-
 from src.config.base import Config
+from src.config.bounds import Sequences, Steps, Tokens
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -17,10 +16,10 @@ class Verify(Config):
     needs_corpus: ClassVar[bool] = False
     trains_on_one_device: ClassVar[bool] = True
 
-    steps: PositiveInt
-    seq_len: PositiveInt
-    global_batch: PositiveInt
-    micro_batch: PositiveInt
+    steps: Steps
+    seq_len: Tokens
+    global_batch: Sequences
+    micro_batch: Sequences
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Collective: a rank's whole life. Raises VerdictError when the layout differs from the single device."""
