@@ -19,6 +19,7 @@ from src.metrics.trackers.config import Tracker
 from src.models.base import ModelConfig
 from src.optim.base import Optimizer
 from src.optim.schedule import Schedule
+from src.runs.cluster import Cluster
 
 
 @runtime_checkable
@@ -96,43 +97,6 @@ class Checks(Protocol):
     """A task with inputs of its own, which it looks at on the launcher."""
 
     def problems(self, run: "Run") -> list[str]: ...
-
-
-class Devices(Protocol):
-    """What the ranks of one machine may use; None where nobody knows or there is no limit, such as ranks on a CPU."""
-
-    @property
-    def count(self) -> int | None: ...
-    @property
-    def memory_gib(self) -> float | None: ...
-    @property
-    def host_gib(self) -> float | None:
-        """Of a machine on whose CPU all ranks compute."""
-
-    @property
-    def capability(self) -> tuple[int, int] | None:
-        """CUDA's compute capability."""
-
-
-@runtime_checkable
-class Cluster(Protocol):
-    """Where the ranks live; the classes live in src/cluster."""
-
-    @property
-    def gpu_memory_gib(self) -> float | None: ...
-    @property
-    def grace_seconds(self) -> float: ...
-
-    def devices(self) -> Devices:
-        """Asks the machine; only launch.py calls it."""
-
-
-@runtime_checkable
-class Nodes(Protocol):
-    """A cluster of several machines says how large one is."""
-
-    @property
-    def gpus_per_node(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ CONTRACTS = tuple(f"src.models.{name}" for name in ("cross_entropy", "decoder", 
 FENCES = {
     "hydra": ("src.config", "launch"),
     "omegaconf": ("src.config", "launch"),
-    "submitit": ("src.cluster",),
+    "submitit": ("src.cluster.slurm",),
     "wandb": ("src.metrics",),
     "tensorboard": ("src.metrics",),
     "torch.utils.tensorboard": ("src.metrics",),
@@ -61,6 +61,17 @@ WRITERS = {
     "src.cluster.rank_log": "appends what a process says",
     "src.cluster.replicas.lighthouse": "appends what a process says",
     "src.cluster.slurm.pack": "appends what a process says",
+}
+
+# SLURM's commands and variables, which only its room names, not even in a comment; elsewhere a comment may say SLURM.
+SLURM_ROOM = "src.cluster.slurm"
+SLURM_COMMANDS = re.compile(r"\b(?:squeue|sbatch|scontrol|scancel|sacct|sinfo|srun|slurmstepd)\b|SLURM_\w+")
+# Who may name it in code all the same, and why.
+NAMES_SLURM = {
+    "src.cluster.batch_system": "chooses the batch system of this machine",
+    "src.config.synonyms": "answers who types another project's key",
+    "src.config.upgrades": "knows the names of older versions",
+    "src.runs.records": "slurm.jsonl is what run folders hold since version 0.1",
 }
 
 
@@ -154,6 +165,41 @@ def writes(tree: ast.Module) -> Iterator[tuple[int, str]]:
         )
         if opens or flags or moves or method in ("write_text", "write_bytes"):
             yield node.lineno, ast.unparse(node)
+
+
+def words(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of every name, attribute, keyword, imported module and string but docstrings."""
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield line, node.value
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            if isinstance(text := getattr(node, field, None), str):
+                yield line, text
+
+
+def test_slurm_is_known_in_its_room_only() -> None:
+    outside = [file for file in FILES if not within(name(file), SLURM_ROOM)]
+    named = [
+        (name(file), line, text) for file in outside for line, text in words(parsed(file)) if "slurm" in text.lower()
+    ]
+    assert [each for each in named if each[0] not in NAMES_SLURM] == []
+    assert {module for module, _, _ in named} == set(NAMES_SLURM)  # no exception that nobody needs
+    texts = {name(file): file.read_text(encoding="utf-8") for file in outside}
+    commands = {
+        module: SLURM_COMMANDS.findall(text) for module, text in texts.items() if module != "src.config.synonyms"
+    }
+    assert {module: found for module, found in commands.items() if found} == {}
+    forbidden = "import a.slurm\nos.environ['SLURM_JOB_ID']\nSlurmClient.b\nc(slurm=1)\nclass D:\n    'On SLURM.'\n"
+    assert len([text for _, text in words(ast.parse(forbidden)) if "slurm" in text.lower()]) == 4
+    assert SLURM_COMMANDS.findall("# squeue knows $SLURM_JOB_ID, resbatch does not") == ["squeue", "SLURM_JOB_ID"]
 
 
 def test_every_file_has_its_floor() -> None:

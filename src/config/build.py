@@ -56,6 +56,16 @@ def build(tree: Tree, *, within: str = "src.", sections: Sequence[str] = SECTION
     return built
 
 
+def target_class(tree: Tree, section: str, *, within: str = "src.") -> type[Config]:
+    """The class that a section's `_target_` names, without its values; ConfigError where there is none."""
+    builder, value = _Builder(within), tree.get(section)
+    name = value.get("_target_") if isinstance(value, Mapping) else None
+    cls = builder.target(name, section)
+    if cls is None:
+        raise ConfigError(builder.problems)
+    return cls
+
+
 class _Builder:
     """Collects problems while it descends; what it returns counts only if there are none."""
 

@@ -1,9 +1,10 @@
-"""dry_run=true: what SLURM would be given."""
+"""dry_run=true: what a scheduler would be given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
+from src.cluster.backend import backend_of
 from src.config.tree import Tree, identity
 from src.runs.folder import group_folder, place
 
@@ -12,24 +13,17 @@ if TYPE_CHECKING:
     from src.run import Run
 
 
-@runtime_checkable
-class Writes(Protocol):
-    """A cluster that is given a text."""
-
-    def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str: ...
-
-
 def scripts(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[str]:
-    """One text for each job or job array; none for points of this machine."""
+    """One text for all points of one cluster; none for points of this machine."""
     texts: list[str] = []
-    left = [point for point in points if isinstance(point[1].cluster, Writes)]
+    left = list(points)
     while left:
-        cluster: Any = left[0][1].cluster
+        cluster = left[0][1].cluster
         same = [point for point in left if point[1].cluster == cluster]
         left = [point for point in left if point[1].cluster != cluster]
         shapes = [(folder, plan.to_dict()) for tree, run, plan in same for folder in _folders(tree, run)]
-        texts.append(cluster.script(shapes))
-    return texts
+        texts.append(backend_of(cluster).script(shapes))
+    return [text for text in texts if text]
 
 
 def _folders(tree: Tree, run: "Run") -> list[Path]:

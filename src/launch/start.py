@@ -8,10 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
-from src.cluster.backend import Backend, Options
-from src.cluster.slurm.client import SlurmScheduler
+from src.cluster.backend import Options, backend_of
 from src.config.build import build
 from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import LauncherEnv, joined
@@ -158,8 +157,9 @@ def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
     print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
     path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
+    scheduler = backend_of(run.cluster).scheduler
     folder = RunFolder.open(
-        tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=SlurmScheduler()
+        tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=scheduler
     )
     try:
         print(opening(folder), file=sys.stderr)
@@ -181,7 +181,7 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
         return _join(tree, run), 0
     folder, _ = prepare(tree, run)
     with folder:
-        cluster, world = cast(Backend, run.cluster), run.parallel.world
+        cluster, world = backend_of(run.cluster), run.parallel.world
         if isinstance(run.fault_tolerance, Options):
             outcome = cluster.submit_groups(folder, world, run.fault_tolerance)
         else:
@@ -193,7 +193,7 @@ def _join(tree: Tree, run: "Run") -> str:
     """Be a rank of an outer launcher."""
     if run.fault_tolerance.on:
         raise PlanError(
-            "fault_tolerance: each group is started and watched by launch.py, not by torchrun or srun; start launch.py "
+            "fault_tolerance: each group is started and watched by launch.py, not by another launcher; start launch.py "
             "itself, or pass fault_tolerance=none"
         )
     from src.cluster.rank import run_rank

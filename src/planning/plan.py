@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Protocol
 
+from src.config.groups import options
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline import stages
 from src.distributed.precision.config import BYTES
@@ -21,7 +22,8 @@ from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
-from src.run import Compares, Devices, Infers, Nodes, Rehearses, Remembers, Run, Validates
+from src.run import Compares, Infers, Rehearses, Remembers, Run, Validates
+from src.runs.cluster import Devices
 
 NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
 
@@ -195,7 +197,7 @@ def _parameters(run: Run, modules: frozenset[str]) -> int:
 def _ranks_per_node(run: Run) -> int:
     """All of them on one machine, unless the cluster has several."""
     world = run.parallel.world
-    return min(world, run.cluster.gpus_per_node) if isinstance(run.cluster, Nodes) else world
+    return min(world, run.cluster.gpus_per_node or world)
 
 
 def _memory_limit(run: Run, devices: Devices | None) -> int | None:
@@ -216,7 +218,7 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
             f"parallel asks for {degrees.world} ranks ({shape}) and there are {devices.count} GPUs; "
             f"choose a layout of at most {devices.count} ranks"
         )
-    if isinstance(run.cluster, Nodes) and degrees.world > (size := run.cluster.gpus_per_node) and degrees.world % size:
+    if (size := run.cluster.gpus_per_node) is not None and degrees.world > size and degrees.world % size:
         lower = degrees.world // size * size
         found.append(
             f"parallel asks for {degrees.world} ranks ({shape}), which do not fill nodes of "
@@ -351,13 +353,19 @@ def _host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
         return []
     return [
         f"does not fit: there is no GPU here, and the {ranks} ranks need about {told(ranks * peak)} of the "
-        f"{told(int(there))} of this machine; pass a smaller model, cluster=slurm, or dry_run=true for the plan alone"
+        f"{told(int(there))} of this machine; pass a smaller model, cluster={_elsewhere()}, or "
+        "dry_run=true for the plan alone"
     ]
+
+
+def _elsewhere() -> str:
+    """A cluster of other machines."""
+    return next(each for each in options("cluster") if each != "local")
 
 
 def _has_gpu(run: Run, devices: Devices | None) -> bool:
     """As far as anybody knows here."""
-    return devices is None or devices.count is not None or isinstance(run.cluster, Nodes)
+    return devices is None or devices.count is not None or run.cluster.gpus_per_node is not None
 
 
 def _epochs(run: Run, corpus: TrainingData) -> float:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from src.fault_tolerance.config import Asked
-from src.run import Devices, Run, Validates
+from src.run import Run, Validates
+from src.runs.cluster import Devices
 
 
 def problems(

@@ -1,10 +1,13 @@
-"""What a run folder asks of a batch system: which job a process belongs to, and whether another job still lives."""
+"""What a run folder's lock asks of a batch system: which job a process belongs to, and whether another still lives.
+
+`src.cluster.backend.JobScheduler` extends it with what launcher, sweeps and verdict ask.
+"""
 
 from typing import Protocol
 
 
 class Scheduler(Protocol):
-    """A batch system such as SLURM; src/cluster/slurm/client.py has its answers."""
+    """A batch system, as far as a lock needs it."""
 
     def current_job(self) -> str | None:
         """Id of the job that this process belongs to; None outside of any."""

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from src.cluster.slurm import client
-from src.cluster.slurm.pack import CANCEL_FILE
+from src.cluster.backend import JobScheduler, SilentError
 from src.errors import FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
@@ -117,23 +115,20 @@ def cancel(ledger: Ledger, numbers: Sequence[int]) -> int:
         if now.state not in LIVE | OPEN:
             continue
         ledger.cancelled(point)
-        said = _end(point, now) if now.state in LIVE else None
+        said = _end(point, now, ledger.scheduler(point)) if now.state in LIVE else None
         print(f"{point.number}: {said or 'cancelled'}", file=sys.stderr)
         code = code or (1 if said else 0)
     return code
 
 
-def _end(point: SweepPoint, now: RunStatus) -> str | None:
+def _end(point: SweepPoint, now: RunStatus, scheduler: JobScheduler) -> str | None:
     """What went wrong, if anything."""
-    owner = Lock(point.folder / "lock", client.SlurmScheduler()).owner() or {}
-    handed = client.submissions(point.folder)
-    if now.job is not None and handed[-1].get("packed"):
-        (point.folder / CANCEL_FILE).touch()  # its neighbours go on
-        return None
-    job = now.job or owner.get("job")
-    if job is not None and client.available():
-        done = subprocess.run(["scancel", job], capture_output=True, text=True)
-        return None if done.returncode == 0 else f"scancel {job}: {done.stderr.strip()}"
+    owner = Lock(point.folder / "lock").owner() or {}
+    if (job := now.job or owner.get("job")) is not None:
+        try:
+            return scheduler.cancel(point.folder, job)
+        except SilentError as error:
+            print(f"{point.number}: job {job}: {error}; the process itself is told", file=sys.stderr)
     if owner.get("host") != socket.gethostname():
         return f"it runs on {owner.get('host')}: end process {owner.get('pid')} there"
     os.kill(int(owner["pid"]), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Grid sweeps: records the points in the ledger and submits those that are not done, here or to SLURM."""
+"""Grid sweeps: records the points in the ledger and submits those that are not done, here or to a scheduler."""
 
 import hashlib
 import re
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from src.cluster.slurm.submission import Prepared, Submits
+from src.cluster.backend import QueueBackend
+from src.cluster.submission import Prepared
 from src.config.base import Config
 from src.config.tree import Tree, difference, identity
 from src.distributed.process.rank_context import joined
@@ -118,32 +119,34 @@ def ready(ledger: Ledger, points: Sequence[SweepPoint]) -> list[SweepEntry]:
 
 
 def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = False) -> int:
-    """SLURM takes all at once; this machine one after the other. `wait`: until SLURM's have ended, too."""
+    """A scheduler takes all at once; this machine one after the other. `wait`: until queued ones have ended, too."""
     code = 0
     for entry in entries:
         ledger.resumed(entry.point)
-    queued = [entry for entry in entries if isinstance(entry.run.cluster, Submits)]
+    queued = [entry for entry in entries if isinstance(entry.run.cluster, QueueBackend)]
+    here = [entry for entry in entries if entry not in queued]
     while queued:  # one submission per cluster: points may ask for several partitions
-        cluster: Any = queued[0].run.cluster
+        cluster = queued[0].run.cluster
+        assert isinstance(cluster, QueueBackend), "chosen above"
         same = [entry for entry in queued if entry.run.cluster == cluster]
         queued = [entry for entry in queued if entry.run.cluster != cluster]
         code = code or _submit(ledger, cluster, same, wait=wait or cluster.wait)
-    return code or _one_by_one(ledger, [entry for entry in entries if not isinstance(entry.run.cluster, Submits)])
+    return code or _one_by_one(ledger, here)
 
 
-def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[SweepEntry], *, wait: bool) -> int:
+def _submit(ledger: Ledger, cluster: QueueBackend, entries: Sequence[SweepEntry], *, wait: bool) -> int:
     opened: list[tuple[SweepEntry, Prepared]] = []
     code = 0
     try:
         for entry in entries:
             try:
                 if entry.run.fault_tolerance.on:
-                    raise PlanError("fault_tolerance: a sweep on SLURM hands over runs of one group; pass none")
+                    raise PlanError("fault_tolerance: a sweep queues runs of one group; pass none")
                 folder, answers = prepare(entry.tree, entry.run)
                 opened.append((entry, Prepared(folder, answers.to_dict())))
             except UserError as error:
                 code = code or _refuse(ledger, entry.point, error)
-        handed = cluster.submit_all([prepared for _, prepared in opened]) if opened else []
+        handed = cluster.submit_many([prepared for _, prepared in opened]) if opened else []
     except UserError as error:
         for entry, _ in opened:
             ledger.refused(entry.point, "; ".join(error.problems))
@@ -156,9 +159,9 @@ def _submit(ledger: Ledger, cluster: Submits, entries: Sequence[SweepEntry], *, 
         ledger.submitted(entry.point)
         print(f"{_label(entry.point)}\n{each.text()}", file=sys.stderr)
     if wait and handed:
-        from src.cluster.slurm.wait import wait as until_ended
+        from src.cluster.wait import wait as until_ended
 
-        code = code or until_ended(handed).exit_code
+        code = code or until_ended(handed, cluster.scheduler).exit_code
     return code
 
 

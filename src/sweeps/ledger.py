@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from src.cluster.backend import JobScheduler
+from src.cluster.batch_system import scheduler_of
 from src.config import tree as trees
 from src.errors import FolderError
 from src.runs.folder import place
@@ -37,10 +39,6 @@ class SweepPoint:
     refused: str | None = None  # why it could not be started, if that was the last word
     cancelled: bool = False
     proposal: Mapping[str, Any] | None = None  # what a search drew, by key
-
-    @property
-    def handed(self) -> Submission:
-        return Submission(self.folder, self.submitted, self.refused, self.cancelled)
 
 
 class Ledger:
@@ -143,21 +141,29 @@ class Ledger:
         return sorted((SweepPoint(identity=key, **fact) for key, fact in found.items()), key=lambda point: point.number)
 
     def standings(self) -> list[tuple[SweepPoint, RunStatus]]:
-        """Every point with how it stands now; SLURM is asked once.
+        """Every point with how it stands now; each scheduler is asked once.
 
         Keys that only others name, as after `extend`, are read from the point's config.
         """
         points = self.points()
         keys = list(dict.fromkeys(key for point in points for key in point.overrides))
         points = [self._completed(point, keys) for point in points]
-        jobs = job_states([point.folder for point in points])
-        return [(point, status_of(point.handed, jobs)) for point in points]
+        handed = [self._submission(point) for point in points]
+        jobs = job_states(handed)
+        return [(point, status_of(each, jobs.get(point.folder))) for point, each in zip(points, handed, strict=True)]
+
+    def scheduler(self, point: SweepPoint) -> JobScheduler:
+        """Of the cluster that the point was last asked for."""
+        return scheduler_of(self.tree(point))
 
     def swept(self) -> list[str]:
         """The keys in which points differ, in the order of the command line."""
         points = self.points()
         keys = list(dict.fromkeys(key for point in points for key in point.overrides))
         return [key for key in keys if len({point.overrides.get(key) for point in points}) > 1]
+
+    def _submission(self, point: SweepPoint) -> Submission:
+        return Submission(point.folder, self.scheduler(point), point.submitted, point.refused, point.cancelled)
 
     def _completed(self, point: SweepPoint, keys: Sequence[str]) -> SweepPoint:
         absent = [key for key in keys if key not in point.overrides]

@@ -3,17 +3,17 @@
 Derived each time from the scheduler's job states, the attempts in the run folder and its metrics; nothing is stored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src.cluster.slurm import client
-from src.cluster.slurm.packing import left
+from src.cluster.backend import JobScheduler, JobState, SilentError
 from src.metrics.goodput import Goodput, goodput
 from src.metrics.history import History, Series, read
 from src.runs.folder import Attempt, attempts
 from src.runs.lock import Lock
+from src.runs.submissions import ended_in_shared_job, submissions
 
 State = Literal[
     "missing",  # never handed over
@@ -31,7 +31,7 @@ LIVE: frozenset[State] = frozenset(("queued", "running"))
 # What the same command hands over again, and what only `retry` does.
 OPEN: frozenset[State] = frozenset(("missing", "refused", "stopped", "lost"))
 BROKEN: frozenset[State] = frozenset(("failed", "diverged"))
-_RUNNING = frozenset(("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING"))
+_SILENT = JobState("unknown", "the scheduler does not answer")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Submission:
     """What a ledger knows of a point beside its config."""
 
     folder: Path
+    scheduler: JobScheduler  # of its cluster
     submitted: float | None  # seconds since 1970, the last time
     refused: str | None  # why
     cancelled: bool
@@ -58,22 +59,28 @@ class RunStatus:
     goodput: Goodput
 
 
-def job_states(folders: Sequence[Path]) -> dict[str, str] | None:
-    """SLURM's word for each folder's newest job; None when it does not answer, {} when none was ever submitted."""
-    jobs = [earlier[-1]["job"] for folder in folders if (earlier := client.submissions(folder))]
-    if not jobs:
-        return {}
-    try:
-        return client.states(jobs)
-    except client.SilentError:
-        return None
+def job_states(points: Iterable[Submission]) -> dict[Path, JobState]:
+    """Of each folder's newest job, where its scheduler still knows it; every scheduler is asked once."""
+    newest: dict[JobScheduler, dict[Path, str]] = {}
+    for point in points:
+        if handed := submissions(point.folder):
+            newest.setdefault(point.scheduler, {})[point.folder] = handed[-1]["job"]
+    found: dict[Path, JobState] = {}
+    for scheduler, jobs in newest.items():
+        try:
+            states = scheduler.states(jobs.values())
+        except SilentError:
+            found |= dict.fromkeys(jobs, _SILENT)
+        else:
+            found |= {folder: states[job] for folder, job in jobs.items() if job in states}
+    return found
 
 
-def status_of(point: Submission, jobs: Mapping[str, str] | None) -> RunStatus:
-    """`jobs` as `job_states` gives them."""
-    tried, handed = attempts(point.folder), client.submissions(point.folder)
+def status_of(point: Submission, newest: JobState | None) -> RunStatus:
+    """`newest`: of its newest job, as `job_states` gives it."""
+    tried, handed = attempts(point.folder), submissions(point.folder)
     job = handed[-1]["job"] if handed else None
-    state, detail = _state(point, tried, job, jobs)
+    state, detail = _state(point, tried, job, newest)
     history = read(point.folder)
     return RunStatus(
         state,
@@ -95,20 +102,17 @@ def score(history: History) -> float | None:
     return None
 
 
-def _state(
-    point: Submission, tried: list[Attempt], job: str | None, jobs: Mapping[str, str] | None
-) -> tuple[State, str]:
+def _state(point: Submission, tried: list[Attempt], job: str | None, newest: JobState | None) -> tuple[State, str]:
     if any(each.ended == "finished" for each in tried):
         return "finished", ""
-    word = (jobs or {}).get(job or "")
-    if word is not None and word not in client.ENDED and not left(point.folder):
-        return ("running" if word in _RUNNING else "queued"), word
-    if Lock(point.folder / "lock", client.SlurmScheduler()).held():
+    if newest is not None and newest.live and not ended_in_shared_job(point.folder):
+        return ("running" if newest.phase == "running" else "queued"), newest.word
+    if Lock(point.folder / "lock", point.scheduler).held():
         return "running", ""
     if point.cancelled:
         return "cancelled", ""
-    if job is not None and jobs is None:
-        return "queued", f"SLURM does not answer; job {job} may live"
+    if newest is _SILENT:
+        return "queued", f"{newest.word}; job {job} may live"
     if not tried:
         if point.refused is not None:
             return "refused", point.refused

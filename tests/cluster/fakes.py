@@ -15,6 +15,8 @@ HERE = Path(__file__).resolve().parents[2]
 
 BUILD = """
 import importlib
+def target_class(tree, section):
+    raise NotImplementedError
 def build(tree):
     module, _, name = tree["task"]["_target_"].rpartition(".")
     return {"task": getattr(importlib.import_module(module), name)(tree["task"])}

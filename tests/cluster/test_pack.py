@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from src.cluster.slurm.pack import CANCEL_FILE, Node, Pack, PackedRun
+from src.cluster.slurm.pack import Node, Pack, PackedRun
 from src.cluster.slurm.packing import filled, whole_node
+from src.cluster.slurm.scheduler import CANCEL_FILE
 
 NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
 

@@ -6,6 +6,7 @@ import torch
 from src.cluster.diagnosis.hang import Hang, compare
 from src.cluster.diagnosis.rank_failure import Kind, RankFailure, classify
 from src.cluster.diagnosis.verdict import Evidence, capped, judge
+from src.cluster.slurm.job_log import findings
 from src.distributed.process.preflight import PreflightError
 from src.errors import DataError
 
@@ -23,7 +24,7 @@ def failure(rank: int, kind: Kind, time_ns: int, bad_node: str | None = None) ->
 
 
 def evidence(*found: RankFailure, log: str = "", hang: Hang | None = None, saved: bool = False) -> Evidence:
-    return Evidence(sorted(found, key=lambda each: each.time_ns), log, hang, NODES, saved)
+    return Evidence(sorted(found, key=lambda each: each.time_ns), findings(log, NODES), hang, NODES, saved)
 
 
 @pytest.mark.parametrize(

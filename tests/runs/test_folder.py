@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from src.cluster.rank import RankJob
-from src.cluster.slurm.client import SlurmScheduler
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.config.tree import read
 from src.errors import FolderError
 from src.runs.folder import RunFolder, attempts, end, log_folder

@@ -8,7 +8,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from src.cluster.slurm.config import Slurm
-from src.cluster.slurm.submission import Prepared
+from src.cluster.submission import Prepared
 from src.config.compose import asked
 from src.config.tree import identity
 from src.launch.start import checked, feed, record

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from src.cluster.slurm.client import submissions
 from src.runs.folder import attempts
+from src.runs.submissions import submissions
 from tests.end_to_end.lives import series
 from tests.slurm.points import prepared, slurm
 from tests.slurm.runs import STEPS, Site, told_by, until
@@ -120,7 +120,7 @@ def test_two_shapes_are_two_jobs_of_their_own_size(
     points = [prepared(site, f"name=shape{number}", f"parallel={layout}") for number, layout in enumerate(layouts)]
     for key, value in site.environment().items():
         monkeypatch.setenv(key, value)
-    submitted = slurm(array_parallelism=1).submit_all(points)
+    submitted = slurm(array_parallelism=1).submit_many(points)
     assert [each.folder for each in submitted] == [point.folder.path for point in points]
     arrays = [each.job.partition("_") for each in submitted]
     assert [index for _, _, index in arrays] == ["0", "0", "1", "1"]

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from src.cluster.slurm.client import submissions
 from src.runs.folder import attempts
+from src.runs.submissions import submissions
 from src.sweeps.ledger import Ledger
 from tests.slurm.runs import STEPS, Site, until
 

@@ -11,11 +11,12 @@ from src.sweeps.ledger import Ledger, SweepPoint
 
 START = 1_700_000_000.0
 STEP_SECONDS = 0.5
+HERE = {"_target_": "src.cluster.local.config.Local"}
 
 
 def tree(root: Path, **science: Any) -> Tree:
     """A config of nothing but what a ledger looks at."""
-    return {"name": "tiny", "root": str(root), "folder": None, "tracker": {"wandb": None}, **science}
+    return {"name": "tiny", "root": str(root), "folder": None, "tracker": {"wandb": None}, "cluster": HERE, **science}
 
 
 def moment(seconds: float) -> str:

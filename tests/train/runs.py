@@ -47,6 +47,7 @@ class Here:
     """A cluster of one machine."""
 
     gpu_memory_gib: float | None = None
+    gpus_per_node: None = None
     grace_seconds: float = 60.0
 
     def devices(self) -> Gpus:

@@ -1,7 +1,6 @@
-"""Failure records: what each failing rank of a SLURM job writes for the verdict."""
+"""Failure records: what each failing rank of a scheduler's job writes for the verdict."""
 
 import json
-import os
 import re
 import time
 import traceback
@@ -9,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from src.cluster.backend import JobStart
 from src.errors import UserError
 from src.storage.atomic_write import atomic_write
 
@@ -80,10 +80,9 @@ def gather_traces(error: BaseException, folder: Path) -> None:
         flight_recorder.ask(folder / "traces", world)
 
 
-def place(folder: Path) -> Path:
+def place(folder: Path, start: JobStart) -> Path:
     """Of this start of this job; every rank and the batch script know it without asking each other."""
-    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-    return folder / "logs" / f"job_{job}.{restart}"
+    return folder / "logs" / f"job_{start.job}.{start.restarts}"
 
 
 def read(where: Path) -> list[RankFailure]:

@@ -1,14 +1,12 @@
-"""Why an attempt on SLURM failed, and whether starting again can help.
+"""Why an attempt in a scheduler's job failed, and whether starting again can help.
 
-The batch script runs `python -m src.cluster.diagnosis.verdict <folder> --requeues n` when its ranks ended badly. Words
+The job's script runs `python -m src.cluster.diagnosis.verdict <folder> --requeues n` when its ranks ended badly. Words
 for people go to stderr, which is the job's log; stdout says `requeue`, `requeue <bad node>` or `stop`, and the script
 does it.
 """
 
 import argparse
 import json
-import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from src.checkpoint.folder import complete
+from src.cluster.backend import JobScheduler, JobStart, LogFindings
+from src.cluster.batch_system import scheduler_of
 from src.cluster.diagnosis import hang, rank_failure
-from src.cluster.slurm import client
+from src.config import tree as trees
 from src.runs.folder import attempts, end
+from src.runs.submissions import submissions
 from src.storage.json_lines import Lines
 
 FILE = "verdicts.jsonl"
@@ -40,16 +41,6 @@ ADVICE: dict[Kind, str] = {
     "saved": "saved, and only the requeue failed",
     "late": "the save did not end before the time limit; pass a larger cluster.grace_seconds",
 }
-_HOST_MEMORY = re.compile(r"oom-kill|Out Of Memory|OUT_OF_MEMORY")
-# srun: error: n2: task 5: Killed     srun: error: n2: tasks 4-7: Bus error
-_DIED = re.compile(
-    r"srun: error: (\S+): tasks? ([\d,-]+): (Killed|Bus error|Segmentation fault|Aborted|Illegal instruction)"
-)
-# From here on it is srun that ends what still runs: whoever is killed later is not the cause.
-_ABORTED = re.compile(r"Job step aborted|Terminating StepId|CANCELLED AT")
-_NODE_FAILURE = re.compile(r"[Nn]ode failure on (\S+)")
-# Its step daemon is gone; srun counts the nodes of the step, from 0.
-_LOST_NODE = re.compile(r"[Aa]borting, io error (?:and missing step|with slurmstepd) on node (\d+)")
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Evidence:
     """What an attempt left behind."""
 
     failures: Sequence[rank_failure.RankFailure]  # the earliest first
-    log: str  # of the job, from the start of this attempt
+    log: LogFindings  # the scheduler's own words in the job's log, from the start of this attempt
     hang: hang.Hang | None
     nodes: Sequence[str]  # by rank
     saved: bool  # all ranks had saved and stopped
@@ -77,7 +68,7 @@ def judge(evidence: Evidence) -> Verdict:
         if failure.kind in ("memory", "user", "code"):
             words = f"rank {failure.rank} (node {failure.node}): {failure.error}\n{ADVICE[failure.kind]}"
             return Verdict(failure.kind, "stop", None, words)
-    if _HOST_MEMORY.search(evidence.log):
+    if evidence.log.out_of_memory:
         return Verdict(
             "memory", "stop", None, "the node ran out of host memory; pass a larger cluster.memory_gib_per_gpu"
         )
@@ -88,13 +79,10 @@ def judge(evidence: Evidence) -> Verdict:
             return Verdict("node", "requeue", failure.bad_node, f"{ADVICE['node']}: {failure.error}")
     if evidence.hang is not None and not evidence.hang.silent:
         return _hung(evidence.hang, evidence.nodes)
-    if (down := _NODE_FAILURE.search(evidence.log)) is not None:
-        return Verdict("node", "requeue", down[1].rstrip(".,"), f"{ADVICE['node']}: {down[0]}")
-    if (lost := _LOST_NODE.search(evidence.log)) is not None:
-        node = _hosts(evidence)[int(lost[1])]
-        return Verdict("node", "requeue", node, f"{ADVICE['node']}, {node}: {lost[0]}")
-    if (died := _DIED.search(_ABORTED.split(evidence.log, maxsplit=1)[0])) is not None:
-        return Verdict("died", "requeue", died[1], f"{ADVICE['died']}: {died[0]}")
+    if (down := evidence.log.node_down) is not None:
+        return Verdict("node", "requeue", down.node, f"{ADVICE['node']}, {down.node}: {down.words}")
+    if (died := evidence.log.died) is not None:
+        return Verdict("died", "requeue", died.node, f"{ADVICE['died']}: {died.words}")
     if evidence.hang is not None:
         return _hung(evidence.hang, evidence.nodes)
     quiet = _silent_node(evidence)
@@ -110,12 +98,8 @@ def _hung(found: hang.Hang, nodes: Sequence[str]) -> Verdict:
 def _silent_node(evidence: Evidence) -> str | None:
     """The one node none of whose ranks could write down an error, if the others did."""
     heard = {failure.node for failure in evidence.failures}
-    silent = [node for node in _hosts(evidence) if node not in heard]
+    silent = [node for node in dict.fromkeys(evidence.nodes) if node not in heard]
     return silent[0] if heard and len(silent) == 1 else None
-
-
-def _hosts(evidence: Evidence) -> list[str]:
-    return list(dict.fromkeys(evidence.nodes))
 
 
 def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], checkpoint: str | None, requeues: int) -> Verdict:
@@ -150,34 +134,21 @@ def newest(folder: Path) -> str | None:
     return found[-1].name if found else None
 
 
-def gather(folder: Path) -> Evidence:
+def gather(folder: Path, start: JobStart, scheduler: JobScheduler) -> Evidence:
     """Of the newest attempt of this job."""
-    from submitit.slurm.slurm import SlurmJobEnvironment
-
     per_node = int(json.loads((folder / "plan.json").read_text())["ranks_per_node"])
-    nodes = [node for node in SlurmJobEnvironment().hostnames for _ in range(per_node)]
-    tried = attempts(folder)
-    mine = bool(tried) and tried[-1].job == os.environ["SLURM_JOB_ID"]
+    nodes = [node for node in start.nodes for _ in range(per_node)]
+    tried, handed = attempts(folder), submissions(folder)
+    mine = bool(tried) and tried[-1].job == start.job
     since = datetime.fromisoformat(tried[-1].started).timestamp() if tried else 0.0
+    left = rank_failure.place(folder, start)
     return Evidence(
-        failures=rank_failure.read(rank_failure.place(folder)),
-        log=_log(folder),
-        hang=hang.find(folder / "traces", since, nodes, keep=rank_failure.place(folder)),
+        failures=rank_failure.read(left),
+        log=scheduler.log_findings(Path(handed[-1]["log"]), nodes) if handed else LogFindings(),
+        hang=hang.find(folder / "traces", since, nodes, keep=left),
         nodes=nodes,
         saved=mine and tried[-1].ended == "stopped",
     )
-
-
-def _log(folder: Path) -> str:
-    """Of this start alone: SLURM appends to one file."""
-    submitted = client.submissions(folder)
-    if not submitted:
-        return ""
-    try:
-        text = Path(submitted[-1]["log"]).read_text(errors="replace")
-    except FileNotFoundError:
-        return ""
-    return text.rpartition("Starting with JobEnvironment(")[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,13 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--requeues", type=int, required=True)
     given = parser.parse_args(arguments)
-    job = os.environ["SLURM_JOB_ID"]
-    try:
-        if client.states([job]).get(job) != "RUNNING":
-            return 0  # cancelled, at its time limit, or requeued already: SLURM's own affair
-    except client.SilentError as error:
-        print(f"squeue does not answer ({error}); judged without it", file=sys.stderr)
-    verdict = settle(given.folder, job, judge(gather(given.folder)), given.requeues)
+    scheduler = scheduler_of(trees.read(given.folder / "config.yaml"))
+    start = scheduler.current_start()
+    if scheduler.is_ending(start.job):
+        return 0  # cancelled, at its time limit, or requeued already: the scheduler's own affair
+    verdict = settle(given.folder, start.job, judge(gather(given.folder, start, scheduler)), given.requeues)
     if verdict.kind != "saved" and attempts(given.folder):
         end(given.folder, "failed", verdict.words.partition("\n")[0], overrule=True)
     leaving = f", without node {verdict.node}" if verdict.node and verdict.action == "requeue" else ""

@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from src.cluster.backend import AttemptOutcome, Options
+from src.cluster.backend import AttemptOutcome, JobScheduler, Options
+from src.cluster.batch_system import batch_system
 from src.cluster.rank import RankJob
 from src.config.base import Config
 from src.config.bounds import CountFromZero, Gibibytes, PerNode, Seconds
@@ -39,10 +41,16 @@ class LocalDevices:
 class Local(Config):
     """cluster=local."""
 
+    scheduler: ClassVar[JobScheduler] = batch_system()
+
     gpus: CountFromZero | None  # None: all that are visible; 0: the CPU
     gpu_memory_gib: Gibibytes | None  # None: what the GPU says
     threads: PerNode | None  # torch threads per rank; None: cores // ranks
     grace_seconds: Seconds  # between a signal and the end of ranks that still save
+
+    @property
+    def gpus_per_node(self) -> None:
+        """All ranks are on this machine."""
 
     def devices(self) -> LocalDevices:
         """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""
@@ -51,6 +59,10 @@ class Local(Config):
             return LocalDevices("cpu", None, None, "CPU", host_gib=_host_gib())
         name, memory_gib, capability = _first_gpu()
         return LocalDevices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
+
+    def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+        """None: ranks are started by this process."""
+        return ""
 
     def submit(self, folder: RunFolder, world: int) -> AttemptOutcome:
         """Start `world` ranks of the folder, show rank 0, and return when all have ended.

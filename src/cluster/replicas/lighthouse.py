@@ -14,7 +14,7 @@ from src.errors import PlanError
 from src.runs.folder import RunFolder
 from src.runs.frozen_code import NO_BYTECODE
 
-ADDRESS_FILE = "lighthouse.url"  # of a run folder, where SLURM decides on the node
+ADDRESS_FILE = "lighthouse.url"  # of a run folder, where a scheduler decides on the node
 
 
 def arguments(options: Options) -> tuple[str, ...]:

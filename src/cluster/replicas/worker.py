@@ -8,10 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from src.cluster.local.config import conclude
+from src.cluster.local.config import Local, conclude
 from src.cluster.local.supervisor import RankSupervisor
 from src.cluster.rank import RankJob, by_launcher, end_with
-from src.cluster.slurm.client import SlurmScheduler
 from src.runs.folder import RunFolder
 
 
@@ -21,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, required=True, help="seconds between a signal and the end by force")
     given = parser.parse_args(arguments)
     end_with(given.launcher)
-    with RunFolder.rejoin(given.folder, given.code, SlurmScheduler()) as folder:
+    with RunFolder.rejoin(given.folder, given.code, Local.scheduler) as folder:
         supervisor = RankSupervisor(RankJob(folder.path, folder.code), folder.begin(given.world), {}, given.grace)
         return conclude(supervisor, supervisor.run(), folder.path, f"group {folder.path.name}: ").exit_code
 

@@ -1,22 +1,14 @@
 """Client of SLURM's commands (squeue, sinfo, scontrol): job states, partitions, nodes."""
 
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from src.runs.records import SUBMISSIONS_FILE
-from src.storage.json_lines import Lines
+from src.cluster.backend import SilentError
 
 _ANSWER_SECONDS = 60
-
-
-class SilentError(Exception):
-    """A command is absent, failed, or did not answer; the text is its own words."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +47,6 @@ def live(job: str) -> bool:
     except SilentError:
         return True
     return state is not None and state not in ENDED
-
-
-class SlurmScheduler:
-    """SLURM's answers to src.runs.scheduler."""
-
-    def current_job(self) -> str | None:
-        """Id of the job that this process runs in."""
-        return os.environ.get("SLURM_JOB_ID")
-
-    def is_live(self, job: str) -> bool:
-        """Whether the job is queued or running; also true when squeue cannot say."""
-        return live(job)
-
-    def cancel_command(self, job: str) -> str:
-        """What a person types to end the job."""
-        return f"scancel {job}"
 
 
 def seconds_left(job: str) -> float | None:
@@ -125,11 +101,6 @@ def minutes(text: str) -> int | None:
     else:
         hours, minute = parts[-3] if len(parts) > 2 else 0, parts[-2] if len(parts) > 1 else parts[0]
     return int(days or 0) * 1440 + hours * 60 + minute
-
-
-def submissions(folder: Path) -> list[dict[str, Any]]:
-    """Every time the run was handed to SLURM, oldest first."""
-    return list(Lines(folder / SUBMISSIONS_FILE).read())
 
 
 def _ask(*command: str) -> str:

@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from src.checkpoint.config import hardly_fits
-from src.cluster.backend import AttemptOutcome, Options
+from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
 from src.cluster.slurm import client
 from src.cluster.slurm.pack import PackedRun
-from src.cluster.slurm.packing import PackedJob, filled, left, small, whole_node
+from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
-from src.cluster.slurm.submission import Prepared, Submitted
+from src.cluster.slurm.scheduler import SlurmScheduler
+from src.cluster.submission import Prepared, Submitted
 from src.config.base import Config, Line, Names
 from src.config.bounds import Count, CountFromZero, Gibibytes, Minutes, PerNode, Seconds
 from src.distributed.process.rank_context import joined
@@ -28,6 +29,7 @@ from src.errors import FolderError, PlanError
 from src.runs.folder import RunFolder
 from src.runs.frozen_code import NO_BYTECODE
 from src.runs.records import SUBMISSIONS_FILE
+from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.json_lines import METRICS_FILE, Lines
 
 Flags = dict[str, str | int | float | bool | None]
@@ -55,6 +57,8 @@ class SlurmDevices:
 
 class Slurm(Config):
     """Facts of a site."""
+
+    scheduler: ClassVar[JobScheduler] = SlurmScheduler()
 
     partition: Line | None
     account: Line | None
@@ -109,13 +113,13 @@ class Slurm(Config):
             return AttemptOutcome("finished", 0)
         plan = json.loads((folder.path / "plan.json").read_text())
         assert plan["world"] == world, "the folder's own plan"
-        submitted = self.submit_all([Prepared(folder, plan)])
+        submitted = self.submit_many([Prepared(folder, plan)])
         print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)
         if not self.wait:
             return AttemptOutcome("submitted", 0)
-        from src.cluster.slurm.wait import wait
+        from src.cluster.wait import wait
 
-        return wait(submitted)
+        return wait(submitted, self.scheduler)
 
     def submit_groups(self, folder: RunFolder, world: int, options: Options) -> AttemptOutcome:
         """The same for replica groups, each as a job of its own."""
@@ -145,7 +149,7 @@ class Slurm(Config):
             texts.append(self._text(_place(jobs), self._pack_parameters(jobs, shapes[group[0]])))
         return "\n".join(texts)
 
-    def submit_all(self, points: Sequence[Prepared]) -> list[Submitted]:
+    def submit_many(self, points: Sequence[Prepared]) -> list[Submitted]:
         """One job, or one array per shape. PlanError before sbatch for what the partition lacks, or with its words.
 
         Every folder's lock is released: from here on the job is its writer.
@@ -180,7 +184,7 @@ class Slurm(Config):
             names, partition = client.partitions(), self.partition or client.default_partition()
             found = problems(self, asked, partition, client.nodes(partition) if partition else [], names)
             live = _live(folders)
-        except client.SilentError as error:
+        except SilentError as error:
             raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
         if found:
             raise PlanError(found)
@@ -193,7 +197,7 @@ class Slurm(Config):
         place.mkdir(parents=True, exist_ok=True)
         handles = self._send(place, self._parameters(asked, jobs), jobs)
         return [
-            _recorded(folder, Submitted(str(handle.job_id), folder.path, Path(handle.paths.stdout)), asked)
+            _recorded(folder, self._submitted(handle, folder), asked)
             for folder, handle in zip(folders, handles, strict=True)
         ]
 
@@ -206,9 +210,13 @@ class Slurm(Config):
         place = _place(jobs)
         place.mkdir(parents=True, exist_ok=True)
         (handle,) = self._send(place, self._pack_parameters(jobs, asked[0]), [pack])
-        log = Path(handle.paths.stdout)
-        submitted = [Submitted(str(handle.job_id), folder.path, log) for folder in folders]
+        submitted = [self._submitted(handle, folder) for folder in folders]
         return [_recorded(*each, packed=True) for each in zip(folders, submitted, asked, strict=True)]
+
+    def _submitted(self, handle: Any, folder: RunFolder) -> Submitted:
+        """`handle`: submitit's, of the job."""
+        job = str(handle.job_id)
+        return Submitted(job, folder.path, Path(handle.paths.stdout), self.scheduler.cancel_command(job))
 
     def _send(self, place: Path, parameters: dict[str, Any], jobs: Sequence[Callable[[], None]]) -> list[Any]:
         """submitit's handles. PlanError with sbatch's words and what it was given."""
@@ -312,7 +320,9 @@ def slow_saves(folder: Path, grace_seconds: float) -> str | None:
 def _live(folders: Sequence[Path]) -> list[str]:
     """A complaint for each folder whose newest job SLURM has not done with."""
     jobs = {
-        folder: earlier[-1]["job"] for folder in folders if (earlier := client.submissions(folder)) and not left(folder)
+        folder: earlier[-1]["job"]
+        for folder in folders
+        if (earlier := submissions(folder)) and not ended_in_shared_job(folder)
     }
     states = client.states(jobs.values()) if jobs else {}
     return [

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.cluster.backend import SilentError
 from src.cluster.replicas.lighthouse import ADDRESS_FILE, command
 from src.cluster.slurm import client
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.runs.folder import RunFolder, attempts, end
+from src.runs.submissions import submissions
 from src.storage.atomic_write import atomic_write
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class LighthouseJob:
 
     def __call__(self) -> None:
         """Ends when no group is queued or running; the run's attempt begins and ends with it."""
-        with RunFolder.rejoin(self.folder, self.code, client.SlurmScheduler()) as folder:
+        with RunFolder.rejoin(self.folder, self.code, SlurmScheduler()) as folder:
             folder.begin(self.world)
             environment = os.environ | {"RUST_LOG": os.environ.get("RUST_LOG", "warn")}
             pipe = subprocess.PIPE
@@ -62,9 +65,9 @@ class LighthouseJob:
         return DelayedSubmission(self)
 
     def _any_lives(self) -> bool:
-        jobs = [submitted[-1]["job"] for group in self.groups if (submitted := client.submissions(group))]
+        jobs = [submitted[-1]["job"] for group in self.groups if (submitted := submissions(group))]
         try:
             states: dict[str, Any] = client.states(jobs)
-        except client.SilentError:
+        except SilentError:
             return True
         return any(states.get(job, "COMPLETED") not in client.ENDED for job in jobs)

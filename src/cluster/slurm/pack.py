@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from src.cluster.local.config import Local
-from src.cluster.slurm.client import SlurmScheduler
+from src.cluster.slurm.scheduler import CANCEL_FILE, SlurmScheduler
 from src.runs.folder import RunFolder, attempts, log_folder
 from src.storage.atomic_write import atomic_write
 
-CANCEL_FILE = "cancel"  # in a run folder: end this run, not its neighbours
 SHARE_FILE = "pack.json"  # what the newest attempt was given
 POLL_SECONDS = 0.5
 

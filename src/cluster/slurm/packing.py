@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.cluster.slurm import client
-from src.cluster.slurm.pack import CANCEL_FILE, Node, Pack, PackedRun
+from src.cluster.slurm.pack import Node, Pack, PackedRun
 from src.cluster.slurm.resources import Resources
+from src.cluster.slurm.scheduler import CANCEL_FILE, SlurmScheduler
 from src.cluster.slurm.time_limit import margin
 from src.runs.folder import attempts
+from src.runs.submissions import submissions
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -54,7 +55,7 @@ class PackedJob:
     def _ours(share: PackedRun) -> bool:
         """Whether it has still to run, in this job: it may have been handed over again meanwhile."""
         job = os.environ["SLURM_JOB_ID"]
-        handed, tried = client.submissions(share.folder), attempts(share.folder)
+        handed, tried = submissions(share.folder), attempts(share.folder)
         (share.folder / CANCEL_FILE).unlink(missing_ok=True)
         ended = tried[-1].ended if tried and tried[-1].job == job else None
         return handed[-1]["job"].partition("_")[0] == job and ended not in ("finished", "failed")
@@ -62,12 +63,7 @@ class PackedJob:
     @staticmethod
     def _go_on_later(requeue: Any) -> None:
         """All have saved. At preemption SLURM requeues by itself; at the time limit submitit does."""
-        job = os.environ["SLURM_JOB_ID"]
-        try:
-            running = client.states([job]).get(job) == "RUNNING"
-        except client.SilentError:
-            running = True
-        if not running:
+        if SlurmScheduler().is_ending(os.environ["SLURM_JOB_ID"]):
             time.sleep(3600)  # whoever leaves now counts as done, and would not be requeued
         try:
             requeue(signal.SIGUSR2, None)
@@ -77,15 +73,6 @@ class PackedJob:
         except (OSError, subprocess.SubprocessError) as error:
             print(f"requeue failed: {error}", file=sys.stderr, flush=True)
             os._exit(1)
-
-
-def left(folder: Path) -> bool:
-    """Whether a run is over although the job that it shared with others lives."""
-    handed, tried = client.submissions(folder), attempts(folder)
-    if not (handed and tried and handed[-1].get("packed")):
-        return False
-    same = tried[-1].job == handed[-1]["job"]
-    return same and tried[-1].ended in ("finished", "failed")
 
 
 def small(asked: Resources, gpus_per_node: int) -> bool:

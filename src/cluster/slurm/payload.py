@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster.diagnosis import rank_failure
 from src.cluster.rank import RankJob, end_with
-from src.cluster.slurm import client
 from src.cluster.slurm.replica_groups import introduce
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import Deadline
 from src.config import tree as trees
 from src.distributed.process.rank_context import LauncherEnv
@@ -96,8 +96,8 @@ class QueuedJob:
         """
         from submitit.core.utils import UncompletedJobError
 
-        released = rank_failure.place(self.folder) / "released"
-        if rank == 0 and _running():
+        released = rank_failure.place(self.folder, SlurmScheduler().current_start()) / "released"
+        if rank == 0 and not SlurmScheduler().is_ending(os.environ["SLURM_JOB_ID"]):
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit sets its handler before it calls us"
             try:
@@ -165,25 +165,16 @@ def _rejoin(path: Path, code: str) -> RunFolder:
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            return RunFolder.rejoin(path, code, client.SlurmScheduler())
+            return RunFolder.rejoin(path, code, SlurmScheduler())
         except FolderError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.5)
 
 
-def _running() -> bool:
-    """Whether SLURM wants this job to run: false when it is cancelled, preempted or requeued already."""
-    job = os.environ["SLURM_JOB_ID"]
-    try:
-        return client.states([job]).get(job) == "RUNNING"
-    except client.SilentError:
-        return True
-
-
 def _leave(failure: rank_failure.RankFailure, folder: Path, error: Exception) -> NoReturn:
     """Say it, keep it, and go without waiting for threads or process groups, which may wait for other ranks."""
-    failure.write(rank_failure.place(folder))
+    failure.write(rank_failure.place(folder, SlurmScheduler().current_start()))
     text = "\n".join(error.problems) if isinstance(error, UserError) else failure.traceback
     print(f"rank {failure.rank} on {failure.node} failed\n{text}", file=sys.stderr, flush=True)
     rank_failure.gather_traces(error, folder)

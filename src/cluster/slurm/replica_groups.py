@@ -4,18 +4,28 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from src.cluster.backend import AttemptOutcome, Options
+from src.cluster.backend import AttemptOutcome, Options, QueueBackend
 from src.cluster.replicas.lighthouse import ADDRESS_FILE, arguments
-from src.cluster.slurm.client import SlurmScheduler
 from src.cluster.slurm.lighthouse_job import LighthouseJob
-from src.cluster.slurm.submission import Prepared, SubmitsGroups, Submitted
+from src.cluster.submission import Prepared, Submitted
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts
 
 WORD_SECONDS = 60.0
+
+
+class SubmitsGroups(QueueBackend, Protocol):
+    """The facts of src.cluster.slurm.config that replica groups need."""
+
+    @property
+    def pack(self) -> bool: ...
+
+    def send_small(self, place: Path, name: str, folder: RunFolder, job: Callable[[], None]) -> Any:
+        """A job of one process without a GPU; submitit's handle."""
 
 
 def submit(site: SubmitsGroups, folder: RunFolder, options: Options) -> AttemptOutcome:
@@ -28,8 +38,8 @@ def submit(site: SubmitsGroups, folder: RunFolder, options: Options) -> AttemptO
     plan = json.loads((folder.path / "plan.json").read_text())
     address = folder.path / ADDRESS_FILE
     address.unlink(missing_ok=True)
-    groups = [Prepared(RunFolder.rejoin(path, folder.code, SlurmScheduler()), plan) for path in paths]
-    submitted = site.submit_all(groups)
+    groups = [Prepared(RunFolder.rejoin(path, folder.code, site.scheduler), plan) for path in paths]
+    submitted = site.submit_many(groups)
     print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)
     if options.lighthouse is None:
         world = plan["world"] * options.groups
@@ -43,9 +53,9 @@ def submit(site: SubmitsGroups, folder: RunFolder, options: Options) -> AttemptO
         )
     if not site.wait:
         return AttemptOutcome("submitted", 0)
-    from src.cluster.slurm.wait import wait
+    from src.cluster.wait import wait
 
-    return wait(submitted)
+    return wait(submitted, site.scheduler)
 
 
 def introduce(folder: Path, tree: dict[str, Any]) -> None:

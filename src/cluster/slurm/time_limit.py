@@ -6,7 +6,6 @@ requeued, and goes on from the newest complete checkpoint, if this attempt has w
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Self
 
 from src.cluster.diagnosis.verdict import ADVICE, Verdict, newest, settle
 from src.cluster.slurm import client
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.runs.folder import end
 
 MARGIN_SECONDS = 30.0  # slurmctld looks at time limits every 30 s
@@ -79,4 +79,4 @@ class Deadline:
         end(self._folder, "killed", verdict.words.partition("\n")[0], overrule=True)
         print(f"verdict: {verdict.words}\n{verdict.action}", file=sys.stderr, flush=True)
         if verdict.action == "requeue":
-            subprocess.run(["scontrol", "requeue", self._job], check=False)
+            SlurmScheduler().requeue(self._job)

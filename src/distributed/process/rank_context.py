@@ -24,7 +24,7 @@ _FLIGHT_RECORDER_ENTRIES = 20_000
 
 
 def joined() -> bool:
-    """Whether an outer launcher (torchrun, srun, our own) has already made this process a rank."""
+    """Whether an outer launcher (torchrun, a batch system, our own) has already made this process a rank."""
     return "RANK" in os.environ
 
 

@@ -1,7 +1,7 @@
-"""cluster.wait=true: a table of the runs in SLURM's hands, until the last one has ended."""
+"""cluster.wait=true: a table of the runs in a scheduler's hands, until the last one has ended."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from src.cluster.backend import AttemptOutcome
-from src.cluster.slurm import client
+from src.cluster.backend import AttemptOutcome, JobScheduler, JobState, SilentError
 from src.runs.folder import attempts
 from src.storage.json_lines import Lines
 
 POLL_SECONDS = 5.0
-# squeue forgets a job for a moment between its end and its requeue.
+# SLURM forgets a job for a moment between its end and its requeue.
 GONE_POLLS = 2
 
 
@@ -33,21 +32,21 @@ class SubmittedRun(Protocol):
 class QueueStatus:
     """How a run stands."""
 
-    state: str  # squeue's word; "finished", "failed" ... once it has ended
+    state: str  # the scheduler's word; "finished", "failed" ... once it has ended
     attempts: int
     step: int | None
     loss: float | None
     ended: bool
 
 
-def wait(runs: Sequence[SubmittedRun], poll_seconds: float = POLL_SECONDS) -> AttemptOutcome:
+def wait(runs: Sequence[SubmittedRun], scheduler: JobScheduler, poll_seconds: float = POLL_SECONDS) -> AttemptOutcome:
     """Returns when no run is queued or running. Ctrl-C leaves the jobs alone."""
     unseen = dict.fromkeys((run.job for run in runs), 0)
     with Live(console=Console(stderr=True), auto_refresh=False) as live:
         while True:
-            states = _states(list(unseen))
+            states = _states(scheduler, list(unseen))
             for job in unseen:
-                unseen[job] = 0 if states is None or _alive(states.get(job)) else unseen[job] + 1
+                unseen[job] = 0 if states is None or (job in states and states[job].live) else unseen[job] + 1
             standings = [queue_status(run, states, gone=unseen[run.job] >= GONE_POLLS) for run in runs]
             live.update(_table(runs, standings), refresh=True)
             if all(each.ended for each in standings):
@@ -57,26 +56,23 @@ def wait(runs: Sequence[SubmittedRun], poll_seconds: float = POLL_SECONDS) -> At
     return AttemptOutcome("failed", 1) if failed else AttemptOutcome("finished", 0)
 
 
-def queue_status(run: SubmittedRun, states: dict[str, str] | None, *, gone: bool) -> QueueStatus:
-    """From SLURM while it knows the job, and from the run's own records after that."""
+def queue_status(run: SubmittedRun, states: Mapping[str, JobState] | None, *, gone: bool) -> QueueStatus:
+    """From the scheduler while it knows the job, and from the run's own records after that."""
     tried = attempts(run.folder)
     last = Lines(run.folder / "metrics.jsonl").last() or {}
     step, loss = last.get("step"), last.get("loss")
-    state = "unknown" if states is None else states.get(run.job, "gone")
+    known = None if states is None else states.get(run.job)
+    state = "unknown" if states is None else "gone" if known is None else known.word
     if gone:
         state = tried[-1].ended or state if tried else state
     return QueueStatus(state, len(tried), step, loss, gone)
 
 
-def _states(jobs: list[str]) -> dict[str, str] | None:
+def _states(scheduler: JobScheduler, jobs: list[str]) -> dict[str, JobState] | None:
     try:
-        return client.states(jobs)
-    except client.SilentError:
+        return scheduler.states(jobs)
+    except SilentError:
         return None
-
-
-def _alive(state: str | None) -> bool:
-    return state is not None and state not in client.ENDED
 
 
 def _table(runs: Sequence[SubmittedRun], standings: Sequence[QueueStatus]) -> Table:

@@ -1,0 +1,80 @@
+"""SLURM as a scheduler of jobs: src.cluster.backend.JobScheduler in its commands and environment variables."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.cluster.backend import JobStart, JobState, LogFindings, SilentError
+from src.cluster.slurm import client, job_log
+from src.runs.submissions import submissions
+
+CANCEL_FILE = "cancel"  # in a run folder: end this run, not its neighbours
+# squeue's words for a job that has nodes; any other that has not ended waits for them.
+_RUNNING = frozenset(("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING"))
+
+
+@dataclass(frozen=True)
+class SlurmScheduler:
+    """The SLURM of this machine."""
+
+    def current_job(self) -> str | None:
+        """Id of the job that this process runs in."""
+        return os.environ.get("SLURM_JOB_ID")
+
+    def is_live(self, job: str) -> bool:
+        """Whether the job is queued or running; also true when squeue cannot say."""
+        return client.live(job)
+
+    def cancel_command(self, job: str) -> str:
+        """What a person types to end the job."""
+        return f"scancel {job}"
+
+    def states(self, jobs: Iterable[str]) -> dict[str, JobState]:
+        """Of those that squeue still shows; SilentError."""
+        return {job: _state(word) for job, word in client.states(jobs).items()}
+
+    def cancel(self, folder: Path, job: str) -> str | None:
+        """A run that shares its job is cancelled by a file, so that its neighbours go on."""
+        if (handed := submissions(folder)) and handed[-1].get("packed"):
+            (folder / CANCEL_FILE).touch()
+            return None
+        if not client.available():
+            raise SilentError("no sbatch on this machine")
+        done = subprocess.run(["scancel", job], capture_output=True, text=True)
+        return None if done.returncode == 0 else f"scancel {job}: {done.stderr.strip()}"
+
+    def requeue(self, job: str) -> None:
+        """The nodes are given back, and the same job waits again."""
+        subprocess.run(["scontrol", "requeue", job], check=False)
+
+    def current_start(self) -> JobStart:
+        """From SLURM_JOB_ID and SLURM_RESTART_COUNT, with submitit's reading of the list of nodes."""
+        from submitit.slurm.slurm import SlurmJobEnvironment
+
+        job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return JobStart(job, restarts, tuple(SlurmJobEnvironment().hostnames))
+
+    def is_ending(self, job: str) -> bool:
+        """Cancelled, preempted, at its time limit or requeued already; false when squeue does not answer."""
+        try:
+            return client.states([job]).get(job) != "RUNNING"
+        except SilentError as error:
+            print(f"squeue does not answer ({error}); job {job} counts as running", file=sys.stderr)
+            return False
+
+    def log_findings(self, log: Path, nodes: Sequence[str]) -> LogFindings:
+        """Of the newest start: SLURM appends them all to one file."""
+        try:
+            text = log.read_text(errors="replace")
+        except FileNotFoundError:
+            return LogFindings()
+        return job_log.findings(text.rpartition(job_log.START)[2], nodes)
+
+
+def _state(word: str) -> JobState:
+    if word in client.ENDED:
+        return JobState("ended", word)
+    return JobState("running" if word in _RUNNING else "queued", word)
