@@ -27,13 +27,23 @@ def hardly_fits(save_seconds: float, grace_seconds: float) -> str | None:
 
 class Checkpoint(Config):
     every: Steps | None
+    """Optimizer steps between two checkpoints; the end and a stop save too; null: never save."""
     keep: Annotated[int, Field(ge=2)] | None
+    """Newest checkpoints to keep; null: all."""
     keep_every: Steps | None
+    """Keep those of every so many optimizer steps for ever, a multiple of `every`; null: none beyond `keep`."""
     asynchronous: bool
+    """True: copy to host memory, train on, write meanwhile; false: training waits for the disk."""
     verify: Literal["full", "size"]
+    """Check before loading; full: reads every byte (crc32); size: compares file sizes only."""
     export_every: Steps | None
+    """Optimizer steps between two exports for transformers, into exports/; null: none."""
     initial: PathField | None
+    """Start of a new run: a step_XXXXXXXX folder, the newest one of a run folder, or, weights only, hf:<folder> or
+    hf:<hub id>[@revision]; null: random weights.
+    """
     trusted: bool
+    """True: read an `initial` outside this run's folder; its metadata is pickle, which can run code."""
 
     @model_validator(mode="after")
     def _kept_steps_are_saved_steps(self) -> "Checkpoint":

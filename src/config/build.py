@@ -22,10 +22,15 @@ class Top(Config):
     """The keys that stand beside the sections."""
 
     name: str
+    """Letters, digits and . _ - for the run's folder."""
     seed: Seed
+    """Seed of the weights and of the order of samples."""
     root: PathField
+    """Folder of all run folders and of prepared data."""
     folder: PathField | None
+    """Run folder to begin or to go on with; null: <root>/<name>-<hash of the config>."""
     dry_run: bool
+    """True: print the plan and start nothing."""
 
     @field_validator("name")
     @classmethod

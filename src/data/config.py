@@ -15,10 +15,15 @@ class Data(Config, ABC):
     """The keys that every choice of `data` has."""
 
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Share of the documents held out; the content of a document decides its side."""
     mask_document_starts: bool
+    """True: no loss for predicting the first token of another document."""
     document_masks: bool
+    """True: attention stays inside a document, positions restart with it; for model.mask=block_causal."""
     max_epochs: Scale | None
+    """Most passes over a source, beyond which a run is refused; null: no limit."""
     processes: PerNode | None
+    """Processes that tokenize; null: one per core."""
 
     @abstractmethod
     def parts(self) -> dict[str, tuple[float, Source]]:
@@ -49,7 +54,9 @@ class Mixture(Data):
     """Every prefix of the sample order holds the weights, to within one sample of each source."""
 
     sources: dict[str, Source]
+    """Sources by their names."""
     weights: dict[str, Scale]
+    """Share of each source in tokens; only their ratios count."""
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:

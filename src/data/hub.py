@@ -15,11 +15,17 @@ class HubSource(Source):
     """`path` is a name on the hub or a local folder; documents are taken evenly from the shards of the split."""
 
     path: str
+    """Name on the hub (allenai/c4), or a local folder in the hub's layout."""
     name: str | None
+    """Configuration of the dataset (en); null: its default."""
     split: str
+    """Split of the dataset that is read."""
     revision: str | None
+    """Branch, tag or commit; pin a commit to train on the same text for ever; null: the newest."""
     field: str
+    """Column that holds the text."""
     max_documents: Count | None
+    """Documents, taken evenly from the shards; null: the whole split."""
 
     def fingerprint(self, cache: Path) -> str:
         folder = Path(self.path)

@@ -84,8 +84,11 @@ class TextSource(Source):
     """Files or globs; the suffix decides: .jsonl, .ndjson and .parquet hold a document per row, others are text."""
 
     files: OneOrMore
+    """A file, a glob ("corpus/**/*.txt") or a list of them; .jsonl and .parquet hold a document per row."""
     field: str
+    """Column of .jsonl and .parquet rows that holds the text."""
     separator: Separator | None
+    r"""Cuts a plain text file into documents, such as '\n\n' for blank lines; null: a file is a document."""
 
     def fingerprint(self, cache: Path) -> str:
         content = zip([path.suffix for path in self._paths], hash_files(self._paths, cache), strict=True)
@@ -123,8 +126,11 @@ class SyntheticSource(Source):
     """A language of made-up words in which each word allows few successors: learnable, endless, the same everywhere."""
 
     documents: Count
+    """Documents of the corpus."""
     words: Count
+    """Mean words per document, about 7 bytes each."""
     seed: Seed
+    """Seed of the text; the language stays the same."""
 
     def fingerprint(self, cache: Path) -> str:
         return fingerprint("synthetic", self.documents, self.words, self.seed)

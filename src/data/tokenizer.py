@@ -128,8 +128,11 @@ class Bytes(TokenizerConfig):
 
 class File(TokenizerConfig):
     path: PathField
+    """A tokenizer.json, or a folder with one, or with vocab.json and merges.txt."""
     bos: str | None
+    """Token that begins a document; null: as tokenizer_config.json or the file itself says."""
     eos: str | None
+    """Token that ends a document; null: likewise."""
 
     def vocabulary(self) -> int:
         return vocabulary_of(self._read()[0])
@@ -145,6 +148,7 @@ class Kept(TokenizerConfig):
     """The tokenizer of an earlier run, in the folder where that run's cache has it."""
 
     path: PathField
+    """Folder of the tokenizer in the cache of the earlier run."""
 
     def vocabulary(self) -> int:
         return open_kept(self.path).vocab_size
@@ -162,7 +166,9 @@ class Bpe(TokenizerConfig):
     """Byte-level, so that every text can be written; held-out documents do not take part in training it."""
 
     vocab_size: Annotated[int, Field(ge=258)]
+    """Tokens of the vocabulary, the two document marks and the 256 bytes included."""
     sample_bytes: Count
+    """Bytes of text to train on, taken evenly from the whole corpus."""
 
     def vocabulary(self) -> int:
         return self.vocab_size

@@ -12,11 +12,14 @@ Compiler = Callable[..., Any]  # a torch.compile backend: (graph, example inputs
 
 
 class Compile(Config):
-    """`blocks`: each transformer block as one graph. `loss`: the two kernels of the chunked cross entropy."""
+    """What is compiled: each transformer block as one graph, and the kernels of the chunked cross entropy."""
 
     blocks: bool
+    """True: compile each transformer block; equal blocks share one compilation."""
     loss: bool
+    """True: compile the output projection and the loss."""
     mode: Literal["default", "max-autotune-no-cudagraphs"]
+    """Mode of torch.compile; max-autotune-no-cudagraphs: compiles longer, for faster kernels."""
 
     def apply(
         self,

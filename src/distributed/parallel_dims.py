@@ -22,24 +22,47 @@ SPLITTING: tuple[ScheduleName, ...] = ("InterleavedZeroBubble", "ZBVZeroBubble",
 class ParallelDims(Config):
     """The layout of a run. The world is the product of the degrees; nothing is inferred from the machine."""
 
-    replicate: Ranks  # copies of the whole sharded model
-    shard: Ranks  # FSDP: ranks over which parameters, gradients and optimizer state are cut
-    context: Ranks  # ranks over which one sequence is cut
-    tensor: Ranks  # ranks over which every matrix is cut
-    expert: Ranks  # ranks over which routed experts are spread; taken out of shard, context and tensor
-    expert_tensor: Ranks  # ranks over which every matrix of a routed expert is cut: 1, or as many as `tensor`
-    pipeline: Ranks  # stages
+    replicate: Ranks
+    """Copies of the sharded model, each on its own data (DDP, HSDP)."""
+    shard: Ranks
+    """Ranks that each hold a slice of every parameter, on their own data (FSDP)."""
+    context: Ranks
+    """Ranks that cut the sequence (context parallelism)."""
+    tensor: Ranks
+    """Ranks that cut every matrix (tensor parallelism)."""
+    expert: Ranks
+    """Ranks that divide the routed experts and send each other tokens; taken out of shard, context and tensor."""
+    expert_tensor: Ranks
+    """Ranks that cut every matrix of a routed expert; 1: tensor ranks divide tokens; else as many as tensor."""
+    pipeline: Ranks
+    """Stages that divide the layers (pipeline parallelism)."""
     reshard: Literal["default", "always", "never"]
-    rotate: Literal["allgather", "alltoall"]  # how keys and values reach the ranks of `context`
-    async_tensor: bool  # matrices of `tensor` multiply what has arrived while the rest is under way
-    sync_each_micro_batch: bool  # reduce gradients after each micro-batch: less memory, more communication
-    prefetch: Layers  # blocks whose weights FSDP gathers ahead, in both passes
-    cpu_offload: bool  # shares of parameters, gradients and optimizer state rest in the host's memory
+    """Gather weights again in the backward pass; default: not for the last block, nor in a pipeline."""
+    rotate: Literal["allgather", "alltoall"]
+    """How keys and values of a cut sequence arrive; allgather: all at once; alltoall: one rank's at a time, less
+    memory.
+    """
+    async_tensor: bool
+    """True: tensor overlaps each transfer with its matrix product; needs CUDA and compile=blocks."""
+    sync_each_micro_batch: bool
+    """True: each micro-batch reduces gradients, less memory; false: only the last of a step."""
+    prefetch: Layers
+    """Blocks whose weights FSDP gathers ahead; more costs memory, and pays where networks are slow."""
+    cpu_offload: bool
+    """True: weights, gradients and optimizer state rest in host memory, where the optimizer runs: slow."""
     pipeline_schedule: ScheduleName
+    """Order of forward and backward passes; GPipe and 1F1B have one stage a rank, ZBVZeroBubble and DualPipeV two, the
+    others two or more.
+    """
     layers_per_stage: Layers | None
-    first_stage_less: CountFromZero  # layers that the embedding counts as
-    last_stage_less: CountFromZero  # layers that the head counts as
-    stages: Annotated[tuple[Names, ...], Strict(strict=False)] | None  # names of modules
+    """Layers of a stage, so that more stages are cut; null: one a rank, or two where the schedule takes several."""
+    first_stage_less: CountFromZero
+    """Layers that the first stage has less than the others, for the embedding."""
+    last_stage_less: CountFromZero
+    """Layers that the last stage has less than the others, for the head."""
+    stages: Annotated[tuple[Names, ...], Strict(strict=False)] | None
+    """Modules of each stage, such as [[tok_embeddings, layers.0], [layers.1, norm, output]]; null: layers dealt evenly.
+    """
 
     @model_validator(mode="after")
     def _a_world_that_exists(self) -> "ParallelDims":

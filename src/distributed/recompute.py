@@ -44,8 +44,14 @@ class Recompute(Config):
     """What of a block's activations is kept for its backward pass; the rest is computed again there."""
 
     mode: Mode
+    """Activations of a block that its backward pass has; none: keep all; full: keep its input only; every: full in
+    every n-th block; selective: keep attention, communication and every second matmul; budget: the compiler chooses;
+    auto: the plan takes the cheapest that fits.
+    """
     every: Layers | None
+    """Blocks of which one is computed again, with mode=every; null: in every other mode."""
     budget: Fraction | None
+    """Share of the activations that may be kept, with mode=budget; needs compile=blocks; null: in every other mode."""
 
     @model_validator(mode="after")
     def _numbers_belong_to_modes(self) -> "Recompute":

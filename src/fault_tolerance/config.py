@@ -67,15 +67,25 @@ class TorchFT(FaultTolerance):
     on: ClassVar[bool] = True
 
     groups: Groups
+    """Replica groups: copies of the layout."""
     min_groups: Groups
+    """Groups that must be there; training waits while fewer are."""
     process_group: Literal["gloo", "nccl"] | None
+    """Backend of all-reduces over groups; null: nccl between GPUs, gloo else."""
     lighthouse: Annotated[str, Field(pattern=r"^https?://[^/\s]+:\d+$")] | None
+    """One that runs already, such as http://host:29510; null: the launcher starts one."""
     heartbeat_seconds: Seconds
+    """Seconds of silence after which a group is gone."""
     join_seconds: Seconds
+    """Seconds that groups that are ready wait for others that live but are not."""
     sum_seconds: Seconds
+    """Seconds after which an all-reduce over groups has lost one of them; longer than the slowest step."""
     heal_seconds: Seconds
+    """Seconds for a group to fetch its state from another."""
     restarts: CountFromZero
+    """Restarts of one group after failures; then it stays away."""
     backoff_seconds: Seconds
+    """Seconds before the first restart in a row; twice as long before each further one."""
 
     @property
     def copies(self) -> int:

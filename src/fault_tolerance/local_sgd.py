@@ -19,7 +19,9 @@ class Periodic(TorchFT):
     """What both have in common; subclasses are also `LocalSGDOptions` of src/fault_tolerance/local_sgd_groups.py."""
 
     sync_steps: Steps
+    """Optimizer steps in which every weight is exchanged once."""
     copy_on: Literal["cpu", "device"]
+    """Where the weights of the last exchange are kept, for one that fails; cpu: host memory; device: their GPU."""
 
     velocity_bytes: ClassVar[int]  # of each weight
 
@@ -76,12 +78,19 @@ class DiLoCo(Periodic):
     velocity_bytes: ClassVar[int] = 4  # float32
 
     outer_lr: LearningRate
+    """Learning rate of the outer SGD; 1: without momentum, the mean of the groups' weights."""
     outer_momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Momentum of the outer SGD, in Nesterov's form; 0: none."""
     fragments: Layers
+    """Parts of the model, exchanged one at a time; divides sync_steps."""
     fragment_modules: Annotated[tuple[Names, ...], Field(strict=False)] | None
+    """Modules of each fragment, like [[tok_embeddings,layers.0],[layers.1,norm,output]]; null: even."""
     delay_steps: StepsOrNever
+    """Steps from sending a fragment to merging the result; less than sync_steps / fragments."""
     own_share: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Share (alpha) of a group's own weights in what it goes on with after a merge; 0: the outer weights alone."""
     exchange: Literal["float32", "bfloat16", "int8"]
+    """Dtype on the wire; int8: with a scale for each 256 values."""
 
     @property
     def rounds(self) -> Rounds:

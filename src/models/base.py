@@ -41,14 +41,23 @@ class ModelConfig(Config):
     roles: ClassVar[Mapping[str, str]]
 
     dim: Width
+    """Width of the residual stream."""
     n_layers: Layers
+    """Transformer blocks."""
     n_heads: Width
+    """Query heads."""
     vocab_size: Vocabulary
+    """Tokens of the vocabulary."""
     norm_eps: NormEpsilon
+    """Added to the mean square under RMSNorm's root."""
     max_seq_len: Tokens
-    attention: Literal["sdpa", "flex"]  # the kernel: torch's causal one, or FlexAttention, which takes masks
+    """Tokens of the longest sequence that task.seq_len may ask for."""
+    attention: Literal["sdpa", "flex"]
+    """Kernel of attention; sdpa: torch's causal one; flex: FlexAttention, which takes any mask."""
     mask: Literal["causal", "block_causal"]
-    fixed_block: Tokens | None  # tokens
+    """What a token attends to; causal: all before it; block_causal: of these its document's (flex)."""
+    fixed_block: Tokens | None
+    """Tokens of a block; attention stays inside of one (flex); null: no such limit."""
 
     @field_validator("mask")
     @classmethod
@@ -158,8 +167,10 @@ class ModelConfig(Config):
 class GroupedQueryConfig(ModelConfig):
     """A family whose query heads share key and value heads (arXiv 2305.13245), and whose head may be the embedding."""
 
-    n_kv_heads: Width  # key and value heads; each serves n_heads / n_kv_heads query heads
-    tie_word_embeddings: bool  # true: the output matrix is the embedding
+    n_kv_heads: Width
+    """Key and value heads; each serves n_heads / n_kv_heads query heads."""
+    tie_word_embeddings: bool
+    """True: the output matrix is the embedding."""
 
     @field_validator("n_kv_heads")
     @classmethod

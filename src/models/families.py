@@ -76,7 +76,12 @@ class Auto(Config):
     """
 
     max_seq_len: Tokens | None
+    """Tokens of the longest sequence that task.seq_len may ask for; null: as config.json says."""
     attention: Literal["sdpa", "flex"]
+    """Kernel of attention; sdpa: torch's causal one; flex: FlexAttention, which takes any mask."""
     mask: Literal["causal", "block_causal"]
+    """What a token attends to; causal: all before it; block_causal: of these its document's (flex)."""
     fixed_block: Tokens | None
+    """Tokens of a block; attention stays inside of one (flex); null: no such limit."""
     moe: dict[str, Any]
+    """Of a model with experts; one of type deepseek_v2 is not balanced, since it has no biases."""

@@ -32,9 +32,13 @@ class Optimizer(Config):
     reads: ClassVar[Reads] = "elements"
 
     lr: LearningRate
+    """Peak learning rate; the schedule multiplies it."""
     weight_decay: WeightDecay
+    """Decoupled weight decay; each step scales the weights by 1 - lr * weight_decay."""
     decay_norms_and_embeddings: bool
+    """False: 1-D parameters and the token embedding are not decayed."""
     max_norm: GradientNorm | None
+    """Global gradient norm that gradients are clipped to; null: never clip."""
 
     @property
     @abstractmethod

@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 
 class Lion(Optimizer):
-    """Moves along the sign of a momentum; one moment instead of two.
-
-    beta1: share of the momentum in the direction of a step, in [0, 1).
-    beta2: decay of the momentum, in [0, 1).
-    moments: type of the momentum: 4 or 2 bytes per parameter.
-    """
+    """Moves along the sign of a momentum; one moment instead of two."""
 
     beta1: Beta
+    """Share of the momentum in the direction of a step."""
     beta2: Beta
+    """Decay of the momentum."""
     moments: StateDtype
+    """Dtype of the momentum; bfloat16: 2 instead of 4 bytes per parameter."""
 
     @model_validator(mode="after")
     def _a_bfloat16_momentum_can_work(self) -> "Lion":

@@ -11,10 +11,15 @@ class Schedule(Config):
     """Every familiar schedule is one of these: `decay_ratio` null is cosine or linear decay, 0 is constant."""
 
     shape: Literal["linear", "sqrt", "cosine"]
+    """Decay from 1 to min_factor; sqrt: 1 - sqrt(progress)."""
     warmup_steps: StepsOrNever
+    """Optimizer steps of the linear rise from 1/warmup_steps to 1; cut to total_steps; 0: none."""
     decay_ratio: Fraction | None
+    """Last share of total_steps, which decays; null: all after the warm-up; 0: no decay."""
     min_factor: Fraction
+    """Factor at the end of the decay."""
     total_steps: Steps | None
+    """Optimizer step where the decay ends; null: task.steps."""
 
     def multiplier(self, step: int, steps: int) -> float:
         """Factor on the peak learning rate of the step with this number, counted from 0, in a task of `steps` steps."""

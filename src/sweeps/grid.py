@@ -29,6 +29,7 @@ class Grid(Config):
     """sweep=grid: the points are those that were asked for."""
 
     name: str | None
+    """Name of the sweep's folder below <root>/sweeps and of its wandb group; null: what the points' names share."""
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,17 @@ class Optuna(Config):
     """The objective is the final validation loss."""
 
     name: str | None
+    """Name of the sweep's folder below <root>/sweeps and of its wandb group; null: what the points' names share."""
     trials: Count
+    """Points in all; more in a later call goes on from those that are there."""
     batch: Count
+    """Points proposed at a time; on SLURM they run side by side."""
     sampler: Literal["tpe", "random"]
+    """How points are drawn; tpe: by a tree-structured Parzen estimator of the results; random: blindly."""
     first_random: CountFromZero
+    """Points drawn blindly before results count, with sampler=tpe."""
     seed: Seed
+    """Seed of the draws."""
 
     @model_validator(mode="after")
     def _is_installed(self) -> "Optuna":

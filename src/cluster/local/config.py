@@ -43,10 +43,14 @@ class Local(Config):
 
     scheduler: ClassVar[JobScheduler] = batch_system()
 
-    gpus: CountFromZero | None  # None: all that are visible; 0: the CPU
-    gpu_memory_gib: Gibibytes | None  # None: what the GPU says
-    threads: PerNode | None  # torch threads per rank; None: cores // ranks
-    grace_seconds: Seconds  # between a signal and the end of ranks that still save
+    gpus: CountFromZero | None
+    """GPUs to use; null: all that are visible; 0: the CPU."""
+    gpu_memory_gib: Gibibytes | None
+    """GPU memory in GiB that a plan must fit into; null: as the device says."""
+    threads: PerNode | None
+    """CPU threads per rank; null: cores divided by ranks."""
+    grace_seconds: Seconds
+    """Seconds between a stop signal and the end of ranks that do not follow it."""
 
     @property
     def gpus_per_node(self) -> None:

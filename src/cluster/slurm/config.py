@@ -61,26 +61,47 @@ class Slurm(Config):
     scheduler: ClassVar[JobScheduler] = SlurmScheduler()
 
     partition: Line | None
+    """Partition to queue in, several as "a,b"; null: SLURM's default."""
     account: Line | None
+    """Account that pays; null: SLURM's default."""
     qos: Line | None
+    """Quality of service; null: SLURM's default."""
     constraint: Line | None
+    """Features that nodes must have, such as "h100&ib"; null: none."""
     exclude: Line | None
+    """Nodes that must not be used, such as "n[3-5],n9"; null: none."""
     gpus_per_node: PerNode
+    """GPUs of a node; a run takes whole nodes, or a part of one."""
     cpus_per_gpu: PerNode
+    """Cores of each rank."""
     memory_gib_per_gpu: Gibibytes | None
+    """Host memory of each rank in GiB; null: what the site gives."""
     gpu_memory_gib: Gibibytes | None
+    """GPU memory in GiB that a plan must fit into, such as 80; null: not judged."""
     device: Literal["cuda", "cpu"]
+    """What ranks compute on; cpu: GPUs are asked for but not used, as on a test cluster."""
     minutes: Minutes
+    """Time limit of one attempt; a run longer than it is requeued."""
     grace_seconds: Annotated[int, Field(gt=0, le=65535)]  # SLURM keeps 16 bits of it
+    """Seconds from USR2 to the time limit; must exceed one save."""
     requeues: CountFromZero
+    """New starts after time limits and failures of the infrastructure; 0: none."""
     array_parallelism: Count
+    """Points of one job array that run at the same time."""
     preflight_seconds: Seconds
+    """Seconds for the first all-reduce; three times that without a further rank arriving."""
     python: Line | None
+    """Interpreter on the nodes; null: this one."""
     setup: Names
+    """Lines of the batch script before the ranks start, such as "module load cuda"."""
     sbatch: Flags
+    """Further flags, verbatim, such as {mail-type: END, exclusive: true}; a null drops a flag that is derived."""
     srun: Flags
+    """Further flags of the step, verbatim, such as those of a container."""
     wait: bool
+    """True: show the runs until all have ended; the exit code says whether one failed."""
     pack: bool
+    """True: runs of at most half a node share whole nodes, each with its own GPUs, cores, folder and end."""
 
     @field_validator("sbatch")
     @classmethod

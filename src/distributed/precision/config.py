@@ -16,9 +16,13 @@ class Precision(Config):
     """Parameters rest in `storage`, matrices multiply in `compute`, gradients are summed over ranks in `reduce`."""
 
     storage: Dtype
+    """Dtype of the weights that the optimizer updates."""
     compute: Dtype
+    """Dtype of weights and activations in forward and backward."""
     reduce: Dtype
-    float8: Float8 | None  # for the matrices of the blocks; everything else stays in `compute`
+    """Dtype of the gradients while ranks add them up."""
+    float8: Float8 | None
+    """float8 products for the matrices of the blocks; null: none; precision=fp8 has the keys."""
 
     @model_validator(mode="after")
     def _float8_multiplies_into_bfloat16(self) -> "Precision":

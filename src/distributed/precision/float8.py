@@ -49,10 +49,17 @@ class Float8(Config):
     """How the matrices of the blocks are multiplied; `experts`: those of routed experts too, always by rows."""
 
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+    """Scales of a product; tensorwise: one a tensor; rowwise: one a row; rowwise_with_gw_hp: one a row, and gradients
+    of the weights multiply in bfloat16.
+    """
     exclude: Names
+    """Matrices to leave in bfloat16, by whole parts of their names: wo, feed_forward, layers.0."""
     experts: bool
+    """True: products of routed experts too, by rows, on Hopper; pays where an expert gets many tokens."""
     all_gather: bool
+    """True: FSDP sends float8, half the traffic; one reduction a step brings the scales of all weights."""
     emulate: bool
+    """True: bfloat16 products of rounded numbers, for machines without float8; eager only."""
 
     @model_validator(mode="after")
     def _one_scale_is_gathered(self) -> "Float8":

@@ -22,9 +22,13 @@ Status = Literal["done", "stopped", "failed"]
 
 class Tracker(Config):
     queue_points: Count
+    """Points that may wait for one tracker; more are dropped, counted and reported."""
     finish_seconds: SecondsOrNone
+    """Longest wait in seconds at the end of a run for the trackers to catch up."""
     wandb: WeightsAndBiases | None
+    """Points to Weights & Biases; null: none; tracker=wandb and tracker=all have the keys."""
     tensorboard: EventFiles | None
+    """Event files for TensorBoard; null: none; tracker=tensorboard and tracker=all have the keys."""
 
     def open(self, folder: Path, facts: Mapping[str, Any]) -> "Log":
         """The log of one attempt at the run in this folder; `facts` are shown with it. For rank 0 alone."""

@@ -13,6 +13,7 @@ from src.config.bounds import Count
 
 class EventFiles(Config):
     flush_seconds: Count
+    """Seconds between writes to <run folder>/tensorboard."""
 
     @model_validator(mode="after")
     def _is_installed(self) -> "EventFiles":

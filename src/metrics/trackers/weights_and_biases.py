@@ -26,12 +26,19 @@ OFFLINE_FILE = "wandb_offline.jsonl"  # when a tracker was opened that no server
 
 class WeightsAndBiases(Config):
     project: str | None
+    """Project of the run; null: WANDB_PROJECT, else wandb's own default."""
     entity: str | None
+    """Person or team that owns it; null: WANDB_ENTITY, else the key's own."""
     group: str | None
+    """Runs shown together; null: those of one sweep."""
     tags: Names
+    """Labels of the run."""
     notes: str | None
+    """Text shown with the run; null: none."""
     mode: Literal["online", "offline"] | None
+    """Mode of wandb; null: WANDB_MODE, and offline without a key."""
     init_seconds: Seconds
+    """Seconds for the server to answer; after them the run goes on offline."""
 
     @model_validator(mode="after")
     def _is_installed(self) -> "WeightsAndBiases":

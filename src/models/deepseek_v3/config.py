@@ -32,10 +32,15 @@ class Yarn(Config):
     """YaRN's stretch of the context: see src/models/rope.py."""
 
     factor: float = Field(ge=1)
+    """By how much the context is stretched."""
     original: Tokens
+    """Tokens of the context before that."""
     beta_fast: Scale
+    """Turns in `original` tokens; pairs with more stay as they are."""
     beta_slow: Scale
+    """Turns in `original` tokens; pairs with fewer are slowed by factor; those between are blended."""
     mscale: Scale
+    """Of (0.1 mscale ln(factor) + 1)^2, the factor on attention scores."""
 
     @field_validator("beta_slow")
     @classmethod
@@ -83,15 +88,25 @@ class DeepseekV3Config(ModelConfig):
     }
 
     ffn_dim: Width
+    """Width of the feed forward of the dense layers."""
     n_dense_layers: CountFromZero
+    """First layers, which have no experts; 0: none."""
     q_lora_rank: Width | None
+    """Width between the two matrices that make queries; null: one matrix."""
     kv_lora_rank: Width
+    """Width of the vector that keys and values of all heads come from."""
     qk_nope_head_dim: Width
+    """Elements of a query or key without position."""
     qk_rope_head_dim: Width
+    """Elements of a query or key that turn with position."""
     v_head_dim: Width
+    """Elements of a value."""
     rope_theta: RopeTheta
+    """Base of the rotary angles."""
     rope_scaling: Yarn | None
+    """Stretch of the context by YaRN, which released weights need at every length; null: none."""
     moe: MixtureOfExperts
+    """Router and experts of the other layers."""
 
     @field_validator("dim")
     @classmethod

@@ -19,9 +19,13 @@ class RopeScaling(Config):
     """Llama 3.1's stretch of slow rotary frequencies; wavelengths are compared with original/high and original/low."""
 
     factor: float = Field(ge=1)
+    """How much longer the wavelengths of slow pairs become."""
     low: Scale
+    """Turns in `original` tokens; pairs with fewer are slowed by factor."""
     high: Scale
-    original: Tokens  # tokens: the length that the frequencies were made for
+    """Turns in `original` tokens; pairs with more stay as they are; those between are blended."""
+    original: Tokens
+    """Tokens of the context that the frequencies were made for."""
 
     @field_validator("high")
     @classmethod
@@ -54,11 +58,17 @@ class Llama3Config(GroupedQueryConfig):
     }
 
     head_dim: Width | None
+    """Elements of one head; null: dim / n_heads."""
     ffn_dim_multiplier: Scale | None
+    """Factor on 8/3 dim, the feed-forward width before rounding; null: 1."""
     multiple_of: Width
+    """Multiple that the feed-forward width is rounded up to."""
     rope_theta: RopeTheta
+    """Base of the rotary angles."""
     rope_scaling: RopeScaling | None
+    """Stretch of Llama 3.1 and later, {factor, low, high, original}; null: none."""
     depth_init: bool
+    """True: deeper blocks start smaller; false: all alike."""
 
     @field_validator("head_dim")
     @classmethod

@@ -17,19 +17,33 @@ class MixtureOfExperts(Config):
     """A router, many small SwiGLUs of which each token meets a few, and one SwiGLU that all tokens meet."""
 
     num_experts: Width
+    """Routed experts of a layer."""
     num_expert_groups: Width
+    """Groups of neighbouring experts; 1: no groups."""
     num_limited_groups: Width
+    """Groups with the best score, from which alone a token's experts are taken."""
     top_k: Width
+    """Routed experts of one token."""
     num_shared_experts: CountFromZero
+    """Width, in experts, of the SwiGLU that all tokens meet; 0: none."""
     hidden_dim: Width
+    """Width of one expert."""
     score_func: Literal["softmax", "sigmoid"]
+    """Of the router's logits; softmax: over all experts (V2, Qwen3); sigmoid: of each (V3)."""
     group_score: Literal["top2sum", "max"]
+    """Score of a group; top2sum: its two best experts added up (V3); max: its best (V2)."""
     route_norm: bool
+    """True: a token's weights add up to route_scale (norm_topk_prob)."""
     route_scale: Scale
+    """Factor on the results of routed experts."""
     score_before_experts: bool
+    """True: weights multiply what enters an expert; false: what leaves it."""
     load_balance_coeff: LearningRate | None
+    """Step of the biases that keep loads equal (arXiv 2408.15664); null: no balancing."""
     unbalanced_layers: Annotated[tuple[CountFromZero, ...], Strict(strict=False)]
+    """Numbers of layers whose biases stay as they are."""
     force_load_balance: bool
+    """True: experts in turn instead of the best ones; for benchmarks, label them so."""
 
     @field_validator("num_expert_groups")
     @classmethod

@@ -51,10 +51,14 @@ class Qwen3Config(GroupedQueryConfig):
         "output": "vocabulary",
     }
 
-    head_dim: Width  # elements of a head; n_heads * head_dim need not be dim
-    ffn_dim: Width | None  # width of every feed forward; None: every layer has experts
+    head_dim: Width
+    """Elements of one head; n_heads * head_dim need not be dim."""
+    ffn_dim: Width | None
+    """Width of every feed forward; null: every layer has experts."""
     rope_theta: RopeTheta
-    moe: MixtureOfExperts | None  # None: every layer has a feed forward
+    """Base of the rotary angles."""
+    moe: MixtureOfExperts | None
+    """Experts of every layer; null: every layer has a feed forward; qwen3_moe_debug has the keys."""
 
     @field_validator("head_dim")
     @classmethod

@@ -16,13 +16,21 @@ class Bench(Config):
     needs_corpus: ClassVar[bool] = False
 
     steps: Steps
+    """Optimizer steps that are measured."""
     warmup_steps: Steps
+    """Optimizer steps before that, with compilation."""
     seq_len: Tokens
+    """Tokens per sequence."""
     global_batch: Sequences
+    """Sequences per optimizer step, over all ranks."""
     micro_batch: Sequences | None
+    """Sequences per rank and forward; null: up to 4, as the layout lets a step be divided."""
     profile: bool
+    """True: also where the time of two steps goes, into bench.json and profile.md, with a trace beside."""
     rehearse: bool
+    """True: a dry run builds some ranks of the layout on this CPU and counts what they hold."""
     rehearse_ranks: RankNumbers | None
+    """Which ranks, such as [0,511]; null: the first of the first, middle and last pipeline stage."""
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Collective: a rank's whole life."""

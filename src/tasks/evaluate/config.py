@@ -21,11 +21,18 @@ class Evaluate(Config):
     steps: ClassVar[int] = 1
 
     source: str = Field(alias="run")
+    """Run folder, or hf:<folder or hub id>, whose model and tokenizer read."""
     step: Steps | None
+    """Step of its checkpoint; null: the newest complete one."""
     split: Literal["validation", "train"]
+    """Documents to read; validation: those held out; train: all others, which is all with data.validation_fraction=0.
+    """
     samples: Count | None
+    """Sequences of all sources together; null: all, of a mixture until its first source would repeat."""
     seq_len: Tokens
+    """Tokens per sequence; that of the run, where run= names one."""
     micro_batch: Sequences
+    """Sequences per rank and forward."""
 
     @property
     def global_batch(self) -> int:

@@ -26,16 +26,27 @@ class Export(Config):
     micro_batch: ClassVar[int] = 1
 
     source: str = Field(alias="run")
+    """Run folder, or hf:<folder or hub id> to write it anew in another dtype."""
     step: Steps | None
+    """Step of its checkpoint; null: the newest complete one."""
     to: PathField | None
+    """Folder to write; null: <run>/exports/step_XXXXXXXX."""
     dtype: Literal["float32", "bfloat16", "float16"] | None
+    """Dtype of the weights; null: as the checkpoint has them, so nothing is rounded."""
     fp8: bool
+    """True: linear weights in float8 (e4m3) with a scale for each block of 128 x 128, the others in dtype."""
     biases: Literal["refuse", "drop", "keep"]
+    """Biases of softmax routers, for which transformers has no place; keep: vLLM reads them, and so does an import."""
     shard_gb: Gibibytes
+    """Largest file, in 10^9 bytes."""
     check: bool
+    """True: read it back and compare its logits with transformers', if that is installed."""
     text: str
+    """Text that the check computes logits of."""
     push: str | None
+    """Hub id to send it to, such as me/my-model; null: nothing is sent."""
     send: bool
+    """False: say what push= would send; true: send it, to a private repository if it is new; HF_TOKEN must be set."""
 
     @field_validator("push")
     @classmethod

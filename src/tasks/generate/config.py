@@ -26,14 +26,23 @@ class Generate(Config):
     seq_len: ClassVar[int] = 0
 
     source: str = Field(alias="run")
+    """Run folder, or hf:<folder or hub id>, whose model and tokenizer write."""
     step: Steps | None
+    """Step of its checkpoint; null: the newest complete one."""
     prompt: str | None
+    """Text to go on from; null: those of prompts."""
     prompts: PathField | None
+    """File with many prompts: one a line, or in .jsonl under "prompt" of each line; null: that of prompt."""
     max_tokens: Tokens
+    """Most tokens after each prompt; the end of a document ends a text sooner."""
     temperature: Temperature
+    """Divisor of the logits; 0: always the likeliest token; chance comes from the top key `seed`."""
     top_k: Vocabulary | None
+    """Likeliest tokens that are drawn from; null: all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None
+    """Probability of the likeliest tokens, together, that are drawn from; null: all."""
     batch: Sequences
+    """Prompts at once on each data rank."""
 
     @model_validator(mode="after")
     def _chance_has_a_temperature(self) -> "Generate":

@@ -16,21 +16,37 @@ class Pretrain(Config):
     needs_corpus: ClassVar[bool] = True
 
     steps: Steps
+    """Optimizer steps of the whole run."""
     seq_len: Tokens
+    """Tokens per sequence."""
     global_batch: Sequences
+    """Sequences per optimizer step, over all ranks."""
     micro_batch: Sequences | None
+    """Sequences per rank and forward; null: up to 4, as the layout lets a step be divided."""
     validate_every: StepsOrNever
+    """Optimizer steps between two validations; 0: none."""
     validate_samples: Count
+    """Held-out sequences of a validation; the same every time."""
     log_every: Steps
+    """Optimizer steps between two lines of metrics."""
     nonfinite: Literal["raise", "skip_step"]
+    """When a loss or gradient norm is not finite; raise: the run fails; skip_step: weights stay as they are."""
     nonfinite_cap: Steps
+    """Skipped steps in a row before skip_step raises after all."""
     gc_every: StepsOrNever
+    """Optimizer steps between two garbage collections; 0: leave it to Python."""
     deterministic: bool
+    """True: only deterministic kernels."""
     sample_prompt: str | None
+    """Text to continue at the end of the run; null: no sample."""
     sample_tokens: Tokens
+    """Tokens of the sample, if any."""
     sample_temperature: Temperature
+    """Temperature of the sample; 0: always the likeliest token."""
     rehearse: bool
+    """True: a dry run builds some ranks of the layout on this CPU and counts what they hold."""
     rehearse_ranks: RankNumbers | None
+    """Which ranks, such as [0,511]; null: the first of the first, middle and last pipeline stage."""
 
     @property
     def skips(self) -> int:

@@ -17,9 +17,13 @@ class Verify(Config):
     trains_on_one_device: ClassVar[bool] = True
 
     steps: Steps
+    """Optimizer steps that the layout and the single device take, each at the full learning rate."""
     seq_len: Tokens
+    """Tokens per sequence."""
     global_batch: Sequences
+    """Sequences per optimizer step, over all ranks; the same in every step."""
     micro_batch: Sequences
+    """Sequences per rank and forward."""
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Collective: a rank's whole life. Raises VerdictError when the layout differs from the single device."""
