@@ -41,7 +41,7 @@ class Optuna(Config):
     trials: Count
     """Points in all; more in a later call goes on from those that are there."""
     batch: Count
-    """Points proposed at a time; on SLURM they run side by side."""
+    """Points proposed at a time; on a cluster they run side by side."""
     sampler: Literal["tpe", "random"]
     """How points are drawn; tpe: by a tree-structured Parzen estimator of the results; random: blindly."""
     first_random: CountFromZero
