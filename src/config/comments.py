@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from src.config.build import Top
 from src.config.groups import CONF
+from src.storage.atomic_write import atomic_write
 
 WIDTH = 120
 # Keys of a section that belong to no field: Hydra's own, and the class.
@@ -254,7 +255,7 @@ def main(arguments: Sequence[str]) -> int:
     for file in stale:
         print(file.relative_to(CONF.parent))
         if "--write" in arguments:
-            file.write_text(commented(file), encoding="utf-8")
+            atomic_write(file, commented(file))
     return 1 if stale and "--write" not in arguments else 0
 
 
