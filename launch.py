@@ -73,10 +73,10 @@ def main() -> int:
             raise VerdictError(disagreements)
         print(*texts, sep="\n", end="", file=sys.stderr)
         asked_for = zip(points, question.points, strict=True)
-        live = [(tree, run, point.overrides) for (tree, run, _), point in asked_for if not run.dry_run]
+        live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
         if question.swept and live:
             return sweep(live, sys.argv[1:])
-        status, code = start(*live[0][:2]) if live else ("shown", 0)
+        status, code = start(*live[0][:3]) if live else ("shown", 0)
     except UserError as error:
         return refused(error)
     if status == "stopped" and "RANK" not in os.environ:

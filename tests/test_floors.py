@@ -202,6 +202,36 @@ def test_slurm_is_known_in_its_room_only() -> None:
     assert SLURM_COMMANDS.findall("# squeue knows $SLURM_JOB_ID, resbatch does not") == ["squeue", "SLURM_JOB_ID"]
 
 
+def test_every_rank_has_one_entry() -> None:
+    """Whoever makes a rank's process calls src.cluster.rank.run_rank, and nobody else builds a run or starts a task."""
+    imports = [(name(file), each) for file in FILES for _, each in named(file, types=False)]
+    callers = {module for module, each in imports if each == "src.cluster.rank.run_rank"}
+    assert callers == {"src.cluster.slurm.payload", "src.launch.start"}
+    called = [
+        (name(file), text) for file in FILES for _, text in words(parsed(file)) if text in ("from_sections", "RankTask")
+    ]
+    assert {module for module, text in called if text == "from_sections"} - {"src.run"} == {
+        "src.cluster.rank",
+        "src.launch.start",
+    }
+    assert {module for module, text in called if text == "RankTask"} == {"src.cluster.rank"}
+
+
+def test_the_plan_is_computed_by_the_launcher_alone() -> None:
+    """Ranks read plan.json: of src.planning they know the class that reads it, and what fills in recompute=auto."""
+    planners = ("src.planning", "src.launch", "launch")
+    modules = {name(file) for file in FILES}
+    others = [file for file in FILES if not within(name(file), planners)]
+    known = {each for file in others for _, each in named(file, types=True) if within(each, "src.planning")}
+    assert known - modules == {"src.planning.plan.Plan", "src.planning.recompute_choice.resolve_auto_recompute"}
+    made = [name(file) for file in FILES for node in ast.walk(parsed(file)) if _calls(node, "Plan")]
+    assert made == ["src.planning.plan"]
+
+
+def _calls(node: ast.AST, called: str) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == called
+
+
 def test_every_file_has_its_floor() -> None:
     assert {room(name(file)) for file in FILES if name(file) != "src"} <= set(floors())
     assert all(floors()[each] in range(12) for each in floors())

@@ -1,4 +1,4 @@
-"""The payload of a run: a path. `python -m src.cluster.rank <folder> ...` is one rank of it.
+"""The entry of every rank: `run_rank`. `python -m src.cluster.rank <folder> ...` is a rank that our supervisor starts.
 
 Nothing but the folder is read: config.yaml as it was resolved and the code as it was frozen when the run was started.
 """
@@ -33,7 +33,7 @@ class RankTask(Protocol):
 
 @dataclass(frozen=True)
 class RankJob:
-    """Picklable and small: start, resume and requeue are the same call."""
+    """What a rank is told: start, resume and requeue are the same job."""
 
     folder: Path
     code: str | None  # hash8 of the snapshot that must run; None where an outer launcher chose the code
@@ -43,30 +43,29 @@ class RankJob:
         """Where the frozen code is: what PYTHONPATH must lead to."""
         return None if self.code is None else self.folder / "code" / self.code
 
-    def __call__(self) -> bool:
-        """False when the task stopped early, after saving."""
-        if self.source is not None:
-            verify(self.source)
-        return run_rank(trees.read(self.folder / "config.yaml"), self.folder)
 
+def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
+    """One rank's life, whoever made its process: our supervisor, a scheduler or an outer launcher. False when it
+    stopped early, after saving.
 
-def run_rank(tree: trees.Tree, folder: Path) -> bool:
-    """One rank's life; false when it stopped early, after saving.
-
+    `tree`: the config, where an outer launcher starts ranks before rank 0 has made the folder; else the folder's.
     attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails.
     """
     from src.config.build import build
     from src.run import Run
 
+    if job.source is not None:
+        verify(job.source)
     rank = LauncherEnv.read().rank
+    tree = trees.read(job.folder / "config.yaml") if tree is None else tree
     try:
         run = Run.from_sections(build(tree))
-        finished = cast(RankTask, run.task).run(run, folder) is not False
+        finished = cast(RankTask, run.task).run(run, job.folder) is not False
     except Exception as error:
-        end(folder, "failed", f"rank {rank}: {type(error).__name__}: {error}")
+        end(job.folder, "failed", f"rank {rank}: {type(error).__name__}: {error}")
         raise
     if rank == 0:
-        end(folder, "finished" if finished else "stopped")
+        end(job.folder, "finished" if finished else "stopped")
     return finished
 
 
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        record(RankJob(given.folder, given.code).__call__)()
+        record(run_rank)(RankJob(given.folder, given.code))
     except UserError as error:
         only_log()
         print(*error.problems, sep="\n", file=sys.stderr)

@@ -143,17 +143,19 @@ def opening(folder: "RunFolder") -> str:
     return f"resumes {folder.path}" + (f", until now of version {before}" if before != VERSION else "")
 
 
-def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
-    """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie."""
+def prepare(tree: Tree, run: "Run", planned: "Plan") -> "tuple[RunFolder, Plan]":
+    """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie.
+
+    Returns the plan with what the data say of it.
+    """
     from src.hugging_face.load import note
-    from src.planning.plan import plan
     from src.runs.folder import RunFolder, may_change
     from src.runs.twins import near
 
     source = wanted(tree, run)
     weights = None if source is None else fetched(source, run)
     corpus = feed(run)
-    answers = plan(run, corpus, run.cluster.devices())
+    answers = planned if corpus is None else planned.with_data(run, corpus)
     print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
     path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
@@ -175,11 +177,11 @@ def prepare(tree: Tree, run: "Run") -> "tuple[RunFolder, Plan]":
     return folder, answers
 
 
-def start(tree: Tree, run: "Run") -> tuple[str, int]:
+def start(tree: Tree, run: "Run", planned: "Plan") -> tuple[str, int]:
     """How the run ended, and the exit code that says so."""
     if joined():
-        return _join(tree, run), 0
-    folder, _ = prepare(tree, run)
+        return _join(tree, run, planned), 0
+    folder, _ = prepare(tree, run, planned)
     with folder:
         cluster, world = backend_of(run.cluster), run.parallel.world
         if isinstance(run.fault_tolerance, Options):
@@ -189,14 +191,14 @@ def start(tree: Tree, run: "Run") -> tuple[str, int]:
         return outcome.status, outcome.exit_code
 
 
-def _join(tree: Tree, run: "Run") -> str:
+def _join(tree: Tree, run: "Run", planned: "Plan") -> str:
     """Be a rank of an outer launcher."""
     if run.fault_tolerance.on:
         raise PlanError(
             "fault_tolerance: each group is started and watched by launch.py, not by another launcher; start launch.py "
             "itself, or pass fault_tolerance=none"
         )
-    from src.cluster.rank import run_rank
+    from src.cluster.rank import RankJob, run_rank
 
     outer = LauncherEnv.read()
     if outer.world != run.parallel.world:
@@ -204,8 +206,9 @@ def _join(tree: Tree, run: "Run") -> str:
     if run.cluster.devices().count is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # cluster.gpus=0 holds for ranks that we have not started, too
     if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
-        return "finished" if run_rank(tree, place(run.root, run.name, identity(tree), run.folder)) else "stopped"
-    folder, _ = prepare(tree, run)
+        job = RankJob(place(run.root, run.name, identity(tree), run.folder), None)
+        return "finished" if run_rank(job, tree) else "stopped"
+    folder, _ = prepare(tree, run, planned)
     with folder:
         folder.begin(run.parallel.world)
-        return "finished" if run_rank(tree, folder.path) else "stopped"
+        return "finished" if run_rank(RankJob(folder.path, None)) else "stopped"

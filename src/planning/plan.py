@@ -7,17 +7,17 @@ argument.
 import json
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
-from src.config.groups import options
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline import stages
 from src.distributed.precision.config import BYTES
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
-from src.planning import batch, replica_groups
+from src.planning import batch, machines, replica_groups
 from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
@@ -25,7 +25,7 @@ from src.planning.recompute_choice import NONE, cheapest
 from src.run import Compares, Infers, Rehearses, Remembers, Run, Validates
 from src.runs.cluster import Devices
 
-NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
+PLAN_FILE = "plan.json"  # of a run folder
 
 
 class TrainingData(Protocol):
@@ -36,7 +36,7 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Answers; config.yaml keeps the question."""
+    """Answers; config.yaml keeps the question. Computed by the launcher alone: ranks read it from the run folder."""
 
     world: int  # of one replica group, as everything here
     groups: int  # replica groups; 1: the run is no more than its ranks
@@ -78,6 +78,19 @@ class Plan:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What the launcher wrote into the run folder."""
+        values: dict[str, Any] = json.loads((folder / PLAN_FILE).read_text())
+        parts = {each.name: values["memory"][each.name] for each in fields(Memory)}  # without its sums
+        typed = {"memory": Memory(**parts), "recompute": Recompute(**values["recompute"])}
+        return cls(**values | typed | {key: tuple(values[key]) for key in ("stages", "warnings")})
+
+    def with_data(self, run: Run, corpus: TrainingData) -> Self:
+        """Once the training data are prepared: how often they are read, and the warning that belongs to it."""
+        epochs = None if _infers(run) else _epochs(run, corpus)
+        return replace(self, epochs=epochs, warnings=tuple(_warnings(run, self.micro_batches, epochs)))
+
 
 def plan(
     run: Run, corpus: TrainingData | None = None, devices: Devices | None = None, problems: Iterable[str] = ()
@@ -99,17 +112,18 @@ def plan(
         *_section_problems(run),
         *replica_groups.problems(run, devices, load.micro_batches, _pipeline_problems),
         *_rehearsal_problems(run),
-        *_float8_problems(run, devices),
-        *_kernel_problems(run, devices),
-        *_host_problems(run, load, devices),
+        *machines.float8_problems(run, devices),
+        *machines.kernel_problems(run, devices),
+        *machines.host_problems(run, load, devices),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
         found.append(unfit)
-    if limit is not None:
-        found += one_device_problems(run, limit)
+    if (room := limit or machines.host_bytes(run, devices)) is not None:
+        found += one_device_problems(run, room)
     if found:
         raise PlanError(found)
-    return _answers(run, load, limit, corpus)
+    answers = _answers(run, load, limit)
+    return answers if corpus is None else answers.with_data(run, corpus)
 
 
 def load_of(run: Run) -> Load:
@@ -141,7 +155,8 @@ def load_of(run: Run) -> Load:
     )
 
 
-def _answers(run: Run, load: Load, limit: int | None, corpus: TrainingData | None) -> Plan:
+def _answers(run: Run, load: Load, limit: int | None) -> Plan:
+    """Before the data are prepared."""
     task, degrees = run.task, run.parallel
     counts = run.model.counts(task.seq_len)
     memory = estimate(load)
@@ -151,7 +166,6 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: TrainingData | Non
         _local_elements(run, share.modules) for share in stages.shares(degrees, run.model.n_layers, load.micro_batches)
     ]
     cut = stages.split(degrees, run.model.n_layers)
-    epochs = None if corpus is None or _infers(run) else _epochs(run, corpus)
     return Plan(
         world=degrees.world,
         groups=run.fault_tolerance.copies,
@@ -166,7 +180,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: TrainingData | Non
         tokens_per_step=tokens_per_step,
         steps=task.steps,
         tokens=task.steps * tokens_per_step,
-        epochs=epochs,
+        epochs=None,
         parameters=counts.parameters,
         active_parameters=counts.active,
         parameters_per_gpu=max(local),
@@ -179,7 +193,7 @@ def _answers(run: Run, load: Load, limit: int | None, corpus: TrainingData | Non
         memory=memory,
         memory_limit=limit,
         fits=None if limit is None else True,
-        warnings=tuple(_warnings(run, load.micro_batches, epochs)),
+        warnings=tuple(_warnings(run, load.micro_batches, None)),
     )
 
 
@@ -210,7 +224,7 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
     degrees: ParallelDims = run.parallel
     found = run.model.problems(degrees)
     found += degrees.problems(
-        flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=_has_gpu(run, devices)
+        flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=machines.has_gpu(run, devices)
     )
     shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)
     if devices is not None and devices.count is not None and degrees.world > devices.count:
@@ -316,56 +330,6 @@ def _section_problems(run: Run) -> list[str]:
             "pass task.validate_every=0 or a fraction such as 0.01"
         )
     return found
-
-
-def _float8_problems(run: Run, devices: Devices | None) -> list[str]:
-    float8 = run.precision.float8
-    if float8 is None:
-        return []
-    capability = None if devices is None else devices.capability
-    return float8.problems(
-        run.model.weights(),
-        run.parallel,
-        compiled=run.compile.blocks,
-        gpu=_has_gpu(run, devices),
-        capability=capability,
-    )
-
-
-def _kernel_problems(run: Run, devices: Devices | None) -> list[str]:
-    narrowest = min(run.model.head_widths)
-    if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD:
-        return []
-    if devices is None or not _has_gpu(run, devices):  # ranks on a CPU plan again, without asking for devices
-        return []
-    return [
-        f"model.attention=flex has no GPU kernel for heads of {narrowest} elements, only from {NARROWEST_FLEX_HEAD}; "
-        "pass wider or fewer heads, model.attention=sdpa, or cluster.gpus=0"
-    ]
-
-
-def _host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
-    """Ranks on a CPU share its memory; a system that runs out of it ends any process. A dry run is for elsewhere."""
-    if devices is None or devices.host_gib is None or run.dry_run:
-        return []
-    ranks, peak, there = run.parallel.world * run.fault_tolerance.copies, estimate(load).peak, devices.host_gib * GIB
-    if ranks * peak <= there:
-        return []
-    return [
-        f"does not fit: there is no GPU here, and the {ranks} ranks need about {told(ranks * peak)} of the "
-        f"{told(int(there))} of this machine; pass a smaller model, cluster={_elsewhere()}, or "
-        "dry_run=true for the plan alone"
-    ]
-
-
-def _elsewhere() -> str:
-    """A cluster of other machines."""
-    return next(each for each in options("cluster") if each != "local")
-
-
-def _has_gpu(run: Run, devices: Devices | None) -> bool:
-    """As far as anybody knows here."""
-    return devices is None or devices.count is not None or run.cluster.gpus_per_node is not None
 
 
 def _epochs(run: Run, corpus: TrainingData) -> float:

@@ -134,7 +134,7 @@ class RunFolder:
         """The folder of a replica group: its own lock, logs and attempts, and the run's everything else."""
         path = group_folder(self.path, number)
         path.mkdir(parents=True, exist_ok=True)
-        for shared in ("config.yaml", "git.json", "code", "checkpoints"):
+        for shared in ("config.yaml", "plan.json", "git.json", "code", "checkpoints"):
             if not (path / shared).is_symlink():
                 (path / shared).symlink_to(Path("..", "..", shared))
         return path

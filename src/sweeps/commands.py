@@ -152,7 +152,7 @@ def extend(ledger: Ledger, more: Sequence[str]) -> int:
         return search(question, argv, ledger)
     points = checked(in_group(question.trees, ledger.path.name))
     given = zip(points, question.points, strict=True)
-    return enter(ledger, [(tree, run, point.overrides) for (tree, run, _), point in given])
+    return enter(ledger, [(*checked_point, point.overrides) for checked_point, point in given])
 
 
 def report(ledger: Ledger) -> int:

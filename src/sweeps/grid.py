@@ -19,6 +19,7 @@ from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import OPEN, State
 
 if TYPE_CHECKING:
+    from src.planning.plan import Plan
     from src.run import Run
 
 SWEEPS = "sweeps"
@@ -39,6 +40,7 @@ class SweepEntry:
     point: SweepPoint
     tree: Tree
     run: "Run"
+    plan: "Plan"
 
 
 def title(trees: Sequence[Tree], salt: str = "") -> str:
@@ -65,17 +67,17 @@ def _group(wandb: Mapping[str, Any], name: str) -> dict[str, str]:
     return {"group": wandb.get("group") or name}
 
 
-def sweep(given: "Sequence[tuple[Tree, Run, dict[str, str]]]", argv: Sequence[str]) -> int:
+def sweep(given: "Sequence[tuple[Tree, Run, Plan, dict[str, str]]]", argv: Sequence[str]) -> int:
     """Hand over what is missing of the points that were asked for; the first code of a local point that is not 0.
 
     The same command again finds the same ledger, and starts nothing that lives, is done or has failed.
     """
     if joined():
         raise PlanError("a sweep starts its own ranks, one point after the other; leave the outer launcher out")
-    if same := one_run([tree for tree, _, _ in given]):
+    if same := one_run([tree for tree, *_ in given]):
         print(f"note: {same}", file=sys.stderr)
     run = given[0][1]
-    ledger = Ledger.make(run.root / SWEEPS / title([tree for tree, _, _ in given]), argv, {})
+    ledger = Ledger.make(run.root / SWEEPS / title([tree for tree, *_ in given]), argv, {})
     return enter(ledger, given)
 
 
@@ -92,9 +94,9 @@ def one_run(trees: Sequence[Tree]) -> str | None:
     )
 
 
-def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, dict[str, str]]]") -> int:
+def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, Plan, dict[str, str]]]") -> int:
     """Write points down, then hand over those that nobody works on."""
-    entries = [SweepEntry(ledger.add(tree, overrides), tree, run) for tree, run, overrides in given]
+    entries = [SweepEntry(ledger.add(tree, overrides), tree, run, plan) for tree, run, plan, overrides in given]
     entries = list({entry.point.identity: entry for entry in entries}.values())
     states = {point.identity: standing.state for point, standing in ledger.standings()}
     chosen = [entry for entry in entries if states[entry.point.identity] in OPEN]
@@ -111,11 +113,11 @@ def ready(ledger: Ledger, points: Sequence[SweepPoint]) -> list[SweepEntry]:
     found: list[SweepEntry] = []
     for point in points:
         try:
-            ((tree, run, _),) = checked([ledger.tree(point)])
+            ((tree, run, plan),) = checked([ledger.tree(point)])
         except UserError as error:
             _refuse(ledger, point, error)
         else:
-            found.append(SweepEntry(point, tree, run))
+            found.append(SweepEntry(point, tree, run, plan))
     return found
 
 
@@ -143,7 +145,7 @@ def _submit(ledger: Ledger, cluster: QueueBackend, entries: Sequence[SweepEntry]
             try:
                 if entry.run.fault_tolerance.on:
                     raise PlanError("fault_tolerance: a sweep queues runs of one group; pass none")
-                folder, answers = prepare(entry.tree, entry.run)
+                folder, answers = prepare(entry.tree, entry.run, entry.plan)
                 opened.append((entry, Prepared(folder, answers.to_dict())))
             except UserError as error:
                 code = code or _refuse(ledger, entry.point, error)
@@ -175,7 +177,7 @@ def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
         print(f"[{count}/{len(entries)}] {_label(entry.point)}", file=sys.stderr)
         ledger.submitted(entry.point)
         try:
-            status, code = start(entry.tree, entry.run)
+            status, code = start(entry.tree, entry.run, entry.plan)
         except UserError as error:
             status, code = "refused", _refuse(ledger, entry.point, error)
         if code:

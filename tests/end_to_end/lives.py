@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 
-from src.cluster.rank import run_rank
+from src.cluster.rank import RankJob, run_rank
 from src.config import tree as trees
 from src.config.compose import asked
 from src.distributed.model_stages import SingleStage
@@ -124,7 +124,7 @@ def live(folder: Path, shot: Shot | None = None) -> bool | tuple[str, ...]:
 
     with contextlib.nullcontext() if shot is None else shot.aimed(folder):
         try:
-            return run_rank(trees.read(folder / "config.yaml"), folder)
+            return run_rank(RankJob(folder, None))
         except UserError as error:
             return error.problems
 

@@ -14,8 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from src.cluster.rank import run_rank
-from src.config.tree import read
+from src.cluster.rank import RankJob, run_rank
 from src.fault_tolerance.membership import Membership
 from src.train.loop import Loop
 from src.train.replicated.step import ReplicatedStepper
@@ -59,7 +58,7 @@ def live(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble],
         patch.object(Membership, "_give", lambda *args: life.give(*args)),
         patch.object(Membership, "vote", lambda members, fine: life.vote(members, fine)),
     ):
-        run_rank(read(folder / "config.yaml"), folder)
+        run_rank(RankJob(folder, None))
     os._exit(0)
 
 

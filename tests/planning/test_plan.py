@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from src.errors import ConfigError, PlanError
-from src.planning.plan import plan
+from src.planning.plan import Plan, plan
 from src.planning.table import render
 from src.run import Run
 from tests.train.runs import Gpus, Here, There, Tokens, changed, make_run, section
@@ -83,6 +84,16 @@ def test_json_and_table_say_the_same() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for said in ("2 on 1 node", "shard 2", "1 x 4 x 2", f"{found.parameters:,}", "warning: schedule.warmup_steps=20"):
         assert said in text
+
+
+def test_ranks_read_what_the_launcher_has_computed(tmp_path: Path) -> None:
+    run = make_run({"global_batch": 96, "steps": 99}, model="llama3_8b", parallel=layout(pipeline=2, shard=4))
+    before = plan(run, None, Gpus())
+    fed = before.with_data(run, Tokens())
+    assert fed == plan(run, Tokens(), Gpus()) != before
+    for each in (before, fed):
+        (tmp_path / "plan.json").write_text(each.to_json())
+        assert Plan.read(tmp_path) == each
 
 
 def test_a_plan_needs_no_torch() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from src.cluster.rank import RankJob
+from src.cluster.rank import RankJob, run_rank
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.config.tree import read
 from src.errors import FolderError
@@ -160,7 +160,7 @@ def test_edited_frozen_code_is_refused_and_then_replaced(tmp_path: Path, code: P
     verify(frozen)
     (frozen / "src/a.py").write_text("one = 4\n")
     with pytest.raises(FolderError, match="the frozen code was edited"):
-        RankJob(folder.path, folder.code)()
+        run_rank(RankJob(folder.path, folder.code))
     start(tmp_path, code).close()
     verify(frozen)
 

@@ -103,7 +103,7 @@ class Starts:
         monkeypatch.setattr(sweeps, "start", self)
         monkeypatch.setattr(sweeps, "checked", lambda trees: [(each, Here(), None) for each in trees])
 
-    def __call__(self, tree: Any, run: Any) -> tuple[str, int]:
+    def __call__(self, tree: Any, run: Any, plan: None) -> tuple[str, int]:
         key = (tree["optim"]["lr"], tree["seed"])
         self.given.append(key)
         end = self.ends.get(key, ("finished", 0))
@@ -122,7 +122,7 @@ class Here:
 
 
 def enter(ledger: Ledger) -> int:
-    given = [(ledger.tree(point), Here(), dict(point.overrides)) for point in ledger.points()]
+    given = [(ledger.tree(point), Here(), None, dict(point.overrides)) for point in ledger.points()]
     return sweeps.enter(ledger, given)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster.diagnosis import rank_failure
-from src.cluster.rank import RankJob, end_with
+from src.cluster.rank import RankJob, end_with, run_rank
 from src.cluster.slurm.replica_groups import introduce
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import Deadline
@@ -86,7 +86,7 @@ class QueuedJob:
         present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds)
         if facts.rank == 0:
             print(table(present), flush=True)
-        return RankJob(self.folder, self.code)()
+        return run_rank(RankJob(self.folder, self.code))
 
     def _hand_over(self, rank: int) -> NoReturn:
         """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it.

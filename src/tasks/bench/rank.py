@@ -14,7 +14,7 @@ from src.metrics.console import Console
 from src.metrics.kernels import KernelTime, breakdown, markdown
 from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
-from src.planning.plan import Plan, plan
+from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.storage.atomic_write import atomic_write
@@ -34,7 +34,7 @@ def bench(task: Bench, run: Run, folder: Path) -> bool:
     )
     run = resolve_auto_recompute(run, folder)
     training = build_training(run, ranks, skips=0)
-    planned = plan(run)
+    planned = Plan.read(folder)
     batches = [_random(planned, task.seq_len, run, training, index) for index in range(planned.micro_batches)]
     losses = _steps(training, batches, task.warmup_steps)
     memory(ranks.device)  # warm-up's peaks do not count

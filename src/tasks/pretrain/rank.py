@@ -19,7 +19,7 @@ from src.metrics.console import Console
 from src.metrics.curve import plot
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
-from src.planning.plan import Plan, plan
+from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.tasks.export.check_folder import check_apart
@@ -89,7 +89,7 @@ def _loop(
     groups: ReplicaGroups | None,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
-    planned = plan(run, corpus)
+    planned = Plan.read(folder)
     batches = Batches(
         corpus,
         run.data,

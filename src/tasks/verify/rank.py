@@ -6,7 +6,6 @@ the layout's gradients are added up here, not by the train step.
 
 import gc
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,8 @@ from src.distributed.init_weights import seed_of
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import forward_loss
 from src.distributed.process.rank_context import RankContext, device_type
-from src.errors import PlanError, VerdictError
+from src.errors import VerdictError
 from src.models.cross_entropy import IGNORED
-from src.planning.plan import one_device_problems
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.storage.atomic_write import atomic_write
@@ -46,12 +44,10 @@ SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
 
 def verify(task: Verify, run: Run, folder: Path) -> bool:
     """Collective. True when the layout trains like one device; VerdictError otherwise."""
-    run = resolve_auto_recompute(run, folder)
-    if device_type() == "cpu" and (problems := one_device_problems(run, _host_bytes())):
-        raise PlanError(problems)
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
+    run = resolve_auto_recompute(run, folder)
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
     if ranks.rank == 0:
         atomic_write(folder / CERTIFICATE_FILE, json.dumps(certificate.to_dict(), indent=2) + "\n")
@@ -77,11 +73,6 @@ def certify(task: Verify, run: Run, ranks: RankContext, facts: dict[str, Any]) -
     dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
     assert shared[0] is not None, "rank 0 sends its own"
     return Certificate(facts | _facts(run, ranks), tolerances, shared[0])
-
-
-def _host_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _facts(run: Run, ranks: RankContext) -> dict[str, Any]:

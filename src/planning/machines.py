@@ -1,0 +1,66 @@
+"""Rules about the machines of a run: what a GPU can compute, and the memory of a host whose CPU computes."""
+
+from src.config.groups import options
+from src.planning.advice import told
+from src.planning.memory import GIB, Load, estimate
+from src.run import Run
+from src.runs.cluster import Devices
+
+NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
+
+
+def float8_problems(run: Run, devices: Devices | None) -> list[str]:
+    """What float8 asks of the GPU, the layout and the compiler."""
+    float8 = run.precision.float8
+    if float8 is None:
+        return []
+    capability = None if devices is None else devices.capability
+    return float8.problems(
+        run.model.weights(),
+        run.parallel,
+        compiled=run.compile.blocks,
+        gpu=has_gpu(run, devices),
+        capability=capability,
+    )
+
+
+def kernel_problems(run: Run, devices: Devices | None) -> list[str]:
+    """Of attention on a GPU."""
+    narrowest = min(run.model.head_widths)
+    if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD:
+        return []
+    if devices is None or not has_gpu(run, devices):
+        return []
+    return [
+        f"model.attention=flex has no GPU kernel for heads of {narrowest} elements, only from {NARROWEST_FLEX_HEAD}; "
+        "pass wider or fewer heads, model.attention=sdpa, or cluster.gpus=0"
+    ]
+
+
+def host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
+    """Ranks on a CPU share its memory; a system that runs out of it ends any process."""
+    ranks, peak = run.parallel.world * run.fault_tolerance.copies, estimate(load).peak
+    if (there := host_bytes(run, devices)) is None or ranks * peak <= there:
+        return []
+    return [
+        f"does not fit: there is no GPU here, and the {ranks} ranks need about {told(ranks * peak)} of the "
+        f"{told(there)} of this machine; pass a smaller model, cluster={_elsewhere()}, or "
+        "dry_run=true for the plan alone"
+    ]
+
+
+def host_bytes(run: Run, devices: Devices | None) -> int | None:
+    """Memory of the machine on whose CPU all ranks compute; None where there is none, and for a dry run, whose ranks
+    would live elsewhere.
+    """
+    return None if devices is None or devices.host_gib is None or run.dry_run else int(devices.host_gib * GIB)
+
+
+def has_gpu(run: Run, devices: Devices | None) -> bool:
+    """As far as anybody knows here."""
+    return devices is None or devices.count is not None or run.cluster.gpus_per_node is not None
+
+
+def _elsewhere() -> str:
+    """A cluster of other machines."""
+    return next(each for each in options("cluster") if each != "local")
