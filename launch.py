@@ -11,12 +11,15 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from src.cluster.rank_log import open_closed_streams
 from src.config.compose import asked
 from src.errors import UserError, VerdictError
 from src.launch.dry_run import scripts
 from src.launch.start import checked, start
+from src.storage.space import disk_full
 from src.sweeps.grid import in_group, sweep, title
 from src.sweeps.search import search
 from src.tasks.source import completed
@@ -61,6 +64,7 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(VERSION)
         return 0
+    open_closed_streams()
     command = shlex.join(["python", *sys.argv])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:
@@ -79,6 +83,10 @@ def main() -> int:
         status, code = start(*live[0][:3]) if live else ("shown", 0)
     except UserError as error:
         return refused(error)
+    except Exception as error:
+        if (full := disk_full(error, Path.cwd())) is None:
+            raise
+        return refused(full)
     if status == "stopped" and "RANK" not in os.environ:
         print(f"to go on from there: {command}", file=sys.stderr)
     return code

@@ -4,9 +4,11 @@
 traceback. What one function of this project guarantees to another is an `assert`.
 """
 
+import os
 from collections.abc import Iterable
 from math import isqrt
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Self
 
 
 class UserError(Exception):
@@ -41,6 +43,24 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is incomplete, corrupted, foreign or does not fit the model."""
+
+
+class DiskFullError(UserError, OSError):
+    """A write found no room. The newest complete state is kept, and the same command goes on once there is some.
+
+    Also an OSError, so that whoever can do without the file needs no other word for it.
+    """
+
+    exit_code = 74  # sysexits' "input/output error": nothing is wrong with the command
+
+    @classmethod
+    def at(cls, path: Path, number: int, free: int | None, needed: int | None) -> Self:
+        """`number`: of the system's error; `free`, `needed`: bytes where somebody knows them."""
+        facts = [f"{free:,} bytes are free"] if free is not None else []
+        facts += [f"{needed:,} are needed"] if needed is not None else []
+        error = cls(f"{path}: {'; '.join(filter(None, (os.strerror(number).lower(), ', '.join(facts))))}")
+        error.errno = number
+        return error
 
 
 class DivergedError(UserError):

@@ -135,6 +135,8 @@ def upward(module: str, imported: str) -> bool:
     if there is None or here == there:
         return False
     assert here is not None
+    if (here, there) == ("src.storage", "src.errors"):
+        return False
     if floors()[there] < floors()[here]:
         if (here, there) == ("src.distributed", "src.models"):
             return not within(imported, CONTRACTS)  # any family will do

@@ -25,6 +25,11 @@ class BackgroundTask:
         self._thread = threading.Thread(target=run, name=self.name, daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the next `finish` raises."""
+        return self._failure is not None
+
     def finish(self) -> None:
         """Wait until nothing is in flight; raises what went wrong with it."""
         if self._thread is not None:

@@ -3,11 +3,13 @@
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from src.errors import CheckpointError, UserError
+from src.errors import CheckpointError, DiskFullError, UserError
+from src.storage.space import disk_full
 
 T = TypeVar("T")
 
@@ -16,6 +18,7 @@ T = TypeVar("T")
 class _Outcome(Generic[T]):
     value: T | None
     problems: tuple[str, ...] = ()  # the user's or the disk's
+    full: bool = False  # the disk
     crash: str = ""  # ours
 
 
@@ -46,7 +49,7 @@ class HostGroup:
             raise RuntimeError(crashes[0])
         problems = dict.fromkeys(problem for outcome in outcomes for problem in outcome.problems)
         if problems:
-            raise CheckpointError(problems)
+            raise (DiskFullError if any(outcome.full for outcome in outcomes) else CheckpointError)(problems)
         return [outcome.value for outcome in outcomes]  # type: ignore[misc]  # no problem, so the action's own value
 
 
@@ -54,8 +57,10 @@ def _try(action: Callable[[], T], rank: int) -> _Outcome[T]:
     try:
         return _Outcome(action())
     except UserError as error:
-        return _Outcome(None, problems=error.problems)
+        return _Outcome(None, problems=error.problems, full=isinstance(error, DiskFullError))
     except OSError as error:
+        if (full := disk_full(error, Path.cwd())) is not None:
+            return _Outcome(None, problems=full.problems, full=True)
         return _Outcome(None, problems=(f"{error.filename or 'checkpoint'}: {error.strerror or error} (rank {rank})",))
     except Exception:  # noqa: BLE001  (all ranks must hear of it, or they wait for this one)
         return _Outcome(None, crash=f"rank {rank}:\n{traceback.format_exc()}")

@@ -89,6 +89,11 @@ class Snapshot(DefaultSavePlanner):
         self._shards = _copy_to_host(shards) if copy else shards
         self.copied = copy
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that this rank writes."""
+        return sum(shard.nbytes for shard in self._shards.values())
+
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:

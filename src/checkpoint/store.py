@@ -13,8 +13,12 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from src.checkpoint import folder as files
 from src.checkpoint.background import BackgroundTask
@@ -23,7 +27,8 @@ from src.checkpoint.folder import CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
 from src.checkpoint.metadata import RestrictedReader
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
-from src.errors import CheckpointError, some
+from src.errors import CheckpointError, DiskFullError, some
+from src.storage.space import room
 
 VALUES = "values.json"
 log = logging.getLogger(__name__)
@@ -50,6 +55,22 @@ class _Write:
     facts: dict[str, Any]
     began: float  # time.perf_counter() at the call of save()
     stall_seconds: float | None = None  # None: training waits until the end
+
+
+class _Writer(FileSystemWriter):
+    """Says of a full disk that it is full: torch's own words are of positions in an archive."""
+
+    def __init__(self, path: Path, needed: int, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._path, self._needed = path, needed
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        with room(self._path, self._needed):
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        with room(self._path):
+            super().finish(metadata, results)
 
 
 class Store:
@@ -92,6 +113,11 @@ class Store:
         """Wait until nothing is in flight; raises what went wrong with the last save."""
         self._aside.finish()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed, as far as this rank knows by now: `finish` will raise it."""
+        return self._aside.failed
+
     def newest(self) -> Path | None:
         """The newest complete checkpoint of this run."""
         self.finish()
@@ -129,18 +155,37 @@ class Store:
     def _write(self, job: _Write) -> None:
         path = files.step_folder(self.folder, job.step)
         values = merge(self._team.on_all(lambda: job.values))
-        if not self._team.on_rank_zero(lambda: self._open(path)):
-            return
         try:
-            marker = self._write_files(path, job, values)
-        except CheckpointError:
-            with suppress(CheckpointError):  # a full disk must not stay full of half a checkpoint
-                self._team.on_rank_zero(lambda: files.clean(self.folder))
-            raise
+            marker = self._write_cleanly(path, job, values)
+        except DiskFullError:
+            if not self._team.on_rank_zero(lambda: self._make_room(path)):
+                raise
+            marker = self._write_cleanly(path, job, values)
+        if marker is None:
+            return
         self._sound.add(path)
         seconds = time.perf_counter() - job.began
         stall_seconds = seconds if job.stall_seconds is None else job.stall_seconds
         self.last = SavedCheckpoint(job.step, path, stall_seconds, seconds, marker.bytes)
+
+    def _write_cleanly(self, path: Path, job: _Write, values: str) -> Marker | None:
+        """None: it is there already."""
+        try:
+            return self._write_files(path, job, values) if self._team.on_rank_zero(lambda: self._open(path)) else None
+        except (CheckpointError, DiskFullError):
+            with suppress(CheckpointError, DiskFullError):  # a full disk must not stay full of half a checkpoint
+                self._team.on_rank_zero(lambda: files.clean(self.folder))
+            raise
+
+    def _make_room(self, path: Path) -> bool:
+        """Rank 0: what is surplus once this save is done goes before it; false where that is nothing."""
+        found, keep = files.complete(self.folder), self.options.keep
+        protected = [each for each in (*found[-1:], self._loaded) if each is not None]
+        surplus = files.expendable(found, keep and keep - 1, self.options.keep_every, protected=protected)
+        for old in surplus:
+            log.warning("%s: the disk is full; %s goes before the save", path, old.name)
+            files.remove(old)
+        return bool(surplus)
 
     def _write_files(self, path: Path, job: _Write, values: str) -> Marker:
         self._team.on_all(lambda: self._write_tensors(path, job.snapshot))
@@ -163,7 +208,7 @@ class Store:
     def _write_tensors(self, path: Path, snapshot: Snapshot) -> None:
         # Reading ahead is for tensors on a GPU; from the thread it would open a context on GPU 0.
         ahead_bytes = 0 if snapshot.copied else 10_000_000
-        writer = FileSystemWriter(path, sync_files=True, per_thread_copy_ahead=ahead_bytes)
+        writer = _Writer(path, snapshot.bytes, sync_files=True, per_thread_copy_ahead=ahead_bytes)
         try:
             save({}, storage_writer=writer, planner=snapshot, process_group=self._team.group)
         except CheckpointException as error:
@@ -251,6 +296,8 @@ class Store:
 def _explained(error: CheckpointException, what: str) -> Exception:
     """The disk's failures in plain words (torch's writer turns a full disk into a RuntimeError), others as they are."""
     failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+    if full := [failure for failure in failures.values() if isinstance(failure, DiskFullError)]:
+        return DiskFullError(dict.fromkeys(problem for each in full for problem in each.problems))
     if all(isinstance(failure, (OSError, RuntimeError)) for failure in failures.values()):
         return CheckpointError([f"{what} by rank {rank}: {failure}" for rank, failure in failures.items()])
     return RuntimeError(f"{what}: {error}")

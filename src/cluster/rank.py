@@ -11,17 +11,19 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from src.cluster.diagnosis.rank_failure import gather_traces
-from src.cluster.rank_log import keep_log, only_log
+from src.cluster.rank_log import keep_log, only_log, open_closed_streams
 from src.config import tree as trees
 from src.distributed.process.rank_context import LauncherEnv
 from src.errors import UserError
 from src.runs.folder import end, log_folder
 from src.runs.frozen_code import verify
+from src.storage.space import disk_full
 
 
 class RankTask(Protocol):
@@ -62,8 +64,13 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
         run = Run.from_sections(build(tree))
         finished = cast(RankTask, run.task).run(run, job.folder) is not False
     except Exception as error:
-        end(job.folder, "failed", f"rank {rank}: {type(error).__name__}: {error}")
-        raise
+        full = disk_full(error, job.folder)
+        told = error if full is None else full
+        with suppress(OSError, LookupError):  # nothing that breaks here may take the place of the error
+            end(job.folder, "failed", f"rank {rank}: {type(told).__name__}: {told}")
+        if told is error:
+            raise
+        raise told from error
     if rank == 0:
         end(job.folder, "finished" if finished else "stopped")
     return finished
@@ -84,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, for the log")
     given = parser.parse_args(arguments)
     end_with(given.launcher)
+    open_closed_streams()
     # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     rank = LauncherEnv.read().rank
@@ -93,18 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record(run_rank)(RankJob(given.folder, given.code))
     except UserError as error:
-        only_log()
-        print(*error.problems, sep="\n", file=sys.stderr)
+        _last_words("\n".join(error.problems))
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001 (the last word of a rank: any error goes to its log and to the launcher)
-        only_log()
-        traceback.print_exc()
-        gather_traces(error, given.folder)
+        _last_words(traceback.format_exc().rstrip())
+        with suppress(OSError):
+            gather_traces(error, given.folder)
         return 1
     only_log()
     return 0
+
+
+def _last_words(text: str) -> None:
+    """To the log alone: the launcher tells them. A log that cannot be written is no reason to end otherwise."""
+    with suppress(OSError):
+        only_log()
+        print(text, file=sys.stderr, flush=True)
 
 
 def end_with(launcher: int) -> None:
@@ -128,8 +142,9 @@ def _watch(launcher: int) -> None:
 
 def _exit(code: int) -> None:
     """Leave a failed rank without waiting for its threads and process groups: they may wait for other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code not in (0, UserError.exit_code):
         os._exit(code)
     sys.exit(code)

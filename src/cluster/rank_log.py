@@ -4,10 +4,22 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO, cast
 
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
+
+
+def open_closed_streams() -> None:
+    """Lead descriptors 0 to 2 that were closed (`>&-`) to nowhere, or the next files opened would be taken for them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (as long as the process)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def keep_log(path: Path, *, terminal: bool) -> None:
@@ -68,7 +80,8 @@ class Screen(io.TextIOBase):
         self._show(text)
         *whole, self._line = (self._line + text).split("\n")
         for line in whole:
-            self._log.write(_kept(line) + "\n")
+            with suppress(OSError):  # a full disk: words are no reason to end a run
+                self._log.write(_kept(line) + "\n")
         self._line = self._line[max(self._line.rfind("\r"), 0) :]  # hours of redrawing must not pile up
         return len(text)
 

@@ -99,11 +99,11 @@ class _PieceJob:
                 for text, ids in zip(texts, self.tokenizer.documents(texts), strict=True):
                     split = "validation" if held_out(text, self.fraction) else "train"
                     writers[split].add(ids, len(text.encode(errors="replace")))
+            shards: dict[str, Shard] = {split: writer.close() for split, writer in writers.items()}
         except BaseException:
             for writer in writers.values():
                 writer.discard()
             raise
-        shards: dict[str, Shard] = {split: writer.close() for split, writer in writers.items()}
         write_record(self.folder, self.number, shards)
 
 

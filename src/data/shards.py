@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from src.data.fingerprint import fingerprint, is_settled, read_memory, remember,
 from src.data.tokenizer_files import read_facts
 from src.errors import DataError
 from src.storage.atomic_write import TEMPORARY, temporary_beside
+from src.storage.space import room
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -52,15 +54,17 @@ class ShardWriter:
             self._empty += 1
             return
         content = ids.astype(self._dtype).tobytes()
-        self._file.write(content)
+        with room(self._path, len(content)):
+            self._file.write(content)
         self._crc32 = zlib.crc32(content, self._crc32)
         self._tokens += len(ids)
         self._documents += 1
         self._text_bytes += text_bytes
 
     def close(self) -> Shard:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with room(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.replace(self._path)
         return Shard(
@@ -74,7 +78,8 @@ class ShardWriter:
         )
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk refuses what is buffered once more
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

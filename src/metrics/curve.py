@@ -1,10 +1,12 @@
 """The loss curve of a run folder as a picture."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from src.errors import FolderError
 from src.metrics.history import Series, read
+from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE
 
 CURVE_FILE = "loss.png"
@@ -28,7 +30,9 @@ def plot(folder: Path) -> Path:
     if history.attempts > 1:
         axes.set_title(f"{history.attempts} attempts", loc="right", fontsize=10, color="#666666")
     path = folder / CURVE_FILE
-    figure.savefig(path)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    atomic_write(path, picture.getvalue())
     return path
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from math import log
 from pathlib import Path
+
+from src.storage.atomic_write import atomic_write
 
 FOLDER = "expert_load"  # pictures, in the run folder
 
@@ -85,7 +88,9 @@ class ExpertLoad:
         figure.colorbar(image, label="rows / mean", extend="max")
         path = folder / FOLDER / f"step_{step:08}.png"
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=100)
+        picture = BytesIO()
+        figure.savefig(picture, format="png", dpi=100)
+        atomic_write(path, picture.getvalue())
         return path
 
 

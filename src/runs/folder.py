@@ -24,6 +24,7 @@ from src.runs.scheduler import NoScheduler, Scheduler
 from src.runs.twins import earlier
 from src.storage.atomic_write import TEMPORARY, atomic_write
 from src.storage.json_lines import Lines
+from src.storage.space import disk_full
 from src.version import VERSION
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
@@ -102,6 +103,8 @@ class RunFolder:
         try:
             lock.take()
         except OSError as error:
+            if (full := disk_full(error, path)) is not None:
+                raise full from error
             raise FolderError(f"{path}: cannot be written ({error.strerror}); pass another root=...") from error
         try:
             changed = _compare(path, tree)
@@ -115,6 +118,8 @@ class RunFolder:
             trees.write(path / "config.yaml", tree)  # last: its presence says that all is there
         except OSError as error:
             lock.release()
+            if (full := disk_full(error, path)) is not None:
+                raise full from error
             raise FolderError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
         except BaseException:
             lock.release()
@@ -230,6 +235,8 @@ def _make(path: Path) -> None:
         blocked = next(p for p in (path, *path.parents) if p.exists())
         raise FolderError(f"{blocked}: a file is where a folder belongs; move it, or pass another root=...") from error
     except OSError as error:
+        if (full := disk_full(error, path)) is not None:
+            raise full from error
         raise FolderError(f"{path}: cannot be made ({error.strerror}); pass a root=... that you may write") from error
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class Lock:
     def release(self) -> None:
         """A second call does nothing. The file stays: removing it would let two processes lock two different files."""
         if self._file is not None:
-            self._write(self._file, None)
+            with suppress(OSError):  # of a full disk, which leaves the file empty: released, too
+                self._write(self._file, None)
             os.close(self._file)
             self._file = None
 

@@ -4,6 +4,8 @@ import os
 import uuid
 from pathlib import Path
 
+from src.storage.space import room
+
 TEMPORARY = ".tmp"  # how the names of files end that a kill has left half-written
 
 
@@ -11,17 +13,19 @@ def atomic_write(path: Path, content: str | bytes, *, durable: bool = False) -> 
     """Write beside `path`, then rename over it; who reads sees the old content or the new, never a part.
 
     Text is UTF-8; bytes that were no UTF-8 and came as surrogates go out as they came. `durable`: on the disk on
-    return, file and name, so that a power cut cannot take it back. OSError; `path` is then as it was.
+    return, file and name, so that a power cut cannot take it back. OSError, of a full disk DiskFullError; `path` is as
+    it was then.
     """
     content = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = temporary_beside(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with room(path, len(content)):
+            with temporary.open("wb") as file:
+                file.write(content)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from src.storage.space import room, write_all
+
 METRICS_FILE = "metrics.jsonl"  # of a run folder: every number, of every attempt
 TAIL_BYTES = 65536
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -25,7 +27,8 @@ class Lines:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line torn by a kill: close it, so that this one stands alone
                     line = b"\n" + line
-            file.write(line)
+            with room(self.path, len(line)):
+                write_all(file.fileno(), line)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Every whole record from the first to the last; torn lines are left out."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from src.checkpoint.config import Checkpoint, hardly_fits
+from src.checkpoint.folder import complete, step_of
 from src.checkpoint.store import Store
 from src.data.batches import Batch, Batches
 from src.distributed.collectives import any_rank
@@ -85,7 +86,7 @@ class Loop:
             if self._stopping:
                 break
             scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
-            self._advance(self.training.stepper(batches, stop=self.stop.seen is not None), waited)
+            self._advance(self.training.stepper(batches, stop=self._asked()), waited)
         self._process_outcomes(self._readback.flush())
         self._save(last=True)
         self.store.finish()
@@ -154,9 +155,15 @@ class Loop:
             advice = "task.nonfinite=skip_step goes on past it" if go_on else "a lower optim.lr may help"
             raise DivergedError(
                 f"{what}, over samples {samples.start} to {samples.stop - 1} (incidents.jsonl); the weights were not "
-                f"touched and the newest checkpoint is of step {self._saved}; {advice}"
+                f"touched{self._kept()}; {advice}"
             )
         self.report.say(f"{what}: not finite, the update is skipped (incidents.jsonl)")
+
+    def _kept(self) -> str:
+        """For an error: the newest checkpoint, which may be older than the last one that was begun."""
+        found = complete(self.store.folder)
+        newest = f"the newest checkpoint is of step {step_of(found[-1])}" if found else "there is no checkpoint yet"
+        return f" and {newest}"
 
     def _due(self, step: int) -> bool:
         """Whether anything waits for the device after this step. The first step does: its signal, its compile time."""
@@ -269,8 +276,12 @@ class Loop:
             self.report.measure(done.step, {f"export/{key}": value for key, value in costs.items()})
             self.report.say(f"exported step {done.step}: {'; '.join(done.lines)}")
 
+    def _asked(self) -> bool:
+        """Whether this rank wants to end: a signal came, or a save in the background failed and nothing is kept now."""
+        return self.stop.seen is not None or self.store.failed
+
     def _stopped(self) -> bool:
-        return any_rank(self.stop.seen is not None, self.training.ranks.device)
+        return any_rank(self._asked(), self.training.ranks.device)
 
 
 # Compiling and loading may take minutes and have their own, longer limit; a collective of a later step that takes this

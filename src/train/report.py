@@ -42,8 +42,12 @@ class Report:
 
     def picture(self, step: int, load: ExpertLoad | None) -> None:
         """A heat map of experts, where the model has any."""
-        if self._log is not None and load is not None:
+        if self._log is None or load is None:
+            return
+        try:
             self._log.image(step, "experts/load", load.draw(self._folder, step))
+        except OSError as error:
+            self.say(f"warning: the picture of step {step} cannot be drawn: {error}")
 
     def say(self, text: str) -> None:
         """A line for a person, about the run."""

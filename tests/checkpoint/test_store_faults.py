@@ -1,8 +1,12 @@
 """What a store says of damaged files, full disks and states that do not fit; an older checkpoint stays as it was."""
 
+import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from src.checkpoint.store import Store
+from src.checkpoint.store import Store, _Writer
+from src.errors import DiskFullError
 from tests.checkpoint.options import options, problems
 from tests.checkpoint.states import blank, equals, state, two_saves
 from tests.ranks import RankError, RankPool
@@ -70,32 +75,77 @@ def test_damage_of_the_only_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
     assert told[-1] == f"there is no older complete checkpoint in {tmp_path}"
 
 
-def full_disk(folder: Path) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2,))
-    big = {"model": {"w": distribute_tensor(torch.ones(2, 200_000), mesh, [Shard(0)])}}
-    store = Store(folder, options())
-    store.save(10, big, {}, wait=True)
+@contextmanager
+def no_room_on_rank_1(room: int) -> Iterator[None]:
+    """A file may not grow beyond this: what a full disk or a quota does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == 1:  # a file may not grow beyond this: what a full disk or a quota does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
-    store.save(20, big, {})
-    told = problems(store.save, 30, big, {})
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def big() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2,))
+    return {"model": {"w": distribute_tensor(torch.ones(2, 200_000), mesh, [Shard(0)])}}
+
+
+def full_disk(folder: Path, background: bool) -> dict[str, Any]:
+    store = Store(folder, options())
+    store.save(10, big(), {}, wait=True)
+    with no_room_on_rank_1(400_000):
+        if background:
+            store.save(20, big(), {})
+        told = problems(store.save, 30 if background else 20, big(), {}, wait=True)
     newest = store.newest()
     left = [path.name for path in folder.iterdir()]
     dist.barrier()
-    store.save(40, big, {})
+    store.save(40, big(), {})
     store.finish()
     return {"told": told, "newest": newest, "left": left, "there": sorted(path.name for path in folder.iterdir())}
 
 
-def test_a_full_disk_fails_the_next_save_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    first, second = ranks(2, full_disk, tmp_path)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_fails_the_save_on_all_ranks(ranks: RankPool, tmp_path: Path, background: bool) -> None:
+    first, second = ranks(2, full_disk, tmp_path, background)
     assert first == second
-    assert first["told"][0].startswith(f"{tmp_path / 'step_00000020'}: cannot be written by rank 1: ")
+    (told,) = first["told"]
+    assert re.fullmatch(rf"{tmp_path}/step_00000020: file too large; [\d,]+ bytes are free, 800,000 are needed", told)
     assert first["newest"] == tmp_path / "step_00000010"
     assert first["left"] == ["step_00000010"]
     assert first["there"] == ["step_00000010", "step_00000040"]
+
+
+def short_of_room(folder: Path, keep: int | None) -> tuple[str, list[str]]:
+    """What the save of step 40 says where three others leave no room until one of them is gone."""
+    store = Store(folder, options(keep=keep))
+    for step in (10, 20, 30):
+        store.save(step, big(), {}, wait=True)
+    write = _Writer.write_data
+
+    def full(self: _Writer, *given: Any) -> Any:
+        with no_room_on_rank_1(400_000 if len(list(folder.glob("*/COMPLETE.json"))) > 1 else 10**8):
+            return write(self, *given)
+
+    with patch.object(_Writer, "write_data", full):
+        try:
+            store.save(40, big(), {}, wait=True)
+        except DiskFullError as error:
+            said = type(error).__name__
+        else:
+            said = "saved"
+    dist.barrier()
+    return said, sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_not_kept_makes_room_for_the_save(ranks: RankPool, tmp_path: Path) -> None:
+    """keep=2 means the new one and the one before it: the oldest may go first. Without keep nothing may."""
+    both = ranks(2, short_of_room, tmp_path / "two", 2)
+    assert both == [("saved", ["step_00000030", "step_00000040"])] * 2
+    everything = ranks(2, short_of_room, tmp_path / "all", None)
+    assert everything == [("DiskFullError", ["step_00000010", "step_00000020", "step_00000030"])] * 2
 
 
 def no_folder(folder: Path) -> tuple[str, ...]:

@@ -60,6 +60,15 @@ class Fake:
             if rank == 1:
                 raise ValueError("the weights of rank 1 are bad")
             time.sleep(600)
+        if self.options["do"] == "spoil":
+            if rank == 1:
+                (folder / "attempts.jsonl").unlink()
+                (folder / "attempts.jsonl").mkdir()
+                raise ValueError("the weights of rank 1 are bad")
+            time.sleep(600)
+        if self.options["do"] == "full":
+            os.environ.pop("TORCHELASTIC_ERROR_FILE")
+            raise OSError(28, os.strerror(28))
         if self.options["do"] == "segfault":
             if rank == 1:
                 (folder / "dying").touch()
@@ -88,6 +97,8 @@ from pathlib import Path
 from src.runs.folder import RunFolder
 from src.cluster.local.config import Local
 from src.config.tree import identity
+from src.cluster.rank_log import open_closed_streams
+open_closed_streams()
 tree, root, repository, grace = json.loads(sys.argv[1])
 cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace))
 with RunFolder.open(tree, {"world": tree["task"]["world"]}, root=Path(root), name=tree["name"],
@@ -124,7 +135,9 @@ def place(root: Path, do: str, world: int) -> Path:
     return root / f"{do}-{identity(tree(do, world))}"
 
 
-def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 60) -> "subprocess.Popen[str]":
+def launch(
+    root: Path, code: Path, do: str, world: int, grace_seconds: float = 60, closed: tuple[int, ...] = ()
+) -> "subprocess.Popen[str]":
     """A launcher in a process and session of its own; its working directory is `root`, where no `src` is."""
     import json
 
@@ -132,6 +145,12 @@ def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 6
     given = json.dumps([tree(do, world), str(root), str(code), grace_seconds])
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+    def enter() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        for descriptor in closed:  # as >&- does
+            os.close(descriptor)
+
     return subprocess.Popen(
         [sys.executable, "-P", "-c", LAUNCH, given],
         cwd=root,
@@ -140,7 +159,7 @@ def launch(root: Path, code: Path, do: str, world: int, grace_seconds: float = 6
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # as nohup does
+        preexec_fn=enter,
     )
 
 

@@ -1,6 +1,7 @@
 """Launchers and ranks in real processes."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from src.cluster.local.signals import SAME_SIGNAL_SECONDS
 from src.runs.folder import attempts
 from tests.cluster.fakes import launch, place, repository, until_heard
 
@@ -72,6 +74,38 @@ def test_a_crash_shows_the_failing_rank_first(code: Path, tmp_path: Path) -> Non
     assert "ValueError: the weights of rank 1 are bad" in log.read_text()
     (attempt,) = attempts(place(tmp_path, "crash", 2))
     assert (attempt.ended, "rank 1: ValueError" in attempt.detail) == ("failed", True)
+
+
+def test_a_crash_is_shown_where_its_record_cannot_be_written(code: Path, tmp_path: Path) -> None:
+    """Whatever else breaks: here attempts.jsonl becomes a folder as soon as it is read."""
+    launcher = launch(tmp_path, code, "spoil", 2)
+    _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 1
+    assert err.startswith("rank 1 failed first: ValueError: the weights of rank 1 are bad\n"), err
+    attempts_file = place(tmp_path, "spoil", 2) / "attempts.jsonl"
+    assert f"warning: {attempts_file}: the end of this attempt cannot be noted: " in err
+    assert err.count("Traceback") == 1, "that of the rank"
+
+
+def test_a_full_disk_is_told_by_the_launcher_where_the_rank_cannot(code: Path, tmp_path: Path) -> None:
+    launcher = launch(tmp_path, code, "full", 1)
+    _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 74
+    assert re.match(
+        rf"rank 0 failed first: DiskFullError: {tmp_path}.*: no space left on device; .* are free\n", err
+    ), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_may_be_closed(code: Path, tmp_path: Path, closed: tuple[int, ...]) -> None:
+    launcher = launch(tmp_path, code, "sum", 2, closed=closed)
+    launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 0
+    for rank in range(2):
+        log = (place(tmp_path, "sum", 2) / f"logs/attempt_1/rank_{rank}.log").read_text()
+        assert f"rank {rank} of 2: sum 3" in log
+        assert "words of a library in C" in log
 
 
 def test_a_rank_that_dies_without_a_word_is_named_with_its_signal(code: Path, tmp_path: Path) -> None:
@@ -143,6 +177,9 @@ def test_a_second_ctrl_c_ends_at_once(code: Path, tmp_path: Path) -> None:
     pids = alive(folder, launcher, 2)
     launcher.send_signal(signal.SIGINT)
     until_heard(launcher, "SIGINT")
+    launcher.send_signal(signal.SIGINT)  # the same Ctrl-C, through a wrapper
+    time.sleep(SAME_SIGNAL_SECONDS)
+    assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
     launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 130

@@ -20,6 +20,8 @@ _BROKEN_DEVICE = re.compile(
     r"CUDA driver initialization failed|no CUDA-capable device|system not yet initialized|NVLink|Xid",
     re.IGNORECASE,
 )
+# Of a GPU, and of the CPU's allocator.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 # Somebody else died, or hangs: gloo's, NCCL's and the store's words.
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|connectFullMesh|closed by peer|broken pipe|timed out|NCCL error|remote process|"
@@ -61,7 +63,7 @@ def classify(error: BaseException) -> Kind:
     name, text = type(error).__name__, str(error)
     if isinstance(error, UserError):
         return "user"
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "out of memory" in text:
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or _NO_MEMORY.search(text):
         return "memory"
     if name == "PreflightError" or _BROKEN_DEVICE.search(text):
         return "node"

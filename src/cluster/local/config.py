@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options
 from src.cluster.batch_system import batch_system
+from src.cluster.local.signals import record_end, tell
 from src.cluster.rank import RankJob
 from src.config.base import Config
 from src.config.bounds import CountFromZero, Gibibytes, PerNode, Seconds
 from src.errors import PlanError
-from src.runs.folder import RunFolder, attempts, end, log_folder
+from src.runs.folder import RunFolder, attempts, log_folder
 from src.runs.frozen_code import NO_BYTECODE
+from src.runs.records import ATTEMPTS_FILE
 
 if TYPE_CHECKING:
     from src.cluster.local.supervisor import FirstFailure, RankSupervisor
@@ -118,34 +120,36 @@ class Local(Config):
 def conclude(
     supervisor: "RankSupervisor", failure: "FirstFailure | None", folder: Path, title: str = ""
 ) -> AttemptOutcome:
-    """Record the end and say it: the failing rank's error first. `title`: whose rank, where groups share a terminal."""
-    from src.cluster.local.signals import tell
-
+    """Say the end, the failing rank's error first, then record it. `title`: whose rank, where groups share a screen."""
     if supervisor.killed:
-        end(folder, "killed", supervisor.killed, overrule=True)
         tell(
             f"killed ({supervisor.killed}); the newest complete checkpoint is kept, the same command continues from it"
         )
+        record_end(folder, "killed", supervisor.killed, overrule=True)
         return AttemptOutcome("killed", 130 if supervisor.killed == "Ctrl-C twice" else 137)
     if failure is not None and supervisor.signal is not None and failure.exit_code == 128 + supervisor.sent:
-        end(folder, "stopped", f"{supervisor.signal} outside of training")
         tell(
             f"stopped by {supervisor.signal} before training began or after it ended; "
             f"the same command continues: {folder}"
         )
+        record_end(folder, "stopped", f"{supervisor.signal} outside of training")
         return AttemptOutcome("stopped", 0)
     if failure is not None:
-        end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)
         tell(f"{title}rank {failure.rank} failed first: {failure.error}\n\n{failure.text}\n\nlog: {failure.log}")
+        record_end(folder, "failed", f"rank {failure.rank}: {failure.error}", overrule=True)
         return AttemptOutcome("failed", failure.exit_code)
-    newest = attempts(folder)[-1]
+    tried = attempts(folder)
+    if not tried:
+        tell(f"{folder / ATTEMPTS_FILE}: is gone or unreadable, so how the run ended is not known")
+        return AttemptOutcome("failed", 1)
+    newest = tried[-1]
     if newest.ended == "finished":
         return AttemptOutcome("finished", 0)
     if newest.ended == "stopped":
         tell(f"stopped{f' by {supervisor.signal}' if supervisor.signal else ''}; the same command continues: {folder}")
         return AttemptOutcome("stopped", 0)
-    end(folder, "failed", "rank 0 left in the middle of its task")
     tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
+    record_end(folder, "failed", "rank 0 left in the middle of its task")
     return AttemptOutcome("failed", 1)
 
 

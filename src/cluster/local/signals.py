@@ -2,8 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
+
+from src.runs.folder import Ended, end
+from src.runs.records import ATTEMPTS_FILE
 
 POLL_SECONDS = 0.1
+# A Ctrl-C that a wrapper such as `timeout` passes on beside the terminal comes twice at once, and is meant once.
+SAME_SIGNAL_SECONDS = 1.0
 # A closed terminal asks for the same as a polite kill.
 FORWARDED = {
     signal.SIGINT: signal.SIGINT,
@@ -19,3 +25,11 @@ def tell(text: str) -> None:
         os.write(2, f"{text}\n".encode())
     except OSError:  # the terminal is gone
         return
+
+
+def record_end(folder: Path, ended: Ended, detail: str, *, overrule: bool = False) -> None:
+    """In attempts.jsonl; a folder that cannot be written, or is gone, is told and changes nothing else."""
+    try:
+        end(folder, ended, detail, overrule=overrule)
+    except (OSError, LookupError) as error:
+        tell(f"warning: {folder / ATTEMPTS_FILE}: the end of this attempt cannot be noted: {error}")

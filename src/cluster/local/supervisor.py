@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,11 +17,12 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
 from src.cluster.diagnosis import hang
-from src.cluster.local.signals import FORWARDED, POLL_SECONDS, tell
+from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, tell
 from src.cluster.rank import RankJob
 from src.distributed.process.rank_context import host_store
-from src.errors import UserError
+from src.errors import DiskFullError, UserError
 from src.runs.folder import Attempt, log_folder
+from src.storage.space import no_room
 
 # A failed rank's companions fail in a moment or wait for it for ever; in this time they write down which.
 ABANDON_SECONDS = 5.0
@@ -72,6 +74,7 @@ class RankSupervisor:
         self._attempt = attempt
         self._grace_seconds = grace_seconds
         self._began = time.time()
+        self._asked = 0.0  # time.monotonic() of the first signal
         self._deadline = float("inf")
         self._logs = log_folder(job.folder, attempt.number)
         self._files = ErrorFiles(self._logs)
@@ -122,14 +125,15 @@ class RankSupervisor:
         name = signal.Signals(number).name
         if self.signal is None:
             self.signal, self.sent = name, FORWARDED[signal.Signals(number)]
-            self._deadline = time.monotonic() + self._grace_seconds
+            self._asked = time.monotonic()
+            self._deadline = self._asked + self._grace_seconds
             tell(
                 f"\n{name}: the ranks save and stop (at most {self._grace_seconds:g} s); Ctrl-C again ends them at once"
             )
             for rank, process in self._context.subprocess_handlers.items():
                 if rank not in self._noticed and process.proc.poll() is None:
                     process.proc.send_signal(self.sent)
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and time.monotonic() - self._asked >= SAME_SIGNAL_SECONDS:
             self.killed = "Ctrl-C twice"
             self._deadline = time.monotonic()
 
@@ -164,15 +168,16 @@ class RankSupervisor:
         if not failed:
             return None
         rank = min(failed, key=self._when)
-        found = hang.find(self._job.folder / "traces", self._began, [self._attempt.host] * self._attempt.world)
-        told = self._describe(rank, codes[rank])
+        told, found = self._describe(rank, codes[rank]), None
+        with suppress(OSError):  # a folder that is gone must not hide the error
+            found = hang.find(self._job.folder / "traces", self._began, [self._attempt.host] * self._attempt.world)
         return told if found is None else replace(told, text=f"{told.text}\n\n{found.words}")
 
     def _when(self, rank: int) -> int:
         """Nanoseconds: when it wrote its error; a rank that could not write one died before the others noticed."""
         try:
             return self._files.path(rank).stat().st_mtime_ns
-        except FileNotFoundError:
+        except OSError:
             return self._noticed.get(rank, time.time_ns()) - _NANOSECONDS
 
     def _describe(self, rank: int, code: int) -> FirstFailure:
@@ -183,9 +188,12 @@ class RankSupervisor:
             return FirstFailure(rank, 128 - code, error, _tail(log), log)
         try:
             message = json.loads(self._files.path(rank).read_text())["message"]
-        except (OSError, ValueError):
+            error, stack = message["message"], message["extraInfo"]["py_callstack"]
+        except (OSError, ValueError, LookupError, TypeError):
+            if code == DiskFullError.exit_code:  # it found no room for its error either
+                full = no_room(self._logs)
+                return FirstFailure(rank, code, f"DiskFullError: {full}", str(full), log)
             return FirstFailure(rank, code, f"ended with exit code {code}", _tail(log), log)
-        error, stack = message["message"], message["extraInfo"]["py_callstack"]
         if error.partition(":")[0] in _FOR_THE_USER:
             return FirstFailure(rank, code, error.partition("\n")[0], error.partition(": ")[2], log)
         return FirstFailure(rank, code, error.partition("\n")[0], stack.rstrip(), log)
@@ -208,5 +216,5 @@ def _facts(rank: int, world: int, port: int) -> dict[str, str]:
 def _tail(log: Path) -> str:
     try:
         return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-    except FileNotFoundError:
+    except OSError:
         return "(it wrote no log)"

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 from src.cluster.backend import AttemptOutcome, Options
-from src.cluster.local.signals import FORWARDED, POLL_SECONDS, tell
+from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, record_end, tell
 from src.cluster.replicas.lighthouse import Lighthouse
 from src.errors import UserError
-from src.runs.folder import RunFolder, attempts, end
+from src.runs.folder import RunFolder, attempts
 
 LONGEST_BACKOFF_SECONDS = 300.0
 LAST_SAVE_SECONDS = 1800.0
@@ -50,6 +50,7 @@ class Groups:
         self._deadline = float("inf")
         self._signal = ""
         self._killed = ""
+        self._asked = 0.0  # time.monotonic() of the signal
 
     def run(self) -> AttemptOutcome:
         """Returns when every group has ended for good."""
@@ -136,10 +137,12 @@ class Groups:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
+            if time.monotonic() - self._asked < SAME_SIGNAL_SECONDS:
+                return
             self._killed = "Ctrl-C twice"
             self._deadline = time.monotonic()
         elif not self._signal:
-            self._signal = signal.Signals(number).name
+            self._signal, self._asked = signal.Signals(number).name, time.monotonic()
             # A group ends its own ranks by then; this is for groups.
             self._deadline = time.monotonic() + self._grace_seconds + 5.0
             self._end(FORWARDED[signal.Signals(number)])
@@ -157,15 +160,15 @@ class Groups:
         words = {group.ended for group in self._groups}
         path = self._folder.path
         if "finished" in words:
-            end(path, "finished")
+            record_end(path, "finished", "")
             return AttemptOutcome("finished", 0)
         if self._killed:
-            end(path, "killed", self._killed)
+            record_end(path, "killed", self._killed)
             return AttemptOutcome("killed", 130 if self._killed == "Ctrl-C twice" else 137)
         failed = [group for group in self._groups if group.ended == "given up"]
         if failed:
-            end(path, "failed", f"group {failed[0].number}: exit code {failed[0].code}")
+            record_end(path, "failed", f"group {failed[0].number}: exit code {failed[0].code}")
             code = failed[0].code
             return AttemptOutcome("failed", 128 - code if code < 0 else code or 1)
-        end(path, "stopped", self._signal)
+        record_end(path, "stopped", self._signal)
         return AttemptOutcome("stopped", 0)

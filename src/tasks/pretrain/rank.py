@@ -12,6 +12,7 @@ from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, reopen
 from src.distributed.process.rank_context import RankContext, device_type
+from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.hugging_face.companions import describe, tokenizer_files
 from src.hugging_face.load import noted
@@ -155,7 +156,10 @@ def _farewell(
     if task.sample_prompt is not None:
         report.say(_sample(task, run, corpus, training, task.sample_prompt))
     if training.ranks.rank == 0:
-        report.say(f"curve: {plot(folder)}")
+        try:
+            report.say(f"curve: {plot(folder)}")
+        except (OSError, FolderError) as error:  # every step is done: no picture is worth a failure
+            report.say(f"warning: the curve cannot be drawn: {error}")
 
 
 def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt: str) -> str:

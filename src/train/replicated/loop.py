@@ -56,6 +56,9 @@ class ReplicatedLoop(Loop):
         state.tokens += others
         self._stopping = self._stopping or self.groups.gave_up
 
+    def _asked(self) -> bool:
+        return self.stop.seen is not None  # a save that fails is this group's own affair
+
     def _may_stop(self, asked: bool) -> bool:
         return self.groups.may_stop(asked)
 
