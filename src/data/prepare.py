@@ -16,7 +16,7 @@ from src.data.fingerprint import fingerprint
 from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, TokenShards, finished, write_index, write_record
 from src.data.sources import Piece, Source, held_out
 from src.data.tokenizer import Tokenizer, TokenizerConfig
-from src.errors import DataError
+from src.errors import DataError, DiskFullError
 
 DOCUMENTS_PER_BATCH = 256
 
@@ -38,6 +38,8 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
             cached = False
             try:
                 _tokenise(name, source, opened, folder, data, progress=progress)
+            except DiskFullError:
+                raise
             except OSError as error:  # sources turn theirs into DataErrors: this one is of the cache
                 raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
         parts.append(Part(name, weight, TokenShards(folder)))

@@ -17,10 +17,11 @@ from typing import Any, Self
 from src.cluster.backend import JobScheduler
 from src.cluster.batch_system import scheduler_of
 from src.config import tree as trees
-from src.errors import FolderError
+from src.errors import DiskFullError, FolderError
 from src.runs.folder import place
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import Lines
+from src.storage.space import room
 from src.sweeps.status import RunStatus, Submission, job_states, status_of
 
 SWEEP = "sweep.json"
@@ -53,7 +54,10 @@ class Ledger:
         """The folder of this sweep, new or found again."""
         ledger = cls(path)
         try:
-            (ledger.path / "points").mkdir(parents=True, exist_ok=True)
+            with room(path):
+                (ledger.path / "points").mkdir(parents=True, exist_ok=True)
+        except DiskFullError:
+            raise
         except OSError as error:
             raise FolderError(f"{path}: cannot be made ({error.strerror}); pass another root=...") from error
         if not (ledger.path / SWEEP).exists():

@@ -91,9 +91,8 @@ def test_a_full_disk_is_told_by_the_launcher_where_the_rank_cannot(code: Path, t
     launcher = launch(tmp_path, code, "full", 1)
     _, err = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 74
-    assert re.match(
-        rf"rank 0 failed first: DiskFullError: {tmp_path}.*: no space left on device; .* are free\n", err
-    ), err
+    said = rf"rank 0 failed first: DiskFullError: {tmp_path}.*: no space left on device; .* are free\n"
+    assert re.match(said, err), err
     assert "Traceback" not in err
 
 

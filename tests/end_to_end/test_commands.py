@@ -5,9 +5,11 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from src.cluster.local.signals import SAME_SIGNAL_SECONDS
 from tests.cluster.fakes import until_heard
 from tests.end_to_end.commands import command, start, wait_for_step
 from tests.end_to_end.lives import live, opened, series
@@ -55,6 +57,7 @@ def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
     wait_for_step(process, root, "twice-*", 1)
     os.killpg(process.pid, signal.SIGINT)
     until_heard(process, "SIGINT")
+    time.sleep(SAME_SIGNAL_SECONDS)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
