@@ -87,7 +87,7 @@ def test_nothing_that_it_names_is_run(where: str, protocol: int, tmp_path: Path)
         (Does(torch.hub.load, "a", "b"), "names torch.hub.load"),
         (Does(torch.load, "a"), "names torch.serialization.load"),
         (Does(type, "A", (), {}), "names builtins.type"),
-        (Does(copyreg.__newobj__, Metadata), "names copyreg.__newobj__"),
+        (Does(copyreg.pickle, Metadata, len), "names copyreg.pickle"),
         (
             metadata(state_dict_metadata={"w": BytesStorageMetadata()}),
             "names torch.distributed.checkpoint.metadata.B",
