@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 
 class BackgroundTask:
-    """One piece of work at a time; what it raises, the next `finish` raises in the training thread."""
+    """Runs one function at a time in a daemon thread. What it raises, the next `finish` raises in the calling
+    thread.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name  # of the thread
@@ -13,7 +15,7 @@ class BackgroundTask:
         self._failure: Exception | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """`finish` came before."""
+        """Run `work` in the thread. `finish` must have been called since the last start."""
 
         def run() -> None:
             try:
@@ -31,7 +33,7 @@ class BackgroundTask:
         return self._failure is not None
 
     def finish(self) -> None:
-        """Wait until nothing is in flight; raises what went wrong with it."""
+        """Wait for the running function, if any, and raise what it raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -99,7 +99,7 @@ def clean(checkpoints: Path) -> None:
 def expendable(
     found: list[Path], keep: int | None, keep_every: int | None, *, protected: Iterable[Path] = ()
 ) -> list[Path]:
-    """Those of the complete checkpoints `found` (oldest first) that no rule keeps."""
+    """The checkpoints of `found` (all complete ones, oldest first) that no rule keeps."""
     if keep is None:
         return []
     for_ever = set(protected)

@@ -32,13 +32,15 @@ class HostGroup:
         self.world = dist.get_world_size()
 
     def on_all(self, action: Callable[[], T]) -> list[T]:
-        """What `action` returned on each rank, by rank; if it failed on any rank, all ranks raise the same error."""
+        """Run `action` on every rank; returns the results of all, by rank. If it fails on any rank, all ranks raise
+        that error.
+        """
         outcomes: list[_Outcome[T] | None] = [None] * self.world
         dist.all_gather_object(outcomes, _try(action, self.rank), group=self.group)
         return self._agree([outcome for outcome in outcomes if outcome is not None])
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
-        """What `action` returned on rank 0, which alone runs it; if it failed, all ranks raise the same error."""
+        """Run `action` on rank 0 alone; returns its result on every rank. If it fails, all ranks raise its error."""
         outcomes: list[_Outcome[T] | None] = [_try(action, 0) if self.rank == 0 else None]
         dist.broadcast_object_list(outcomes, src=0, group=self.group)
         return self._agree([outcome for outcome in outcomes if outcome is not None])[0]

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """What one finished save cost."""
+    """Result of a finished save: its size, and the seconds that it took from training."""
 
     step: int
     path: Path

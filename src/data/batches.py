@@ -33,7 +33,7 @@ class Batch:
     samples: tuple[int, ...]
 
     def pinned(self) -> "Batch":
-        """In page-locked memory, from which copies to a GPU do not wait."""
+        """A copy in page-locked memory, from which copies to a GPU are asynchronous."""
         moved = {
             name: tensor.pin_memory()
             for name in ("tokens", "labels", "positions", "documents")
@@ -43,7 +43,9 @@ class Batch:
 
 
 class Batches:
-    """One data rank's view: row i of micro-batch m is sample position + (m * ranks + rank) * micro_batch + i."""
+    """Micro-batches of one data rank: row i of micro-batch m is sample position + (m * ranks + rank) * micro_batch +
+    i.
+    """
 
     def __init__(
         self,
@@ -75,7 +77,9 @@ class Batches:
         return self._micro_batches * self._ranks * self._micro_batch
 
     def step(self, position: int, share: range | None = None) -> list[Batch]:
-        """The micro-batches of the step that starts at global sample `position`; `share`: only those."""
+        """The micro-batches of the optimizer step that starts at global sample `position`; with `share`, only those
+        numbers.
+        """
         rows = np.arange(self._micro_batch)
         numbers = range(self._micro_batches) if share is None else share
         firsts = [position + (m * self._ranks + self._rank) * self._micro_batch for m in numbers]
@@ -125,7 +129,7 @@ class Batches:
         return int(hashes.sum(dtype=np.uint64))
 
     def realised(self, position: int) -> dict[str, dict[str, float]]:
-        """By source: tokens given so far, their share, the share asked for, and how often the source was read."""
+        """By source: tokens so far, their share of all, the weight asked for, and epochs read."""
         counts = self._corpus.interleave.counts(position)
         weights = sum(part.weight for part in self._corpus.parts)
         return {
@@ -146,7 +150,7 @@ class Batches:
         return self.fixed("validation", samples)
 
     def fixed(self, split: str, samples: int | None, source: int | None = None) -> Iterator[Batch]:
-        """The same of any split; of these rows only those of a `source`, by its number."""
+        """As `validation`, of any split; with `source`, only the rows of the source of that number."""
         available = self._corpus.windows(split, self._seq_len)
         chosen = np.arange(available if samples is None else min(samples, available))
         if source is not None:

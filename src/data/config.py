@@ -27,7 +27,7 @@ class Data(Config, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, tuple[float, Source]]:
-        """By name: the weight of a source (not normalised) and the source."""
+        """Weight (not normalised) and source, by the source's name."""
 
 
 class Stdlib(StdlibSource, Data):

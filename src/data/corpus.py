@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What the console tells: the whole corpus, and what this call had to do for it."""
+    """Facts of a prepared corpus for the console: its size, and what this call had to tokenize."""
 
     documents: int
     tokens: int
@@ -35,7 +35,7 @@ class Preparation:
     cached: bool
 
     def line(self) -> str:
-        """For the console."""
+        """The facts in one line."""
         made = "from the cache" if self.cached else f"tokenised in {self.seconds:.1f} s"
         empty = f" ({self.empty_documents:,} without text left out)" if self.empty_documents else ""
         return f"data: {self.documents:,} documents{empty}, {self.tokens:,} tokens, {made}"
@@ -62,7 +62,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of tokens, weights and tokenizer: where the corpus lies does not matter."""
+        """Hash of tokens, weights and tokenizer; independent of where the corpus lies."""
         facts = [[part.name, part.weight, part.shards.fingerprint] for part in self.parts]
         return fingerprint(facts, self.tokenizer.fingerprint)
 
@@ -77,7 +77,7 @@ class Corpus:
         return {part.name: part.shards.tokens("train") for part in self.parts}
 
     def windows(self, split: str, seq_len: int) -> int:
-        """Samples before any source would repeat: one epoch of a single source, the shortest epoch of a mixture."""
+        """Number of samples before any source repeats: an epoch of a single source, the shortest epoch of a mixture."""
         return self.interleave.longest([part_windows(part, split, seq_len) for part in self.parts])
 
     def read_window(self, split: str, part: int, number: int, seq_len: int) -> NDArray[np.int64]:
@@ -90,7 +90,7 @@ class Corpus:
             part.shards.verify()
 
     def recipe(self) -> dict[str, Any]:
-        """JSON with which `reopen` finds exactly these tokens: for ranks, which must not read the sources anew."""
+        """JSON from which `reopen` opens exactly these tokens on ranks, without reading the sources again."""
         tokenizer = self.tokenizer.folder.name if isinstance(self.tokenizer, JsonTokenizer) else None
         parts = [[part.name, part.weight, part.shards.folder.name] for part in self.parts]
         return {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
@@ -117,7 +117,9 @@ def survey(parts: list[Part], seconds: float, *, cached: bool) -> Preparation:
 
 
 def part_windows(part: Part, split: str, seq_len: int) -> int:
-    """Training drops the last tokens that fill no window (fewer than seq_len); validation keeps them, padded."""
+    """Windows of one source. Training drops the last tokens that fill none (fewer than seq_len); validation pads
+    them.
+    """
     predicted = max(part.shards.tokens(split) - 1, 0)
     return predicted // seq_len if split == "train" else -(-predicted // seq_len)
 
@@ -131,9 +133,8 @@ def check(
     steps: int,
     validation_samples: int = 0,
 ) -> list[str]:
-    """Every reason why this corpus cannot feed this run; empty when it can. No rank needs to have started.
-
-    `steps`: 0 where nothing is trained.
+    """Problems of this corpus for this run: key, value, rule, remedy; empty when there are none. Runs on the
+    launcher. `steps`: 0 where nothing is trained.
     """
     problems = []
     if corpus.eos_id is None and (data.document_masks or data.mask_document_starts):

@@ -43,7 +43,7 @@ def hash_files(paths: Iterable[Path], cache: Path) -> list[str]:
 
 
 def stamp(path: Path) -> str:
-    """Changes with every write to the file."""
+    """Size and modification time as text: changes with every write to the file."""
     facts = path.stat()
     return f"{facts.st_size} {facts.st_mtime_ns}"
 
@@ -53,7 +53,7 @@ def is_settled(path: Path) -> bool:
 
 
 def read_memory(memory: Path) -> dict[str, list[str]]:
-    """What `remember` wrote; it only saves time, so a missing or broken one is empty."""
+    """The hashes that `remember` wrote. They only save time, so a missing or broken file counts as empty."""
     try:
         known: dict[str, list[str]] = json.loads(memory.read_text())
     except (OSError, ValueError):
@@ -62,7 +62,7 @@ def read_memory(memory: Path) -> dict[str, list[str]]:
 
 
 def remember(memory: Path, more: dict[str, list[str]]) -> None:
-    """Adds to the memory; a cache that may only be read serves without."""
+    """Add hashes to the file; does nothing where the cache is read-only."""
     if more:
         with suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Which text a global sample index stands for: pure functions of (seed, index), with O(1) memory and O(1) seek."""
+"""Shuffling and mixing: a global sample index to (source, window). Pure functions of (seed, index): O(1) memory and
+seek.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -31,9 +33,10 @@ def mix(value: Unsigned) -> Unsigned:
 
 
 class Permutation:
-    """Another bijection of range(size) in every epoch: a Feistel network on the next power of two.
+    """Pseudorandom bijection of range(size), another one in each epoch: a Feistel network on the next power of two.
 
-    What falls outside is walked along its cycle until it falls inside (Black and Rogaway 2002): under two tries each.
+    A result outside of the range is permuted again until it is inside (cycle walking, Black and Rogaway 2002): under
+    two rounds each.
     """
 
     def __init__(self, size: int, key: np.uint64) -> None:

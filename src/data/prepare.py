@@ -1,4 +1,4 @@
-"""Text to token shards: once for each content and tokenizer, by as many processes as there are cores, resumable."""
+"""Tokenizes text into shards: once for each content and tokenizer, in parallel, resumable."""
 
 import multiprocessing
 import os

@@ -88,7 +88,7 @@ def write_record(folder: Path, number: int, shards: dict[str, Shard]) -> None:
 
 
 def finished(folder: Path, number: int) -> bool:
-    """Whether a piece needs no more work: its record is there and its files have the size the record says."""
+    """Whether a piece is done: its record exists, and its files have the recorded sizes."""
     try:
         shards = _shards(read_facts(folder / f"{number:05d}.json"))
     except (DataError, TypeError, AttributeError):
@@ -97,7 +97,7 @@ def finished(folder: Path, number: int) -> bool:
 
 
 def write_index(folder: Path, pieces: int, dtype: str) -> None:
-    """Last of all: gathers the records, vouched for by a checksum of its own."""
+    """Write index.json from the records of all pieces, with a checksum of its own. Last: it makes the folder count."""
     records = [read_facts(folder / f"{number:05d}.json") for number in range(pieces)]
     body = {"format": FORMAT, "dtype": dtype, "pieces": records}
     write_json(folder / "index.json", body | {"checksum": fingerprint(body)})
@@ -136,7 +136,7 @@ class TokenShards:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokens themselves, wherever the folder lies."""
+        """Hash of the tokens, independent of where the folder lies."""
         return fingerprint([[(shard.tokens, shard.crc32) for shard in self._shards[split]] for split in SPLITS])
 
     def read(self, split: str, start: int, count: int) -> NDArray[np.int64]:

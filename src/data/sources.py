@@ -32,21 +32,21 @@ Separator = Annotated[str, Field(min_length=1), AfterValidator(lambda text: text
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker turns into one shard of each split."""
+    """Unit of parallel work: a worker turns one piece into one shard of each split."""
 
     spans: tuple[files.TextSpan, ...]
 
 
 class Source(Config, ABC):
-    """Text, cut into pieces; constructing one reads nothing."""
+    """A corpus of documents in pieces. Constructing one reads nothing."""
 
     @abstractmethod
     def fingerprint(self, cache: Path) -> str:
-        """Changes whenever the text, its order or its cut into documents changes."""
+        """Hash that changes whenever the text, its order or its division into documents changes."""
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """In corpus order. DataError when there is nothing to read."""
+        """The pieces in corpus order. DataError when there is nothing to read."""
 
     @abstractmethod
     def texts(self, piece: Piece) -> Iterator[str]:
@@ -156,18 +156,20 @@ class SyntheticSource(Source):
 
 
 def held_out(text: str, fraction: float) -> bool:
-    """Which side of the validation split a document is on: its content alone decides, so copies stay together."""
+    """Whether a document belongs to the validation split. Its text alone decides, so copies are on one side."""
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def piece_bytes(total: int) -> int:
-    """64 pieces keep every core of a node busy; 2 to 256 MiB keep a restart cheap and the shards few."""
+    """Bytes of a piece: a 64th of the corpus, to keep all cores busy, within 2 to 256 MiB, for cheap restarts and
+    few shards.
+    """
     return min(max(total // 64, 2 << 20), files.LARGEST_PIECE_BYTES)
 
 
 def group(spans: list[files.TextSpan]) -> list[Piece]:
-    """Neighbours share a piece until it is full."""
+    """Join neighbouring spans into pieces until each is full."""
     full = piece_bytes(sum(span.bytes for span in spans))
     pieces: list[Piece] = []
     waiting: list[files.TextSpan] = []

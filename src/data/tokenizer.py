@@ -42,21 +42,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The text alone: no marks, and the names of special tokens inside a text are plain text."""
+        """Ids of the texts without bos and eos; names of special tokens inside a text are encoded as plain text."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Special tokens are left out."""
+        """Text of the ids; special tokens are left out."""
 
     def documents(self, texts: Sequence[str]) -> list[Ids]:
-        """[bos] + text + [eos]; one token for both stands once, at the end: it separates just as well."""
+        """[bos] + text + [eos] of each text. Where one token is both, it stands once, at the end."""
         bos = [] if self.bos_id in (None, self.eos_id) else [self.bos_id]
         eos = [] if self.eos_id is None else [self.eos_id]
         head, tail = np.array(bos, np.uint32), np.array(eos, np.uint32)
         return [np.concatenate([head, ids, tail]) for ids in self.encode(texts)]
 
     def prompt(self, text: str, *, add_bos: bool | None = None, add_eos: bool | None = None) -> list[int]:
-        """A text to continue; None: as tokenizer_config.json says, else begun and not ended."""
+        """Ids of a text to continue. None: as tokenizer_config.json has it, else with bos and without eos."""
         (ids,) = self.encode([text])
         bos = [self.bos_id] if self.bos_id is not None and (self.add_bos if add_bos is None else add_bos) else []
         eos = [self.eos_id] if self.eos_id is not None and (self.add_eos if add_eos is None else add_eos) else []
@@ -79,7 +79,7 @@ class ByteTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class JsonTokenizer(Tokenizer):
-    """A folder of the cache with tokenizer.json and marks.json."""
+    """A tokenizer.json and its marks.json in a folder of the cache."""
 
     folder: Path
     vocab_size: int
@@ -107,15 +107,15 @@ def _load(path: Path) -> "tokenizers.Tokenizer":
 
 
 class TokenizerConfig(Config, ABC):
-    """What the section `tokenizer` may name."""
+    """Base of the classes of the section `tokenizer`."""
 
     @abstractmethod
     def vocabulary(self) -> int:
-        """Ids that may occur: known without any corpus, for the plan."""
+        """Number of ids; known before any corpus is read, for the plan."""
 
     @abstractmethod
     def open(self, cache: Path, data: Data) -> Tokenizer:
-        """DataError when it cannot be read."""
+        """The tokenizer, trained first where it needs a corpus. DataError when a file cannot be read."""
 
 
 class Bytes(TokenizerConfig):
@@ -163,7 +163,7 @@ class Kept(TokenizerConfig):
 
 
 class Bpe(TokenizerConfig):
-    """Byte-level, so that every text can be written; held-out documents do not take part in training it."""
+    """Byte-level BPE, which can encode every text. Trained without the held-out documents."""
 
     vocab_size: Annotated[int, Field(ge=258)]
     """Tokens of the vocabulary, the two document marks and the 256 bytes included."""
@@ -218,7 +218,7 @@ class Bpe(TokenizerConfig):
 
 
 def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> list[str]:
-    """Why this tokenizer cannot serve that model, known before a text is read; empty when it can."""
+    """Why the vocabulary does not fit the model's; known before a text is read, empty when it fits."""
     try:
         needed = tokenizer.vocabulary()
     except DataError as error:
@@ -232,12 +232,14 @@ def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> li
 
 
 def vocabulary_of(backend: "tokenizers.Tokenizer") -> int:
-    """One more than the largest id: a vocabulary may have holes."""
+    """The largest id + 1, since a vocabulary may have holes."""
     return 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
 
 def keep(backend: "tokenizers.Tokenizer", marks: Marks, cache: Path) -> JsonTokenizer:
-    """Writes both files to a folder named by their content: tokens stay readable when the original is gone."""
+    """Write tokenizer.json and marks.json to a folder named by their hash, so that tokens stay readable without the
+    original.
+    """
     text = backend.to_str()
     facts = {
         "bos_id": None if marks.bos is None else backend.token_to_id(marks.bos),
@@ -255,7 +257,7 @@ def keep(backend: "tokenizers.Tokenizer", marks: Marks, cache: Path) -> JsonToke
 
 
 def open_kept(folder: Path) -> JsonTokenizer:
-    """A folder that `keep` wrote; DataError when a file was changed since."""
+    """Open a folder that `keep` wrote. DataError when a file has changed since."""
     facts = read_facts(folder / "marks.json")
     path = folder / "tokenizer.json"
     if not isinstance(facts, dict) or not path.is_file() or folder.name != fingerprint(path.read_text(), facts):

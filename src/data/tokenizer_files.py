@@ -16,7 +16,9 @@ ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 @dataclass(frozen=True)
 class Marks:
-    """One token may be both; None where the tokenizer has none."""
+    """The tokens that begin and end a document, and whether each is added. One token may be both; None: there is
+    none.
+    """
 
     bos: str | None
     eos: str | None
@@ -25,7 +27,9 @@ class Marks:
 
 
 def read_backend(path: Path, bos: str | None, eos: str | None) -> tuple["Tokenizer", Marks]:
-    """From a tokenizer.json or a folder; `bos` and `eos` win over tokenizer_config.json, that over the template."""
+    """Backend and marks of a tokenizer.json or its folder. `bos` and `eos` go before tokenizer_config.json, that
+    before the file's template.
+    """
     folder = path if path.is_dir() else path.parent
     backend = _from_folder(path) if path.is_dir() else _from_json(path)
     config = read_facts(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
@@ -46,7 +50,7 @@ def read_backend(path: Path, bos: str | None, eos: str | None) -> tuple["Tokeniz
 
 
 def read_facts(path: Path) -> Any:
-    """A JSON file; DataError when it is missing or broken."""
+    """Content of a JSON file. DataError when it is missing or broken."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:

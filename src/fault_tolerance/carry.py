@@ -1,4 +1,4 @@
-"""Trees of tensors on their way from one group to another: each rank sends what its twin holds, shard by shard."""
+"""Moves a state between replica groups: each rank sends its shards to the rank of the same number in another group."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ Tree = dict[str, Any]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, without its mesh, which means nothing in another group."""
+    """This rank's shard of a DTensor, detached and without its mesh, which has no meaning in another group."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shards(tree: Tree) -> Tree:
-    """The same tree with the live local part of each tensor."""
+    """The same tree with each tensor replaced by this rank's shard of it, sharing memory."""
     return {
         key: shards(each) if isinstance(each, dict) else local(each) if isinstance(each, Tensor) else each
         for key, each in tree.items()
@@ -24,7 +24,9 @@ def shards(tree: Tree) -> Tree:
 
 @torch.no_grad()
 def fill(live: Tree, given: Tree) -> Tree:
-    """Copy the tensors of `given` (another group's `shards`) into those of `live`; returns `given`, for its values."""
+    """Copy the tensors of `given` (`shards` of another group) into the shards of `live`; returns `given`, for its
+    plain values.
+    """
     assert live.keys() == given.keys(), f"{sorted(live.keys() ^ given.keys())} is known to one group only"
     for key, mine in live.items():
         if isinstance(mine, dict):

@@ -1,4 +1,4 @@
-"""The group fault_tolerance: how many copies of the layout train together, and what happens when one is gone."""
+"""The section fault_tolerance: number of replica groups, and timeouts and restarts when one fails."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What of a run its groups must get along with."""
+    """Facts of the run that `problems` checks the groups against."""
 
     micro_batches: int  # that a step has to give away
     n_layers: int
@@ -26,34 +26,36 @@ class Asked:
 
 
 class FaultTolerance(Config):
-    """What every class of the group answers."""
+    """Base of the classes of the section fault_tolerance."""
 
     on: ClassVar[bool]
 
     @property
     def copies(self) -> int:
-        """How many groups of ranks a whole run has."""
+        """Number of replica groups; 1 without fault tolerance."""
         return 1
 
     def home(self, folder: Path) -> Path:
-        """The run's folder, of the one that a rank was given: a group has its own inside."""
+        """The run's folder, given the folder of a rank, which is inside of it where groups have folders of their
+        own.
+        """
         return folder
 
     @abstractmethod
     def join(self, ranks: "RankContext") -> "ReplicaGroups | None":
-        """This group's view of the others, to which nothing is sent before the first step; None: there are none."""
+        """The replica groups as this rank uses them; None: there is one group. Connects at the first step, not here."""
 
     def outer_bytes(self, weight_bytes: int) -> int:
-        """What a rank keeps on its device beside each weight, which takes `weight_bytes` itself."""
+        """Bytes on the device for the outer optimizer, per weight of `weight_bytes` bytes."""
         return 0
 
     def problems(self, asked: Asked) -> list[str]:
-        """What cannot work."""
+        """Keys that do not fit the run: key, value, rule, nearest legal value; empty when all fit."""
         return []
 
 
 class Off(FaultTolerance):
-    """fault_tolerance=none: one group, and no other to hear of."""
+    """fault_tolerance=none: one group of ranks."""
 
     on: ClassVar[bool] = False
 
@@ -62,7 +64,7 @@ class Off(FaultTolerance):
 
 
 class TorchFT(FaultTolerance):
-    """fault_tolerance=torchft: every step is one step of all groups that are there."""
+    """fault_tolerance=torchft: gradients are summed over all living groups in every step."""
 
     on: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Which parts of a model groups exchange, and after which steps: only arithmetic."""
+"""Fragments of a model and the steps at which each is exchanged. Arithmetic only."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,14 @@ Modules = tuple[tuple[str, ...], ...]
 
 
 def cut(n_layers: int, count: int, named: Modules | None) -> Modules:
-    """The modules of each fragment: `named`, or `count` of them as stages of a pipeline. ValueError when impossible."""
+    """Module names of each fragment: those `named`, else `count` fragments cut like pipeline stages. ValueError when
+    impossible.
+    """
     return named if named is not None else even(count, n_layers)
 
 
 def problems(named: Modules, n_layers: int) -> list[str]:
-    """Why these are no fragments of such a model."""
+    """Why the named modules are no fragments of a model of `n_layers`."""
     known, flat = modules(n_layers), [name for fragment in named for name in fragment]
     faults = {
         "missing": [name for name in known if name not in flat],

@@ -1,6 +1,7 @@
-"""Where groups meet, as a program: `python -m src.fault_tolerance.lighthouse --port 0 --min-groups 1`.
+"""torchft's lighthouse, where replica groups form quorums: `python -m src.fault_tolerance.lighthouse --port 0
+--min-groups 1`.
 
-It keeps no state that training needs: when it is gone, groups wait, and go on when one listens there again.
+It keeps no state that training needs: when it dies, groups wait until one listens at its address again.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Says its address on the first line of stdout, then serves until stdin ends, as it does with who started this."""
+    """Print the address as the first line of stdout, then serve until stdin closes, that is until the parent ends."""
     parser = argparse.ArgumentParser(prog="python -m src.fault_tolerance.lighthouse")
     parser.add_argument("--port", type=int, default=0, help="0: any that is free")
     parser.add_argument("--min-groups", type=int, default=1)

@@ -1,4 +1,4 @@
-"""fault_tolerance=local_sgd and diloco: groups train apart and exchange weights every so many steps."""
+"""fault_tolerance=local_sgd and diloco: groups train on their own and exchange weights every so many steps."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Periodic(TorchFT):
-    """What both have in common; subclasses are also `LocalSGDOptions` of src/fault_tolerance/local_sgd_groups.py."""
+    """Base of both; implements `LocalSGDOptions` of src/fault_tolerance/local_sgd_groups.py."""
 
     sync_steps: Steps
     """Optimizer steps in which every weight is exchanged once."""
@@ -68,12 +68,14 @@ class LocalSGD(Periodic):
         return Averaging()
 
     def modules(self, n_layers: int) -> Modules:
-        """Of each fragment."""
+        """Module names of each fragment."""
         return cut(n_layers, 1, None)
 
 
 class DiLoCo(Periodic):
-    """What groups learned in a round is, in the mean, one gradient for an outer optimizer; a fragment at a time."""
+    """The mean over groups of (outer weights - their weights) is the gradient of an outer optimizer, one fragment at
+    a time.
+    """
 
     velocity_bytes: ClassVar[int] = 4  # float32
 

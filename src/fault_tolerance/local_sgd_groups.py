@@ -26,7 +26,7 @@ from src.fault_tolerance.table import HISTORY_BITS, share
 
 
 class LocalSGDOptions(SynchronousOptions, Protocol):
-    """What local_sgd and diloco answer differently."""
+    """What differs between local_sgd and diloco."""
 
     @property
     def rounds(self) -> Rounds: ...

@@ -1,4 +1,4 @@
-"""The mean over groups of one vector a rank, beside training, as float32, bfloat16 or int8 on the wire.
+"""Mean over groups of a vector, computed in the background, as float32, bfloat16 or int8 on the wire.
 
 Each group averages one part of the vector in float32 and sends the result to all, so every group reads the same bytes.
 """
@@ -23,7 +23,7 @@ LARGEST = 127.0
 
 @dataclass(frozen=True)
 class Codec:
-    """float32 (rows, n BLOCKs) to uint8 (rows, `bytes_of(n BLOCKs)`) and back."""
+    """Encodes float32 (rows, n BLOCKs) as uint8 (rows, `bytes_of(n BLOCKs)`), and decodes it."""
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
@@ -56,17 +56,17 @@ CODECS: dict[Exchange, Codec] = {
 
 
 def chunk(values: int, groups: int) -> int:
-    """How many values each group averages: whole blocks, so the last ones are padded."""
+    """Values that each group averages: whole blocks, so the last ones are padded."""
     return -(-values // (groups * BLOCK)) * BLOCK
 
 
 def sent_bytes(values: int, groups: int, exchange: Exchange) -> int:
-    """What one rank sends for one mean: a part to each other group, and its own averaged part to each."""
+    """Bytes that one rank sends for one mean: a part to each other group, and its own averaged part to each."""
     return 2 * (groups - 1) * CODECS[exchange].bytes_of(chunk(values, groups))
 
 
 class Means:
-    """One thread, one mean at a time; nothing else may use the groups' process group meanwhile."""
+    """Computes one mean at a time in a thread. Nothing else may use the groups' process group meanwhile."""
 
     def __init__(self, exchange: Exchange, seconds: float, device: torch.device) -> None:
         """`device`: where the process group wants its tensors. `seconds`: until a peer is taken for gone."""
@@ -77,7 +77,7 @@ class Means:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, vector: Tensor, contributors: int, group: ProcessGroup, groups: int) -> "Future[Tensor]":
-        """The sum over `groups` of these vectors over `contributors`, where the vector is."""
+        """Start the sum over `groups` divided by `contributors`; the result is on the vector's device."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return self._thread.submit(self._mean, vector, contributors, group, groups)

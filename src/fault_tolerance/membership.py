@@ -113,7 +113,7 @@ class Membership:
         )
 
     def start_quorum(self, version: int, own: StateCallbacks) -> Quorum | None:
-        """Collective. Wait for the others, and be healed or heal: `version` says who is ahead.
+        """Join the next quorum; heal from a group with a newer `version`, or serve one that is behind. Collective.
 
         A failure is kept in `error`: the step must still be voted on. None: told to stop while it waited.
         """
@@ -220,7 +220,7 @@ class Membership:
         return fetched
 
     def allreduce(self, tensors: Sequence[Tensor], seconds: float | None = None) -> None:
-        """Collective over groups. In place; waits for the device only where the library does."""
+        """Sum each tensor over groups, in place; asynchronous where the library is. Collective over groups."""
         kinds = {(tensor.device, tensor.dtype): list[Tensor]() for tensor in tensors if tensor.numel()}
         for tensor in tensors:
             if tensor.numel():
@@ -248,16 +248,17 @@ class Membership:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """This rank takes no further part in this step; the first error is the one to tell.
+        """Take no further part in this step; the first error is the one that is reported.
 
-        Its connections are closed, so that a twin that waits for it, and not for the group that is dead, fails as well.
+        Connections are closed, so that ranks of other groups that wait for this one fail too instead of waiting for a
+        timeout.
         """
         if self.error is None:
             self.error = error
             self._host.abort(errored=False)
 
     def vote(self, *, fine: bool) -> bool:
-        """Collective in the group: whether all its ranks say yes. Groups that come to another verdict heal."""
+        """Whether all ranks of the group say yes. Collective in the group. Groups with another result heal later."""
         if (broken := self.group.errored()) is not None:
             self.fail(broken)
         self._try(self._transport.disallow_checkpoint)  # waits for those who still read
@@ -268,7 +269,7 @@ class Membership:
         return yes
 
     def leave(self) -> None:
-        """The others need not wait for this group's heartbeat to fall silent."""
+        """Tell the lighthouse, so that the others need not wait for a heartbeat timeout."""
         self._transport.shutdown(wait=False)
         if self.ranks.rank == 0:
             self._server.shutdown()

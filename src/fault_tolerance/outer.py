@@ -1,4 +1,4 @@
-"""What groups that train apart agree on: outer weights, and how an exchange moves them.
+"""Outer weights of LocalSGD and DiLoCo, and the update that an exchange makes to them.
 
 LocalSGD, https://arxiv.org/abs/1805.09767; DiLoCo, https://arxiv.org/abs/2311.08105; its streaming form,
 https://arxiv.org/abs/2501.18512.
@@ -22,16 +22,16 @@ Place = Literal["cpu", "device"]
 
 
 class Rule(Protocol):
-    """How one tensor is exchanged: this group's `mine` and the outer `agreed`, float32, of one shape."""
+    """Update of one tensor: `agreed` is the outer one, `mine` this group's; float32, of one shape."""
 
     @property
     def remembers(self) -> bool: ...
 
     def outgoing(self, agreed: Tensor, mine: Tensor) -> Tensor:
-        """What the mean over groups is taken of."""
+        """The tensor that is averaged over groups."""
 
     def moved(self, agreed: Tensor, mean: Tensor, velocity: Tensor | None) -> Tensor:
-        """The new outer tensor; `velocity` is updated in place."""
+        """The new outer tensor; `velocity` (momentum) is updated in place."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Averaging:
 
 @dataclass(frozen=True)
 class Nesterov:
-    """DiLoCo: the mean of the groups' ways is a gradient for SGD with momentum as torch.optim.SGD has it."""
+    """DiLoCo: the mean of agreed - mine is a gradient for SGD with Nesterov momentum, as torch.optim.SGD defines it."""
 
     lr: float
     momentum: float
@@ -72,7 +72,7 @@ WHOLE_WAY = Nesterov(lr=1.0, momentum=0.0)  # of buffers, such as biases that ba
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight or buffer of this rank."""
+    """One weight or buffer of this rank, with its outer copy."""
 
     name: str
     live: Tensor
@@ -89,7 +89,9 @@ class Entry:
         local(self.live).copy_(local(self.agreed))
 
     def merge(self, mean: Tensor, alpha: float) -> Tensor:
-        """Move the outer tensor, and the live one to it but for a share `alpha`; the squared norm of the way."""
+        """Update the outer tensor, and set the live one to it but for a share `alpha` of its own. Returns the
+        squared norm of the update.
+        """
         agreed, live = local(self.agreed), local(self.live)
         before = agreed.to(live.device).float()
         velocity = None if self.velocity is None else local(self.velocity).to(live.device)
@@ -103,7 +105,9 @@ class Entry:
 
 
 class Outer:
-    """The outer weights of all fragments, in shards like those of the live ones: each rank averages with its twins."""
+    """Outer weights of all fragments, sharded like the live ones: each rank averages its shards with the same ranks
+    of other groups.
+    """
 
     def __init__(
         self, network: ModelStages, fragments: Modules, rule: Rule, place: Place, refresh: Sequence[Callable[[], None]]
@@ -127,19 +131,21 @@ class Outer:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """The live weights are what groups agree on: at the start, or after other weights were loaded."""
+        """Copy the live weights to the outer ones: at the start, or after other weights were loaded."""
         for entry in self._all():
             local(entry.agreed).copy_(local(entry.live))
 
     @torch.no_grad()
     def outgoing(self, fragment: int) -> Tensor:
-        """One vector, float32, where the weights are."""
+        """The tensors of a fragment to average, as one float32 vector on the weights' device."""
         stages = [entry.outgoing() for entry in self._fragments[fragment]]
         return torch.cat(stages) if stages else torch.zeros(0)
 
     @torch.no_grad()
     def merge(self, fragment: int, mean: Tensor, alpha: float) -> float:
-        """Collective with `refresh`. Returns this rank's part of the squared norm of the outer weights' way."""
+        """Update the outer weights of a fragment from the mean. Returns this rank's part of the update's squared
+        norm. Collective with `refresh`.
+        """
         entries = self._fragments[fragment]
         means = mean.split([local(entry.agreed).numel() for entry in entries])
         squares = [entry.merge(part, alpha) for entry, part in zip(entries, means, strict=True)]
@@ -148,13 +154,17 @@ class Outer:
 
     @torch.no_grad()
     def restore(self, fragment: int) -> None:
-        """Collective with `refresh`. Back to the outer weights: the steps since then do not count for this fragment."""
+        """Set the live weights of a fragment back to the outer ones, undoing the steps since. Collective with
+        `refresh`.
+        """
         for entry in self._fragments[fragment]:
             entry.restore()
         self._refresh()
 
     def tensors(self) -> dict[str, Any]:
-        """For a checkpoint and for a group that heals: the live ones."""
+        """Outer weights and velocities by name, for checkpoints and healing groups: the tensors themselves, not
+        copies.
+        """
         velocity = {entry.name: entry.velocity for entry in self._all() if entry.velocity is not None}
         return {"weights": {entry.name: entry.agreed for entry in self._all()}, "velocity": velocity}
 

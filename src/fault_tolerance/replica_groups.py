@@ -1,4 +1,4 @@
-"""The replica groups of a run, as its train step and its loop see them: `ReplicaGroups` is the interface."""
+"""`ReplicaGroups`: what the train step and the loop ask of the other replica groups."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class StateCallbacks:
-    """This group's state, which one that comes back must get, and its voice."""
+    """This group's state, to give to a healing group or to be replaced, and how it talks to a person."""
 
     give: Callable[[], Tree]  # nested dicts of live tensors and plain values
     take: Callable[[Tree], None]  # the plain values, after the tensors were filled in place
@@ -24,7 +24,7 @@ class StateCallbacks:
 
 
 class ReplicaGroups(ABC):
-    """This group among the groups of a run.
+    """The replica groups of a run, seen from one of them.
 
     A step is `start_quorum`, sums over groups by `allreduce`, and `should_commit`, which says whether it counts. A step
     that does not count has changed nothing and is tried again with the next quorum.
@@ -37,26 +37,28 @@ class ReplicaGroups(ABC):
 
     @abstractmethod
     def register(self, callbacks: StateCallbacks) -> None:
-        """Before the first quorum."""
+        """Set the callbacks. Before the first quorum."""
 
     @abstractmethod
     def start_quorum(self, step: int, micro_batches: int) -> range | None:
-        """Collective. Which of the step's micro-batches are this group's; None: there is no quorum, ask again.
+        """The micro-batches of the step that this group computes; None: no quorum, call again. Collective.
 
-        The state may be another one afterwards: that of a group that was ahead.
+        It may have replaced the state by that of a group that was ahead.
         """
 
     @abstractmethod
     def allreduce(self, tensors: Sequence[Tensor]) -> None:
-        """Collective. Each tensor becomes its sum over groups, in place."""
+        """Sum each tensor over groups, in place. Collective."""
 
     @abstractmethod
     def should_commit(self, finite: Tensor) -> bool:
-        """Collective. Whether the step counts; `finite` is this step's verdict (0-dim, bool) on the device."""
+        """Whether the step counts in all groups; `finite` (0-dim bool, on the device): whether this group's numbers
+        were. Collective.
+        """
 
     @abstractmethod
     def may_stop(self, asked: bool) -> bool:
-        """After a step that counted: whether the loop may end. `asked`: a signal wants it to."""
+        """After a committed step: whether the loop may end. `asked`: a signal asked this group to stop."""
 
     @property
     @abstractmethod
@@ -65,27 +67,31 @@ class ReplicaGroups(ABC):
 
     @abstractmethod
     def metrics(self) -> Mapping[str, float]:
-        """Of the whole and of each group."""
+        """Metrics of all groups together and of each."""
 
     @abstractmethod
     def leave(self) -> None:
-        """Not on the way out of an error: then the others are to see it as dead."""
+        """Say goodbye to the other groups. Not after an error: then they must see this group as dead."""
 
     def outer_step(self, step: int, tokens: int) -> int:
-        """Collective. After a step that counted, the run's number `step`, over `tokens` of this group.
+        """Exchange weights where it is due. After committed step `step`, over `tokens` of this group. Collective.
 
-        Returns the tokens of other groups that are new to this one. The state may be another one afterwards.
+        Returns the tokens of other groups that are new to this one. It may have replaced the state.
         """
         return 0
 
     def watch(  # noqa: B027  groups whose steps are one run's have nothing to exchange
         self, network: "ModelStages", refresh: Sequence[Callable[[], None]]
     ) -> None:
-        """Whose weights groups exchange; `refresh`: what follows from new ones, in order; collective."""
+        """Set the model whose weights groups exchange; `refresh`: collective calls, in order, after its weights
+        changed.
+        """
 
     def tree(self) -> Tree:
-        """What a checkpoint and a group that heals need of groups that train apart; the tensors are the live ones."""
+        """What groups that train on their own add to the state, for checkpoints and healing; its tensors are the
+        live ones.
+        """
         return {}
 
     def adopt(self, tree: Tree) -> None:  # noqa: B027
-        """Take over the small values of a loaded tree; its tensors were filled in place."""
+        """Take over the plain values of a loaded tree, whose tensors were filled in place."""

@@ -53,7 +53,9 @@ class SynchronousGroups(ReplicaGroups):
 
     @property
     def members(self) -> Membership:
-        """Made at the first meeting: a group that is still loading is not waited for."""
+        """Connection to the other groups, made at the first quorum, so that nobody waits for a group that still
+        loads.
+        """
         if self._membership is None:
             self._membership = Membership(self.options, self.ranks, self._tell)
         return self._membership

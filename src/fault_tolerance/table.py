@@ -1,4 +1,4 @@
-"""What the groups of a quorum tell each other before a step, and what all of them conclude from it alike."""
+"""The numbers that groups of a quorum exchange before a step, and the decisions that each derives from them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +13,7 @@ HISTORY_BITS = 48  # rows travel as float64, which is exact to 2^53
 
 @dataclass(frozen=True)
 class Quorum:
-    """The groups of one step; equal on all ranks of all of them but for `rank`."""
+    """The groups of one step. Equal on all ranks of all groups but for `rank`."""
 
     id: int
     rank: int
@@ -23,7 +23,7 @@ class Quorum:
 
 @dataclass(frozen=True)
 class Row:
-    """One group. Numbers only: a table is a sum over groups, each of which fills its own row."""
+    """State of one group. Numbers only: the table is an all-reduced sum, in which each group fills its own row."""
 
     group: int
     led: bool  # it spoke for all at the last step that counted
@@ -36,13 +36,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """By rank in the quorum."""
+    """The rows of all groups, by rank in the quorum."""
 
     rows: tuple[Row, ...] = ()
 
     @classmethod
     def exchange(cls, own: Row, quorum: Quorum, allreduce: Callable[[list[Tensor]], None]) -> Self:
-        """Collective over groups; it waits for those that are being healed. After a failure nobody reads it."""
+        """All-reduce the rows over groups. Collective; waits for groups that heal. After a failure the result is not
+        to be used.
+        """
         cells = torch.zeros(quorum.size, len(astuple(own)), dtype=torch.float64)
         cells[quorum.rank] = torch.tensor([float(value) for value in astuple(own)], dtype=torch.float64)
         if quorum.size > 1:
@@ -51,20 +53,24 @@ class Table:
 
     @property
     def split(self) -> bool:
-        """Whether groups have different pasts: two of them went on without each other, and met again."""
+        """Whether histories differ: some groups took steps without each other, and met again."""
         return len({row.history for row in self.rows}) > 1
 
     def astray(self, own: Row) -> bool:
-        """Whether this group must take over another's state. The past of most groups stands, else of the first."""
+        """Whether this group must take over another's state: the history that most groups have wins, in a tie the
+        first.
+        """
         pasts = Counter(row.history for row in self.rows)
         return own.history != pasts.most_common(1)[0][0]
 
     def leader(self) -> int:
-        """The group that speaks for all: the one that did so far, if it is there."""
+        """Number of the group that writes metrics and checkpoints for all: the last leader while it is there, else
+        the first group.
+        """
         return next((row.group for row in self.rows if row.led), self.rows[0].group)
 
     def heir(self) -> int | None:
-        """The group that speaks once those that leave have left; None: there is none."""
+        """Number of the leader once the leaving groups have left; None: all leave."""
         staying = tuple(row for row in self.rows if not row.leaving)
         return Table(staying).leader() if staying else None
 
@@ -79,7 +85,9 @@ def _row(values: list[float]) -> Row:
 
 
 def share(rank: int, size: int, micro_batches: int) -> range:
-    """Neighbouring micro-batches for each of `size` groups; the first ones take one more where they do not divide."""
+    """The micro-batches of the group of this rank: contiguous, the first groups take one more where they do not
+    divide evenly.
+    """
     each, more = divmod(micro_batches, size)
     first = rank * each + min(rank, more)
     return range(first, first + each + (rank < more))

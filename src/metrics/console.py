@@ -1,4 +1,4 @@
-"""What a person watching the run sees: a live line in a terminal, plain lines in a file."""
+"""Progress on the console: a live line in a terminal, plain lines in a file."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -43,7 +43,7 @@ def format_left(steps: int, step_seconds: float) -> str:
 
 
 class Console:
-    """Draws only when told something, so that it costs nothing between two records."""
+    """Redraws only when called, so it costs nothing between two records."""
 
     def __init__(self, steps: int, terminal: Terminal | None = None, *, title: str = "") -> None:
         """`title`: of one among several consoles on one terminal, which then have whole lines only."""
@@ -70,7 +70,7 @@ class Console:
             self._progress.update(self._task, completed=step, description=text, refresh=True)
 
     def say(self, text: str) -> None:
-        """A line that stays, above the live one."""
+        """Print a line above the live one."""
         self._terminal.print(f"{self._title}{text}", markup=False, highlight=False)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ FOLDER = "expert_load"  # pictures, in the run folder
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """One layer, over all ranks."""
+    """Rows that each routed expert of one layer received in a step, over all ranks."""
 
     rows: Sequence[int]  # that each expert got
     bias_norm: float  # of the biases that balance loads; 2-norm
@@ -48,7 +48,7 @@ WORST: Mapping[str, Callable[[list[float]], float]] = {
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """All layers with experts, by their numbers in the whole model."""
+    """Load of all layers with experts, by layer number in the whole model."""
 
     layers: Mapping[int, LayerLoad]
     asked: int  # rows that each layer's router was to place: tokens * top_k

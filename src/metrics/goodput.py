@@ -1,6 +1,6 @@
-"""Where the time of a run went, over all its attempts: what trained, and what did not.
+"""Goodput: the share of a run's wall time, over all attempts, that trained steps which were kept.
 
-`goodput` tells it of a folder, whoever asks; a `Meter` tells the same while the run goes on, for metrics.jsonl.
+`goodput` computes it from a run folder; `Meter` keeps it up to date during the run, for metrics.jsonl.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from src.storage.json_lines import METRICS_FILE, Lines
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of wall time; together they are the time since the run was asked for."""
+    """Wall seconds of a run by what they were spent on. They add up to the time since the run was submitted."""
 
     useful: float = 0.0  # optimizer steps that the run kept
     restart: float = 0.0  # from an attempt's start to its first step done, and steps that a later attempt did again
@@ -27,34 +27,36 @@ class Goodput:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of all parts."""
         return float(sum(astuple(self)))
 
     @property
     def share(self) -> float | None:
-        """Useful of all; None before the first second."""
+        """Useful seconds over all seconds; None before the first second."""
         return self.useful / self.total if self.total > 0 else None
 
     def __add__(self, other: "Goodput") -> "Goodput":
         return Goodput(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def to_dict(self) -> dict[str, float]:
-        """By part."""
+        """Seconds by part."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def metrics(self) -> dict[str, float]:
-        """By part and as a share, for the log."""
+        """Seconds by part and the share, as metrics for the log."""
         values = {f"goodput/{part}_seconds": seconds for part, seconds in self.to_dict().items()}
         return values if self.share is None else values | {"goodput/share": self.share}
 
 
 def goodput(folder: Path, submitted: float | None = None) -> Goodput:
-    """Of all attempts. `submitted`, seconds since 1970: when the run was asked for, if its folder does not know."""
+    """Goodput of all attempts of a run folder. `submitted` (seconds since 1970) is used where the folder has no
+    record of it.
+    """
     return _sum(_lives(folder), spans(folder), asked(folder, submitted))
 
 
 class Meter:
-    """The account of a run while its newest attempt adds to it. Of the attempts before, it reads at the first step."""
+    """Goodput of a run during its newest attempt. The attempts before it are read once, at the first step."""
 
     def __init__(self, folder: Path, attempt: int, opened: float) -> None:
         """`opened`: seconds since 1970, when this attempt's log was."""
@@ -66,9 +68,9 @@ class Meter:
         self._interruption: float | None = None
 
     def metrics(self, line: Mapping[str, Any]) -> dict[str, float]:
-        """What the account says once this line of metrics.jsonl counts; empty for one that ends no steps.
+        """Goodput after this line of metrics.jsonl; empty for a line that ends no steps.
 
-        The first after a restart also says how long the run stood still: from its last line before to now.
+        The first after a restart also has the seconds between the last line of the attempt before and this attempt.
         """
         self._life.take(line)
         if "step_seconds" not in line:
@@ -80,7 +82,7 @@ class Meter:
         return (self._before + self._life.account(line["time"])).metrics() | stood
 
     def last(self, now: float) -> dict[str, float]:
-        """What the account says at the end."""
+        """Goodput at the end of the attempt."""
         return {} if self._before is None else (self._before + self._life.account(now)).metrics()
 
     def _past(self, step: int) -> tuple[Goodput, float | None]:
@@ -153,7 +155,7 @@ def _first_step(life: list[dict[str, Any]]) -> float:
 
 
 class _Life:
-    """One attempt, line by line; steps from `kept_until` on were done again by a later one."""
+    """Accumulates one attempt line by line. Steps from `kept_until` on were repeated by a later attempt."""
 
     def __init__(self, started: float, kept_until: float = float("inf")) -> None:
         self._started, self._kept_until = started, kept_until
@@ -162,7 +164,7 @@ class _Life:
         self._compile = self._useful = self._data = self._lost = self._saving = 0.0
 
     def take(self, line: Mapping[str, Any]) -> None:
-        """The next line of metrics.jsonl."""
+        """Account for the next line of metrics.jsonl."""
         if "startup/total_seconds" in line and self._ready is None:
             self._ready, self._compile = line["time"], float(line.get("startup/compile_seconds", 0.0))
         self._saving += line.get("checkpoint/stall_seconds", 0.0)

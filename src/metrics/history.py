@@ -1,4 +1,4 @@
-"""What metrics.jsonl tells of a run that may have been killed and resumed many times."""
+"""Reads metrics.jsonl into series, also of a run that was killed and resumed many times."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ RESERVED = {"step", "attempt", "time", "event"}
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over the run as it stands now, by rising step."""
+    """One metric by step, in rising order; steps that a later attempt repeated are replaced."""
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -25,7 +25,9 @@ class History:
 
 
 def read(folder: Path) -> History:
-    """An attempt that resumes at a step replaces all that earlier attempts recorded from that step on."""
+    """The history of a run folder. An attempt that resumes at a step replaces what earlier attempts recorded from it
+    on.
+    """
     attempts, replaced = 0, 0
     points: dict[str, dict[int, float]] = defaultdict(dict)
     begun: dict[str, int] = {}  # the attempt that last wrote each metric

@@ -15,7 +15,7 @@ INCIDENTS_FILE = "incidents.jsonl"
 def write_incident(
     folder: Path, *, step: int, decision: str, loss: float, grad_norm: float, samples: Iterable[int]
 ) -> None:
-    """One more line; never raises, for the decision it tells of must still be carried out."""
+    """Append one line. Never raises: training must act on the step whether or not it could be recorded."""
     try:
         Lines(folder / INCIDENTS_FILE).append(
             {

@@ -32,7 +32,7 @@ LONGEST_NAME = 100
 
 
 class KernelTime(NamedTuple):
-    """One run of a kernel, on the device's clock."""
+    """One execution of a kernel: start and end in microseconds of the device's clock."""
 
     name: str
     start: float  # microseconds
@@ -40,7 +40,7 @@ class KernelTime(NamedTuple):
 
 
 def kind(name: str) -> str:
-    """Of the work that a kernel does, as far as its name tells."""
+    """The kind of work of a kernel (gemm, attention, communication ...), guessed from its name."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
@@ -74,7 +74,7 @@ def breakdown(kernels: Sequence[KernelTime], steps: int) -> dict[str, Any]:
 
 
 def covered(kernels: Iterable[KernelTime]) -> float:
-    """Microseconds in which at least one of these kernels ran."""
+    """Microseconds in which at least one of these kernels ran: the length of the union of their intervals."""
     total, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         total += max(0.0, kernel.end - max(kernel.start, until))

@@ -1,4 +1,4 @@
-"""Where the time goes before the first step is done."""
+"""Seconds of each stage from the start of the process to the end of the first step."""
 
 import os
 import time

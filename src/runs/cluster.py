@@ -16,7 +16,7 @@ class Devices(Protocol):
     def memory_gib(self) -> float | None: ...
     @property
     def host_gib(self) -> float | None:
-        """Of a machine on whose CPU all ranks compute."""
+        """Memory of the host in GiB, where ranks compute on its CPU; else None."""
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -25,17 +25,17 @@ class Devices(Protocol):
 
 @runtime_checkable
 class Cluster(Protocol):
-    """Where the ranks live; the classes live in src/cluster."""
+    """What the plan and the tasks ask of the section `cluster`. The classes are in src/cluster."""
 
     @property
     def gpu_memory_gib(self) -> float | None: ...
     @property
     def gpus_per_node(self) -> int | None:
-        """None: all ranks are on this machine."""
+        """GPUs of each node; None: all ranks are on this machine."""
 
     @property
     def grace_seconds(self) -> float:
-        """Between a signal and the end of ranks that still save."""
+        """Seconds that ranks have to save after a stop signal, before they are killed."""
 
     def devices(self) -> Devices:
-        """Asks the machine; only the launcher calls it."""
+        """The devices that a plan may count on. Asks the machine, so only the launcher calls it."""

@@ -136,7 +136,9 @@ class RunFolder:
         return cls(path, lock, code, Git(**git, diff=""), (), scheduler)
 
     def group(self, number: int) -> Path:
-        """The folder of a replica group: its own lock, logs and attempts, and the run's everything else."""
+        """Make and return the folder of replica group `number`: lock, logs and attempts are its own, all else is the
+        run's.
+        """
         path = group_folder(self.path, number)
         path.mkdir(parents=True, exist_ok=True)
         for shared in ("config.yaml", "plan.json", "git.json", "code", "checkpoints"):
@@ -177,11 +179,11 @@ class RunFolder:
 
     @property
     def version_before(self) -> str:
-        """Of the project, when the newest attempt so far began."""
+        """Version of the project that the newest attempt so far ran."""
         return attempts(self.path)[-1].version or "0.1"
 
     def close(self) -> None:
-        """Let another process open the folder; a second call does nothing."""
+        """Release the lock, so that another process can open the folder. A second call does nothing."""
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -205,12 +207,12 @@ def place(root: Path, name: str, identity: str, folder: Path | None = None) -> P
 
 
 def group_folder(path: Path, number: int) -> Path:
-    """Of a replica group of the run in `path`."""
+    """The folder of replica group `number` of the run in `path`."""
     return path / "groups" / str(number)
 
 
 def log_folder(path: Path, attempt: int) -> Path:
-    """Where the logs of one attempt are."""
+    """The folder with the logs of one attempt."""
     return path / "logs" / f"attempt_{attempt}"
 
 
@@ -220,7 +222,9 @@ def attempts(path: Path) -> list[Attempt]:
 
 
 def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -> None:
-    """Record how the newest attempt ended. The first word stands, unless who saw all ranks end knows better."""
+    """Record the outcome of the newest attempt. The first record stands, unless `overrule`: from a launcher that saw
+    all ranks end.
+    """
     newest = attempts(path)[-1]
     if newest.ended is None or overrule:
         when = datetime.now(UTC).isoformat(timespec="seconds")

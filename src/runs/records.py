@@ -22,17 +22,19 @@ class AttemptSpan:
 
 
 def spans(folder: Path) -> list[AttemptSpan]:
-    """Of every attempt, oldest first."""
+    """Start and end of every attempt, oldest first."""
     return [AttemptSpan(_seconds(each["started"]), _ended(each)) for each in starts(folder)]
 
 
 def jobs(folder: Path) -> list[str]:
-    """The scheduler's ids, oldest first; a requeued job has one for ever."""
+    """Ids of the scheduler's jobs that ran this run, oldest first. A requeued job keeps its id."""
     return list(dict.fromkeys(each["job"] for each in starts(folder) if each.get("job")))
 
 
 def asked(folder: Path, otherwise: float | None = None) -> float | None:
-    """Seconds since 1970: when the run was first submitted; `otherwise` is what somebody else knows of that."""
+    """When the run was first submitted, in seconds since 1970: the folder's record or `otherwise`, whichever is
+    earlier.
+    """
     first = next(Lines(folder / SUBMISSIONS_FILE).read(), {})
     known = [float(each) for each in (first.get("submitted"), otherwise) if each is not None]
     return min(known, default=None)

@@ -1,4 +1,4 @@
-"""What an earlier run's config means to a task that trains nothing."""
+"""Sections that a task takes over from the run whose weights it reads."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,10 @@ IDLE = ("optim", "schedule", "recompute")
 
 
 def sections(folder: Path) -> Tree:
-    """Of a run folder: its very tokenizer, since one that was trained cannot be made again from other data, and its
-    precision without float8, which is for the products of training.
+    """Tokenizer and precision of a run folder.
+
+    The tokenizer is the stored one, since a trained one cannot be made again from other data; precision without float8,
+    which is for training.
     """
     tree = read(folder / "config.yaml")
     if (kept := _tokenizer(folder, tree)) is not None:
@@ -33,7 +35,7 @@ def _tokenizer(folder: Path, tree: Tree) -> Path | None:
 
 
 def check_typed(typed: Mapping[str, str]) -> None:
-    """ConfigError for keys of sections that only training reads."""
+    """ConfigError for typed keys of sections that only training uses."""
     idle = [f"{key}={text}" for key, text in typed.items() if key.partition(".")[0] in IDLE]
     if idle:
         raise ConfigError([f"{each}: says how to train, and this task trains nothing; leave it out" for each in idle])

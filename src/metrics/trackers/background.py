@@ -1,4 +1,4 @@
-"""A tracker on a thread of its own: training hands points over and never waits, whatever the tracker does."""
+"""Feeds a tracker from a thread of its own, so that training never waits for a slow or hanging service."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """A tracker as the side thread sees it; any method may be slow, hang or raise."""
+    """What a tracker implements. Called in its thread only: any method may be slow, hang or raise."""
 
     name: str
 
@@ -24,7 +24,9 @@ class Sink(Protocol):
 
 
 class Side:
-    """Counts the points that the sink did not take: it failed, hung or was too slow."""
+    """Queue and thread of one tracker. Counts the points that it did not take because it failed, hung or was too
+    slow.
+    """
 
     def __init__(self, sink: Sink, queue_points: int) -> None:
         self.sink = sink
@@ -36,7 +38,7 @@ class Side:
         self._thread.start()
 
     def put(self, method: str, *arguments: object) -> None:
-        """Hand one point over; at once."""
+        """Queue a call of `method` and return at once; where the queue is full, the point is counted as lost."""
         self._points += 1
         try:
             self._queue.put_nowait((method, arguments))
@@ -44,7 +46,7 @@ class Side:
             self._tell("does not keep up")
 
     def finish(self, succeeded: bool, seconds: float) -> int:
-        """Wait at most this long for the sink to take what waits and to close; the points it never took."""
+        """Wait at most `seconds` until the queue is empty and the sink is closed. Returns the number of lost points."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(queue.Full):  # a sink that hangs on a full queue will not see the end either
             self._queue.put(("finish", (succeeded,)), timeout=seconds)

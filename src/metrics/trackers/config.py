@@ -41,11 +41,12 @@ class Tracker(Config):
 
 
 class Log:
-    """No method waits for a tracker (`finish` does, up to `finish_seconds`) and none raises.
+    """Writes metrics.jsonl and feeds the trackers. No method raises; only `finish` waits for trackers, up to
+    `finish_seconds`.
 
     A record of metrics.jsonl holds `step`, `attempt` (1 at a run's first start, one more at each restart) and `time`
-    (seconds since 1970), beside its values; lines with `event` tell of starts and ends. A line that ends optimizer
-    steps also says where the run's time went so far (goodput.py).
+    (seconds since 1970), beside its values; lines with `event` mark starts and ends. A line that ends optimizer steps
+    also has the goodput so far (goodput.py).
     """
 
     def __init__(self, folder: Path, sides: Iterable[Side] = (), finish_seconds: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Where a submitted run can be watched, said on the login node without importing wandb or asking its server."""
+"""URL of a submitted run at Weights & Biases, known on the login node without importing wandb or asking its server."""
 
 import netrc
 import os

@@ -33,7 +33,7 @@ class Bench(Config):
     """Which ranks, such as [0,511]; null: the first of the first, middle and last pipeline stage."""
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life."""
+        """Run the task on this rank, from joining the process groups to leaving them. Collective."""
         from src.tasks.bench.rank import bench
 
         return bench(self, run, folder)

@@ -1,4 +1,4 @@
-"""task=evaluate: how well a checkpoint predicts a text."""
+"""task=evaluate: loss and perplexity of a checkpoint on a text."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Config):
-    """Read sequences of `split` once, with whatever layout; what training calls its validation loss, by source too."""
+    """Compute the validation loss of training over `split` in any layout, by source and in all; each sequence is
+    read once.
+    """
 
     needs_corpus: ClassVar[bool] = True
     forward_only: ClassVar[bool] = True
@@ -36,11 +38,11 @@ class Evaluate(Config):
 
     @property
     def global_batch(self) -> int:
-        """No more than a pass: nothing is added up over several but the loss."""
+        """Sequences of one forward pass: there is no gradient to accumulate."""
         return self.micro_batch
 
     def corpus_problems(self, corpus: "Corpus") -> list[str]:
-        """Why these data have not what is asked for."""
+        """Why the corpus has not the sequences that are asked for; empty when it has."""
         held = corpus.windows(self.split, self.seq_len)
         if held == 0:
             share = "raise" if self.split == "validation" else "lower"
@@ -57,7 +59,7 @@ class Evaluate(Config):
         return []
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life."""
+        """Run the task on this rank, from joining the process groups to leaving them. Collective."""
         from src.tasks.evaluate.rank import evaluate
 
         return evaluate(self, run, folder)

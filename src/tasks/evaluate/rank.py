@@ -29,7 +29,7 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class Score:
-    """Of one source, or of all together."""
+    """Loss of one source, or of all together."""
 
     tokens: int  # that were predicted
     loss: float  # nats per token

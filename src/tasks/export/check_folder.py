@@ -1,4 +1,4 @@
-"""Does transformers compute of an exported folder what our model does? On the CPU, by a process that training outruns.
+"""Compares logits of an exported folder in transformers with ours, on the CPU, in a process of low priority.
 
 python -m src.tasks.export.check_folder <folder> <class of the model's config> <its keys as JSON>
 """
@@ -24,7 +24,9 @@ LEAST_PRIORITY = 19
 
 
 def check_apart(folder: Path, model: ModelConfig) -> list[str]:
-    """By one rank, from a thread. Lines for people; CheckpointError when the folder must not be used."""
+    """Run `check` in a subprocess, on one rank. Returns its report; CheckpointError when the folder must not be
+    used.
+    """
     kind = f"{type(model).__module__}:{type(model).__name__}"
     command = [sys.executable, "-m", "src.tasks.export.check_folder", str(folder), kind, model.model_dump_json()]
     told = subprocess.run(command, capture_output=True, text=True)
@@ -37,7 +39,7 @@ def check_apart(folder: Path, model: ModelConfig) -> list[str]:
 
 
 def check(folder: Path, model: ModelConfig) -> Finding:
-    """One model after the other, so that the host holds one of them at a time."""
+    """Compare both models, one after the other, so that the host holds one at a time."""
     if (why_not := obstacle(folder)) is not None:
         return Finding([f"not compared: {why_not}"])
     finding = Finding()

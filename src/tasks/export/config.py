@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Export(Config):
-    """Write the folder, check it, and send it if asked to."""
+    """Write a checkpoint in Hugging Face layout, check it, and push it if asked to."""
 
     needs_corpus: ClassVar[bool] = False
     forward_only: ClassVar[bool] = True
@@ -66,7 +66,7 @@ class Export(Config):
         return Path(self.source) / "exports" / f"step_{self.step or 0:08d}{form}"
 
     def problems(self, run: "Run") -> list[str]:
-        """Told on the launcher: a model that transformers does not have, a place that is taken, no tokenizer."""
+        """A model that transformers does not have, a target that exists, a missing tokenizer. Runs on the launcher."""
         from src.hugging_face.save import refuse_foreign
         from src.models.hugging_face import export_problems
 
@@ -85,7 +85,9 @@ class Export(Config):
         return found
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life. Raises VerdictError when transformers computes something else."""
+        """Run the task on this rank, from joining the process groups to leaving them. Collective. VerdictError when
+        transformers computes other logits.
+        """
         from src.tasks.export.rank import export
 
         return export(self, run, folder)

@@ -1,4 +1,4 @@
-"""Does an exported folder compute what the run computes? Our model reads it back, and transformers by itself."""
+"""Checks an exported folder against the run: our model reads it back, and transformers loads it by itself."""
 
 import importlib
 import logging
@@ -30,19 +30,19 @@ Logits = Mapping[int, Tensor]  # by place in the text: (vocabulary) float32 on t
 
 @dataclass
 class Finding:
-    """Lines for people; `problems`: why the folder must not be used."""
+    """Report of a check; `problems` are reasons not to use the folder."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def places_of(ids: Sequence[int]) -> list[int]:
-    """Some places of a text, the last of them included."""
+    """PLACES positions spread over a text, the last included."""
     return sorted({(len(ids) - 1) * place // (PLACES - 1) for place in range(PLACES)})
 
 
 def native_logits(network: ModelStages, ids: Sequence[int]) -> Logits:
-    """Collective. After some of the tokens of a text."""
+    """Our logits at `places_of(ids)`. Collective."""
     padding = -len(ids) % pass_multiple(network.mesh.degrees)  # comes after, where nobody looks
     row = torch.tensor([[*ids, *[0] * padding]], device=network.device)
     with network.inference():
@@ -50,7 +50,7 @@ def native_logits(network: ModelStages, ids: Sequence[int]) -> Logits:
 
 
 def read_back(network: ModelStages, team: HostGroup, folder: Path, ids: Sequence[int]) -> Logits:
-    """Collective. The network has the folder's weights afterwards."""
+    """Load the folder's weights into the network, which keeps them; returns its logits. Collective."""
     team.on_all(lambda: load(folder, network.tensors(), network.stages[0].config))
     return native_logits(network, ids)
 
@@ -58,7 +58,9 @@ def read_back(network: ModelStages, team: HostGroup, folder: Path, ids: Sequence
 def with_transformers(
     folder: Path, tokenizer: Tokenizer, text: str, before: Logits, after: Logits, *, exact: bool
 ) -> Finding:
-    """On one rank. `before`: of the run's weights, `after`: of the folder's; `exact`: nothing was rounded."""
+    """Compare with transformers, on one rank. `before`, `after`: logits of the run's and the folder's weights;
+    `exact`: nothing was rounded.
+    """
     finding = Finding()
     moved = _difference(before, after)
     if exact and moved > 0:
@@ -87,7 +89,9 @@ def obstacle(folder: Path) -> str | None:
 
 
 def compare(folder: Path, text: str, ids: Sequence[int], ours: Logits, finding: Finding, *, gpu: bool) -> None:
-    """transformers' logits of a text beside ours, and what it goes on with. `gpu`: where there is room on one."""
+    """Add transformers' logits beside ours, and its continuation of the text, to `finding`. `gpu`: on a GPU with
+    room.
+    """
     model, info = _opened(folder, gpu=gpu)
     if strangers := {key: sorted(names) for key, names in info.items() if names}:
         finding.problems.append(f"{folder}: transformers tells of {strangers}")
@@ -152,7 +156,7 @@ def _multiplied_out(folder: Path) -> dict[str, Tensor]:
 
 
 def opened_tokenizer(folder: Path) -> Any:
-    """transformers' own."""
+    """The folder's tokenizer as transformers opens it."""
     transformers: Any = importlib.import_module("transformers")
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Generate(Config):
-    """Go on from each prompt; the texts are shown, and kept as generated.jsonl of the task's own run folder."""
+    """Continue each prompt; texts are printed and written to generated.jsonl in the task's run folder."""
 
     needs_corpus: ClassVar[bool] = False
     forward_only: ClassVar[bool] = True
@@ -56,23 +56,23 @@ class Generate(Config):
 
     @property
     def micro_batch(self) -> int:
-        """What is at once on a rank."""
+        """Prompts in one forward pass of a data rank."""
         return self.batch
 
     @property
     def global_batch(self) -> int:
-        """No more than a pass: nothing is added up over several."""
+        """Prompts of one forward pass: there is no gradient to accumulate."""
         return self.batch
 
     def texts(self) -> list[str]:
-        """The prompts; DataError when their file is no such file."""
+        """The prompts. DataError when `prompts` is no readable file of them."""
         if self.prompts is None:
             assert self.prompt is not None, "else `problems` has refused"
             return [self.prompt]
         return read_prompts(self.prompts)
 
     def problems(self, run: "Run") -> list[str]:
-        """Prompts that are not there or do not fit the model, told on the launcher."""
+        """Missing prompts, and those that do not fit max_seq_len. Runs on the launcher."""
         return self._measured(run)[1]
 
     def _measured(self, run: "Run") -> tuple[list[int], list[str]]:
@@ -99,7 +99,9 @@ class Generate(Config):
         return lengths, found
 
     def remembered(self, run: "Run") -> tuple[int, int]:
-        """Texts at once on a data rank, and columns of the longest; none where `problems` has something to say."""
+        """For the key-value cache: prompts at once on a data rank, and tokens of the longest text; (0, 0) where
+        there are problems.
+        """
         lengths, found = self._measured(run)
         if found:
             return 0, 0
@@ -107,14 +109,14 @@ class Generate(Config):
         return texts, max(lengths) + self.max_tokens + pass_multiple(run.parallel)
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life."""
+        """Run the task on this rank, from joining the process groups to leaving them. Collective."""
         from src.tasks.generate.rank import write
 
         return write(self, run, folder)
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One text a line, empty lines left out; of a .jsonl the `prompt` of each line."""
+    """One prompt a line, empty lines skipped; of a .jsonl file the key `prompt` of each line."""
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -52,7 +52,9 @@ def generate(
 
 
 class DecodingGroup:
-    """Prompts that are continued together; each data rank has its share of them, or stands by with another's."""
+    """Prompts decoded together, divided over data ranks. A rank without prompts repeats another's, so collectives
+    match.
+    """
 
     def __init__(self, network: ModelStages, prompts: dict[int, Sequence[int]], count: int, seed: int) -> None:
         mesh, config = network.mesh, network.stages[0].config
@@ -70,7 +72,7 @@ class DecodingGroup:
         self.generators = [torch.Generator().manual_seed(seed_of(seed, f"prompt {number}")) for number in rows]
 
     def write(self, rule: SamplingParams, end: int | None) -> dict[int, list[int]]:
-        """Collective. By number, the ids after each prompt that this rank had to continue."""
+        """Decode; returns the new ids of this rank's prompts, by prompt number. Collective."""
         texts: dict[int, list[int]] = {number: [] for number in self.numbers}
         writing = set(self.numbers)
         with ExitStack() as stack:

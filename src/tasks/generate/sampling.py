@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Next token from logits: temperature, top-k and top-p."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0: always the likeliest token. Then the `top_k` likeliest, and of these the fewest that hold `top_p`.
-
-    None: no such limit.
+    """temperature 0 is greedy. Else the `top_k` likeliest tokens, and of these the smallest set with probability
+    `top_p`. None: no such limit.
     """
 
     temperature: float

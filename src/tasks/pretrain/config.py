@@ -50,12 +50,12 @@ class Pretrain(Config):
 
     @property
     def skips(self) -> int:
-        """How many steps in a row may be dropped for not being finite."""
+        """Steps in a row that may be skipped for a non-finite loss or gradient; 0 with nonfinite=raise."""
         return self.nonfinite_cap if self.nonfinite == "skip_step" else 0
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life. True when the run is complete; false when a signal stopped it, after
-        saving.
+        """Run the task on this rank, from joining the process groups to leaving them. Collective. True when the run
+        is complete; false when a signal stopped it, after a save.
         """
         from src.tasks.pretrain.rank import pretrain
 

@@ -1,4 +1,6 @@
-"""What a layout did beside what one device did: figures, tolerances, a verdict. Only arithmetic on numbers."""
+"""Compares the figures of a layout with those of one device: relative errors, tolerances, a verdict. Arithmetic
+only.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +23,7 @@ KNOWN = 0.5
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Relative differences that another order of the same sums may make."""
+    """Largest relative differences that reordering the same sums may cause."""
 
     loss: float
     grad_norm: float
@@ -70,7 +72,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one layout did, over the whole world."""
+    """Losses, norms and gradients of a few steps, over all ranks."""
 
     losses: list[float]
     grad_norms: list[float]  # before clipping
@@ -79,7 +81,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of the layout beside that of the single device."""
+    """One figure in the layout and on the single device."""
 
     kind: str  # loss, grad_norm, gradient or direction
     name: str  # a step, or a parameter
@@ -94,12 +96,12 @@ class Difference:
 
     @property
     def rank(self) -> float:
-        """For sorting: the worst has the largest; what is not finite is worst."""
+        """Sort key: larger is worse, and non-finite worst."""
         return self.error if isfinite(self.error) else float("inf")
 
 
 def compare(layout: Trace, single: Trace, tolerances: Tolerances) -> list[Difference]:
-    """Every figure, in the order of steps and parameters."""
+    """The difference of every figure, in the order of steps and parameters."""
     return [
         *_by_step("loss", layout.losses, single.losses, tolerances.loss, least=KNOWN * abs(single.losses[0])),
         *_by_step("grad_norm", layout.grad_norms, single.grad_norms, tolerances.grad_norm),
@@ -130,7 +132,7 @@ def _by_parameter(
 
 @dataclass(frozen=True)
 class Certificate:
-    """The proof that is kept."""
+    """Result of task=verify, written to certificate.json."""
 
     facts: dict[str, Any]  # config, layout, versions, device
     tolerances: Tolerances
@@ -138,7 +140,7 @@ class Certificate:
 
     @property
     def failed(self) -> list[Difference]:
-        """Worst first."""
+        """Figures beyond their tolerance, worst first."""
         return sorted((each for each in self.differences if not each.passed), key=lambda each: -each.rank)
 
     def worst(self, *kinds: str) -> float:
@@ -156,13 +158,13 @@ class Certificate:
         }
 
     def problem(self) -> str:
-        """In a line: how many figures are off, and the worst of them."""
+        """One line: how many figures are beyond tolerance, and the worst."""
         named = dict.fromkeys(f"{each.kind} of {each.name} by {each.error:.1e}" for each in self.failed)
         some = ", ".join(list(named)[:SHOWN])
         return f"{len(self.failed)} of {len(self.differences)} figures are beyond their tolerance: {some}"
 
     def tables(self) -> tuple[Table, Table]:
-        """Steps in order, parameters with the worst first."""
+        """Tables of steps in order and of parameters, worst first."""
         parameters = [each for each in self.differences if each.kind in ("gradient", "direction")]
         parameters.sort(key=lambda each: -each.rank)
         steps = [each for each in self.differences if each.kind in ("loss", "grad_norm")]

@@ -1,4 +1,4 @@
-"""task=verify: does a layout train like one device?"""
+"""task=verify: compares training in a layout with training on one device."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 class Verify(Config):
-    """Take the same `steps` in the layout and on a single device, and compare; the proof is certificate.json."""
+    """Take the same `steps` in the layout and on a single device, and compare every loss, gradient and norm; written
+    to certificate.json.
+    """
 
     needs_corpus: ClassVar[bool] = False
     trains_on_one_device: ClassVar[bool] = True
@@ -26,7 +28,9 @@ class Verify(Config):
     """Sequences per rank and forward."""
 
     def run(self, run: "Run", folder: Path) -> bool:
-        """Collective: a rank's whole life. Raises VerdictError when the layout differs from the single device."""
+        """Run the task on this rank, from joining the process groups to leaving them. Collective. VerdictError when
+        the layout differs from the single device.
+        """
         from src.tasks.verify.rank import verify
 
         return verify(self, run, folder)
