@@ -7,6 +7,7 @@ weights on one rank or a thousand. A seed checkpoint is not needed.
 import hashlib
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.models.decoder import Decoder
@@ -41,7 +42,11 @@ def materialise(model: Decoder, device: torch.device, *, offload: bool = False) 
 
     `offload`: parameters rest in the host's memory; buffers are always where ranks compute.
     """
+    tied = [(module, name, parameter) for module in model.modules() for name, parameter in module._parameters.items()]
     model.to_empty(device=torch.device("cpu") if offload else device)
+    first: dict[nn.Parameter | None, nn.Parameter | None] = {}
+    for module, name, parameter in tied:  # of each shared parameter `to_empty` makes as many as there are places
+        module._parameters[name] = first.setdefault(parameter, module._parameters[name])
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from src.data.batches import Batch
+from src.distributed.fsdp.one_device import ComputeWeights
 from src.distributed.fsdp.shard import synchronise_gradients
 from src.distributed.mesh import Mesh
 from src.distributed.precision.float8 import plain
@@ -22,6 +23,8 @@ class ModelStages(ABC):
 
     # How many micro-batches `loss` likes at once: enough to keep every rank busy.
     width: int
+    weights: ComputeWeights | None = None  # on one device, where FSDP has nothing to gather
+    any_gradient_dtype = False  # what the optimizer reads: see ComputeWeights.after_backward
 
     def __init__(self, stages: Sequence[Decoder], mesh: Mesh, device: torch.device) -> None:
         self.stages, self.mesh, self.device = tuple(stages), mesh, device
@@ -40,7 +43,7 @@ class ModelStages(ABC):
         for part in self.stages:
             part.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._weights_in_place():
                 yield
         finally:
             for part in self.stages:
@@ -48,6 +51,9 @@ class ModelStages(ABC):
                 for module in part.modules():
                     if isinstance(module, FSDPModule):
                         module.reshard()
+
+    def _weights_in_place(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.weights is None else self.weights.in_place()
 
     @abstractmethod
     def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
@@ -70,24 +76,38 @@ class SingleStage(ModelStages):
 
     width = 1
 
+    def __init__(
+        self, stages: Sequence[Decoder], mesh: Mesh, device: torch.device, weights: ComputeWeights | None = None
+    ) -> None:
+        super().__init__(stages, mesh, device)
+        self.weights = weights
+
     def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
         (model,) = self.stages
         total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            synchronise_gradients(model, last or self.mesh.degrees.sync_each_micro_batch, last=last)
-            loss = forward_loss(model, batch, self.device) * scale.float()
-            loss.backward()
-            total += loss.detach()
+        with self._weights_in_place():
+            if self.weights is not None:
+                self.weights.before_backward(len(batches))
+            for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
+                if self.weights is None:
+                    synchronise_gradients(model, last or self.mesh.degrees.sync_each_micro_batch, last=last)
+                loss = forward_loss(model, batch, self.device) * scale.float()
+                loss.backward()
+                total += loss.detach()
+        if self.weights is not None:
+            self.weights.after_backward(any_dtype=self.any_gradient_dtype)
         return total
 
     def loss(self, batches: Sequence[Batch]) -> Tensor:
         (model,) = self.stages
-        return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
+        with self._weights_in_place():
+            return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
 
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         (model,) = self.stages
-        result: Tensor = model(tokens, positions=positions, mask=mask)
+        with self._weights_in_place():
+            result: Tensor = model(tokens, positions=positions, mask=mask)
         return result[:, column]
 
 

@@ -88,6 +88,11 @@ class ParallelDims(Config):
         return prod(self.axes.values())
 
     @property
+    def on_one_device(self) -> bool:
+        """Whether nothing is cut, gathered or reduced; weights that rest in the host's memory are gathered."""
+        return self.world == 1 and not self.cpu_offload
+
+    @property
     def data_ranks(self) -> int:
         """Ranks that read different samples."""
         return self.replicate * self.shard

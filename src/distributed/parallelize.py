@@ -34,5 +34,6 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         experts_apart=experts_apart,
     )
     recompute.apply_around(model)
-    shard(model, mesh, precision)
+    if not mesh.degrees.on_one_device:  # else src/distributed/fsdp/one_device.py
+        shard(model, mesh, precision)
     watch(model, mesh)

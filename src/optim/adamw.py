@@ -1,6 +1,7 @@
 """AdamW, torch's fused kernel or our own, which keeps moments of any width."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
@@ -68,6 +69,10 @@ class AdamW(Optimizer):
         from src.optim.elementwise import Elementwise
 
         betas = (self.beta1, self.beta2)
+        if groups[0]["params"][0].is_cuda and find_spec("triton") is not None:
+            from src.optim.adamw_kernel import launches
+
+            return Elementwise(groups, update, rates, (*betas, self.eps), launches)
         if not self.fused:
             return Elementwise(groups, update, rates, (*betas, self.eps))
         try:

@@ -3,7 +3,7 @@
 State of any width, arithmetic in float32, no wait for the host. What differs between optimizers is an `Update`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ ROW = 256
 # (weight, gradient, state, rates, *options) -> (new weight, new state): one step of one tensor, out of place. All are
 # float32 and of one shape; the weight is decayed already, the gradient clipped; `rates` are 0-dim.
 Update = Callable[..., tuple[Tensor, Sequence[Tensor]]]
+# One step of many tensors: (gradients, factors, skip, *options) of those of which `Launches` was told.
+Launch = Callable[..., None]
+# ((weight, *state, copy) of each tensor, types of gradients) -> launches by the places of their tensors; an example is
+# src/optim/adamw_kernel.py.
+Launches = Callable[[Sequence[tuple[Any, ...]], Sequence[torch.dtype]], Mapping[tuple[int, ...], Launch]]
 # (learning rate, updates of each parameter with this one, options) -> for each parameter what its update shall read.
 Rates = Callable[..., Sequence[Tensor]]
 
@@ -46,11 +51,20 @@ class Elementwise(Optimizer):
     """State per parameter: `step` (float32 scalar), and in the order of the config's `state` what `update` returns."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], update: Update, rates: Rates, options: tuple[float, ...]
+        self,
+        groups: Iterable[dict[str, Any]],
+        update: Update,
+        rates: Rates,
+        options: tuple[float, ...],
+        launches: "Launches | None" = None,
     ) -> None:
-        """`options`: numbers that `update` and `rates` get last, such as decay factors. Groups have a weight_decay."""
+        """`options`: numbers that `update` and `rates` get last, such as decay factors. Groups have a weight_decay.
+        `launches`: the same update of many tensors on a GPU by kernels of its own.
+        """
         super().__init__(groups, {})
-        self._update, self._rates, self._options = update, rates, options
+        self._update, self._rates, self._options, self._launches = update, rates, options, launches
+        self._ready: dict[tuple[Any, ...], Mapping[tuple[int, ...], Launch]] = {}  # by where a group's weights lie
+        self.copies: Mapping[Tensor, Tensor] = {}  # of some weights, to be written with them
         # By the names, and with the meaning, that torch's fused optimizers know them.
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
@@ -73,14 +87,42 @@ class Elementwise(Optimizer):
         found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         steps = [self.state[parameter]["step"] for parameter in parameters]
         torch._foreach_add_(steps, 1.0 - found_inf)
-        skip = found_inf > 0
-        for parameter, factors in zip(parameters, self._factors(torch.stack(steps), group), strict=True):
+        skip, factors = found_inf > 0, self._factors(torch.stack(steps), group)
+        if self._launches is not None and self._launch(self._launches, parameters, factors, skip):
+            return
+        for parameter, row in zip(parameters, factors, strict=True):
             weight = local(parameter)
             if weight.numel() == 0:  # an uneven shard can leave a rank without rows
                 continue
-            state = [rows(local(each)) for name, each in self.state[parameter].items() if name != "step"]
+            state = [rows(each) for each in self._state(parameter)]
             run: Callable[..., None] = self._compiled if weight.is_cuda else apply
-            run(self._update, rows(weight), rows(local(parameter.grad)), state, factors, skip, self._options)
+            run(self._update, rows(weight), rows(local(parameter.grad)), state, row, skip, self._options)
+            if (copy := self.copies.get(parameter)) is not None:
+                copy.copy_(weight)
+
+    def _state(self, parameter: Tensor) -> list[Tensor]:
+        return [local(each) for name, each in self.state[parameter].items() if name != "step"]
+
+    def _launch(self, launches: "Launches", parameters: list[Tensor], factors: Tensor, skip: Tensor) -> bool:
+        """False where the tensors do not lie as kernels of many tensors want them; nothing has happened then."""
+        gradients = [local(parameter.grad) for parameter in parameters]
+        weights = [local(parameter) for parameter in parameters]
+        if not all(each.is_cuda and each.is_contiguous() and each.data_ptr() % 16 == 0 for each in gradients + weights):
+            return False
+        here = [place for place, weight in enumerate(weights) if weight.numel() > 0]
+        dtypes = [gradients[place].dtype for place in here]
+        key = (*(weights[place].data_ptr() for place in here), *dtypes)
+        if key not in self._ready:
+            columns = [(weights[place], *self._state(parameters[place])) for place in here]
+            if not all(each.is_contiguous() and each.data_ptr() % 16 == 0 for column in columns for each in column):
+                return False
+            copies = [self.copies.get(parameters[place]) for place in here]
+            self._ready[key] = launches([(*column, copy) for column, copy in zip(columns, copies, strict=True)], dtypes)
+        for places, launch in self._ready[key].items():
+            chosen = [here[place] for place in places]
+            table = factors if len(chosen) == len(parameters) else factors[torch.tensor(chosen, device=factors.device)]
+            launch([gradients[place] for place in chosen], table, skip, *self._options)
+        return True
 
     def _factors(self, steps: Tensor, group: dict[str, Any]) -> Tensor:
         """(parameters, 2 + rates) float32, of which each kernel reads a row, or its every element would take powers.

@@ -1,5 +1,6 @@
 """Builds model, optimizer and stepper of this rank from the sections of a run, in the order of execution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,7 @@ from src.distributed.process.rank_context import RankContext
 from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
+from src.optim.elementwise import Elementwise
 from src.run import Run
 from src.train import step_metrics
 from src.train.replicated.step import ReplicatedStepper
@@ -49,7 +51,12 @@ def build_training(
         initialise(part, run.seed)
     optimizer = run.optim.build(network.named_parameters(), ranks.device)
     float8 = run.precision.float8
-    after_update = [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
+    after_update: list[Callable[[], None]] = (
+        [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
+    )
+    if network.weights is not None and isinstance(optimizer, Elementwise) and groups is None:
+        network.any_gradient_dtype, optimizer.copies = True, network.weights.beside()
+        after_update.insert(0, network.weights.written)
     state = TrainState(network, optimizer, run.seed, more=groups)
     arguments = (network, optimizer, run.optim.max_norm, skips, after_update, step_metrics.STEP_METRICS)
     if groups is None:
@@ -65,7 +72,7 @@ def build_uninitialized(run: Run, ranks: RankContext, mesh: Mesh) -> ModelStages
     stages = build_stages(run, mesh)
     for part in stages.values():
         materialise(part, ranks.device, offload=run.parallel.cpu_offload)
-    return connect(stages, mesh, ranks.device, getattr(torch, run.precision.compute))
+    return connect(stages, mesh, ranks.device, run.precision)
 
 
 def build_stages(run: Run, mesh: Mesh) -> dict[int, Decoder]:

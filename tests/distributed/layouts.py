@@ -62,7 +62,7 @@ def parallel_network(
         parallelize(part, mesh, precision, recomputed(recompute), compile)
         materialise(part, device, offload=layout.cpu_offload)
         initialise(part, seed)
-    return connect(parts, mesh, device, getattr(torch, precision.compute))
+    return connect(parts, mesh, device, precision)
 
 
 def parallel_model(*args: Any, **options: Any) -> tuple[nn.Module, Mesh]:

@@ -16,10 +16,12 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from src.data.batches import Batch
+from src.distributed.fsdp.one_device import ComputeWeights
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages, SingleStage, ready
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import SCHEDULES, owned, split, stage_count
+from src.distributed.precision.config import Precision
 from src.models.decoder import Decoder
 
 
@@ -45,11 +47,16 @@ def keep(model: Decoder, modules: Sequence[str]) -> None:
             setattr(model, name, None)
 
 
-def connect(stages: Mapping[int, Decoder], mesh: Mesh, device: torch.device, hidden: torch.dtype) -> ModelStages:
-    """The stages of this rank as a network; `hidden`: the dtype that travels between stages."""
-    if mesh.degrees.pipeline == 1:
-        return SingleStage(list(stages.values()), mesh, device)
-    return Pipeline(stages, mesh, device, hidden)
+def connect(stages: Mapping[int, Decoder], mesh: Mesh, device: torch.device, precision: Precision) -> ModelStages:
+    """The stages of this rank, on its device, as a network; hidden states travel between them in `compute`."""
+    degrees = mesh.degrees
+    if degrees.pipeline > 1:
+        return Pipeline(stages, mesh, device, getattr(torch, precision.compute))
+    (model,) = stages.values()
+    if not degrees.on_one_device:
+        return SingleStage([model], mesh, device)
+    weights = ComputeWeights(model, precision, sync_each_micro_batch=degrees.sync_each_micro_batch)
+    return SingleStage([model], mesh, device, weights)
 
 
 class Pipeline(ModelStages):

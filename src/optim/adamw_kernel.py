@@ -1,0 +1,138 @@
+"""AdamW's update of many tensors by one Triton kernel: weights, moments and the copies that the passes read.
+
+Each number is read and written once: 28 bytes a parameter with moments in fp32 and gradients and copies in bf16. Only
+imported where there is a CUDA device, which brings Triton.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton  # type: ignore[import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
+from torch import Tensor
+
+CHUNK = 16384  # elements of one program: large enough to hide the look-up of its tensor, small enough to fill all SMs
+BLOCK = 2048
+COLUMNS = 5  # weight, gradient, first and second moment, copy
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _update(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    pointers,  # noqa: ANN001
+    sizes,  # noqa: ANN001
+    tensors,  # noqa: ANN001
+    firsts,  # noqa: ANN001
+    factors,  # noqa: ANN001
+    skip,  # noqa: ANN001
+    beta2,  # noqa: ANN001
+    rest1,  # noqa: ANN001
+    rest2,  # noqa: ANN001
+    eps,  # noqa: ANN001
+    WEIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    MOMENT: tl.constexpr,
+    COPY: tl.constexpr,
+    COPIES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loshchilov and Hutter 2019, algorithm 2, in float32. `rest`: 1 - beta, which float32 loses when it subtracts."""
+    if tl.load(skip) != 0:
+        return
+    which = tl.load(tensors + tl.program_id(0))
+    first = tl.load(firsts + tl.program_id(0))
+    size = tl.load(sizes + which)
+    row = pointers + which * 5
+    weights = tl.multiple_of(tl.load(row).to(tl.pointer_type(WEIGHT)), 16)
+    gradients = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRADIENT)), 16)
+    means = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENT)), 16)
+    squares = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENT)), 16)
+    copies = tl.multiple_of(tl.load(row + 4).to(tl.pointer_type(COPY)), 16)
+    shrink = tl.load(factors + which * 4)
+    keep = tl.load(factors + which * 4 + 1)
+    rate = tl.load(factors + which * 4 + 2)
+    root = tl.load(factors + which * 4 + 3)
+    for start in range(0, CHUNK, BLOCK):
+        at = first + start + tl.arange(0, BLOCK)
+        inside = at < size
+        weight = tl.load(weights + at, mask=inside).to(tl.float32) * keep
+        gradient = tl.load(gradients + at, mask=inside).to(tl.float32) * shrink
+        mean = tl.load(means + at, mask=inside).to(tl.float32)
+        square = tl.load(squares + at, mask=inside).to(tl.float32)
+        mean = mean + (gradient - mean) * rest1
+        square = square * beta2 + gradient * gradient * rest2
+        weight = weight - rate * mean / (tl.sqrt(square) * root + eps)
+        tl.store(weights + at, weight.to(WEIGHT), mask=inside)
+        tl.store(means + at, mean.to(MOMENT), mask=inside)
+        tl.store(squares + at, square.to(MOMENT), mask=inside)
+        if COPIES:
+            tl.store(copies + at, weight.to(COPY), mask=inside)
+
+
+class Launch:
+    """One kernel for tensors that share the types of their columns; the tables of what lies where stay on the device.
+
+    `columns`: for each tensor its weight, two moments and copy (None where all have none), contiguous and aligned to
+    16 bytes, as every allocation of torch's is.
+    """
+
+    def __init__(self, columns: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
+        self.weights = [weight for weight, *_ in columns]
+        device = self.weights[0].device
+        self._kept = columns
+        self._fixed = [
+            (weight.data_ptr(), mean.data_ptr(), square.data_ptr(), 0 if copy is None else copy.data_ptr())
+            for weight, mean, square, copy in columns
+        ]
+        numbers = torch.tensor([weight.numel() for weight in self.weights], device=device)
+        chunks = (numbers + CHUNK - 1) // CHUNK
+        self._sizes = numbers
+        which = torch.arange(len(columns), device=device).repeat_interleave(chunks)
+        before = (chunks.cumsum(0) - chunks)[which]
+        self._tensors, self._firsts = which, (torch.arange(len(which), device=device) - before) * CHUNK
+        _, mean, _, copy = columns[0]
+        self._types = (self.weights[0].dtype, mean.dtype, torch.bfloat16 if copy is None else copy.dtype)
+        self._copies = copy is not None
+
+    def __call__(
+        self, gradients: Sequence[Tensor], factors: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
+    ) -> None:
+        """`gradients`: of the same tensors, of one type; `factors`: (tensors, 4) float32; `skip`: change nothing."""
+        rows = [
+            (weight, gradient.data_ptr(), mean, square, copy)
+            for (weight, mean, square, copy), gradient in zip(self._fixed, gradients, strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(skip.device, non_blocking=True)
+        weight, moment, copy = (TYPES[dtype] for dtype in self._types)
+        _update[(len(self._tensors),)](
+            table,
+            self._sizes,
+            self._tensors,
+            self._firsts,
+            factors,
+            skip,
+            beta2,
+            1.0 - beta1,
+            1.0 - beta2,
+            eps,
+            WEIGHT=weight,
+            GRADIENT=TYPES[gradients[0].dtype],
+            MOMENT=moment,
+            COPY=copy,
+            COPIES=self._copies,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+
+
+def launches(
+    columns: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], gradients: Sequence[torch.dtype]
+) -> dict[tuple[int, ...], Launch]:
+    """By the places in `columns` of the tensors of each: one launch for each mix of types."""
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for place, tensors in enumerate(columns):
+        kind = (gradients[place], *(None if tensor is None else tensor.dtype for tensor in tensors))
+        kinds.setdefault(kind, []).append(place)
+    return {tuple(places): Launch([columns[place] for place in places]) for places in kinds.values()}
