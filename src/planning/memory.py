@@ -150,6 +150,9 @@ class _Weights:
 
 def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:
     """Bytes at the update, and bytes already there when the last micro-batch runs."""
+    if load.degrees.on_one_device:  # several add up as soon as each is whole: src/distributed/fsdp/one_device.py
+        dtype = load.precision.compute if load.micro_batches == 1 else load.precision.reduce
+        return weights.local * BYTES[dtype], 0 if load.micro_batches == 1 else weights.local * BYTES[dtype]
     at_update = weights.local * BYTES[load.precision.storage]  # FSDP hands them over in the parameters' dtype
     if load.micro_batches == 1 and load.degrees.pipeline == 1:
         return at_update, 0
@@ -175,8 +178,11 @@ def _held(load: Load, share: StageShare, activations: int, accumulated: int) -> 
 
 
 def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
-    """Bytes of gathered weights, and of the gradients under way; FSDP over one rank still makes these copies."""
+    """Bytes of gathered weights, and of the gradients under way."""
     compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
+    if load.degrees.on_one_device:  # all weights in the compute dtype, beside those that rest in another
+        copied = load.precision.compute != load.precision.storage
+        return weights.whole * compute if copied else 0, weights.largest * compute
     # The head is not resharded before its backward: it is needed again at once.
     if not load.degrees.reshards_after_forward:
         blocks, others = weights.blocks, weights.whole - weights.blocks

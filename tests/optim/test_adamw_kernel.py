@@ -21,10 +21,11 @@ def stepped(
     launches = None
     if kernel:
         from src.optim.adamw_kernel import launches
-    optimizer = Elementwise(
-        [{"params": weights[:2], "lr": 1e-2, "weight_decay": 0.0}, {"params": weights[2:], "lr": 1e-3, "weight_decay": 0.1}],
-        update, rates, OPTIONS, launches,
-    )  # fmt: skip
+    groups = [
+        {"params": weights[:2], "lr": 1e-2, "weight_decay": 0.0},
+        {"params": weights[2:], "lr": 1e-3, "weight_decay": 0.1},
+    ]
+    optimizer = Elementwise(groups, update, rates, OPTIONS, launches)
     beside: dict[Tensor, Tensor] = {weight: weight.detach().bfloat16() for weight in weights[1:]} if copies else {}
     optimizer.copies = beside
     for weight in weights:
