@@ -156,7 +156,7 @@ def test_moments_are_as_wide_as_asked() -> None:
         ({"moments": "bfloat16"}, "set fused=false"),
         ({"moments": "bfloat16", "fused": False, "beta2": 0.999}, "beta2=0.999 never decays"),
         ({"beta2": 1.0}, "less than 1"),
-        ({"max_norm": 0.0}, "greater than 0"),
+        ({"max_norm": 0.0}, "greater than or equal"),
         ({"lr": "fast"}, "valid number"),
         ({"momentum": 0.9}, "Extra inputs"),
     ],
