@@ -66,6 +66,21 @@ def problems(*argv: str) -> list[str]:
         ("data.max_epochs=${oc.env:NOWHERE}", "data.max_epochs: ${oc.env:NOWHERE} cannot be resolved"),
         ("hydra.mode=SWEEP", "hydra.mode: "),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
+        ("compile=true", "compile=true: no such option; did you mean blocks? there are: blocks, off"),
+        ("compile=false", "compile=false: no such option; did you mean off? there are: blocks, off"),
+        ("tokenizer=true", "tokenizer=true: no such option; there are: bpe, bytes, file"),
+        ("parallel=16", "parallel=16: no such option; did you mean fsdp16? there are: "),
+        ("+=1", "=1: a value without a key; write key=value"),
+        ("hydra.sweeper=1", "hydra.sweeper=1: is a group of keys; set hydra.sweeper.params"),
+        ("optim._target_=src.optim.base.Optimizer", "optim._target_: src.optim.base.Optimizer is what others are made"),
+        ("optim._target_=src.config.base.Config", "optim._target_: src.config.base.Config is what others are made of"),
+        ("optim._target_=src.a b", "optim._target_: 'src.a b' is no name of a class"),
+        (f"model.rope_scaling={'{' * 300}", "model.rope_scaling={{{{{{"),
+        ("model.max_seq_len=1e20", "model.max_seq_len: 1e+20 is not a whole number"),
+        ("model.max_seq_len=1e9", "model.max_seq_len: 1000000000 is not at least 1 and at most 16777216"),
+        ("run=x", "run: this task has no such key; pass task=evaluate or task=export or task=generate"),
+        ("shard_gb=1", "shard_gb: this task has no such key; pass task=export"),
+        ("batch=32", "batch: this task has no such key; pass task=generate"),
     ],
 )
 def test_a_mistake_on_the_command_line(argv: str, line: str) -> None:
@@ -90,15 +105,61 @@ def test_a_mistake_on_the_command_line(argv: str, line: str) -> None:
             "# @package _global_\ndefaults: [{override /model: llama3_9b}]",
             "model=llama3_9b: no such option; did you mean",
         ),
-        ("# @package _global_\nseed: [1", "{here}/experiment/mine.yaml, line 2: expected ',' or ']', but got"),
+        ("# @package _global_\ntask: {steps: 1:30}", "task.steps: '1:30' is not a whole number"),
+        ("# @package _global_\ndefaults: {a: b}", "{here}/experiment/mine.yaml: defaults is a list, such as"),
+        ("# @package _global_\ndefaults: [mine]", "hydra.searchpath"),
+        ("just words", "{here}/experiment/mine.yaml: holds str, not keys with values"),
+        ("# @package _global_\nseed: \udcff", "{here}/experiment/mine.yaml: not UTF-8 text (byte 26): "),
+        ("# @package _global_\nseed: 1\nseed: 2", "{here}/experiment/mine.yaml, line 3: found duplicate key seed"),
+        ("# @package _global_\nseed: [1", "{here}/experiment/mine.yaml, line 2: did not find expected ',' or ']'"),
     ],
 )
 def test_a_mistake_in_an_experiment_file(somewhere: Path, text: str, line: str) -> None:
     (somewhere / "experiment").mkdir()
-    (somewhere / "experiment/mine.yaml").write_text(text)
+    (somewhere / "experiment/mine.yaml").write_bytes(text.encode(errors="surrogateescape"))
     told = problems(f"hydra.searchpath=[file://{somewhere}]", "experiment=mine")
     assert len(told) == 1
     assert told[0].startswith(line.replace("{here}", str(somewhere)))
+
+
+def test_a_mark_in_front_of_a_file_is_passed_over(somewhere: Path) -> None:
+    (somewhere / "experiment").mkdir()
+    (somewhere / "experiment/mine.yaml").write_text("# @package _global_\ntask: {steps: 1e3}\n", encoding="utf-8-sig")
+    (tree,) = composed(f"hydra.searchpath=[file://{somewhere}]", "experiment=mine")
+    assert tree["task"]["steps"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("-m optim.lr=range(1,0)", "optim.lr=range(1,0): holds no value; write a,b,c or range(1,9)"),
+        ("-m sweep=optuna", "sweep=optuna draws from ranges; pass one, such as optim.lr=interval(1e-5,1e-2)"),
+        ("-m optim.lr=interval(0,1)", "optim.lr=interval(0,1): a grid needs values: write a,b,c or range(1,9)"),
+        ("-m seed=range(0,1000000000000)", "-m asks for more than 10000 points; write fewer values, or draw some"),
+        ("-m seed=range(0,200) task.steps=range(1,200)", "-m asks for more than 10000 points; write fewer values"),
+        ("-m hydra/sweeper=foo seed=1,2", "hydra/sweeper=foo: no such option; there are: basic"),
+    ],
+)
+def test_a_mistake_in_a_sweep(argv: str, line: str) -> None:
+    (told,) = problems(*argv.split())
+    assert told.startswith(line)
+
+
+def test_whole_numbers_may_be_written_short() -> None:
+    (tree,) = composed("task.steps=1e3", "seed=2e1", "model.rope_theta=1e6", "task.micro_batch=1e0")
+    assert (tree["task"]["steps"], tree["seed"], tree["task"]["micro_batch"]) == (1000, 20, 1)
+    assert identity(tree) == identity(composed("task.steps=1000", "seed=20", "model.rope_theta=1000000.0",
+                                               "task.micro_batch=1")[0])  # fmt: skip
+    assert isinstance(tree["model"]["rope_theta"], float)  # which is no count
+
+
+def test_points_differ_in_what_was_varied_alone() -> None:
+    """Points are made from one composition: as if each were alone, also where one sets a key that another has not."""
+    given = ("model=llama3_debug,qwen3_debug", "optim.lr=1e-3,1e-4", "data=synthetic", "name=a_${seed}_${optim.lr}")
+    for tree, point in zip(composed("-m", *given), asked(["-m", *given]).points, strict=True):
+        assert [tree] == composed(*(f"{key}={value}" for key, value in point.overrides.items()))
+    assert [tree["seed"] for tree in composed("-m", "seed=1,2", "seed=3")] == [3]
+    assert [tree["name"] for tree in composed("-m", "seed=1,2", "name=run_${hydra:job.num}")] == ["run_0", "run_1"]
 
 
 def test_all_mistakes_of_files_and_command_line_come_at_once(somewhere: Path) -> None:

@@ -3,14 +3,15 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any
+from inspect import isabstract
+from typing import Any, cast
 
 from pydantic import ValidationError, field_validator
 
 from src.config import synonyms, wording
 from src.config.base import Config, PathField
 from src.config.bounds import Seed
-from src.config.groups import EXPERIMENT, SECTIONS, options
+from src.config.groups import EXPERIMENT, SECTIONS, SHORT, options, tasks_with
 from src.config.tree import Tree
 from src.errors import ConfigError
 
@@ -126,6 +127,8 @@ class _Builder:
         if not name.startswith(self.within):
             return f"{name} is refused; only classes under {self.within} may be named"
         module_name, _, class_name = name.rpartition(".")
+        if not all(part.isidentifier() for part in name.split(".")):
+            return f"{wording.shown(name)} is no name of a class"
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -133,10 +136,48 @@ class _Builder:
                 raise  # the module is there and needs something that is not installed
             return f"there is no module {error.name}"
         found = getattr(module, class_name, None)
-        if isinstance(found, type) and issubclass(found, Config):
-            return found
-        configs = [key for key, each in vars(module).items() if isinstance(each, type) and issubclass(each, Config)]
+        if _is_option(found):
+            return cast("type[Config]", found)
+        if _is_config(found):
+            return f"{name} is what others are made of; choose one of those"
+        configs = [key for key, each in vars(module).items() if _is_option(each)]
         return f"{name} is no Config class; {wording.unknown(class_name, configs, 'class')}"
+
+
+def whole_numbers(tree: Tree) -> Tree:
+    """The tree with 1000 where a class wants a whole number and 1e3 was written, which YAML reads as 1000.0."""
+    found = {key: _whole(value, None) for key, value in tree.items()}
+    return found | {key: _integer(value) for key, value in tree.items() if key == "seed"}
+
+
+def _whole(value: Any, cls: type[Config] | None) -> Any:
+    if isinstance(value, list):
+        return [_whole(each, None) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    if isinstance(name := value.get("_target_"), str):
+        target = _Builder("src.").target(name, "")
+        cls = target
+    fields = {} if cls is None else {field.alias or key: field for key, field in cls.model_fields.items()}
+    found = {}
+    for key, each in value.items():
+        kinds = set(wording.leaves(fields[key].annotation)) if key in fields else set()
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)), None)
+        found[key] = _integer(each) if int in kinds and float not in kinds else _whole(each, inner)
+    return found
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def _is_config(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Config)
+
+
+def _is_option(found: object) -> bool:
+    """A config class that can be made: neither their base nor one with abstract methods."""
+    return _is_config(found) and found is not Config and not isabstract(found)
 
 
 def _stranger(key: str, value: object, tree: Tree) -> str:
@@ -145,6 +186,9 @@ def _stranger(key: str, value: object, tree: Tree) -> str:
     for leaf in [*value, key] if isinstance(value, Mapping) else [key]:
         if (meant := synonyms.ours(leaf)) is not None:
             return f"{key}: no such section; did you mean {meant}?"
+    if key in SHORT and (homes := tasks_with(key)):
+        offer = " or ".join(f"task={each}" for each in homes)
+        return f"{key}: this task has no such key; pass {offer}"
     if not isinstance(value, Mapping) or wording.nearest(key, names) is None:
         inner = list(value) if isinstance(value, Mapping) else [key]
         groups = {section: tree[section] for section in SECTIONS if isinstance(tree.get(section), Mapping)}

@@ -11,20 +11,22 @@ from itertools import pairwise
 from typing import Any, get_type_hints
 
 from hydra.conf import HydraConf
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from yaml import MarkedYAMLError
 
+from src.config.composer import COMPOSITION_ERRORS
 from src.config.groups import GROUPS, SECTIONS, options
 from src.config.upgrades import renamed
 from src.config.wording import nearest, unknown
 from src.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
+_NO_NAME = re.compile(r"(?i)true|false|yes|no|on|-?\d[\d_.e+-]*|nan|-?inf")
+OFF = ("off", "none")  # options that choose nothing
 SWEEP_FLAGS = ("-m", "--multirun")
+MOST_BRACKETS = 50  # of one argument; Python's own stack ends Hydra's grammar soon after
 # A prompt is any text but null, with the commas, quotes and brackets that mean something elsewhere.
 TEXTS = ("prompt", "task.prompt", "task.sample_prompt")
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, MarkedYAMLError)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -72,11 +74,32 @@ def _literal(text: str) -> str:
 
 
 def _refused(key: str, value: str | None = None) -> str | None:
+    if value is not None and not key:
+        return f"={value}: a value without a key; write key=value"
     if key in GROUPS and (value or "").lstrip().startswith("{"):
         return f"{key}={value}: a group takes the name of an option; set single keys as {key}.<key>=..."
     if key in SECTIONS and value in ("", "null"):
         return f"{key}={value}: a group needs an option; there are: {', '.join(options(key))}"
+    if key in SECTIONS and value is not None and (found := _no_option(key, value)):
+        return found
     return _hydra_key(key)
+
+
+def _no_option(group: str, value: str) -> str | None:
+    """For a number or a truth value where the name of an option belongs: Hydra would only say that it is none."""
+    known = options(group)
+    for each in value.split(","):
+        if each in known or not _NO_NAME.fullmatch(each):
+            continue
+        if each.lower() in ("true", "yes", "on"):
+            near = [name for name in known if name not in OFF] if len(known) == 2 else []
+        elif each.isdigit():
+            near = [name for name in known if re.sub(r"\D+", " ", name).split() == [each]]
+        else:
+            near = [name for name in known if name in OFF]
+        meant = f"did you mean {' or '.join(near)}? there are" if near else "there are"
+        return f"{group}={value}: no such option; {meant}: {', '.join(known)}"
+    return None
 
 
 def _hydra_key(key: str) -> str | None:
@@ -94,19 +117,28 @@ def _hydra_key(key: str) -> str | None:
     return None
 
 
-def problem(error: Exception) -> str:
-    """One line for an error of Hydra, OmegaConf or the YAML reader."""
+def problem(error: Exception, given: Sequence[str]) -> str:
+    """One line for an error of Hydra, OmegaConf or the YAML reader, about these arguments."""
+    if isinstance(error, RecursionError):
+        deep = next((each for each in given if max(map(each.count, "[{(")) > MOST_BRACKETS), None)
+        if deep is not None:
+            return f"{_typed(deep)[:60]}...: nested too deeply"
+        return f"{' '.join(map(_typed, given))}: a defaults list of conf/ names itself"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         near = nearest(name, error.options)
         meant = f"did you mean {near}? there are" if near else "there are"
         return f"{group}={name}: no such option; {meant}: {', '.join(error.options)}"
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
+        opened = "flow" in (error.context or "")  # a [ or { that is never closed: its own line says more than the end's
+        mark = error.context_mark if opened and error.context_mark is not None else error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if isinstance(error, OverrideParseException):
         return f"{_typed(error.override)}: no legal argument; write key=value, with quotes around unusual text"
     lines = [line for each in _causes(error) for line in str(each).splitlines() if line.strip()]
+    if not lines or not isinstance(error, COMPOSITION_ERRORS):
+        what = " ".join(map(_typed, given)) or "conf/config.yaml"
+        return f"{what}: makes no config ({type(error).__name__}{': ' * bool(lines)}{''.join(lines[:1])})"
     if several := re.match(r"Ambiguous value for argument '(.*)'", lines[0]):
         return f"{_typed(several[1])}: several values; write -m to sweep over them, or [ ] around them for one list"
     if key := re.search(r"full_key: (\S+)", "\n".join(lines)):

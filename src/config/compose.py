@@ -1,25 +1,29 @@
 """What a command line asks for: one run, the points of a sweep, or a space to search. Hydra begins and ends here."""
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from src.config.command_line import COMPOSITION_ERRORS, SWEEP_FLAGS, arguments, former, problem
+from src.config.build import whole_numbers
+from src.config.command_line import SWEEP_FLAGS, arguments, former, problem
+from src.config.composer import COMPOSITION_ERRORS, UNEXPECTED, Composer, composer, parsed
 from src.config.groups import CONF, SHORT
 from src.config.tree import Tree, resolve
 from src.errors import ConfigError, UserError
 
 # From a resolved tree and what was typed to the tree that is meant, where a key stands for a file elsewhere.
 Complete = Callable[[Tree, Mapping[str, str]], Tree]
+MOST_POINTS = 10_000  # of a sweep; each is composed, checked and planned before the first starts
 
 
 @dataclass(frozen=True)
@@ -56,82 +60,98 @@ def asked(argv: Sequence[str], complete: Complete = as_typed) -> Request:
     """ConfigError for a mistake. The environment must hold HYDRA_FULL_ERROR=1, or Hydra prints and exits by itself."""
     given = arguments(argv)
     print(*(f"note: {line}\n" for line in former(argv)), sep="", end="", file=sys.stderr)
-    ranges = [each for each in given if _range(each) is not None]
-    fixed = [each for each in given if each not in (*ranges, *SWEEP_FLAGS)]
-    seen = _Seen(complete)
-    try:
-        seen.compose([*fixed, "hydra.mode=RUN"])
-        space = seen.params | dict(_pair(each) for each in ranges)
-        flagged = any(each in SWEEP_FLAGS for each in given)
-        if not (seen.configs and (flagged or space)):
-            return Request(seen.resolved(), swept=False)
-        if seen.searches:
+    if any(each.startswith("-") and each not in SWEEP_FLAGS for each in given):
+        points = _Points(complete)
+        _by_hydra(given, points)
+        return Request(points.resolved(), swept=len(points.found) > 1)
+    flagged = any(each in SWEEP_FLAGS for each in given)
+    plain = [each for each in given if each not in SWEEP_FLAGS]
+    ranges = _ranges(plain)
+    fixed = [each for each in plain if not (_pair(each)[0] in ranges or _is_range(each))]
+    with composer() as hydras:
+        base = _composed(hydras, fixed)
+        flagged = flagged or OmegaConf.select(base, "hydra.mode") == RunMode.MULTIRUN
+        space = _params(base) | ranges
+        if OmegaConf.select(base, "sweep.trials") and (flagged or space):
+            if not space:
+                raise ConfigError("sweep=optuna draws from ranges; pass one, such as optim.lr=interval(1e-5,1e-2)")
             return Request([], swept=True, space=space, fixed=tuple(fixed))
-        sweep = _Seen(complete)
-        sweep.compose(given)
-        if sweep.mode == RunMode.RUN:
-            raise ConfigError("hydra.sweeper.params without hydra.mode: MULTIRUN; write both, or pass -m")
-        return Request(sweep.resolved(), swept=True)
-    except COMPOSITION_ERRORS as error:
-        raise UserError(problem(error)) from error
+        points = _Points(complete)
+        if not flagged:
+            if ranges:
+                _composed(hydras, plain)  # Hydra says that these are several values
+            if space:
+                raise ConfigError("hydra.sweeper.params without hydra.mode: MULTIRUN; write both, or pass -m")
+            points.add(base)
+        else:
+            ours = [each for each in plain if each.lstrip("+~").startswith("hydra")]
+            params = arguments([f"{key}={text}" for key, text in space.items() if key not in ranges])
+            chosen = {_pair(each)[0]: each for each in [*params, *plain] if each not in ours}  # the last of a key
+            for number, each in enumerate(_product(hydras, list(chosen.values()))):
+                points.add(_composed(hydras, [*ours, *each], number))
+        return Request(points.resolved(), swept=flagged)
 
 
 def point(fixed: Sequence[str], chosen: dict[str, str], complete: Complete = as_typed) -> ConfigPoint:
     """One point of a searched space."""
-    seen = _Seen(complete)
+    points = _Points(complete)
+    with composer() as hydras:
+        points.add(_composed(hydras, [*fixed, *arguments([f"{key}={text}" for key, text in chosen.items()])]))
+    return points.resolved()[0]
+
+
+def _composed(hydras: Composer, given: Sequence[str], number: int | None = None) -> DictConfig:
     try:
-        seen.compose([*fixed, *arguments([f"{key}={text}" for key, text in chosen.items()]), "hydra.mode=RUN"])
-    except COMPOSITION_ERRORS as error:
-        raise UserError(problem(error)) from error
-    return seen.resolved()[0]
+        return hydras.compose(given, number)
+    except (*COMPOSITION_ERRORS, *UNEXPECTED) as error:
+        raise UserError(problem(error, given)) from error
 
 
-class _Seen:
-    """The configs that Hydra hands to its main function; resolved later, since a base config may lack a swept key."""
+def _by_hydra(given: Sequence[str], points: "_Points") -> None:
+    """Flags of Hydra, such as --cfg and --help: it prints what they ask for."""
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def take(cfg: DictConfig) -> None:
+        with open_dict(cfg):
+            cfg.hydra = HydraConfig.get()
+        points.add(cfg)
+
+    with TemporaryDirectory() as scratch:  # for the multirun.yaml that Hydra's sweeper insists on
+        before, sys.argv = sys.argv, [sys.argv[0], *given, f"hydra.sweep.dir={scratch}"]
+        try:
+            take()
+        except COMPOSITION_ERRORS as error:
+            raise UserError(problem(error, given)) from error
+        finally:
+            sys.argv = before
+
+
+class _Points:
+    """The points of one command; what is wrong with each is kept, to be told together."""
 
     def __init__(self, complete: Complete) -> None:
         self.complete = complete
-        self.configs: list[tuple[DictConfig, dict[str, str]]] = []
-        self.points: list[ConfigPoint] = []
-        self.params: dict[str, str] = {}
-        self.mode: RunMode | None = None
+        self.found: list[ConfigPoint] = []
         self.errors: list[UserError] = []
 
-    def compose(self, given: list[str]) -> None:
-        @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-        def take(cfg: DictConfig) -> None:
-            self._take(cfg)
-
-        with TemporaryDirectory() as scratch:  # for the multirun.yaml that Hydra's sweeper insists on
-            before, sys.argv = sys.argv, [sys.argv[0], *given, f"hydra.sweep.dir={scratch}"]
-            try:
-                take()
-            finally:
-                sys.argv = before
-
-    def _take(self, cfg: DictConfig) -> None:
-        ours = HydraConfig.get()
-        overrides = dict(_pair(str(each)) for each in _plain(ours.overrides.task))
-        self.configs.append((cfg, overrides))
-        self.mode = ours.mode
-        self.params = {str(key): str(text) for key, text in (_plain(ours.sweeper).get("params") or {}).items()}
-        try:  # here, because ${hydra:...} can be told only while Hydra runs this config
+    def add(self, cfg: DictConfig) -> None:
+        HydraConfig.instance().set_config(cfg)  # ${hydra:...} asks it
+        overrides = dict(_pair(str(each)) for each in _plain(cfg.hydra.overrides.task))
+        with open_dict(cfg):
+            del cfg["hydra"]
+        try:
             spell_out(cfg, overrides)
-            self.points.append(ConfigPoint(self.complete(resolve(cfg), overrides), overrides))
-        except UserError as error:  # kept, since Hydra would print a line of its own about it
+            tree = whole_numbers(resolve(cfg))
+            self.found.append(ConfigPoint(self.complete(tree, overrides), overrides))
+        except UserError as error:
             self.errors.append(error)
-
-    @property
-    def searches(self) -> bool:
-        """Whether the config chose a sweep that proposes its own points."""
-        return bool(OmegaConf.select(self.configs[0][0], "sweep.trials"))
 
     def resolved(self) -> list[ConfigPoint]:
         if len({error.problems for error in self.errors}) == 1:
             raise self.errors[0]
         if self.errors:
             raise UserError(dict.fromkeys(line for error in self.errors for line in error.problems))
-        return self.points
+        return self.found
 
 
 def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:
@@ -146,15 +166,64 @@ def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:
             cfg.task[key] = cfg.pop(key)
 
 
-def _range(argument: str) -> Override | None:
-    """The override, if it has several values."""
-    if argument.startswith(("-", "hydra.")) or "=" not in argument:
-        return None
+def _ranges(given: Sequence[str]) -> dict[str, str]:
+    """Keys that have several values, with Hydra's text of them; the last argument of a key counts."""
+    found: dict[str, str] = {}
+    for each in given:
+        key, text = _pair(each)
+        found.pop(key, None)
+        if not key.startswith("hydra.") and _is_range(each):
+            found[key] = text
+    return found
+
+
+def _is_range(argument: str) -> bool:
     try:
-        parsed = OverridesParser.create().parse_override(argument)
-    except COMPOSITION_ERRORS:
-        return None  # Hydra will say it better
-    return parsed if parsed.is_sweep_override() else None
+        return parsed(argument).is_sweep_override()
+    except (*COMPOSITION_ERRORS, *UNEXPECTED):
+        return False  # composing says it better
+
+
+def _params(base: DictConfig) -> dict[str, str]:
+    """hydra.sweeper.params of a file or of the command line."""
+    node = OmegaConf.select(base, "hydra.sweeper")
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"hydra.sweeper={node}: is a group of keys; set hydra.sweeper.params")
+    params = _plain(node.params) if isinstance(node.get("params"), DictConfig) else {}
+    return {str(key): str(text) for key, text in params.items()}
+
+
+def _product(hydras: Composer, given: Sequence[str]) -> list[tuple[str, ...]]:
+    """The arguments of each point of a grid, the last one fastest. ConfigError for what is no list of values."""
+    columns: list[list[str]] = []
+    problems: list[str] = []
+    for argument in given:
+        typed = "{}={}".format(*_pair(argument))
+        try:
+            override = hydras.parsed(argument)
+            if not override.is_sweep_override():
+                columns.append([_normal(argument, override)])
+            elif override.is_discrete_sweep():
+                values = list(itertools.islice(override.sweep_string_iterator(), MOST_POINTS + 1))
+                columns.append([f"{override.get_key_element()}={value}" for value in values])
+                if not values:
+                    problems.append(f"{typed}: holds no value; write a,b,c or range(1,9)")
+            else:
+                problems.append(f"{typed}: a grid needs values: write a,b,c or range(1,9), or pass sweep=optuna")
+        except (*COMPOSITION_ERRORS, *UNEXPECTED) as error:
+            problems.append(problem(error, [argument]))
+    if prod(map(len, columns)) > MOST_POINTS:
+        problems.append(f"-m asks for more than {MOST_POINTS} points; write fewer values, or draw some: sweep=optuna")
+    if problems:
+        raise ConfigError(problems)
+    return list(itertools.product(*columns))
+
+
+def _normal(argument: str, override: Override) -> str:
+    """One spelling of a value, so that 1e-3 and 0.001 are one point for a ledger."""
+    if override.is_delete():
+        return argument
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 def _plain(node: Any) -> Any:

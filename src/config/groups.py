@@ -1,5 +1,6 @@
 """What may stand at the top of a config, and the options that conf/ offers for each group."""
 
+import re
 from pathlib import Path
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -41,9 +42,23 @@ SHORT = (
     "top_p",
     "split",
     "samples",
+    "seq_len",
+    "micro_batch",
+    "biases",
+    "shard_gb",
+    "check",
+    "text",
+    "send",
+    "batch",
 )
 
 
 def options(group: str, conf: Path = CONF) -> list[str]:
     """Names that `group=` accepts."""
     return sorted(file.stem for file in (conf / group).glob("*.yaml"))
+
+
+def tasks_with(key: str, conf: Path = CONF) -> list[str]:
+    """Options of the group task that have this key."""
+    pattern = re.compile(rf"^{re.escape(key)}:", re.MULTILINE)
+    return [name for name in options("task", conf) if pattern.search((conf / "task" / f"{name}.yaml").read_text())]

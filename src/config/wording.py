@@ -152,7 +152,13 @@ def _rules(annotation: Any) -> Iterator[Any]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    return (kind for kind in leaves(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def leaves(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of, seen through unions, tuples and Annotated."""
+    inner = get_args(annotation)
+    if not inner:
         yield annotation
-    for inner in get_args(annotation):
-        yield from _models(inner)
+    for each in inner:
+        yield from leaves(each)

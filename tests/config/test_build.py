@@ -105,7 +105,7 @@ def test_objects_are_frozen_and_the_tree_is_left_alone() -> None:
         (
             {"_target_": f"{HERE}.Plain"},
             f"model._target_: {HERE}.Plain is no Config class; no such class; "
-            "there are: Config, Scaling, Network, Source, Mixture",
+            "there are: Scaling, Network, Source, Mixture",
         ),
     ],
 )

@@ -54,5 +54,5 @@ def test_what_hydra_would_take_in_silence_is_refused(argument: str, words: str) 
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_first_line_and_its_key() -> None:
-    assert problem(HydraException("First.\nSecond.\n    full_key: optim.lr\n")) == "optim.lr: First."
-    assert problem(HydraException("First.\nSecond.")) == "First."
+    assert problem(HydraException("First.\nSecond.\n    full_key: optim.lr\n"), ["optim.lr=1"]) == "optim.lr: First."
+    assert problem(HydraException("First.\nSecond."), []) == "First."
