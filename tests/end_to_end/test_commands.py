@@ -17,6 +17,8 @@ from tests.ranks import RankPool
 
 LONG = ("task.steps=400", "checkpoint.every=50", "checkpoint.asynchronous=true", "parallel=fsdp2")
 
+WILD = ("optim.weight_decay=100", "schedule.warmup_steps=0")  # with the largest rate, optim.lr=10
+
 
 def flip(file: Path, at: int = -100) -> None:
     """One wrong bit."""
@@ -85,8 +87,8 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_offered(
 
 
 def test_a_sweep_goes_on_past_a_point_that_fails(text: tuple[str, ...], tmp_path: Path) -> None:
-    """A rate of 1e30 cannot be seen to be wrong before it runs."""
-    code, told = command("-m", *text, f"root={tmp_path}", "schedule.warmup_steps=0", "optim.lr=1e30,1e-3")
+    """The largest rate and decay cannot be seen to be wrong before they run."""
+    code, told = command("-m", *text, f"root={tmp_path}", *WILD, "optim.lr=10,1e-3")
     assert code == 2, told
     bad, good = sorted(tmp_path.glob("tiny-*"), key=lambda folder: len(series(folder)))
     assert "[1/2] " in told

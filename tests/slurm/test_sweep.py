@@ -12,7 +12,8 @@ from src.runs.submissions import submissions
 from src.sweeps.ledger import Ledger
 from tests.slurm.runs import STEPS, Site, until
 
-WILD = "1e+30"  # a learning rate after which no loss is finite
+WILD = "10.0"  # a learning rate after which no loss is finite, with
+DECAY = "optim.weight_decay=100"
 
 
 def ledger(site: Site, *argv: str) -> str:
@@ -37,7 +38,7 @@ def states(site: Site, path: str) -> list[str]:
 
 
 def test_a_sweep_is_handed_over_once_and_acted_on_by_point(site: Site) -> None:
-    command = ("-m", "name=grid", *site.site(), "parallel=single,fsdp2", f"optim.lr=3e-3,{WILD}")
+    command = ("-m", "name=grid", *site.site(), "parallel=single,fsdp2", DECAY, f"optim.lr=3e-3,{WILD}")
     told = site.launch(*command).stderr
     found = re.search(r"^ledger: (.+)$", told, re.MULTILINE)
     assert found is not None, told
@@ -78,7 +79,7 @@ def test_a_search_runs_its_batches_side_by_side_and_survives_a_point_that_diverg
         "sweep.sampler=random",
         "sweep.seed=4",
     )
-    told = site.launch("-m", *command, *search, f"optim.lr=1e-3,3e-3,{WILD}", "seed=0,1").stderr
+    told = site.launch("-m", *command, *search, DECAY, f"optim.lr=1e-3,3e-3,{WILD}", "seed=0,1").stderr
     path = re.findall(r"^ledger: (.+)$", told, re.MULTILINE)[0]
     rows = Ledger(Path(path)).points()
     assert len(rows) == 3
@@ -92,7 +93,7 @@ def test_a_search_runs_its_batches_side_by_side_and_survives_a_point_that_diverg
 def test_packed_runs_share_a_node_and_nothing_else(site: Site) -> None:
     """Four runs on a node of eight pretend GPUs, two of them of two ranks; two diverge, and one of these is retried."""
     facts = ("cluster.pack=true", "cluster.gpus_per_node=8", "name=packed")
-    command = ("-m", *site.site(), *facts, "parallel=single,fsdp2", f"optim.lr=3e-3,{WILD}")
+    command = ("-m", *site.site(), *facts, "parallel=single,fsdp2", DECAY, f"optim.lr=3e-3,{WILD}")
     told = site.launch(*command).stderr
     path = re.findall(r"^ledger: (.+)$", told, re.MULTILINE)[0]
     points = Ledger(Path(path)).points()
