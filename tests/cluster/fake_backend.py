@@ -1,6 +1,6 @@
 """The smallest backend: a batch system of one node that is a folder, and cluster=fake, whose jobs are subprocesses.
 
-A test copies this file into a repository of its own as src/cluster/fake/config.py, beside conf/cluster/fake.yaml:
+A test copies this file into a repository of its own as src/cluster/fake/config.py, beside an option of conf/cluster:
 nothing else has to be touched to add a backend. The folder is $FAKE_QUEUE, with one below it for each job. Jobs wait
 while its file `hold` is there, ranks before their task while `brake` is; `broken` holds the job whose first start fails
 as on a broken GPU.
