@@ -53,6 +53,15 @@ class RestrictedReader(FileSystemReader):
         return self._metadata
 
 
+def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype, such as "float32", of every tensor in a step folder, by its name."""
+    return {
+        name: (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."))
+        for name, entry in read(folder / FILE).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
 def read(path: Path) -> Metadata:
     """What the file says. CheckpointError where it is cut off, or names or holds what no checkpoint of ours does."""
     try:

@@ -14,6 +14,10 @@ from src.data.fingerprint import fingerprint
 from src.data.order import Interleave
 from src.data.shards import SPLITS, TokenShards
 from src.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, open_kept
+from src.data.tokenizer_files import read_facts
+from src.errors import DataError
+
+RECIPE = "data.json"  # of a run folder
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ class Corpus:
         tokenizer = self.tokenizer.folder.name if isinstance(self.tokenizer, JsonTokenizer) else None
         parts = [[part.name, part.weight, part.shards.folder.name] for part in self.parts]
         return {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What `Corpus.recipe` said in data.json of a run folder. DataError where it is missing, cut off or no recipe."""
+    recipe = read_facts(folder / RECIPE)
+    if not isinstance(recipe, dict) or not {"fingerprint", "tokenizer", "parts"} <= recipe.keys():
+        raise DataError(f"{folder / RECIPE}: says nothing of tokens; the command that began the run makes it anew")
+    return recipe
 
 
 def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:

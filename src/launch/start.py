@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from src.cluster.backend import Options, backend_of
+from src.cluster.backend import JobScheduler, Options, SilentError, backend_of
 from src.config.build import build
 from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import LauncherEnv, joined
-from src.errors import DataError, PlanError, UserError
+from src.errors import DataError, FolderError, PlanError, UserError
 from src.runs.folder import place
+from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
 from src.version import VERSION
 
@@ -69,9 +70,11 @@ def unfit(run: "Run") -> list[str]:
 
 
 def examine(tree: Tree, run: "Run") -> None:
-    """Whether weights in Hugging Face layout that are on this machine fit the run that starts from them."""
+    """Whether what the run starts from fits it: a checkpoint, or weights in Hugging Face layout on this machine."""
     from src.hugging_face.hub import is_local
+    from src.launch.initial import check_initial
 
+    check_initial(run, place(run.root, run.name, identity(tree), run.folder))
     if (source := wanted(tree, run)) is not None and is_local(source):
         fetched(source, run)
 
@@ -125,13 +128,40 @@ def feed(run: "Run") -> "Corpus | None":
     return corpus
 
 
-def record(corpus: "Corpus", folder: Path) -> None:
-    """data.json: what the ranks open. A run that has begun goes on with its own data or not at all."""
-    file = folder / "data.json"
-    recipe = corpus.recipe()
-    if file.exists() and json.loads(file.read_text())["fingerprint"] != recipe["fingerprint"]:
+def check_same_data(corpus: "Corpus", folder: Path) -> None:
+    """DataError where the run has begun with others: it goes on with its own data or not at all."""
+    from src.data.corpus import RECIPE, read_recipe
+
+    if not (folder / RECIPE).exists():
+        return
+    try:
+        before = read_recipe(folder)
+    except DataError as error:  # its checkpoints say by their digest whether these are its samples
+        print(f"note: {error}; made anew", file=sys.stderr)
+        return
+    if before["fingerprint"] != corpus.fingerprint:
         raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
-    atomic_write(file, json.dumps(recipe, indent=2) + "\n")
+
+
+def record(corpus: "Corpus", folder: Path) -> None:
+    """data.json: what the ranks open."""
+    from src.data.corpus import RECIPE
+
+    atomic_write(folder / RECIPE, json.dumps(corpus.recipe(), indent=2) + "\n")
+
+
+def refuse_queued(folder: Path, scheduler: JobScheduler) -> None:
+    """FolderError while a job that was submitted for this run waits or runs, though nobody holds its lock."""
+    submitted = submissions(folder)
+    if not submitted or ended_in_shared_job(folder) or (job := submitted[-1]["job"]) == scheduler.current_job():
+        return
+    try:
+        state = scheduler.states([job]).get(job)
+    except SilentError:  # another machine than the one that it was submitted from: the lock decides
+        return
+    if state is not None and state.live:
+        cancel = scheduler.cancel_command(job)
+        raise FolderError(f"{folder}: job {job} is queued or running it; wait for it, or {cancel}")
 
 
 def opening(folder: "RunFolder") -> str:
@@ -149,6 +179,7 @@ def prepare(tree: Tree, run: "Run", planned: "Plan") -> "tuple[RunFolder, Plan]"
     Returns the plan with what the data say of it.
     """
     from src.hugging_face.load import note
+    from src.launch.initial import check_samples
     from src.runs.folder import RunFolder, may_change
     from src.runs.twins import near
 
@@ -160,8 +191,15 @@ def prepare(tree: Tree, run: "Run", planned: "Plan") -> "tuple[RunFolder, Plan]"
     path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
     scheduler = backend_of(run.cluster).scheduler
+
+    def ask(folder: Path) -> None:
+        refuse_queued(folder, scheduler)
+        if corpus is not None:
+            check_same_data(corpus, folder)
+            check_samples(run, folder, corpus)
+
     folder = RunFolder.open(
-        tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=scheduler
+        tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=scheduler, ask=ask
     )
     try:
         print(opening(folder), file=sys.stderr)

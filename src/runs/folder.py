@@ -8,7 +8,8 @@ checkpoints/  attempts.jsonl  lock
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,13 +92,16 @@ class RunFolder:
         folder: Path | None = None,
         repository: Path = REPOSITORY,
         scheduler: Scheduler | None = None,
+        ask: Callable[[Path], None] = lambda _: None,
     ) -> Self:
         """Create, resume or refuse `folder`, or else `<root>/<name>-<identity>`.
+
+        `ask` may raise: it is called before anything is written. What is refused leaves the folder as it was, or none.
 
         FolderError when it is live in another process, holds another run, or cannot be written.
         """
         path = place(root, name, identity, folder)
-        _make(path)
+        new = _make(path)
         scheduler = scheduler or NoScheduler()
         lock = Lock(path / "lock", scheduler)
         try:
@@ -107,7 +111,12 @@ class RunFolder:
                 raise full from error
             raise FolderError(f"{path}: cannot be written ({error.strerror}); pass another root=...") from error
         try:
-            changed = _compare(path, tree)
+            try:
+                changed = _compare(path, tree)
+                ask(path)
+            except BaseException:
+                _unmake(path, new)
+                raise
             for part in ("logs", "checkpoints", "code"):
                 (path / part).mkdir(exist_ok=True)
             code, git = freeze(repository, path / "code"), Git.read(repository)
@@ -232,7 +241,9 @@ def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -
         Lines(path / ATTEMPTS_FILE).append(record)
 
 
-def _make(path: Path) -> None:
+def _make(path: Path) -> list[Path]:
+    """The folders that were not there before, innermost first."""
+    new = [each for each in (path, *path.parents) if not each.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -242,6 +253,16 @@ def _make(path: Path) -> None:
         if (full := disk_full(error, path)) is not None:
             raise full from error
         raise FolderError(f"{path}: cannot be made ({error.strerror}); pass a root=... that you may write") from error
+    return new
+
+
+def _unmake(path: Path, new: list[Path]) -> None:
+    """Leave nothing of a run that was refused before it began; the lock is ours, and the folder holds nothing else."""
+    if path in new:
+        (path / "lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            for each in new:
+                each.rmdir()
 
 
 def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:

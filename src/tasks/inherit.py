@@ -1,6 +1,5 @@
 """Sections that a task takes over from the run whose weights it reads."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +25,9 @@ def sections(folder: Path) -> Tree:
 
 def _tokenizer(folder: Path, tree: Tree) -> Path | None:
     """Where the run's cache has the tokenizer; the folder may have moved together with its root. None: bytes."""
-    recipe = folder / "data.json"
-    name = json.loads(recipe.read_text())["tokenizer"] if recipe.is_file() else None
+    from src.data.corpus import RECIPE, read_recipe
+
+    name = read_recipe(folder)["tokenizer"] if (folder / RECIPE).is_file() else None
     if name is None:
         return None
     places = [root / "cache" / "tokenizers" / name for root in (Path(tree["root"]).absolute(), folder.parent)]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from src.config.tree import read
 from src.data.batches import Batches
-from src.data.corpus import Corpus, reopen
+from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
@@ -50,7 +50,7 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
         )
         network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
         origin = load(task, run, network, folder)
-        corpus = reopen(json.loads((folder / "data.json").read_text()), run.cache)
+        corpus = reopen(read_recipe(folder), run.cache)
         scores = _scores(task, run, network, corpus, stop)
         if scores is not None and ranks.rank == 0:
             facts = _facts(task, run, origin) | {"data": read(folder / "config.yaml")["data"]}

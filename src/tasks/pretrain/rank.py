@@ -1,6 +1,5 @@
 """What each rank of task=pretrain does, in order."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ import torch
 from src.checkpoint.store import Store
 from src.config.tree import read
 from src.data.batches import Batches
-from src.data.corpus import Corpus, reopen
+from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
@@ -55,7 +54,7 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
             report.say(f"recompute: {run.recompute}, the cheapest that fits")
         status: Literal["done", "stopped", "failed"] = "failed"
         try:
-            corpus = reopen(json.loads((home / "data.json").read_text()), run.cache)
+            corpus = reopen(read_recipe(home), run.cache)
             loop = _loop(task, run, home, corpus, training, startup, report, stop, groups)
             finished = loop.run()
             if groups is not None:

@@ -1,0 +1,102 @@
+"""checkpoint.initial, looked at by the launcher: what ranks would refuse, in seconds and before a folder is made."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.checkpoint.folder import complete, fault, read_initial, read_marker
+from src.errors import CheckpointError, some
+from src.run import Validates
+
+if TYPE_CHECKING:
+    from src.data.corpus import Corpus
+    from src.run import Run
+
+DIGEST_SAMPLES = 10**8  # so many are hashed in some seconds; of more the ranks say whether they are the same
+
+
+def initial_of(run: "Run", folder: Path) -> Path | None:
+    """The step folder that the run in `folder` still has to start from, if any; CheckpointError where it is none."""
+    initial = run.checkpoint.initial
+    if initial is None or run.checkpoint.foreign is not None or not isinstance(run.task, Validates):
+        return None
+    return None if complete(folder / "checkpoints") else read_initial(initial)
+
+
+def check_initial(run: "Run", folder: Path) -> None:
+    """CheckpointError with all that its files, its metadata and its values say against starting from it."""
+    path = initial_of(run, folder)
+    if path is None:
+        return
+    marker = read_marker(path)
+    faults = [fault(path / name, each, "size") for name, each in marker.files.items()]
+    problems = [each for each in faults if each is not None] or [*_values(run, path), *_tensors(run, path)]
+    if problems:
+        raise CheckpointError(f"checkpoint.initial={each}" for each in problems)
+
+
+def check_samples(run: "Run", folder: Path, corpus: "Corpus") -> None:
+    """CheckpointError where the samples that the checkpoint has used up are not those of this run's data."""
+    from src.data.batches import Batches
+
+    path = initial_of(run, folder)
+    if path is None:
+        return
+    values = _read(path)
+    if (position := values["position"]) > DIGEST_SAMPLES:
+        return
+    batches = Batches(
+        corpus, run.data, seq_len=run.task.seq_len, seed=run.seed, rank=0, ranks=1, micro_batch=1, micro_batches=1
+    )
+    if batches.digest(position) != values["digest"]:
+        raise CheckpointError(
+            f"checkpoint.initial={path}: its first {position:,} samples are not those of this config: data, tokenizer, "
+            "seed and task.seq_len must be the checkpoint's"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads((path / "values.json").read_text())
+        assert {"step", "position", "digest", "rng.seed"} <= values.keys()
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"checkpoint.initial={path}: values.json is not what a run writes ({error})") from error
+    return values
+
+
+def _values(run: "Run", path: Path) -> list[str]:
+    values, found = _read(path), []
+    if run.task.steps <= values["step"]:
+        found.append(
+            f"{path}: has done {values['step']} steps, with its optimizer and its samples, and goes on from there: "
+            f"task.steps={run.task.steps} leaves nothing to do; pass more steps"
+        )
+    if run.seed != (seed := values["rng.seed"]):
+        found.append(f"{path}: has drawn its samples by seed={seed}, not {run.seed}; pass seed={seed}")
+    return found
+
+
+def _tensors(run: "Run", path: Path) -> list[str]:
+    """Weights and moments of another name, shape or dtype than the run's."""
+    from src.checkpoint.metadata import shapes
+
+    if run.checkpoint.trusted:
+        return []  # torch reads it, on the ranks
+    there = shapes(path)
+    here = {f"model.{each.name}": (tuple(each.shape), run.precision.storage) for each in run.model.weights()}
+    for each in run.model.weights():
+        for name, dtype in run.optim.state.items():
+            here[f"optimizer.{each.name}.{name}"] = (tuple(each.shape), dtype)
+    missing = here.keys() - there.keys()
+    # Beside weights and moments there are each parameter's count of updates, and buffers, which the ranks look at.
+    more = {each for each in there.keys() - here.keys() if each.startswith(("model.", "optimizer."))}
+    more = {each for each in more if each.rpartition(".")[2] not in ("step", "expert_bias")}
+    found = [f"{path}: {len(missing)} tensors missing in it: {some(missing)}"] if missing else []
+    found += [f"{path}: {len(more)} tensors in it that this run has no place for: {some(more)}"] if more else []
+    misfits = [name for name in here if name in there and here[name] != there[name]]
+    found += [f"{path}: {name}: expected {_words(*here[name])}, found {_words(*there[name])}" for name in misfits[:6]]
+    return [*found, f"{path}: {len(misfits) - 6} more do not fit"] if len(misfits) > 6 else found
+
+
+def _words(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{dtype} {list(shape)}"
