@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
 from src.cluster.diagnosis.rank_failure import gather_traces
 from src.cluster.rank_log import keep_log, only_log, open_closed_streams
@@ -24,13 +23,6 @@ from src.errors import UserError
 from src.runs.folder import end, log_folder
 from src.runs.frozen_code import verify
 from src.storage.space import disk_full
-
-
-class RankTask(Protocol):
-    """What a config's task section builds."""
-
-    def run(self, run: object, folder: Path) -> bool | None:
-        """A rank's whole life; false when it stopped early, after saving, because a signal asked for it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     tree = trees.read(job.folder / "config.yaml") if tree is None else tree
     try:
         run = Run.from_sections(build(tree))
-        finished = cast(RankTask, run.task).run(run, job.folder) is not False
+        finished = run.task.run(run, job.folder)
     except Exception as error:
         full = disk_full(error, job.folder)
         told = error if full is None else full

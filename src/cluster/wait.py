@@ -3,29 +3,19 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from src.cluster.backend import AttemptOutcome, JobScheduler, JobState, SilentError
+from src.cluster.submission import Submitted
 from src.runs.folder import attempts
 from src.storage.json_lines import Lines
 
 POLL_SECONDS = 5.0
 # SLURM forgets a job for a moment between its end and its requeue.
 GONE_POLLS = 2
-
-
-class SubmittedRun(Protocol):
-    """What is known of a submission."""
-
-    @property
-    def job(self) -> str: ...
-    @property
-    def folder(self) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ class QueueStatus:
     ended: bool
 
 
-def wait(runs: Sequence[SubmittedRun], scheduler: JobScheduler, poll_seconds: float = POLL_SECONDS) -> AttemptOutcome:
+def wait(runs: Sequence[Submitted], scheduler: JobScheduler, poll_seconds: float = POLL_SECONDS) -> AttemptOutcome:
     """Returns when no run is queued or running. Ctrl-C leaves the jobs alone."""
     unseen = dict.fromkeys((run.job for run in runs), 0)
     with Live(console=Console(stderr=True), auto_refresh=False) as live:
@@ -56,7 +46,7 @@ def wait(runs: Sequence[SubmittedRun], scheduler: JobScheduler, poll_seconds: fl
     return AttemptOutcome("failed", 1) if failed else AttemptOutcome("finished", 0)
 
 
-def queue_status(run: SubmittedRun, states: Mapping[str, JobState] | None, *, gone: bool) -> QueueStatus:
+def queue_status(run: Submitted, states: Mapping[str, JobState] | None, *, gone: bool) -> QueueStatus:
     """From the scheduler while it knows the job, and from the run's own records after that."""
     tried = attempts(run.folder)
     last = Lines(run.folder / "metrics.jsonl").last() or {}
@@ -75,7 +65,7 @@ def _states(scheduler: JobScheduler, jobs: list[str]) -> dict[str, JobState] | N
         return None
 
 
-def _table(runs: Sequence[SubmittedRun], standings: Sequence[QueueStatus]) -> Table:
+def _table(runs: Sequence[Submitted], standings: Sequence[QueueStatus]) -> Table:
     table = Table("job", "run", "state", "attempts", "step", "loss", box=None)
     for run, each in zip(runs, standings, strict=True):
         step, loss = "" if each.step is None else str(each.step), "" if each.loss is None else f"{each.loss:.4f}"
