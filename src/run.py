@@ -24,7 +24,7 @@ from src.runs.cluster import Cluster
 
 @runtime_checkable
 class Task(Protocol):
-    """What the ranks do; the classes live in src/tasks."""
+    """Interface of the section `task`: what the ranks do. The classes are in src/tasks."""
 
     @property
     def steps(self) -> int: ...
@@ -125,7 +125,7 @@ class Run:
 
     @classmethod
     def from_sections(cls, sections: Mapping[str, Any]) -> Self:
-        """From what `src.config.build.build` returns; a `_target_` of another group's kind is told by its section."""
+        """A run of the objects that `src.config.build.build` returns. ConfigError for a class of another group."""
         kinds = get_type_hints(cls)
         problems = [
             f"{name}: _target_ is a {type(sections[name]).__name__}, which is no {kinds[name].__name__}"
@@ -148,7 +148,9 @@ class Run:
         )
 
     def holding_weights(self) -> Self:
-        """Where every rank has all of its matrices anyway, they stay cast to the compute dtype from pass to pass."""
+        """This run with parallel.reshard=never where every rank holds all of its matrices: they stay cast to the
+        compute dtype.
+        """
         if self.parallel.fsdp > 1 or self.parallel.reshard != "default":
             return self
         return replace(self, parallel=self.parallel.model_copy(update={"reshard": "never"}))

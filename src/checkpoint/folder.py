@@ -134,12 +134,12 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def write_marker(path: Path, marker: Marker) -> None:
-    """From here on the checkpoint in the folder `path` counts."""
+    """Write COMPLETE.json, durably. From then on the folder `path` counts as a checkpoint."""
     write_durably(path / MARKER, json.dumps(asdict(marker), indent=1) + "\n")
 
 
 def read_marker(path: Path) -> Marker:
-    """Raises CheckpointError when the folder `path` is no complete checkpoint."""
+    """The content of COMPLETE.json. CheckpointError when the folder `path` is no complete checkpoint."""
     if not is_complete(path):
         raise CheckpointError(f"{path}: no complete checkpoint ({MARKER} is missing)")
     try:
@@ -151,7 +151,7 @@ def read_marker(path: Path) -> Marker:
 
 
 def fault(path: Path, expected: CheckpointFile, verify: str) -> str | None:
-    """What is wrong with a file of a checkpoint; `verify` is "size" or "full"."""
+    """How a file differs from its marker, or None. `verify`: "size" compares sizes, "full" checksums too."""
     if not path.is_file():
         return f"{path}: missing"
     size = path.stat().st_size

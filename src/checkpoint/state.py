@@ -91,7 +91,7 @@ class Snapshot(DefaultSavePlanner):
 
     @property
     def bytes(self) -> int:
-        """Of all tensors that this rank writes."""
+        """Bytes of all tensors that this rank writes."""
         return sum(shard.nbytes for shard in self._shards.values())
 
     def set_up_planner(

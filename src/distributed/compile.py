@@ -12,7 +12,7 @@ Compiler = Callable[..., Any]  # a torch.compile backend: (graph, example inputs
 
 
 class Compile(Config):
-    """What is compiled: each transformer block as one graph, and the kernels of the chunked cross entropy."""
+    """Regions that torch.compile compiles: each transformer block, and the kernels of the chunked cross entropy."""
 
     blocks: bool
     """True: compile each transformer block; equal blocks share one compilation."""

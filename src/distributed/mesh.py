@@ -59,12 +59,12 @@ class Mesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """Where parameters are cut: 1-D (shard with context), or 2-D (replicate, shard) when there are copies."""
+        """The mesh over which FSDP cuts parameters: 1-D (shard with context), or 2-D (replicate, shard) with HSDP."""
         return self.weights["replicate", "shard"] if self.degrees.replicate > 1 else self.weights["shard"]
 
     @property
     def experts_fsdp(self) -> DeviceMesh | None:
-        """Where FSDP cuts routed experts; None: where it cuts all other parameters."""
+        """The mesh over which FSDP cuts routed experts; None: the same as for all other parameters."""
         grid = self._spread
         if grid is None:
             return None
@@ -82,7 +82,9 @@ class Mesh:
         return self._spread[axes] if axes else None
 
     def sum_over_tokens(self, counts: Tensor) -> Tensor:
-        """Collective: counts of tokens at routers, added up in place over the ranks whose routers saw other tokens."""
+        """All-reduce token counts of routers, in place, over the ranks whose routers saw different tokens.
+        Collective.
+        """
         meshes = [self.fsdp] if not self.degrees.divides_tokens else [self.fsdp, self.weights["tensor"]]
         for mesh in meshes:
             mesh_sum(counts, mesh)
@@ -95,7 +97,7 @@ class Mesh:
 
     @property
     def data_ranks(self) -> int:
-        """How many ranks read different samples."""
+        """Number of ranks that read different samples."""
         return self.degrees.data_ranks
 
     @property
@@ -105,12 +107,12 @@ class Mesh:
 
     @property
     def loss_copies(self) -> int:
-        """How many ranks of the world hold the same loss: each part of a cut sequence has its own."""
+        """Number of ranks that hold the same loss; each chunk of a cut sequence has its own."""
         return self.degrees.tensor
 
     @property
     def label_copies(self) -> int:
-        """How many ranks of the world hold the same batch, before any cut."""
+        """Number of ranks that hold the same batch, before sequences are cut."""
         return self.world // self.data_ranks
 
     def groups(self) -> list[dist.ProcessGroup]:

@@ -30,7 +30,7 @@ class ModelStages(ABC):
         self.stages, self.mesh, self.device = tuple(stages), mesh, device
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of this rank, under the names that they have in the whole model."""
+        """This rank's parameters under their names in the whole model."""
         return chain.from_iterable(part.named_parameters() for part in self.stages)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -57,11 +57,13 @@ class ModelStages(ABC):
 
     @abstractmethod
     def backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        """Collective. Gradients of the summed cross entropy times `scale`; returns this rank's part of that loss."""
+        """Forward and backward of the summed cross entropy times `scale`. Returns this rank's part of that loss.
+        Collective.
+        """
 
     @abstractmethod
     def loss(self, batches: Sequence[Batch]) -> Tensor:
-        """Collective. This rank's part of the summed cross entropy; forward passes only."""
+        """This rank's part of the summed cross entropy, without gradients. Collective."""
 
     @abstractmethod
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -72,7 +74,7 @@ class ModelStages(ABC):
 
 
 class SingleStage(ModelStages):
-    """All of the model is on this rank, or cut over ranks that go through it together."""
+    """The model without a pipeline: one stage, all of whose layers this rank runs."""
 
     width = 1
 

@@ -99,12 +99,12 @@ class ParallelDims(Config):
 
     @property
     def fsdp(self) -> int:
-        """Ranks over which one parameter is cut: those of a cut sequence share the work too."""
+        """Ranks over which FSDP cuts one parameter; context ranks take part."""
         return self.shard * self.context
 
     @property
     def experts_apart(self) -> bool:
-        """Whether routed experts lie otherwise on the ranks than all other weights do."""
+        """Whether routed experts have a mesh of their own."""
         return self.expert > 1 or self.expert_tensor != self.tensor
 
     @property
@@ -119,7 +119,7 @@ class ParallelDims(Config):
 
     @property
     def expert_axes(self) -> dict[str, int]:
-        """How routed experts lie on the ranks of a stage, degrees above 1; none: as all other weights."""
+        """Degrees above 1 of the mesh of routed experts; empty where experts are cut like all other weights."""
         names = ("replicate", "expert_shard", "expert", "expert_tensor") if self.experts_apart else ()
         return {name: degree for name in names if (degree := getattr(self, name)) > 1}
 
@@ -128,7 +128,9 @@ class ParallelDims(Config):
         return num_experts % (self.expert * self.expert_shard) > 0
 
     def problems(self, *, flex: bool, compiled_blocks: bool, gpu: bool) -> list[str]:
-        """What these keys ask of others. `flex`: attention is FlexAttention; `gpu`: ranks have one, as far as known."""
+        """Conflicts with other sections: key, value, rule, remedy. `flex`: attention is FlexAttention; `gpu`: ranks
+        have one, as far as known.
+        """
         found = []
         if self.rotate == "alltoall" and self.context == 1:
             found.append("parallel.rotate=alltoall moves nothing: parallel.context=1; pass parallel.rotate=allgather")

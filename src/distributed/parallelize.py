@@ -15,7 +15,9 @@ from src.models.decoder import Decoder
 
 
 def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Recompute, compile: Compile) -> None:
-    """In place, on the meta device: cut matrices, experts, sequences, choose recomputation, compile, cut parameters."""
+    """Apply a layout to a model: tensor, expert and context parallelism, recompute, compile, FSDP, in this order. In
+    place, on the meta device.
+    """
     if (float8 := precision.float8) is not None:
         float8.convert(model, mesh.degrees.tensor, mesh.whole.device_type)
     divided, exchanged = mesh.degrees.divides_tokens, float8 is not None and float8.exchanged

@@ -41,7 +41,9 @@ MATMULS = ("aten.mm", "aten.linear", "aten._scaled_mm", "router.product")
 
 
 class Recompute(Config):
-    """What of a block's activations is kept for its backward pass; the rest is computed again there."""
+    """Activation checkpointing: activations of a block that are kept for the backward pass; the rest is computed
+    again.
+    """
 
     mode: Mode
     """Activations of a block that its backward pass has; none: keep all; full: keep its input only; every: full in

@@ -21,7 +21,7 @@ CONVERSION = (
 
 @dataclass(frozen=True)
 class Archive:
-    """What the headers of a folder say."""
+    """A folder of safetensors files, as their headers describe it."""
 
     folder: Path
     config: Mapping[str, Any]  # config.json
@@ -50,7 +50,7 @@ class Archive:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(entry.bytes for entry in self.entries.values())
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights: config.json, generation_config.json, the tokenizer's files, a card with facts."""
+"""Files beside the weights: config.json, generation_config.json, tokenizer files, a model card."""
 
 import json
 from collections.abc import Mapping

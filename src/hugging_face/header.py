@@ -36,7 +36,7 @@ NAMES = {name: code for code, (name, _) in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file."""
+    """Name, dtype, shape and byte range of one tensor of a file."""
 
     file: Path
     dtype: str  # torch's name

@@ -56,12 +56,12 @@ def _flat(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def note(folder: Path, fetched: Fetched) -> None:
-    """In the run folder: where its weights come from, at which revision, and where they lie on this machine."""
+    """Record in the run folder where its weights come from: source, revision, and their place on this machine."""
     atomic_write(folder / FILE, json.dumps(fetched.to_dict(), indent=2) + "\n")
 
 
 def noted(folder: Path) -> Path | None:
-    """Where the weights lie that `note` told of in this run folder; None: it has none."""
+    """The place that `note` recorded in this run folder; None: it has none."""
     return Path(read_json(folder / FILE)["folder"]) if (folder / FILE).is_file() else None
 
 
@@ -86,5 +86,5 @@ def load(folder: Path, tensors: "Mapping[str, Tensor]", config: ModelConfig) -> 
 
 
 def model_section(folder: Path) -> tuple[dict[str, object], list[str]]:
-    """What config.json says of the model, and its keys that say nothing here."""
+    """The section `model` that config.json describes, and the keys of it that have no meaning here."""
     return section(read_json(folder / "config.json"), str(folder / "config.json"))

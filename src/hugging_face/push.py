@@ -6,7 +6,7 @@ from src.errors import CheckpointError
 
 
 def push(folder: Path, repository: str, *, send: bool) -> str:
-    """By one rank. Lines that say what was, or would be, sent."""
+    """Upload the folder, or with send=false list what would be sent. Runs on one rank. Returns a report."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     listing = "".join(f"\n  {path.stat().st_size / 1e6:12,.2f} MB  {path.name}" for path in files)
     if not send:

@@ -29,7 +29,7 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class FileSlice:
-    """One thread's next work: a box of what lies behind `key`, into `out`."""
+    """A read for one thread: a slice of the tensor behind `key`, into `out`."""
 
     key: str
     box: TensorSlice  # native rows
@@ -49,7 +49,7 @@ class Reader:
         self._own = threading.local()
 
     def fill(self, tensors: Mapping[str, Tensor], table: Iterable[Stored]) -> None:
-        """In place, this rank's part of each tensor; `table` names them all. The archive was checked before."""
+        """Read this rank's shard of each tensor, in place; `table` names them all. The archive was checked before."""
         places = {each.name: each for each in table}
         pieces = [piece for name, tensor in tensors.items() for piece in self._pieces(places[name], tensor)]
         sizes = (piece.box.elements * self.archive.entries[piece.key].item_bytes for piece in pieces)

@@ -30,7 +30,7 @@ class SaveGroup(Protocol):
 
 @dataclass(frozen=True)
 class Form:
-    """How weights are written."""
+    """Options of a save: dtype, float8, size of files."""
 
     dtype: str  # torch's name
     fp8: bool  # linear weights in float8 with a scale for each block of 128 x 128
@@ -38,7 +38,7 @@ class Form:
     shard_bytes: int  # largest file, unless one tensor is larger
 
     def table(self, config: ModelConfig) -> tuple[Stored, ...]:
-        """What is written of a model."""
+        """Every tensor that is written of a model."""
         return tuple(each for each in stored(config) if self.biases or not each.optional)
 
 
@@ -85,7 +85,7 @@ def save(
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """By one rank: in the place of an earlier export."""
+    """Move the finished folder to its place, replacing an earlier export. Runs on one rank."""
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)

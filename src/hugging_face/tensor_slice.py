@@ -24,7 +24,7 @@ class TensorSlice:
         return prod(self.sizes)
 
     def rows(self, first: int, count: int) -> "TensorSlice":
-        """Those of its rows, counted within the box."""
+        """The slice of some of its rows, counted from its first."""
         return TensorSlice((self.starts[0] + first, *self.starts[1:]), (count, *self.sizes[1:]))
 
     def at(self, start: int, count: int) -> "TensorSlice":
@@ -54,7 +54,7 @@ class Blocks:
 
 
 def blocks(start: int, size: int, step: int) -> Blocks:
-    """By global index: a shard may begin anywhere in a block."""
+    """Blocks of `step` elements that a shard touches. `start` is its global index, and may lie inside of a block."""
     numbers = torch.arange(start, start + size) // step
     first = start // step
     return Blocks(first, (start + size - 1) // step + 1 - first, numbers - first)

@@ -31,7 +31,7 @@ Scales = Mapping[str, Tensor]  # by key: (blocks of rows, blocks of columns), wh
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank writes of a tensor: its shard."""
+    """This rank's shard of a tensor, as it is written."""
 
     box: TensorSlice
     local: Tensor
@@ -52,7 +52,7 @@ def held(tensors: Mapping[str, Tensor]) -> dict[str, Held]:
 
 @dataclass(frozen=True)
 class Files:
-    """Where every tensor goes."""
+    """Files of an export, and the file and byte range of every tensor."""
 
     folder: Path
     entries: Mapping[str, TensorEntry]
@@ -83,7 +83,7 @@ class Files:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(entry.bytes for entry in self.entries.values())
 
     def make(self) -> None:
@@ -114,7 +114,7 @@ def _tensors(table: Iterable[Stored], dtype: str, *, fp8: bool) -> Iterator[tupl
 
 
 def grid_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How many blocks there are of each dimension."""
+    """Number of blocks along each dimension."""
     return tuple(ceil(size / BLOCK) for size in shape)
 
 
@@ -249,7 +249,7 @@ def _raise(grid: Tensor, piece: _Piece) -> None:
 
 
 def put_scales(files: Files, scales: Scales) -> None:
-    """By one rank: every scale in its place."""
+    """Write every scale to its place in the files. Runs on one rank."""
     for key, scale in scales.items():
         entry = files.entries[f"{key}{SCALE}"]
         descriptor = os.open(entry.file, os.O_WRONLY)

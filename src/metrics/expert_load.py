@@ -1,4 +1,4 @@
-"""How evenly the tokens of one optimizer step were spread over the routed experts of each layer."""
+"""Load balance of routed experts in one optimizer step, by layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the kernels of a profile, sorted into kinds of work by their names."""
+"""Breakdown of a step's time by kind of work, from the kernels of a profile."""
 
 import re
 from collections import defaultdict

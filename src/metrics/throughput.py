@@ -27,7 +27,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class Peak:
-    """What an MFU is a share of; `label` belongs beside every MFU that is shown."""
+    """Peak FLOP/s that an MFU is relative to; `label` belongs beside every MFU that is shown."""
 
     flops_per_second: float
     label: str
@@ -70,7 +70,7 @@ class Throughput:
         self._data_seconds = 0.0
 
     def step(self, tokens: int, data_seconds: float) -> None:
-        """One optimizer step over this many tokens of all ranks, which waited this long for its data."""
+        """Count one optimizer step: tokens of all ranks, and the seconds that it waited for data."""
         self._steps += 1
         self._tokens += tokens
         self._data_seconds += data_seconds

@@ -49,7 +49,7 @@ class Weight:
         return prod(self.shape)
 
     def gathered_shape(self, grid: RankGrid) -> tuple[int, ...]:
-        """What the fullest rank computes with: tensor and expert parallelism cut, FSDP does not."""
+        """Shape on the fullest rank while it computes: cut by tensor and expert parallelism, gathered over FSDP."""
         shape = list(self.shape)
         if self.experts:
             shape[0] = ceil(shape[0] / grid.expert)
@@ -68,7 +68,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank computes at a time."""
+    """The part of a micro-batch that one rank computes."""
 
     tokens: int  # of one micro-batch, after the context cut
     tensor: int  # degree of tensor parallelism, with sequence parallelism between the blocks
@@ -96,7 +96,9 @@ class SavedActivations:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the whole model. Flops are those of training (forward + backward = 3 forwards), recompute not counted."""
+    """Parameters and flops of the whole model. Flops of training (forward + backward = 3 forwards), without
+    recompute.
+    """
 
     parameters: int
     active: int  # parameters that one token meets; equal to `parameters` in a dense model
@@ -144,17 +146,19 @@ def swiglu(unit: str, name: str, dim: int, hidden: int) -> tuple[Weight, ...]:
 
 
 def norm_bytes(dim: int, cut: Slice) -> float:
-    """Of a token, what a norm of the stream keeps: its input, cut by sequence over tensor ranks, and 1/rms."""
+    """Bytes a token that an RMSNorm saves: its input, cut by sequence over tensor ranks, and 1/rms."""
     return (cut.element_bytes * dim + STATISTIC_BYTES) / cut.tensor
 
 
 def swiglu_bytes(hidden: float, cut: Slice) -> float:
-    """Of a token: w1 x, w3 x and their product; eager autograd also keeps silu(w1 x), which a compiler recomputes."""
+    """Bytes a token that a SwiGLU saves: w1 x, w3 x, their product, and in eager mode silu(w1 x), which a compiler
+    recomputes.
+    """
     return cut.element_bytes * (3 if cut.compiled else 4) * hidden
 
 
 def core_bytes(heads: int, width: int, cut: Slice) -> float:
-    """Of a token, what selective recompute keeps of attention: its result, and the log sum exp of each head."""
+    """Bytes a token of attention that selective recompute saves: its result, and the log sum exp of each head."""
     return heads * (cut.element_bytes * width + STATISTIC_BYTES) / cut.tensor
 
 

@@ -1,4 +1,6 @@
-"""What every model family offers to the rooms above, before a single tensor exists."""
+"""`ModelConfig`, the interface of a model family: shape, parameters, memory and legality without allocating a
+tensor.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Layout(RankGrid, Protocol):
-    """All degrees that a model may refuse; `src.distributed.parallel_dims.ParallelDims` is one."""
+    """Degrees of parallelism that a model may refuse; `src.distributed.parallel_dims.ParallelDims` is one."""
 
     @property
     def context(self) -> int: ...
@@ -102,11 +104,11 @@ class ModelConfig(Config):
 
     @abstractmethod
     def saved_by_block(self, cut: Slice) -> SavedActivations:
-        """What one block keeps for its backward on one rank."""
+        """Bytes of activations that one block saves for its backward pass on one rank."""
 
     @abstractmethod
     def cut_by_tensor(self) -> dict[str, int]:
-        """What the ranks of `parallel.tensor` must divide: the key under `model.`, and its value."""
+        """Sizes that `parallel.tensor` must divide, by key of the section `model`."""
 
     @property
     def tied(self) -> bool:
@@ -146,7 +148,7 @@ class ModelConfig(Config):
         return [module for module in modules if not any(fnmatchcase(module, pattern) for pattern in self.roles)]
 
     def warnings(self) -> list[str]:
-        """What a reader of this run's figures must know."""
+        """Remarks that belong beside this run's figures."""
         return [] if self.mixture is None else self.mixture.warnings()
 
     @property

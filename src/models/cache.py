@@ -18,9 +18,9 @@ from src.models.base import ModelConfig
 
 
 class Cache:
-    """How far the rows of a batch are. Column c holds position c - padding[row] of a row, which starts with padding.
+    """Key-value cache state of a batch of left-padded rows: column c holds position c - padding[row].
 
-    `filled` columns are known to every attention core; a pass brings the next ones.
+    `filled` columns are in every attention core; a forward pass adds the next ones.
     """
 
     def __init__(self, config: ModelConfig, padding: Sequence[int], columns: int, device: torch.device) -> None:
@@ -48,7 +48,8 @@ class Cache:
 
 
 class CachedAttention(nn.Module):
-    """In the place of an attention core: queries see the keys and values of all passes, as far as the mask lets them.
+    """Attention core with a key-value cache: queries attend to keys and values of all passes, as far as the mask
+    allows.
 
     q, k, v: of the next columns, as src/models/attention.py has them; what a pass wrote beyond `cache.filled`, the next
     one writes over.

@@ -17,7 +17,7 @@ CHUNK_ROWS = 4096  # 1 GiB of bf16 logits at a vocabulary of 128256
 
 
 class Vocabulary(Protocol):
-    """How a row of logits is spread: `offset` is the first word held here; the others complete a partial row."""
+    """Reductions over a row of logits that is sharded by vocabulary; `offset` is the first word of this shard."""
 
     offset: int
 

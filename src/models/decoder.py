@@ -105,7 +105,9 @@ class Decoder(nn.Module):
         return [moe for moe in found if isinstance(moe, MoE)]
 
     def expert_counts(self) -> list[Tensor]:
-        """What this rank counted since the last `post_optimizer_step`, which adds it up over ranks and counts anew."""
+        """Tokens of each expert on this rank since the last `post_optimizer_step`, which sums them over ranks and
+        resets them.
+        """
         return [moe.tokens_per_expert for moe in self.mixtures()]
 
     def post_optimizer_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:

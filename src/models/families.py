@@ -14,7 +14,7 @@ from src.models.stored import ConfigReader, Stored
 
 
 class HuggingFaceForm(Protocol):
-    """What a family's hugging_face.py has: how transformers stores its models. `config` is of that family."""
+    """Interface of a family's hugging_face.py: its models as transformers stores them. `config` is of that family."""
 
     def stored(self, config: Any) -> Iterator[Stored]:
         """Every tensor of the model and its keys in a checkpoint."""

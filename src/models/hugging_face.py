@@ -26,7 +26,7 @@ def section(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """What transformers builds the same model from; CheckpointError where it has no such model."""
+    """config.json from which transformers builds the same model. CheckpointError where it has no such model."""
     if found := export_problems(config):
         raise CheckpointError(found)
     return _known(config).write(config)

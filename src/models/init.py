@@ -1,6 +1,4 @@
-"""How one weight starts. A model names an initializer for every parameter; who owns which slice of it is not its
-concern.
-"""
+"""Initializers of single weights, applied to the whole tensor whatever its sharding."""
 
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ class Normal:
     cut: float | None = None
 
     def fill(self, weight: Tensor, generator: torch.Generator) -> None:
-        """In place; `weight` is fp32 and whole."""
+        """Draw the values, in place; `weight` is fp32 and whole."""
         weight.normal_(0.0, self.std, generator=generator)
         if self.cut is None:
             return
@@ -34,7 +32,7 @@ class Constant:
     value: float
 
     def fill(self, weight: Tensor, generator: torch.Generator) -> None:
-        """In place; the generator is not used."""
+        """Set every element, in place; the generator is not used."""
         weight.fill_(self.value)
 
 

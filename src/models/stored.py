@@ -1,4 +1,6 @@
-"""How a family's tensors lie in a Hugging Face checkpoint, and how its config.json is read. No torch, no file."""
+"""Names and shapes of a family's tensors in a Hugging Face checkpoint, and how its config.json is read. No torch, no
+file.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +40,7 @@ class Stored:
 
     @property
     def key_shape(self) -> tuple[int, ...]:
-        """Of the tensor behind each key."""
+        """Shape of the tensor behind each key."""
         return self.shape[1:] if self.stacked else self.shape
 
 
@@ -78,7 +80,7 @@ def router_bias(layer: int, num_experts: int, *, optional: bool) -> Stored:
 
 
 def rotary_row(row: int, rows: int, heads: int) -> int:
-    """Where native row `row` of a rotary matrix with `rows` rows in `heads` heads is there."""
+    """Row in a checkpoint of native row `row` of a rotary matrix with `rows` rows in `heads` heads."""
     width = rows // heads
     head, place = divmod(row, width)
     return head * width + place % 2 * (width // 2) + place // 2

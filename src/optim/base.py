@@ -1,4 +1,4 @@
-"""What a run asks of its optimizer, whichever it is: a config section that builds one and knows its state's bytes."""
+"""`Optimizer`, the interface of the section `optim`: builds a torch optimizer, and knows the bytes of its state."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping

@@ -40,7 +40,7 @@ def apply(
     skip: Tensor,
     options: tuple[float, ...],
 ) -> None:
-    """One step of one tensor, in place. `factors`: a row of `Elementwise._factors`; `skip`: change nothing."""
+    """Update one tensor, in place. `factors`: a row of `Elementwise._factors`; `skip`: change nothing."""
     shrink, keep, *rates = factors.unbind()
     wide = update(weight.float() * keep, gradient.float() * shrink, [each.float() for each in state], rates, *options)
     for old, new in zip((weight, *state), (wide[0], *wide[1]), strict=True):

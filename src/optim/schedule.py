@@ -39,7 +39,7 @@ class Schedule(Config):
         return total < steps and decay > 0 and self.min_factor == 0.0
 
     def warnings(self, steps: int) -> list[str]:
-        """What was cut to fit in the total, in the user's keys."""
+        """Keys whose values were cut to fit into the total."""
         total = self.total_steps or steps
         warmup, decay, _ = self._lengths(steps)
         found = []

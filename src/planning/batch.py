@@ -34,7 +34,7 @@ def problems(run: Run) -> list[str]:
 
 
 def length_problems(run: Run) -> list[str]:
-    """What the model and the cut of each sequence ask of its length."""
+    """Why the model or the layout cannot take sequences of this length."""
     seq_len, degrees, found = run.task.seq_len, run.parallel, []
     if seq_len > run.model.max_seq_len:
         found.append(

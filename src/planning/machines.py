@@ -10,7 +10,7 @@ NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at on
 
 
 def float8_problems(run: Run, devices: Devices | None) -> list[str]:
-    """What float8 asks of the GPU, the layout and the compiler."""
+    """Why float8 cannot run on this GPU, layout and compile section."""
     float8 = run.precision.float8
     if float8 is None:
         return []
@@ -25,7 +25,7 @@ def float8_problems(run: Run, devices: Devices | None) -> list[str]:
 
 
 def kernel_problems(run: Run, devices: Devices | None) -> list[str]:
-    """Of attention on a GPU."""
+    """Why an attention kernel cannot run on this GPU."""
     narrowest = min(run.model.head_widths)
     if run.model.attention != "flex" or narrowest >= NARROWEST_FLEX_HEAD:
         return []
@@ -57,7 +57,7 @@ def host_bytes(run: Run, devices: Devices | None) -> int | None:
 
 
 def has_gpu(run: Run, devices: Devices | None) -> bool:
-    """As far as anybody knows here."""
+    """Whether ranks have a GPU, as far as is known here."""
     return devices is None or devices.count is not None or run.cluster.gpus_per_node is not None
 
 

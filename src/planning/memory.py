@@ -28,7 +28,7 @@ FRAGMENTATION = 0.02
 
 @dataclass(frozen=True)
 class Load:
-    """All that memory depends on."""
+    """Everything that the memory estimate depends on."""
 
     model: ModelConfig
     degrees: ParallelDims
@@ -71,7 +71,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What a GPU must have."""
+        """Bytes that a GPU must have."""
         return self.allocated + self.fragmentation + self.runtime
 
     @property

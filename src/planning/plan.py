@@ -29,7 +29,7 @@ PLAN_FILE = "plan.json"  # of a run folder
 
 
 class TrainingData(Protocol):
-    """What the plan asks of prepared data; whether they can feed the run is `src.data.corpus.check`'s question."""
+    """What the plan needs to know of prepared data. Whether they suffice is checked by `src.data.corpus.check`."""
 
     def windows(self, split: str, seq_len: int) -> int: ...
 
@@ -80,7 +80,7 @@ class Plan:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What the launcher wrote into the run folder."""
+        """Read plan.json, which the launcher wrote into the run folder."""
         values: dict[str, Any] = json.loads((folder / PLAN_FILE).read_text())
         parts = {each.name: values["memory"][each.name] for each in fields(Memory)}  # without its sums
         typed = {"memory": Memory(**parts), "recompute": Recompute(**values["recompute"])}
@@ -127,7 +127,7 @@ def plan(
 
 
 def load_of(run: Run) -> Load:
-    """What the memory estimate depends on; legal or not."""
+    """The inputs of the memory estimate, whether the layout is legal or not."""
     texts, columns = 0, 0
     if isinstance(run.task, Remembers):
         texts, columns = run.task.remembered(run)

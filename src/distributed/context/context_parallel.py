@@ -22,7 +22,9 @@ from src.models.decoder import Decoder
 
 
 class SharedAttention(nn.Module):
-    """In the place of an attention core: local queries, keys and values in, the local result out."""
+    """Attention over a sequence that is cut over ranks. Replaces the attention core: local queries, keys and values
+    in, local result out.
+    """
 
     def __init__(self, core: nn.Module, group: str, rotate: str) -> None:
         super().__init__()

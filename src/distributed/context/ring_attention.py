@@ -53,11 +53,11 @@ class KeyValueRotation(Protocol):
         """Hand the gradient of a step's rows to their owners."""
 
     def total(self) -> Tensor:
-        """What all others gave for this rank's rows, added up in fp32 or better."""
+        """Gradients of this rank's rows from all ranks, summed in fp32 or better."""
 
 
 class AllGatherRotation:
-    """All rows at once."""
+    """Gathers the keys and values of all ranks at once (all_gather)."""
 
     def __init__(self, rows: Tensor, group: ProcessGroup) -> None:
         self.group, self.ranks, rank = group, group.size(), group.rank()
@@ -89,7 +89,7 @@ class AllGatherRotation:
 
 
 class AllToAllRotation:
-    """In step i the rows of rank r - i come, and those of this rank go to r + i; gradients take the way back."""
+    """In step i rank r receives the rows of rank r - i and sends its own to r + i; gradients go the reverse way."""
 
     def __init__(self, rows: Tensor, group: ProcessGroup) -> None:
         self.rows, self.group, self.ranks, self.rank = rows, group, group.size(), group.rank()
@@ -159,7 +159,7 @@ def _arrived(coming: Tensor) -> Tensor:
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """Where sums are kept: fp32, or fp64 for fp64."""
+    """The dtype to accumulate in: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -286,7 +286,7 @@ def gather(x: Tensor, dim: int, group: str) -> Tensor:
 
 @torch.library.custom_op("context_parallel::gather_backward", mutates_args=())
 def gather_backward(grad: Tensor, dim: int, group: str) -> Tensor:
-    """Of a whole sequence, from each rank -> the sum for this rank's chunks."""
+    """Backward of the all-gather: sums gradients of the whole sequence over ranks, and returns this rank's chunks."""
     mine = add_up(grad.movedim(dim, 0), _group(group))
     return mine.movedim(0, dim).to(grad.dtype).contiguous()
 

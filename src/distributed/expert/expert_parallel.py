@@ -22,7 +22,7 @@ from src.models.moe.router import Routing
 
 
 def split_experts(model: nn.Module, mesh: Mesh) -> None:
-    """In place, on the meta device: shard the experts of every MoE layer and give it the all-to-all dispatcher."""
+    """Shard the experts of every MoE layer and give it the all-to-all dispatcher. In place, on the meta device."""
     cut, moes = mesh.experts, [module for module in model.modules() if isinstance(module, MoE)]
     for moe in moes if cut is not None else []:
         assert cut is not None
@@ -66,7 +66,7 @@ class AllToAllTokenDispatcher(nn.Module):
         self.score_before_experts = score_before_experts
 
     def forward(self, x: Tensor, routing: Routing, experts: Experts, shared: nn.Module | None = None) -> Tensor:
-        """Collective. As `LocalTokenDispatcher`."""
+        """As `LocalTokenDispatcher.forward`, with tokens sent to the ranks of their experts. Collective."""
         going = routing.counts.view(self.ranks, -1)  # (rank, its expert): rows of mine
         coming = going if routing.even else transposed(going, self.group)  # (rank, my expert): rows of that rank
         sizes = None if routing.even else SplitSizes(going, coming)
@@ -98,7 +98,9 @@ class AllToAllTokenDispatcher(nn.Module):
     def regroup(
         self, rows: Tensor, scales: Tensor | None, coming: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """From the order by rank, then expert, to that by expert; also the index that does it, and its inverse."""
+        """Reorder received rows from (rank, expert) to expert order. Also returns the index that does it, and its
+        inverse.
+        """
         index, inverse = grouping(coming, len(rows))
         return (
             permute(rows, index, inverse),

@@ -19,7 +19,7 @@ def watch(model: nn.Module, mesh: Mesh) -> None:
 
 
 class DispatchTimer:
-    """Of one mixture's last forward pass, or of its recomputation."""
+    """Times dispatch and combine of one MoE layer's last forward pass, or of its recomputation."""
 
     def __init__(self, moe: MoE, device_type: str) -> None:
         self._cuda = device_type == "cuda"

@@ -33,7 +33,7 @@ class Gradients:
         return norms.square().mul(self.shares).sum()
 
     def excess(self, norm: Tensor, max_norm: float) -> Tensor:
-        """What gradients are to be divided by, at least 1, so that their norm is `max_norm` at most."""
+        """Divisor of the gradients, at least 1, that brings their norm to at most `max_norm`."""
         return ((norm + 1e-6) / max_norm).clamp(min=1.0).to(self.device)
 
 

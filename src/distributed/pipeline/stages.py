@@ -1,4 +1,4 @@
-"""Which modules each stage of a pipeline holds, which stages each rank has, what a schedule asks: only arithmetic."""
+"""Stages of a pipeline: their modules, the stages of each rank, the rules of each schedule. Arithmetic only."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -11,7 +11,7 @@ HEAD = ("norm", "output")
 
 @dataclass(frozen=True)
 class Demands:
-    """What torch's schedule of some name is and asks."""
+    """Rules of one of torch's pipeline schedules."""
 
     several: bool  # each rank has more than one stage
     folded: bool = False  # rank p has stages p and last - p, exactly two
@@ -95,7 +95,7 @@ def owned(rank: int, ranks: int, count: int, schedule: ScheduleName) -> tuple[in
 
 @dataclass(frozen=True)
 class StageShare:
-    """What one rank of a pipeline has and keeps; without a pipeline, everything."""
+    """Modules and live micro-batches of one rank of a pipeline; without a pipeline, of the whole model."""
 
     modules: frozenset[str]
     layers: tuple[int, ...]
@@ -110,7 +110,7 @@ class StageShare:
 
 
 def shares(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[StageShare]:
-    """Of each pipeline rank; of the whole model where a pipeline is missing or impossible."""
+    """The share of each pipeline rank; the whole model where there is no pipeline, or an illegal one."""
     ranks, schedule = degrees.pipeline, degrees.pipeline_schedule
     if ranks == 1 or problems(degrees, n_layers, micro_batches):
         return [StageShare(frozenset(modules(n_layers)), tuple(range(n_layers)), 1, 1, 1, 0)]
@@ -180,7 +180,7 @@ def problems(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[s
 
 
 def warnings(degrees: ParallelDims, n_layers: int, micro_batches: int) -> list[str]:
-    """What works, but badly."""
+    """Legal choices that waste time or memory."""
     count = stage_count(degrees, n_layers)
     if degrees.pipeline == 1 or micro_batches >= count:
         return []

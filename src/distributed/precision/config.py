@@ -32,7 +32,7 @@ class Precision(Config):
 
     @property
     def arithmetic(self) -> str:
-        """What the matrices are multiplied in, as a name for people."""
+        """Name of the dtype that matrices multiply in, for people."""
         if self.float8 is None:
             return self.compute
         return f"float8 {self.float8.recipe}" + (" with experts" if self.float8.experts else "")

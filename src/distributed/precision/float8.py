@@ -35,7 +35,7 @@ NO_GPU = "precision.float8: the CPU has no float8 products; pass precision.float
 
 
 class Matrix(Protocol):
-    """What is asked of a parameter: src.models.accounting.Weight is one."""
+    """What the checks need of a parameter; src.models.accounting.Weight has it."""
 
     @property
     def name(self) -> str: ...
@@ -46,7 +46,7 @@ class Matrix(Protocol):
 
 
 class Float8(Config):
-    """How the matrices of the blocks are multiplied; `experts`: those of routed experts too, always by rows."""
+    """float8 matrix products of the blocks. Routed experts, if `experts`, always use rowwise scales."""
 
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
     """Scales of a product; tensorwise: one a tensor; rowwise: one a row; rowwise_with_gw_hp: one a row, and gradients
@@ -86,7 +86,7 @@ class Float8(Config):
         gpu: bool,
         capability: tuple[int, int] | None = None,
     ) -> list[str]:
-        """Why this cannot be had: key, value, rule, what would do. `gpu`: whether ranks have one, as far as known."""
+        """Why this recipe cannot run here: key, value, rule, remedy. `gpu`: whether ranks have one, as far as known."""
         weights = tuple(weights)
         found, names = [], _linears(weights)
         for entry in self.exclude:
@@ -153,7 +153,9 @@ class Float8(Config):
         }
 
     def convert(self, model: "Decoder", tensor: int, device_type: str) -> None:
-        """In place, on the meta device, before anything else is done to the model. Names do not change."""
+        """Replace the linear modules by float8 ones. In place, on the meta device, before any other change; names
+        stay.
+        """
         from torch import nn
 
         from src.models.moe.experts import Experts
@@ -186,7 +188,7 @@ class Float8(Config):
         return replace(config, enable_fsdp_float8_all_gather=self.all_gather, emulate=self.emulate)
 
     def after_update(self, model: "nn.Module") -> None:
-        """Collective, after each optimizer step: the scales of all weights by one reduction, not one for each."""
+        """Compute the scales of all weights with one reduction, after each optimizer step. Collective."""
         if self.all_gather:
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 

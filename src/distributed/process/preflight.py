@@ -31,7 +31,7 @@ class PreflightError(RuntimeError):
 
 @dataclass(frozen=True)
 class Presence:
-    """What a rank says of itself."""
+    """Facts that a rank reports about itself."""
 
     rank: int
     node: str

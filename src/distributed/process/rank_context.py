@@ -29,7 +29,7 @@ def joined() -> bool:
 
 
 def device_type() -> DeviceType:
-    """What the ranks of this machine compute on; a launcher hides the GPUs where the CPU is wanted."""
+    """Device type of this machine's ranks, "cuda" or "cpu". A launcher hides the GPUs where the CPU is wanted."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +37,7 @@ def device_type() -> DeviceType:
 
 @dataclass(frozen=True)
 class LauncherEnv:
-    """What the launcher says about this process."""
+    """Rank, world size and their node-local counterparts, from the environment of the process."""
 
     rank: int
     world: int
@@ -46,7 +46,7 @@ class LauncherEnv:
 
     @classmethod
     def read(cls) -> Self:
-        """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a world of one when there is no launcher."""
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a world of one when there is no launcher."""
         if not joined():
             return cls(rank=0, world=1, local_rank=0, local_world=1)
         problems: list[str] = []
@@ -85,7 +85,7 @@ class Replica:
 
     @classmethod
     def read(cls) -> Self:
-        """From REPLICA_GROUP_ID and TORCHFT_LIGHTHOUSE, which whoever starts the groups has set."""
+        """Reads REPLICA_GROUP_ID and TORCHFT_LIGHTHOUSE, which the launcher of replica groups sets."""
         group, lighthouse = os.environ.get("REPLICA_GROUP_ID"), os.environ.get("TORCHFT_LIGHTHOUSE")
         if group is None or not group.isdecimal() or not lighthouse:
             raise PlanError(
@@ -97,7 +97,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class RankContext:
-    """One rank among all of them, with the default process group up."""
+    """Rank, world, device and default process group of this process."""
 
     rank: int
     world: int
@@ -141,7 +141,7 @@ class RankContext:
         return cls(facts.rank, facts.world, facts.local_rank, facts.local_world, device, owner)
 
     def set_timeout(self, seconds: float, groups: "list[dist.ProcessGroup]") -> None:
-        """Collective. The long timeout covers compiling and loading; call this after the first step."""
+        """Set the timeout of collectives, after the first step: compiling and loading need a longer one. Collective."""
         import torch
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _set_pg_timeout

@@ -37,7 +37,7 @@ class _Float8Gather(ParallelStyle):
 
 
 def float8_styles(model: nn.Module, roles: Mapping[str, str]) -> dict[str, ParallelStyle]:
-    """Of modules with a role (name -> role), those in which every matrix is float8, and their styles."""
+    """Parallel style by module name, for the modules with a role in which every matrix is float8."""
     styles = {name: _style(role, model.get_submodule(name)) for name, role in roles.items()}
     return {name: style for name, style in styles.items() if style is not None}
 

@@ -14,7 +14,7 @@ from src.errors import PlanError
 
 
 def share_memory(mesh: DeviceMesh) -> None:
-    """Collective. Let the ranks of `mesh` share memory, or tell why they cannot."""
+    """Set up symmetric memory between the ranks of `mesh`. PlanError where they cannot. Collective."""
     group = mesh.get_group()
     try:
         if mesh.device_type != "cuda":

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl always, other trackers beside it."""
+"""Metrics of a run: always to metrics.jsonl, and to the trackers of the section `tracker`."""
 
 import contextlib
 import logging

@@ -81,7 +81,7 @@ class WandbSink:
         self._define()
 
     def open_online(self) -> None:
-        """For points of the past; wandb.Error or TimeoutError instead of an offline run."""
+        """Open the run to send recorded points. wandb.Error or TimeoutError instead of an offline run."""
         self._run = self._start_online()
         self._define()
 

@@ -52,7 +52,7 @@ class Yarn(Config):
 
     @property
     def sharpening(self) -> float:
-        """What attention scores are multiplied with, besides 1 / sqrt(width)."""
+        """YaRN's factor on attention scores, besides 1 / sqrt(width)."""
         return (0.1 * self.mscale * log(self.factor) + 1.0) ** 2
 
 
@@ -147,7 +147,7 @@ class DeepseekV3Config(ModelConfig):
 
     @property
     def softmax_scale(self) -> float:
-        """Of the attention scores."""
+        """Factor on attention scores before the softmax."""
         sharpening = 1.0 if self.rope_scaling is None else self.rope_scaling.sharpening
         return sharpening / sqrt(self.qk_head_dim)
 

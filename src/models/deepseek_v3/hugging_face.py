@@ -46,7 +46,7 @@ def _inside(weight: Weight, block: str, inner: str) -> Stored:
 
 
 def skipped(_config: DeepseekV3Config, key: str, facts: ConfigReader) -> str | None:
-    """Why a key that is there is not read; None: it should be."""
+    """Why a key of a checkpoint is not read; None: it is unexpected."""
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotary frequencies, which are computed"
     parts = key.split(".")
@@ -194,7 +194,7 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
 
 
 def problems(config: DeepseekV3Config) -> list[str]:
-    """What transformers' DeepSeek of this score does not have."""
+    """Differences to what transformers has: key, value, what it has instead; empty when there are none."""
     moe, kind, found = config.moe, MODEL_TYPES[config.moe.score_func], []
     if config.fixed_block is not None:
         found.append(f"model.fixed_block={config.fixed_block}: transformers' {kind} attends to all that came before")

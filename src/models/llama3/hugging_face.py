@@ -35,7 +35,7 @@ def stored(config: Llama3Config) -> Iterator[Stored]:
 
 
 def skipped(config: Llama3Config, key: str, _facts: ConfigReader) -> str | None:
-    """Why a key that is there is not read; None: it should be."""
+    """Why a key of a checkpoint is not read; None: it is unexpected."""
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotary frequencies, which are computed"
     return "a head that is the embedding" if config.tie_word_embeddings and key == OUTSIDE["output.weight"] else None
@@ -116,7 +116,7 @@ def write(config: Llama3Config) -> dict[str, Any]:
 
 
 def problems(config: Llama3Config) -> list[str]:
-    """What transformers' Llama does not have."""
+    """Differences to what transformers has: key, value, what it has instead; empty when there are none."""
     found = []
     if config.fixed_block is not None:
         found.append(f"model.fixed_block={config.fixed_block}: transformers' llama attends to all that came before")

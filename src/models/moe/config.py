@@ -101,7 +101,7 @@ class MixtureOfExperts(Config):
         )
 
     def warnings(self) -> list[str]:
-        """What a reader of this run's figures must know."""
+        """Remarks that belong beside this run's figures."""
         if not self.force_load_balance:
             return []
         return [

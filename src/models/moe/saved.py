@@ -17,7 +17,7 @@ def mixture_bytes(moe: MixtureOfExperts, dim: int, cut: Slice) -> float:
 
 
 def ends_bytes(moe: MixtureOfExperts) -> int:
-    """Where each expert's rows end: once for all tokens."""
+    """Bytes of the offsets at which experts' rows end: once for all tokens."""
     return STATISTIC_BYTES * moe.num_experts
 
 

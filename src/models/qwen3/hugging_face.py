@@ -46,7 +46,7 @@ def stored(config: Qwen3Config) -> Iterator[Stored]:
 
 
 def skipped(config: Qwen3Config, key: str, _facts: ConfigReader) -> str | None:
-    """Why a key that is there is not read; None: it should be."""
+    """Why a key of a checkpoint is not read; None: it is unexpected."""
     return "a head that is the embedding" if config.tied and key == OUTSIDE["output.weight"] else None
 
 
@@ -131,7 +131,7 @@ def write(config: Qwen3Config) -> dict[str, Any]:
 
 
 def problems(config: Qwen3Config) -> list[str]:
-    """What transformers' Qwen3 does not have."""
+    """Differences to what transformers has: key, value, what it has instead; empty when there are none."""
     moe, found = config.moe, []
     if config.fixed_block is not None:
         found.append(f"model.fixed_block={config.fixed_block}: transformers' qwen3 attends to all that came before")
