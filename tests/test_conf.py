@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from pydantic import BaseModel
 
 from src.config.build import Top, build
+from src.config.command_line import arguments
+from src.config.composer import Composer, composer
 from src.config.groups import CONF, EXPERIMENT, GROUPS, SECTIONS, options
 from src.config.tree import Tree, resolve
 
@@ -24,14 +25,20 @@ KEYWORDS = {"override", "optional"}
 @cache
 def composed(*overrides: str) -> Tree:
     """The tree that launch.py would get; what a user must pass is "x". Tests that ask for the same share one."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        for key in OmegaConf.missing_keys(cfg):
-            OmegaConf.update(cfg, key, "x")
-        return resolve(cfg)
+    cfg = shared().compose(arguments(overrides))
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, "x")
+    return resolve(cfg)
+
+
+@cache
+def shared() -> Composer:
+    """It needs nothing of Hydra's global state once it is made."""
+    with composer() as one:
+        return one
 
 
 def made(choice: str) -> BaseModel:

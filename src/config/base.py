@@ -32,8 +32,8 @@ def printable(text: str) -> str:
     return text
 
 
-def _path(value: Any) -> Any:
-    """Strings only: what else stands there is told by its type."""
+def path_text(value: Any) -> Any:
+    """The value itself; ValueError for a string that no file system takes. Other types are told elsewhere."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -62,7 +62,8 @@ def _line(text: str) -> str:
 
 
 # YAML has no paths and no tuples; these are the only coercions.
-PathField = Annotated[Path, BeforeValidator(_path), AfterValidator(_at_home), Strict(strict=False)]
+PathField = Annotated[Path, BeforeValidator(path_text), AfterValidator(_at_home), Strict(strict=False)]
+Place = Annotated[str, AfterValidator(path_text)]  # a path, or hf:<hub id>
 Line = Annotated[str, AfterValidator(_line)]  # a word or several for a command, a script or a service
 Names = Annotated[tuple[str, ...], Strict(strict=False)]
 RankNumbers = Annotated[tuple[CountFromZero, ...], Strict(strict=False)]

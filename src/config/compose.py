@@ -70,7 +70,7 @@ def asked(argv: Sequence[str], complete: Complete = as_typed) -> Request:
     fixed = [each for each in plain if not (_pair(each)[0] in ranges or _is_range(each))]
     with composer() as hydras:
         base = _composed(hydras, fixed)
-        flagged = flagged or OmegaConf.select(base, "hydra.mode") == RunMode.MULTIRUN
+        flagged = flagged or _mode(base, plain) == RunMode.MULTIRUN
         space = _params(base) | ranges
         if OmegaConf.select(base, "sweep.trials") and (flagged or space):
             if not space:
@@ -182,6 +182,13 @@ def _is_range(argument: str) -> bool:
         return parsed(argument).is_sweep_override()
     except (*COMPOSITION_ERRORS, *UNEXPECTED):
         return False  # composing says it better
+
+
+def _mode(base: DictConfig, given: Sequence[str]) -> object:
+    try:
+        return OmegaConf.select(base, "hydra.mode")
+    except COMPOSITION_ERRORS as error:
+        raise UserError(problem(error, given)) from error
 
 
 def _params(base: DictConfig) -> dict[str, str]:

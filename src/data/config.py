@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, InstanceOf, model_validator
 
 from src.config.base import Config
 from src.config.bounds import PerNode, Scale
@@ -53,7 +53,7 @@ class Synthetic(SyntheticSource, Data):
 class Mixture(Data):
     """Every prefix of the sample order holds the weights, to within one sample of each source."""
 
-    sources: dict[str, Source]
+    sources: dict[str, InstanceOf[Source]]
     """Sources by their names."""
     weights: dict[str, Scale]
     """Share of each source in tokens; only their ratios count."""

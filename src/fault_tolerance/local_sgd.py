@@ -43,8 +43,9 @@ class Periodic(TorchFT):
         interval = self.rounds.interval
         if not self.rounds.problems() and asked.steps % interval:
             found.append(
-                f"task.steps={asked.steps} ends between two exchanges, which are every {interval} steps, and what "
-                f"groups learned since the last one would be lost ({_nearest(asked.steps, interval)} would do)"
+                f"task.steps={asked.steps} ends between two exchanges, which are every {interval} steps "
+                f"(fault_tolerance.sync_steps), and what groups learned since the last one would be lost "
+                f"({_nearest(asked.steps, interval)} would do)"
             )
         return found
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import complete, is_complete, step_folder, step_of
+from src.config.base import path_text
 from src.config.groups import CONF
 from src.config.tree import Tree, read
 from src.config.wording import nearest
@@ -46,6 +47,10 @@ def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("run"), str):
         check_typed(typed)
+        try:
+            path_text(task["run"])
+        except ValueError as error:
+            raise CheckpointError(f"task.run: {error}") from error
         foreign = task["run"].startswith(FOREIGN)
         tree = _of_elsewhere(tree, typed) if foreign else _of_run(tree, typed)
         if "name" not in typed:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from src.config.base import Config
+from src.config.base import Config, Place
 from src.config.bounds import Count, Sequences, Steps, Tokens
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Evaluate(Config):
     forward_only: ClassVar[bool] = True
     steps: ClassVar[int] = 1
 
-    source: str = Field(alias="run")
+    source: Place = Field(alias="run")
     """Run folder, or hf:<folder or hub id>, whose model and tokenizer read."""
     step: Steps | None
     """Step of its checkpoint; null: the newest complete one."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from src.checkpoint.config import FOREIGN
-from src.config.base import Config, PathField
+from src.config.base import Config, PathField, Place
 from src.config.bounds import Gibibytes, Steps
 from src.errors import CheckpointError, DataError
 
@@ -25,7 +25,7 @@ class Export(Config):
     global_batch: ClassVar[int] = 1
     micro_batch: ClassVar[int] = 1
 
-    source: str = Field(alias="run")
+    source: Place = Field(alias="run")
     """Run folder, or hf:<folder or hub id> to write it anew in another dtype."""
     step: Steps | None
     """Step of its checkpoint; null: the newest complete one."""

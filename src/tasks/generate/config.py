@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from src.config.base import Config, PathField
+from src.config.base import Config, PathField, Place
 from src.config.bounds import Sequences, Steps, Temperature, Tokens, Vocabulary
 from src.errors import DataError
 from src.models.base import pass_multiple
@@ -25,7 +25,7 @@ class Generate(Config):
     steps: ClassVar[int] = 1
     seq_len: ClassVar[int] = 0
 
-    source: str = Field(alias="run")
+    source: Place = Field(alias="run")
     """Run folder, or hf:<folder or hub id>, whose model and tokenizer write."""
     step: Steps | None
     """Step of its checkpoint; null: the newest complete one."""
