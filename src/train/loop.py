@@ -82,6 +82,8 @@ class Loop:
             gc.disable()
             gc.collect(1)
         self.throughput.restart()
+        if self._owes_validation():
+            self._validate(state.step)
         for batches, waited in self._step_batches():
             if self._stopping:
                 break
@@ -218,6 +220,13 @@ class Loop:
             return {}
         return {f"data/{name}/{key}": facts[key] for name, facts in sources.items() for key in ("tokens", "share")}
 
+    def _owes_validation(self) -> bool:
+        """Collective. Whether an attempt before this one saved after this step and was stopped in its validation."""
+        step, every = self.training.state.step, self.cadence.validate_every
+        if step == 0 or not every or (step % every and step != self.plan.steps):
+            return False
+        return any_rank(self.report.lacks("validation_loss", step), self.training.ranks.device)
+
     def _validate(self, step: int) -> None:
         if self._stopping or not self.cadence.validate_every:
             return
@@ -228,7 +237,8 @@ class Loop:
         self._validated = step
         self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
         self.report.say(format_validation(step, loss))
-        self.report.picture(step, self._load())
+        if self._first is not None:  # before the first step no token was routed
+            self.report.picture(step, self._load())
 
     def _save(self, *, last: bool) -> None:
         state = self.training.state

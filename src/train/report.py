@@ -7,6 +7,7 @@ from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.incidents import write_incident
 from src.metrics.trackers.config import Log, Status
+from src.storage.json_lines import METRICS_FILE, Lines
 from src.train.step import StepOutcome
 
 
@@ -39,6 +40,16 @@ class Report:
         """Numbers for the trackers alone."""
         if self._log is not None:
             self._log.record(step, values)
+
+    def lacks(self, name: str, step: int) -> bool:
+        """Whether the run's metrics tell of earlier steps, but not of this number after this one; false on ranks that
+        only compute.
+        """
+        if self._console is None:
+            return False
+        steps = {record.get("step") for record in Lines(self._folder / METRICS_FILE).read() if name in record}
+        begun = any("loss" in record for record in Lines(self._folder / METRICS_FILE).read())
+        return begun and step not in steps
 
     def picture(self, step: int, load: ExpertLoad | None) -> None:
         """A heat map of experts, where the model has any."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.lives import Shot, live, opened, series, values
+from tests.end_to_end.lives import Shot, live, opened, records, series, values
 from tests.ranks import RankPool
 
 Straight = Callable[[str], Path]
@@ -35,7 +35,7 @@ def test_ranks_agree_save_and_go_on(
     opened(*argv)
     assert ranks(2, live, folder) == [True] * 2
     assert series(folder) == series(straight("fsdp2"))
-    assert list(series(folder, "validation_loss")) == [at for at in (5, 10, 15, 20) if at != step or step == 20]
+    assert list(series(folder, "validation_loss")) == [5, 10, 15, 20], "one that was cut off is made good"
 
 
 def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: RankPool, capfd: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +44,20 @@ def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: RankPool, capfd: 
     assert ranks(1, live, folder, Shot("step", at=3)) == [False]
     assert "stopped after step 4; nothing was saved: checkpoint.every=null" in capfd.readouterr().out
     assert list((folder / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [1, 8])
+def test_a_validation_that_a_stop_cut_off_is_made_good(text: tuple[str, ...], ranks: RankPool, at: int) -> None:
+    """In the validation of step 5, or in that of step 10: the same points with the same bits as undisturbed."""
+    argv = (*text, "task.steps=15", "task.validate_every=5", "task.validate_samples=6", "checkpoint.every=4")
+    calm = opened(*argv, "name=calm")
+    assert ranks(1, live, calm) == [True]
+    folder = opened(*argv, f"name=cut-{at}")
+    assert ranks(1, live, folder, Shot("validation", at=at)) == [False]
+    cut = 5 if at == 1 else 10
+    assert cut not in series(folder, "validation_loss"), "the stop fell into it"
+    assert ranks(1, live, opened(*argv, f"name=cut-{at}")) == [True]
+    assert list(series(calm, "validation_loss")) == [5, 10, 15]
+    assert series(folder, "validation_loss") == series(calm, "validation_loss")
+    lines = [line["step"] for line in records(folder) if "validation_loss" in line]
+    assert lines == [5, 10, 15], "each once"
