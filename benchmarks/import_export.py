@@ -118,16 +118,16 @@ def measure(folder: Path, option: str) -> dict[str, float]:
     def export() -> None:
         form = Form("bfloat16", fp8=False, biases=True, shard_bytes=SHARD_BYTES)
         draft = save(team, out, held(network.tensors()), run.model, form, {}, whole, joined.device)
-        team.first(lambda: publish(draft, out))
+        team.on_rank_zero(lambda: publish(draft, out))
 
-    team.first(lambda: forget(made))
+    team.on_rank_zero(lambda: forget(made))
     read_seconds = timed(lambda: plainly(read_plainly, mine))
-    team.first(lambda: forget(made))
+    team.on_rank_zero(lambda: forget(made))
     import_seconds = timed(lambda: adopt(network, made))
     export_seconds = timed(export)
-    team.first(lambda: shutil.copytree(made, folder / "plain", dirs_exist_ok=True, copy_function=sparse))
+    team.on_rank_zero(lambda: shutil.copytree(made, folder / "plain", dirs_exist_ok=True, copy_function=sparse))
     write_seconds = timed(lambda: plainly(write_plainly, shares(folder / "plain", joined.rank, world)))
-    team.first(lambda: [shutil.rmtree(folder / name) for name in ("plain", "out")])
+    team.on_rank_zero(lambda: [shutil.rmtree(folder / name) for name in ("plain", "out")])
     size = sum(path.stat().st_size for path in made.glob("*.safetensors"))
     joined.leave()
     return {

@@ -96,11 +96,15 @@ def measure(config: Any) -> dict[str, Any]:
 
     trainer = Trainer(config)
     batches = trainer.batch_generator(trainer.dataloader)
+    peaks = _peaks_before_resets()
     seconds = 0.0
     for step in range(1, STEPS + 1):
         trainer.step = step
         trainer.gc_handler.run(step)
         trainer.train_step(batches)
+        if step == WARMUP_STEPS:
+            peaks.clear()
+            torch.cuda.reset_peak_memory_stats()
         if step in (WARMUP_STEPS, STEPS):
             torch.cuda.synchronize()
             seconds = time.monotonic() - seconds
@@ -113,8 +117,21 @@ def measure(config: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "world": world,
         "tokens_per_second_per_device": (STEPS - WARMUP_STEPS) * tokens * data_ranks / seconds / world,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_allocated_gib": max([*peaks, torch.cuda.max_memory_allocated()]) / 2**30,
     }
+
+
+def _peaks_before_resets() -> list[int]:
+    """Bytes at the peak each time that the peer, which logs them at some steps, is about to forget them."""
+    peaks: list[int] = []
+    reset = torch.cuda.reset_peak_memory_stats
+
+    def keep(*arguments: Any, **options: Any) -> None:
+        peaks.append(torch.cuda.max_memory_allocated())
+        reset(*arguments, **options)
+
+    torch.cuda.reset_peak_memory_stats = keep
+    return peaks
 
 
 def main() -> None:
