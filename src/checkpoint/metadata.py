@@ -63,7 +63,9 @@ def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def read(path: Path) -> Metadata:
-    """What the file says. CheckpointError where it is cut off, or names or holds what no checkpoint of ours does."""
+    """The metadata, checked. CheckpointError where the file is cut off, or names or holds what no checkpoint of ours
+    does.
+    """
     try:
         with path.open("rb") as file:
             return _metadata(_Unpickler(file).load())

@@ -1,4 +1,4 @@
-"""What the section `data` may say: one source, or a mixture of several with weights in tokens."""
+"""Config classes of the section `data`: one source, or a mixture of several with weights in tokens."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated, Self

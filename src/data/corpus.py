@@ -109,7 +109,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:
-    """The corpus of `recipe`, sizes checked; DataError when a shard is missing or truncated."""
+    """Open the corpus of a `recipe` and check the sizes of its shards. DataError when one is missing or truncated."""
     name = recipe["tokenizer"]
     tokenizer = ByteTokenizer() if name is None else open_kept(cache / "tokenizers" / name)
     parts = [Part(name, weight, TokenShards(cache / "tokens" / folder)) for name, weight, folder in recipe["parts"]]

@@ -56,7 +56,7 @@ def read(span: TextSpan, *, field: str, separator: str | None) -> Iterator[str]:
 
 
 def text_of(row: object, field: str, where: str) -> str:
-    """DataError when the row has no text under `field`."""
+    """The text of a row under `field`. DataError when there is none."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row is {type(row).__name__}, not an object with the field {field!r}")
     if field not in row:

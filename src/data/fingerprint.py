@@ -21,7 +21,7 @@ def fingerprint(*facts: object) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Keys sorted; whole and on the disk, or not at all."""
+    """Write JSON with sorted keys, durably: the file is there as a whole or not at all."""
     atomic_write(path, json.dumps(content, indent=1, sort_keys=True), durable=True)
 
 

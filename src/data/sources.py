@@ -1,7 +1,7 @@
-"""Where text comes from: this Python's library, files, a synthetic language (the hub has its own file).
+"""Sources of text: the standard library of this Python, files, a synthetic language. src/data/hub.py has the hub's.
 
-A source cuts itself into pieces, the unit of parallel work, and reads one piece as a stream of documents. Both are pure
-functions of the content, so that every process on every machine agrees about them.
+A source divides itself into pieces, the unit of parallel work, and reads one piece as a stream of documents. Both are
+pure functions of the content, so that every process on every machine agrees about them.
 """
 
 import hashlib

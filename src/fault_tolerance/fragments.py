@@ -54,7 +54,7 @@ class Rounds:
         return step > 0 and step % self.interval == 0
 
     def problems(self) -> list[str]:
-        """Of the keys fragments and delay_steps, as rules with the nearest legal values."""
+        """Illegal values of fragments and delay_steps: key, value, rule, nearest legal value."""
         found = []
         if self.sync_steps % self.fragments:
             lower = self.sync_steps // self.fragments * self.fragments

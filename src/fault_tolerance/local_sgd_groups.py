@@ -26,7 +26,7 @@ from src.fault_tolerance.table import HISTORY_BITS, share
 
 
 class LocalSGDOptions(SynchronousOptions, Protocol):
-    """What differs between local_sgd and diloco."""
+    """Interface of the config classes of local_sgd and diloco, for what differs between them."""
 
     @property
     def rounds(self) -> Rounds: ...

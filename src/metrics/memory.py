@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """CUDA: peaks since the last call; else the resident peak since the process began."""
+    """Peak memory of this rank in GiB: on CUDA since the last call, on the CPU the resident peak of the process."""
     if device.type != "cuda":
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
         return {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}

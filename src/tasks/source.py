@@ -34,7 +34,9 @@ BYTES = "src.data.tokenizer.Bytes"
 
 
 class Reads(Protocol):
-    """A task with these keys starts from the weights that they name; `source` is called `run` in conf and commands."""
+    """Interface of a task that starts from the weights of a run; `source` is called `run` in conf and on the command
+    line.
+    """
 
     @property
     def source(self) -> str: ...
@@ -136,7 +138,7 @@ def _meant(folder: Path, tree: Tree) -> str:
 
 
 def find(folder: Path, step: object) -> Path:
-    """The checkpoint of a step, or the newest one, in a run folder."""
+    """Folder of the checkpoint of a step, or of the newest one, in a run folder. CheckpointError when there is none."""
     there = complete(folder / "checkpoints")
     if not there:
         raise CheckpointError(f"task.run={folder}: has no complete checkpoint")

@@ -28,7 +28,7 @@ PROFILED_STEPS = 2
 
 
 def bench(task: Bench, run: Run, folder: Path) -> bool:
-    """Collective. Always True: a benchmark that was stopped is started again."""
+    """Measure and write bench.json. Collective. Always True: a benchmark that was stopped is started again."""
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )

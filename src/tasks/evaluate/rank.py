@@ -43,7 +43,9 @@ class Score:
 
 
 def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
-    """Collective. False when a signal came before the last source was read; nothing is written then."""
+    """Compute and write the scores. Collective. False when a signal came before the last source was read; then
+    nothing is written.
+    """
     with Stop() as stop:
         ranks = RankContext.join(
             device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"

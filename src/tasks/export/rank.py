@@ -33,7 +33,7 @@ GB = 10**9
 
 
 def export(task: Export, run: Run, folder: Path) -> bool:
-    """Collective. Always true: an export that was stopped is written anew."""
+    """Write, check and push the export. Collective. Always True: an export that was stopped is started again."""
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )

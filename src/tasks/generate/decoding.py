@@ -29,10 +29,11 @@ def generate(
     end: int | None,
     batch: int,
 ) -> list[list[int]]:
-    """Collective, with equal arguments: of each prompt at most `count` ids after it, without the `end` that ends it.
+    """Continue each prompt by at most `count` ids, without the `end` that stops it. Collective, with equal
+    arguments.
 
     `batch`: prompts at once on each data rank. Prompt number i draws from a generator of (seed, i), so neither the
-    layout nor the company of other prompts changes what is drawn.
+    layout nor other prompts change what is drawn.
     """
     longest = network.stages[0].config.max_seq_len
     assert all(0 < len(prompt) <= longest - count for prompt in prompts), "the task refuses longer prompts"

@@ -20,7 +20,7 @@ TEXTS_FILE = "generated.jsonl"
 
 
 def write(task: Generate, run: Run, folder: Path) -> bool:
-    """Collective. Always true: texts that were not finished are written anew."""
+    """Continue every prompt and write the texts. Collective. Always True: a task that was stopped is started again."""
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )

@@ -36,7 +36,9 @@ from src.train.stop import Stop
 
 
 def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
-    """Collective. True when the run is complete; false when a signal stopped it, after saving."""
+    """Train until the last step or a stop signal. Collective. True when the run is complete; false when a signal
+    stopped it, after a save.
+    """
     startup = Startup()
     startup.done("import")
     with Stop() as stop:

@@ -64,7 +64,7 @@ TOLERANCES: dict[Dtype | Literal["float8"], Tolerances] = {
 
 @dataclass(frozen=True)
 class Gradient:
-    """One parameter's gradient in two numbers."""
+    """Norm of one parameter's gradient, and its product with a fixed random tensor."""
 
     norm: float
     direction: float  # its product with a fixed random tensor: sees order and sign, which a norm does not

@@ -43,7 +43,9 @@ SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
 
 
 def verify(task: Verify, run: Run, folder: Path) -> bool:
-    """Collective. True when the layout trains like one device; VerdictError otherwise."""
+    """Compare the layout with one device and write certificate.json. Collective. True when they agree; VerdictError
+    otherwise.
+    """
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
@@ -62,7 +64,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
 
 
 def certify(task: Verify, run: Run, ranks: RankContext, facts: dict[str, Any]) -> Certificate:
-    """Collective. The same on every rank."""
+    """Train both and compare; the certificate is the same on every rank. Collective."""
     single = run.on_one_device()
     alone = Mesh(single.parallel, ranks.device.type, copies=ranks.world)
     reference = _train_alone(task, single, ranks, alone) if ranks.rank == 0 else None
@@ -89,7 +91,7 @@ def _facts(run: Run, ranks: RankContext) -> dict[str, Any]:
 
 
 def rows(task: Verify, run: Run, rank: int, ranks: int) -> list[Batch]:
-    """A data rank's micro-batches: the same each step, so that the loss falls and a wrong update shows in it."""
+    """Micro-batches of a data rank. The same in each step, so that the loss falls and a wrong update shows in it."""
     count = task.global_batch // (task.micro_batch * ranks)
     starts = [(index * ranks + rank) * task.micro_batch for index in range(count)]
     return [_batch(task, run, range(start, start + task.micro_batch)) for start in starts]
