@@ -14,19 +14,29 @@ from hydra.conf import HydraConf
 from hydra.errors import MissingConfigException, OverrideParseException
 from yaml import MarkedYAMLError
 
-from src.config.composer import COMPOSITION_ERRORS
+from src.config.composer import COMPOSITION_ERRORS, parsed
 from src.config.groups import GROUPS, SECTIONS, options
 from src.config.upgrades import renamed
 from src.config.wording import nearest, unknown
 from src.errors import ConfigError
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
+_FUNCTION = re.compile(r"(choice|range|sort|shuffle|glob|tag)\(.*\)")
 _NO_NAME = re.compile(r"(?i)true|false|yes|no|on|-?\d[\d_.e+-]*|nan|-?inf")
 OFF = ("off", "none")  # options that choose nothing
 SWEEP_FLAGS = ("-m", "--multirun")
 MOST_BRACKETS = 50  # of one argument; Python's own stack ends Hydra's grammar soon after
-# A prompt is any text but null, with the commas, quotes and brackets that mean something elsewhere.
-TEXTS = ("prompt", "task.prompt", "task.sample_prompt")
+# Any text but null, with the commas, quotes and brackets that mean something elsewhere.
+TEXTS = (
+    *("prompt", "task.prompt", "task.sample_prompt", "text", "task.text", "tracker.wandb.notes"),
+    *("cluster.partition", "cluster.exclude", "cluster.constraint"),
+)
+# Paths and words: =, spaces, ~ and brackets are part of the value; a comma parts the values of a sweep, as everywhere.
+PLACES = (
+    *("root", "folder", "run", "task.run", "to", "task.to", "prompts", "task.prompts", "checkpoint.initial"),
+    *("data.files", "data.path", "data.separator", "tokenizer.path", "tokenizer.bos", "tokenizer.eos"),
+    *("cluster.account", "cluster.qos", "cluster.python", "tracker.wandb.project", "tracker.wandb.entity"),
+)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -64,7 +74,22 @@ def _settable(argument: str) -> str:
         return argument
     if match["key"] in TEXTS and (text := argument[match.end() :]) != "null":
         return f"++{match[0]}{_literal(text)}"
+    if match["key"] in PLACES and not _in_hydras_words(argument):
+        return f"++{match[0]}{','.join(map(_literal, argument[match.end() :].split(',')))}"
     return f"++{argument}"
+
+
+def _in_hydras_words(argument: str) -> bool:
+    """Whether what stands behind = is null, a list, in quotes, a function such as choice(a,b), or escaped."""
+    key, _, text = argument.partition("=")
+    listed = text.startswith("[") and key == "data.files"
+    if text != "null" and not (listed or text[:1] in ("'", '"') or "\\" in text or _FUNCTION.fullmatch(text)):
+        return False
+    try:
+        parsed(argument)
+    except COMPOSITION_ERRORS:
+        return False
+    return True
 
 
 def _literal(text: str) -> str:

@@ -1,6 +1,8 @@
 """Documents in files: plain text, JSON lines and parquet, read span by span so that one large file feeds many cores."""
 
+import codecs
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +26,21 @@ class TextSpan:
 
 
 def problem(path: Path) -> str | None:
-    if path.suffix in REFUSED_SUFFIXES:
+    if path.suffix.lower() in REFUSED_SUFFIXES:
         return f"data.files: {path}: {path.suffix} is not read; convert it to .txt, .jsonl or .parquet"
+    if not os.access(path, os.R_OK):
+        return f"data.files: {path}: may not be read by this user; see its permissions"
     return None
 
 
 def spans(path: Path, largest: int) -> list[TextSpan]:
     """Spans of at most about `largest` bytes; plain text is never cut, for a cut would invent documents."""
     size = path.stat().st_size
-    if path.suffix in ROW_SUFFIXES:
+    if path.suffix.lower() in ROW_SUFFIXES:
         return [
             TextSpan(str(path), at, min(at + largest, size), min(largest, size - at)) for at in range(0, size, largest)
         ]
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _parquet_spans(path, largest)
     return [TextSpan(str(path), 0, size, size)] if size else []
 
@@ -45,9 +49,9 @@ def read(span: TextSpan, *, field: str, separator: str | None) -> Iterator[str]:
     """The documents of a span."""
     path = Path(span.name)
     try:
-        if path.suffix in ROW_SUFFIXES:
+        if path.suffix.lower() in ROW_SUFFIXES:
             yield from _read_lines(span, field)
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             yield from _read_parquet(span, field)
         else:
             yield from _read_text(path, separator)
@@ -63,20 +67,41 @@ def text_of(row: object, field: str, where: str) -> str:
         raise DataError(f"{where}: no field {field!r} (data.field); the row has {', '.join(map(repr, sorted(row)))}")
     if not isinstance(row[field], str):
         raise DataError(f"{where}: field {field!r} (data.field) holds {type(row[field]).__name__}, not text")
-    return str(row[field])
+    return _whole(str(row[field]))
+
+
+def _whole(text: str) -> str:
+    """With ? for each half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
 
 
 def _read_text(path: Path, separator: str | None) -> Iterator[str]:
+    """One document, or those between separators; without the mark that some editors put in front of UTF-8."""
     if separator is None:
-        yield _decode(path.read_bytes(), str(path))
+        yield _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
         return
-    rest = b""
     mark = separator.encode()
+    rest, line, cuts, crlf = b"", 1, 0, False
     with path.open("rb") as file:
+        first = True
         while block := file.read(1 << 20):
-            *whole, rest = (rest + block).split(mark)
-            yield from (_decode(part, str(path)) for part in whole)
-    yield _decode(rest, str(path))
+            crlf = crlf or b"\r\n" in block
+            *whole, rest = (rest + (block.removeprefix(codecs.BOM_UTF8) if first else block)).split(mark)
+            first = False
+            cuts += len(whole)
+            for part in whole:
+                yield _decode(part, str(path), line)
+                line += part.count(b"\n") + mark.count(b"\n")
+    if crlf and not cuts and b"\n" in mark and b"\r" not in mark:
+        raise DataError(
+            f"{path}: its lines end with \\r\\n, so that data.separator={separator!r} is nowhere in it; pass it with "
+            "\\r\\n, or convert the file"
+        )
+    yield _decode(rest, str(path), line)
 
 
 def _read_lines(span: TextSpan, field: str) -> Iterator[str]:
@@ -140,8 +165,11 @@ def _parquet(path: Path) -> Any:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
 
 
-def _decode(content: bytes, name: str) -> str:
+def _decode(content: bytes, name: str, first_line: int = 1) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text (byte {error.start} of its document): {error.reason}") from error
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{name}, line {line}: not UTF-8 text (byte {error.start} of its document): {error.reason}"
+        ) from error

@@ -26,8 +26,10 @@ from src.errors import DataError
 
 OneOrMore = Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
-# A command line cannot hold a line break: the two letters \n stand for one.
-Separator = Annotated[str, Field(min_length=1), AfterValidator(lambda text: text.replace("\\n", "\n"))]
+# A command line cannot hold a line break: the two letters \n stand for one, \r for its Windows half.
+Separator = Annotated[
+    str, Field(min_length=1), AfterValidator(lambda text: text.replace("\\r", "\r").replace("\\n", "\n"))
+]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class TextSource(Source):
     r"""Cuts a plain text file into documents, such as '\n\n' for blank lines; null: a file is a document."""
 
     def fingerprint(self, cache: Path) -> str:
-        content = zip([path.suffix for path in self._paths], hash_files(self._paths, cache), strict=True)
+        content = zip([path.suffix.lower() for path in self._paths], hash_files(self._paths, cache), strict=True)
         return fingerprint("text", list(content), self.field, self.separator)
 
     def pieces(self) -> list[Piece]:

@@ -21,7 +21,7 @@ class AdamW(Optimizer):
     beta1, beta2: decay of the first and the second moment, in [0, 1).
     eps: added to the root of the second moment.
     moments: type of both; bfloat16 takes 4 instead of 8 bytes per parameter and needs fused=false.
-    fused: torch's one-kernel update; false: our own.
+    fused: torch's one-kernel update where weights are stored in the type of the moments; elsewhere, or false: our own.
     """
 
     beta1: Beta
@@ -54,15 +54,6 @@ class AdamW(Optimizer):
             return None
         return "optim=adamw_bf16", self.model_copy(update={"moments": "bfloat16", "fused": False})
 
-    def problems(self, *, storage: str, row_shards: int, tensor: int) -> list[str]:
-        found = super().problems(storage=storage, row_shards=row_shards, tensor=tensor)
-        if self.fused and self.moments != storage:
-            found.append(
-                f"optim.fused=true keeps moments in precision.storage={storage}, not in optim.moments={self.moments}; "
-                "pass optim.fused=false"
-            )
-        return found
-
     def from_groups(self, groups: list[dict[str, Any]], device: "torch.device") -> "torch.optim.Optimizer":
         import torch
 
@@ -73,7 +64,8 @@ class AdamW(Optimizer):
             from src.optim.adamw_kernel import launches
 
             return Elementwise(groups, update, rates, (*betas, self.eps), launches)
-        if not self.fused:
+        kept = all(each.dtype == getattr(torch, self.moments) for group in groups for each in group["params"])
+        if not self.fused or not kept:  # torch's kernel keeps moments of the weights' type
             return Elementwise(groups, update, rates, (*betas, self.eps))
         try:
             return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)

@@ -298,7 +298,9 @@ def _rehearsal_problems(run: Run) -> list[str]:
 def _section_problems(run: Run) -> list[str]:
     """Options that contradict each other over the border of two sections."""
     degrees = run.parallel
-    found = run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
+    found = []
+    if not _infers(run):  # else there is no gradient, and no optimizer to make
+        found += run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
     if run.recompute.mode == "budget" and not run.compile.blocks:
         found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
     if run.recompute.every is not None and run.recompute.every > run.model.n_layers:

@@ -108,8 +108,8 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
     elif "moe" not in there:
         merged.pop("moe")  # a family without experts has no such key; a dense model of one that has may say null
     model = _overlaid("model", merged, tree, typed)
-    print(f"model=auto: {folder / 'config.json'}", file=sys.stderr)
-    print(*(f"  {key}: {value}" for key, value in model.items()), sep="\n", file=sys.stderr)
+    size = ", ".join(f"{key}={model[key]}" for key in ("n_layers", "dim", "vocab_size") if key in model)
+    print(f"model=auto: {folder / 'config.json'}: {model['_target_'].rpartition('.')[2]} of {size}", file=sys.stderr)
     if unread:
         print(f"  keys of it that say nothing here: {', '.join(unread)}", file=sys.stderr)
     found = tree | {"model": model}

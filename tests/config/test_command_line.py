@@ -40,6 +40,38 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("data.files=/a/epoch=3/x.jsonl", ["/a/epoch=3/x.jsonl"]),
+        ("checkpoint.initial=/my runs/epoch=3 (old)/run", ["/my runs/epoch=3 (old)/run"]),
+        ("root=~/runs", ["~/runs"]),
+        ("task.run=/a/[b]/{c}", ["/a/[b]/{c}"]),
+        ("tokenizer.eos=[SEP]", ["[SEP]"]),
+        ("tokenizer.eos='[SEP]'", ["[SEP]"]),
+        ("cluster.account=123", ["123"]),
+        ("cluster.partition=train,urgent", ["train,urgent"]),
+        ("cluster.exclude=n[3-5],n9", ["n[3-5],n9"]),
+        ("cluster.constraint=h100&ib", ["h100&ib"]),
+        ("data.separator=\\n\\n", ["\\n\\n"]),
+        ("data.files=[/a/b.txt,/c.txt]", [["/a/b.txt", "/c.txt"]]),
+        ("checkpoint.initial=/a/x=1,/b", ["/a/x=1", "/b"]),
+        ("root=choice(/a,/b)", ["/a", "/b"]),
+        ("folder=null", [None]),
+        ("data.files=/a/epoch\\=3/x", ["/a/epoch=3/x"]),  # as Hydra has it
+    ],
+)
+def test_paths_and_words_arrive_as_they_were_typed(argument: str, values: list[object]) -> None:
+    (passed,) = arguments([argument])
+    read = OverridesParser.create().parse_override(passed)
+    if not read.is_sweep_override():
+        found = [read.value()]
+    else:
+        found = [each.text if hasattr(each, "text") else each for each in read.sweep_iterator()]
+    plain = [each.text if hasattr(each, "text") else each for each in found]
+    assert [[*map(str, each)] if isinstance(each, list) else each for each in plain] == values
+
+
+@pytest.mark.parametrize(
     ("argument", "words"),
     [
         ("hydra.ouput_subdir=x", "hydra.ouput_subdir: no such key; did you mean output_subdir?"),

@@ -113,7 +113,7 @@ def test_all_patterns_that_match_nothing_are_told_at_once(tmp_path: Path) -> Non
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"ok \xff")
-    with pytest.raises(DataError, match=r"a\.txt: not UTF-8 text \(byte 3"):
+    with pytest.raises(DataError, match=r"a\.txt, line 1: not UTF-8 text \(byte 3"):
         texts_of(source(tmp_path / "a.txt"))
 
 
@@ -137,3 +137,38 @@ def test_the_held_out_share_is_what_was_asked() -> None:
     assert abs(len(held) / 20_000 - 0.05) < 0.005
     assert held <= {text for text in texts if held_out(text, 0.2)}
     assert not any(held_out(text, 0.0) for text in texts)
+
+
+def test_capitals_in_a_suffix_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "A.JSONL"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert texts_of(source(path)) == ["one", "two"]
+    (tmp_path / "B.CSV").write_text("a")
+    with pytest.raises(DataError, match=r"\.CSV is not read; convert it"):
+        source(tmp_path / "B.CSV").pieces()
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "a\ud800b"}' + "\n" + r'{"text": "\ud83d\ude00 ü"}' + "\n")
+    assert texts_of(source(path)) == ["a?b", "\U0001f600 ü"]
+
+
+def test_a_mark_of_utf8_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone--two")
+    assert texts_of(source(tmp_path / "a.txt")) == ["one--two"]
+    assert texts_of(source(tmp_path / "a.txt", separator="--")) == ["one", "two"]
+
+
+def test_a_separator_that_windows_line_ends_hide_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\n\r\ntwo")
+    with pytest.raises(DataError, match=r"a\.txt: its lines end with \\r\\n, so that data\.separator="):
+        texts_of(source(path, separator="\\n\\n"))
+    assert texts_of(source(path, separator="\\r\\n\\r\\n")) == ["one", "two"]
+
+
+def test_bad_utf8_between_separators_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\n\nx\n\xff")
+    with pytest.raises(DataError, match=r"a\.txt, line 6: not UTF-8 text \(byte 2"):
+        texts_of(source(tmp_path / "a.txt", separator="\n\n"))

@@ -71,6 +71,14 @@ def test_equals_torch(fused: bool) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_weights_in_bfloat16_keep_the_moments_that_were_asked_for() -> None:
+    """torch's fused kernel would keep them in bfloat16, so the update is our own."""
+    for fused in (True, False):
+        model = network().to(torch.bfloat16)
+        optimizer = section(fused=fused).build(model.named_parameters(), CPU)
+        assert {value["exp_avg"].dtype for value in optimizer.state.values()} == {torch.float32}
+
+
 def test_bfloat16_moments_stay_near() -> None:
     start, ours, theirs = trained(steps=0), trained(fused=False, moments="bfloat16"), reference()
     for name in ("tok_embeddings.weight", "hidden.weight", "norm.weight"):

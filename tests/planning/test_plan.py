@@ -276,12 +276,6 @@ REFUSALS: dict[str, tuple[Run, dict[str, Any], str]] = {
         {},
         "parallel asks for 12 ranks (shard=12), which do not fill nodes of cluster.gpus_per_node=8 (8 or 16 do)",
     ),
-    "fused moments": (
-        make_run(precision="bf16_full"),
-        {},
-        "optim.fused=true keeps moments in precision.storage=bfloat16, not in optim.moments=float32; "
-        "pass optim.fused=false",
-    ),
     "float8 of a GPU that has none": (
         make_run(precision="fp8"),
         {"devices": Gpus(8, capability=(8, 0))},
@@ -398,3 +392,8 @@ def test_sections_of_the_wrong_kind() -> None:
         "model: _target_ is a ParallelDims, which is no ModelConfig",
         "task: _target_ is a AdamW, which is no Task",
     ]
+
+
+def test_weights_in_bfloat16_go_with_every_optimizer() -> None:
+    for optim in ("adamw", "adamw_bf16", "lion"):
+        plan(make_run(precision="bf16_full", optim=section("optim", optim)))

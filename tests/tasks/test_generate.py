@@ -1,7 +1,9 @@
 """Text after prompts: greedily what transformers writes, by chance what the probabilities say, alike on all layouts."""
 
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages, SingleStage
 from src.distributed.parallelize import parallelize
+from src.errors import DataError
 from src.tasks.generate import decoding as generation
+from src.tasks.generate.config import read_prompts
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams, sample
 from tests.distributed.layouts import FP32, PLAIN, degrees, parallel_network, recomputed
@@ -137,3 +141,10 @@ def test_the_largest_uniform_number_draws_a_token_that_is_there() -> None:
     logits = torch.full((1, 7), -1e9)
     logits[0, 4] = 0.0
     assert sample(logits, SamplingParams(1.0), torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 4
+
+
+def test_prompts_of_a_pipe_are_refused(tmp_path: Path) -> None:
+    """The launcher would read it, and nothing be left for the ranks; or both would wait for ever."""
+    os.mkfifo(tmp_path / "prompts")
+    with pytest.raises(DataError, match=r"task\.prompts=.*/prompts: is no regular file"):
+        read_prompts(tmp_path / "prompts")

@@ -117,13 +117,19 @@ class Generate(Config):
 
 def read_prompts(file: Path) -> list[str]:
     """One prompt a line, empty lines skipped; of a .jsonl file the key `prompt` of each line."""
+    if file.exists() and not file.is_file():
+        raise DataError(f"task.prompts={file}: is no regular file, and launcher and ranks read it; write it to one")
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"task.prompts={file}: cannot be read as text ({error})") from error
     if not lines:
         raise DataError(f"task.prompts={file}: holds no prompt")
-    return [_prompt(file, number, line) for number, line in enumerate(lines, 1)] if file.suffix == ".jsonl" else lines
+    return (
+        [_prompt(file, number, line) for number, line in enumerate(lines, 1)]
+        if file.suffix.lower() == ".jsonl"
+        else lines
+    )
 
 
 def _prompt(file: Path, number: int, line: str) -> str:
