@@ -55,6 +55,8 @@ class QueuedJob:
             finished = self._live(facts, nodes)
             if not finished:
                 self._hand_over(facts.rank)
+            # Python gives handlers up while it ends: a signal of the time limit would then make a failure of the end.
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         except Exception as error:  # noqa: BLE001 (the last word of a rank, whatever it is)
             _leave(rank_failure.RankFailure.of(error, facts.rank, node), self.folder, error)
 
