@@ -135,7 +135,7 @@ def read(path: Path) -> Tree:
     """The tree that `write` wrote, in this version or an older one, with the names of this one."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a config ({error})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no config")

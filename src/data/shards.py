@@ -110,7 +110,10 @@ class TokenShards:
     """The two token streams of one source, memory-mapped; sizes are checked on opening, checksums by `verify`."""
 
     def __init__(self, folder: Path) -> None:
-        index = read_facts(folder / "index.json")
+        try:
+            index = read_facts(folder / "index.json")
+        except DataError as error:
+            raise DataError(f"{error}; {_remedy(folder)}") from error
         body = {key: index[key] for key in index if key != "checksum"} if isinstance(index, dict) else {}
         if not body or index.get("checksum") != fingerprint(body) or body["format"] != FORMAT:
             raise DataError(f"{folder / 'index.json'}: corrupted (its checksum is wrong); {_remedy(folder)}")

@@ -32,8 +32,10 @@ def read(folder: Path) -> History:
     points: dict[str, dict[int, float]] = defaultdict(dict)
     begun: dict[str, int] = {}  # the attempt that last wrote each metric
     for record in Lines(folder / METRICS_FILE).read():
+        if not isinstance(record.get("attempt"), int):  # a line that no version of this project wrote
+            continue
         attempts = max(attempts, record["attempt"])
-        if "event" in record:
+        if "event" in record or not isinstance(record.get("step"), int):
             continue
         for name in record.keys() - RESERVED:
             series = points[name]

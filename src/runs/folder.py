@@ -227,7 +227,11 @@ def log_folder(path: Path, attempt: int) -> Path:
 
 def attempts(path: Path) -> list[Attempt]:
     """Every start of the run, oldest first; a line cut off by a crash is passed over."""
-    return [Attempt(**record | {"changed": tuple(record["changed"])}) for record in starts(path)]
+    found: list[Attempt] = []
+    for record in starts(path):
+        with suppress(TypeError, KeyError):  # a line that no version of this project wrote
+            found.append(Attempt(**record | {"changed": tuple(record["changed"])}))
+    return found
 
 
 def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -> None:

@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from src.errors import FolderError
 from src.metrics.curve import TRAIN, VALIDATION, plot, smoothed
+from src.metrics.history import read
 from src.metrics.trackers.config import Log
 
 
@@ -50,3 +51,10 @@ def test_smoothing_keeps_lines_and_skips_what_is_not_finite() -> None:
     assert smoothed([2.0] * 99 + [math.nan] + [2.0] * 99) == pytest.approx([2.0] * 199)
     noise = [(-1.0) ** step for step in range(200)]
     assert max(abs(value) for value in smoothed(noise)[10:-10]) < 0.01
+
+
+def test_strange_lines_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 60)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'null\n7\n{}\n{"step": 1}\n{"attempt": "x", "step": 2}\n{"attempt": 1, "loss": 3.0}\n\xff\xfe\n')
+    assert len(read(tmp_path).series["loss"].steps) == 60

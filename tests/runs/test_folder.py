@@ -275,3 +275,23 @@ def test_half_frozen_code_of_a_killed_launcher_is_removed(tmp_path: Path, code: 
     (tmp_path / "a-01234567/code/0a0a0a0a.partial-77/src").mkdir(parents=True)
     with start(tmp_path, code) as folder:
         assert [each.name for each in (folder.path / "code").iterdir()] == [folder.code]
+
+
+@pytest.mark.parametrize("line", ["null", "[1]", "7", '{"number": 3}', '{"number": 4, "started": "x"}', "\x00\xff"])
+def test_a_strange_line_of_attempts_is_passed_over(tmp_path: Path, code: Path, line: str) -> None:
+    with start(tmp_path, code) as folder:
+        folder.begin(2)
+        with (folder.path / "attempts.jsonl").open("ab") as file:
+            file.write(line.encode("latin-1") + b"\n")
+        end(folder.path, "failed", "no")
+        assert [a.ended for a in attempts(folder.path)] == ["failed"]
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"", b"7", b"\x00"])
+def test_garbage_in_config_yaml_is_told(tmp_path: Path, code: Path, content: bytes) -> None:
+    start(tmp_path, code).close()
+    (tmp_path / "a-01234567/config.yaml").write_bytes(content)
+    with pytest.raises(
+        FolderError, match=r"config.yaml: unreadable, so this run cannot be told from another; restore or"
+    ):
+        start(tmp_path, code)
