@@ -23,7 +23,7 @@ StepsOrNever = Annotated[int, Field(ge=0, le=2**31 - 1)]  # 0: never
 Temperature = Annotated[float, Field(ge=0.0, le=100.0)]  # 0: the likeliest token
 
 # ---- the optimizer
-LearningRate = Annotated[float, Field(ge=1e-12, le=10.0)]
+LearningRate = Annotated[float, Field(ge=1e-30, le=10.0)]  # 1e-30 moves nothing, which is asked for now and then
 WeightDecay = Annotated[float, Field(ge=0.0, le=100.0)]  # times the learning rate
 Epsilon = Annotated[float, Field(ge=1e-30, le=1.0)]  # float32 ends at 1e-38
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -34,7 +34,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ranks = Annotated[int, Field(ge=1, le=2**16)]  # along one axis of a layout
 Groups = Annotated[int, Field(ge=1, le=1024)]  # copies of a layout, each with a launcher of its own
 PerNode = Annotated[int, Field(ge=1, le=1024)]  # GPUs of a machine, or cores of a GPU
-Gibibytes = Annotated[float, Field(ge=0.001, le=2**20)]  # to a pebibyte
+Gibibytes = Annotated[float, Field(ge=1e-6, le=2**20)]  # from a kibibyte to a pebibyte
 Minutes = Annotated[int, Field(ge=1, le=525_600)]  # a year
 Seconds = Annotated[float, Field(ge=0.001, le=31_536_000.0)]  # a year; torch counts in milliseconds
 SecondsOrNone = Annotated[float, Field(ge=0.0, le=31_536_000.0)]

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 
 class AdamW(Optimizer):
-    """Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
-
-    beta1, beta2: decay of the first and the second moment, in [0, 1).
-    eps: added to the root of the second moment.
-    moments: type of both; bfloat16 takes 4 instead of 8 bytes per parameter and needs fused=false.
-    fused: torch's one-kernel update where weights are stored in the type of the moments; elsewhere, or false: our own.
-    """
+    """Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2."""
 
     beta1: Beta
     """Decay of the first moment."""
@@ -33,7 +27,7 @@ class AdamW(Optimizer):
     moments: StateDtype
     """Dtype of both moments; bfloat16: 4 instead of 8 bytes per parameter, needs fused=false."""
     fused: bool
-    """True: torch's one-kernel update; false: our own, which can keep bfloat16 moments."""
+    """True: on a CPU torch's one-kernel update, where weights have the dtype of the moments; false: our own, as on a GPU."""
 
     @model_validator(mode="after")
     def _bfloat16_moments_can_work(self) -> "AdamW":

@@ -32,7 +32,7 @@ def test_first_file_lists_every_key() -> None:
     [
         ({"keep": 1}, "greater than or equal to 2"),
         ({"keep": 0}, "greater than or equal to 2"),
-        ({"every": 0}, "greater than 0"),
+        ({"every": 0}, "greater than or equal to 1"),
         ({"every": "10"}, "valid integer"),
         ({"verify": "fast"}, "'full' or 'size'"),
         ({"keep_every": 1200}, "keep_every=1200 is not a multiple of every=500 (1000 is)"),

@@ -27,13 +27,13 @@ def said(section: str, **changes: Any) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("section", "key", "value", "range_"),
     [
-        ("optim", "lr", 1e300, "at least 1e-12 and at most 10"),
+        ("optim", "lr", 1e300, "at least 1e-30 and at most 10"),
         ("optim", "eps", 1e300, "at least 1e-30 and at most 1"),
         ("model", "norm_eps", 1e300, "at least 1e-12 and at most 0.1"),
         ("model", "rope_theta", 1e-300, "above 1 and at most 1e+12"),
         ("model", "n_layers", 10**9, "at least 1 and at most 1000"),
         ("model", "head_dim", 0, "at least 1 and at most 1048576"),  # behind `| None`
-        ("cluster", "gpu_memory_gib", 1e300, "at least 0.001 and at most 1048576"),
+        ("cluster", "gpu_memory_gib", 1e300, "at least 1e-06 and at most 1048576"),
         ("task", "steps", 0, "at least 1 and at most 2147483647"),
     ],
 )
