@@ -27,7 +27,7 @@ class AdamW(Optimizer):
     moments: StateDtype
     """Dtype of both moments; bfloat16: 4 instead of 8 bytes per parameter, needs fused=false."""
     fused: bool
-    """True: on a CPU torch's one-kernel update, where weights have the dtype of the moments; false: our own, as on a GPU."""
+    """True: on a CPU torch's one-kernel update, where weights have the moments' dtype; false: our own, as on a GPU."""
 
     @model_validator(mode="after")
     def _bfloat16_moments_can_work(self) -> "AdamW":
