@@ -196,50 +196,6 @@ def test_gradients_are_divided_as_they_are_read(changes: dict[str, Any]) -> None
     torch.testing.assert_close(*found, rtol=1e-6, atol=0.0)
 
 
-def _sharded(changes: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int, bool]:
-    """Three steps of a network that FSDP2 shards unevenly, one of them skipped; full weights and first moments."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    model = network()
-    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
-    optimizer = section(**changes).build(model.named_parameters(), CPU)
-    for step in range(3):
-        generator = torch.Generator().manual_seed(step)
-        for parameter in model.parameters():
-            if isinstance(parameter, DTensor) and parameter.requires_grad:
-                whole = torch.randn(parameter.shape, generator=generator)
-                whole[0] = float("nan") if step == 1 else whole[0]
-                parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        optimizer.found_inf = torch.tensor(float(step == 1))  # type: ignore[attr-defined]
-        optimizer.step()
-    state = optimizer_state(optimizer, model.named_parameters())
-    sharded = all(isinstance(one[key], DTensor) for one in state.values() for key in ("exp_avg", "exp_avg_sq"))
-    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters() if name in state}  # type: ignore[attr-defined]
-    moments = {name: one["exp_avg"].full_tensor() for name, one in state.items()}  # type: ignore[attr-defined]
-    return weights, moments, int(state["hidden.weight"]["step"]), sharded
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"fused": True}, {"fused": False, "moments": "bfloat16", "decay_norms_and_embeddings": False}],
-    ids=str,
-)
-def test_shards_equal_the_whole(ranks: RankPool, changes: dict[str, Any]) -> None:
-    model = network()
-    optimizer = section(**changes).build(model.named_parameters(), CPU)
-    for step in (0, 2):
-        gradients(model, step)
-        optimizer.step()
-    state = optimizer_state(optimizer, model.named_parameters())
-    for weights, moments, steps, sharded in ranks(4, _sharded, changes):
-        assert (sharded, steps) == (True, 2)
-        for name in state:
-            torch.testing.assert_close(weights[name], dict(model.named_parameters())[name].detach(), msg=name)
-            torch.testing.assert_close(moments[name], state[name]["exp_avg"], msg=name)
-
-
 def _on_three_meshes(fused: bool) -> list[torch.Tensor]:
     """One step of a plain parameter and of two on different meshes, as tensor and expert parallelism leave them."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -207,6 +207,8 @@ def sharded(optim: Optimizer) -> list[Tensor]:
                 parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
         optimizer.found_inf = torch.tensor(float(step == 1))  # type: ignore[attr-defined]
         optimizer.step()
+    kept = [each for one in optimizer.state.values() for name, each in one.items() if name != "step"]
+    assert all(isinstance(each, DTensor) for each in kept)
     return [each.full_tensor() if isinstance(each, DTensor) else each for each in bits(model, optimizer)]
 
 
