@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.cluster.rank_log import open_closed_streams
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.errors import UserError, VerdictError
 from src.launch.dry_run import scripts
 from src.launch.start import checked, start

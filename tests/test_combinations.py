@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.errors import UserError
 from src.launch.start import checked
 

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf, open_dict
 from pydantic import BaseModel
 
 from src.config.build import Top, build
-from src.config.command_line import arguments
-from src.config.composer import Composer, composer
+from src.config.composition.command_line import arguments
+from src.config.composition.composer import Composer, composer
 from src.config.groups import CONF, EXPERIMENT, GROUPS, SECTIONS, options
 from src.config.tree import Tree, resolve
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -357,6 +358,11 @@ def test_config_classes_come_without_torch() -> None:
         [sys.executable, "-c", script, *modules], cwd=HOME, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_no_folder_is_too_long_to_take_in() -> None:
+    folders = Counter(file.parent for file in FILES if file.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > 12} == {}
 
 
 def test_a_class_name_has_one_meaning() -> None:

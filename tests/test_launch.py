@@ -9,7 +9,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import launch
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.config.groups import CONF
 from src.config.tree import Tree, identity
 from src.errors import UserError

@@ -137,7 +137,7 @@ def _end(point: SweepPoint, now: RunStatus, scheduler: JobScheduler) -> str | No
 
 def extend(ledger: Ledger, more: Sequence[str]) -> int:
     """The sweep's own command with these values in place of its own for the same keys; what is there stays."""
-    from src.config.compose import asked
+    from src.config.composition.requests import asked
     from src.launch.start import checked
     from src.sweeps.grid import enter, in_group
     from src.sweeps.search import search

@@ -15,8 +15,8 @@ from pydantic import model_validator
 from src.config.base import Config
 from src.config.bounds import Count, CountFromZero, Seed
 from src.config.build import build
-from src.config.compose import Request, point
-from src.config.space import Choices, Interval, ranges
+from src.config.composition.requests import Request, point
+from src.config.composition.space import Choices, Interval, ranges
 from src.distributed.process.rank_context import joined
 from src.errors import ConfigError, PlanError
 from src.launch.start import checked

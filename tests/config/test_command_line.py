@@ -4,7 +4,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from src.config.command_line import arguments, problem
+from src.config.composition.command_line import arguments, problem
 from src.errors import ConfigError
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
-from src.config import compose
 from src.config.build import Top, build
-from src.config.composer import composer
+from src.config.composition import requests
+from src.config.composition.composer import composer
+from src.config.composition.space import ranges
 from src.config.groups import SECTIONS, options
-from src.config.space import ranges
 from src.config.tree import Tree, identity
 from src.errors import UserError
 from src.hugging_face import save  # noqa: F401  (seconds of importing, that no value is to blame for)
@@ -194,11 +194,11 @@ def test_every_command_line_is_answered(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["launch.py"])
     tried, wrong = 0, []
     with composer() as one:  # a command composes its groups once; here all commands share them
-        monkeypatch.setattr(compose, "composer", lambda: contextlib.nullcontext(one))
+        monkeypatch.setattr(requests, "composer", lambda: contextlib.nullcontext(one))
         for argv in lines():
 
             def ask(argv: list[str] = argv) -> None:
-                question = compose.asked([*argv, "dry_run=true"], completed)
+                question = requests.asked([*argv, "dry_run=true"], completed)
                 ranges(question.space)
                 checked(question.trees[:2])
 

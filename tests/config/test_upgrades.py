@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from src.config import upgrades
-from src.config.command_line import arguments, former
+from src.config.composition.command_line import arguments, former
 from src.config.tree import STEERING, difference, identity, read, steers
 from src.config.upgrades import renamed, upgraded
 

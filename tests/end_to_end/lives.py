@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from src.cluster.rank import RankJob, run_rank
 from src.config import tree as trees
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.distributed.model_stages import SingleStage
 from src.errors import UserError
 from src.hugging_face.load import note

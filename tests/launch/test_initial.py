@@ -10,7 +10,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from src.cluster.backend import JobState, SilentError
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.errors import FolderError, UserError
 from src.launch.start import checked, prepare, refuse_queued
 from src.runs.records import SUBMISSIONS_FILE

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from src.cluster.slurm.config import Slurm
 from src.cluster.submission import Prepared
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.config.tree import identity
 from src.launch.start import checked, feed, record
 from src.planning.plan import plan

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.config.tree import Tree, identity
 from src.errors import ConfigError
 from src.sweeps.grid import in_group, one_run, title

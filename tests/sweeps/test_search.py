@@ -10,9 +10,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from src.config import compose
-from src.config.compose import Complete, ConfigPoint, asked
-from src.config.space import Choices, Interval, ranges
+from src.config.composition import requests
+from src.config.composition.requests import Complete, ConfigPoint, asked
+from src.config.composition.space import Choices, Interval, ranges
 from src.errors import ConfigError
 from src.sweeps import search as searches
 from src.sweeps.ledger import Ledger
@@ -60,7 +60,7 @@ def test_a_command_line_with_intervals_asks_for_a_search(tmp_path: Path, monkeyp
     with patch.object(sys, "argv", ["launch.py"]):
         found = asked(["-m", "sweep=optuna", "optim.lr=tag(log,interval(1e-5,1e-1))", "seed=0,1", "task.steps=7"])
         assert (found.points, found.space) == ([], SPACE)
-        drawn = compose.point(found.fixed, {"optim.lr": "0.002", "seed": "1"})
+        drawn = requests.point(found.fixed, {"optim.lr": "0.002", "seed": "1"})
     assert (drawn.tree["optim"]["lr"], drawn.tree["seed"], drawn.tree["task"]["steps"]) == (0.002, 1, 7)
     assert drawn.overrides["optim.lr"] == "0.002"
 

@@ -8,7 +8,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from src.config import tree as trees
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.config.tree import Tree
 from src.hugging_face.push import push
 from src.tasks.source import completed, find

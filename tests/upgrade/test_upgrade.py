@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from src.config import upgrades
 from src.config.base import Config
-from src.config.compose import asked
+from src.config.composition.requests import asked
 from src.config.tree import Tree, identity, read
 from src.runs.folder import attempts, place
 from src.version import VERSION

@@ -15,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.build import whole_numbers
-from src.config.command_line import SWEEP_FLAGS, arguments, former, problem
-from src.config.composer import COMPOSITION_ERRORS, UNEXPECTED, Composer, composer, parsed
+from src.config.composition.command_line import SWEEP_FLAGS, arguments, former, problem
+from src.config.composition.composer import COMPOSITION_ERRORS, UNEXPECTED, Composer, composer, parsed
 from src.config.groups import CONF, SHORT
 from src.config.tree import Tree, resolve
 from src.errors import ConfigError, UserError

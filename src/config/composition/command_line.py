@@ -14,7 +14,7 @@ from hydra.conf import HydraConf
 from hydra.errors import MissingConfigException, OverrideParseException
 from yaml import MarkedYAMLError
 
-from src.config.composer import COMPOSITION_ERRORS, parsed
+from src.config.composition.composer import COMPOSITION_ERRORS, parsed
 from src.config.groups import GROUPS, SECTIONS, options
 from src.config.upgrades import renamed
 from src.config.wording import nearest, unknown
