@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from src.errors import UserError
 from tests.end_to_end.lives import live, opened, records, series
 from tests.ranks import RankPool
 
@@ -66,10 +69,10 @@ def test_an_initial_checkpoint_of_another_run(text: tuple[str, ...], ranks: Rank
     further = opened(*text, *start, "optim.lr=1e-3", "name=further")
     assert ranks(1, live, further) == [True]
     assert list(series(further)) == list(range(11, 21))
-    stale = opened(*text, *start, "task.steps=10", "optim.lr=1e-3", "name=stale")
-    ((problem,),) = ranks(1, live, stale)
-    assert "has done 10 steps" in problem
-    assert "task.steps=10 leaves nothing to do; pass more steps" in problem
-    other = opened(*text, *start, "seed=7", "name=other")
+    with pytest.raises(UserError, match=r"has done 10 steps.*task.steps=10 leaves nothing to do; pass more steps"):
+        opened(*text, *start, "task.steps=10", "optim.lr=1e-3", "name=stale")
+    with pytest.raises(UserError, match="has drawn its samples by seed=0, not 7; pass seed=0"):
+        opened(*text, *start, "seed=7", "name=other")
+    other = opened(*text, *start, "data.validation_fraction=0.3", "name=other")
     ((problem,),) = ranks(1, live, other)
     assert "data, tokenizer, seed and task.seq_len must be the checkpoint's" in problem

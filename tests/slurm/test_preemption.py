@@ -53,10 +53,11 @@ def test_a_time_limit(site: Site, straight: dict[int, float]) -> None:
     run = held(site, "limit", "cluster.minutes=60", "cluster.grace_seconds=3000")
     site.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=50")  # 50 minutes are within the grace
     run.until_restarted(2)
+    site.cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")  # or it is soon within the grace again
     run.loosen()
     assert_whole(run, straight)
     assert attempts(run.folder)[0].ended == "stopped"
-    assert first_steps(run) == [1, 9], "the step in which the signal was agreed on is saved"
+    assert first_steps(run)[:2] == [1, 9], "the step in which the signal was agreed on is saved"
     assert "this job is" in run.log.read_text(), "submitit's handler had the last word"
 
 

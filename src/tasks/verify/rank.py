@@ -122,17 +122,21 @@ def _row(task: Verify, run: Run, sample: int) -> tuple[Tensor, Tensor, Tensor]:
 def _train_alone(task: Verify, run: Run, ranks: RankContext, mesh: Mesh) -> Trace:
     """Plain training on this rank's device; no other rank takes part."""
     training = build_training(run, ranks, skips=0, mesh=mesh)
-    (model,), optimizer = training.network.stages, training.state.optimizer
+    (model,), optimizer, weights = training.network.stages, training.state.optimizer, training.network.weights
+    assert weights is not None, "nothing is gathered on one device"
     batches = rows(task, run, rank=0, ranks=1)
     tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     optimizer.found_inf = torch.zeros((), device=ranks.device)  # type: ignore[attr-defined]
     losses, grad_norms, gradients = [], [], {}
     for step in range(task.steps):
         losses.append(0.0)
-        for batch in batches:
-            loss = forward_loss(model, batch, ranks.device) / tokens
-            loss.backward()
-            losses[-1] += loss.item()
+        weights.before_backward(len(batches))
+        with weights.in_place():
+            for batch in batches:
+                loss = forward_loss(model, batch, ranks.device) / tokens
+                loss.backward()
+                losses[-1] += loss.item()
+        weights.after_backward(any_dtype=False)
         if step == 0:
             gradients = _read(_names(run), _measure(_names(run), model.named_parameters(), run.seed, ranks.device))
         grad_norms.append(_whole_norm(model))
