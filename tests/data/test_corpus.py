@@ -87,7 +87,7 @@ def test_an_end_of_document_is_needed_to_tell_documents_apart(tmp_path: Path, mo
 
 @pytest.mark.parametrize(
     ("weights", "reason"),
-    [({"a": 1.0}, "give each source one weight"), ({"a": 1.0, "b": 0.0}, "greater than 0")],
+    [({"a": 1.0}, "give each source one weight"), ({"a": 1.0, "b": 0.0}, "greater than or equal")],
 )
 def test_a_mixture_needs_one_weight_for_each_source(weights: dict[str, float], reason: str) -> None:
     sources = {"a": synthetic(), "b": synthetic()}
