@@ -43,7 +43,7 @@ class Checkpoint(Config):
     hf:<hub id>[@revision]; null: random weights.
     """
     trusted: bool
-    """True: read an `initial` outside this run's folder; its metadata is pickle, which can run code."""
+    """True: torch reads checkpoints' metadata, pickle that can run any code; false: only what ours hold is read."""
 
     @model_validator(mode="after")
     def _kept_steps_are_saved_steps(self) -> "Checkpoint":
