@@ -25,7 +25,7 @@ from src.runs.scheduler import NoScheduler, Scheduler
 from src.runs.twins import earlier
 from src.storage.atomic_write import TEMPORARY, atomic_write
 from src.storage.json_lines import Lines
-from src.storage.space import disk_full
+from src.storage.space import room
 from src.version import VERSION
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
@@ -101,38 +101,35 @@ class RunFolder:
         FolderError when it is live in another process, holds another run, or cannot be written.
         """
         path = place(root, name, identity, folder)
-        new = _make(path)
-        scheduler = scheduler or NoScheduler()
-        lock = Lock(path / "lock", scheduler)
-        try:
-            lock.take()
-        except OSError as error:
-            if (full := disk_full(error, path)) is not None:
-                raise full from error
-            raise FolderError(f"{path}: cannot be written ({error.strerror}); pass another root=...") from error
-        try:
+        with room(path):  # a disk without room is called that, not one that cannot be written
+            new = _make(path)
+            scheduler = scheduler or NoScheduler()
+            lock = Lock(path / "lock", scheduler)
             try:
-                changed = _compare(path, tree)
-                ask(path)
+                lock.take()
+            except OSError as error:
+                raise FolderError(f"{path}: cannot be written ({error.strerror}); pass another root=...") from error
+            try:
+                try:
+                    changed = _compare(path, tree)
+                    ask(path)
+                except BaseException:
+                    _unmake(path, new)
+                    raise
+                for part in ("logs", "checkpoints", "code"):
+                    (path / part).mkdir(exist_ok=True)
+                code, git = freeze(repository, path / "code"), Git.read(repository)
+                atomic_write(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
+                atomic_write(path / "git.diff", git.diff)
+                atomic_write(path / "version", f"{VERSION}\n")
+                atomic_write(path / "plan.json", json.dumps(plan, indent=2) + "\n")
+                trees.write(path / "config.yaml", tree)  # last: its presence says that all is there
+            except OSError as error:
+                lock.release()
+                raise FolderError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
             except BaseException:
-                _unmake(path, new)
+                lock.release()
                 raise
-            for part in ("logs", "checkpoints", "code"):
-                (path / part).mkdir(exist_ok=True)
-            code, git = freeze(repository, path / "code"), Git.read(repository)
-            atomic_write(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
-            atomic_write(path / "git.diff", git.diff)
-            atomic_write(path / "version", f"{VERSION}\n")
-            atomic_write(path / "plan.json", json.dumps(plan, indent=2) + "\n")
-            trees.write(path / "config.yaml", tree)  # last: its presence says that all is there
-        except OSError as error:
-            lock.release()
-            if (full := disk_full(error, path)) is not None:
-                raise full from error
-            raise FolderError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
-        except BaseException:
-            lock.release()
-            raise
         return cls(path, lock, code, git, changed, scheduler)
 
     @classmethod
@@ -254,8 +251,6 @@ def _make(path: Path) -> list[Path]:
         blocked = next(p for p in (path, *path.parents) if p.exists())
         raise FolderError(f"{blocked}: a file is where a folder belongs; move it, or pass another root=...") from error
     except OSError as error:
-        if (full := disk_full(error, path)) is not None:
-            raise full from error
         raise FolderError(f"{path}: cannot be made ({error.strerror}); pass a root=... that you may write") from error
     return new
 
