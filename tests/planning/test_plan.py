@@ -396,4 +396,4 @@ def test_sections_of_the_wrong_kind() -> None:
 
 def test_weights_in_bfloat16_go_with_every_optimizer() -> None:
     for optim in ("adamw", "adamw_bf16", "lion"):
-        plan(make_run(precision="bf16_full", optim=section("optim", optim)))
+        assert plan(make_run(precision="bf16_full", optim=section("optim", optim))).world == 1
