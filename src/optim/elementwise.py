@@ -63,7 +63,8 @@ class Elementwise(Optimizer):
         """
         super().__init__(groups, {})
         self._update, self._rates, self._options, self._launches = update, rates, options, launches
-        self._ready: dict[tuple[Any, ...], Mapping[tuple[int, ...], Launch]] = {}  # by where a group's weights lie
+        # By where a group's weights lie and the types of its gradients; empty where they do not lie as kernels want it.
+        self._ready: dict[tuple[Any, ...], list[tuple[tuple[int, ...], Tensor, Launch]]] = {}
         self.copies: Mapping[Tensor, Tensor] = {}  # of some weights, to be written with them
         # By the names, and with the meaning, that torch's fused optimizers know them.
         self.found_inf: Tensor | None = None
@@ -107,22 +108,31 @@ class Elementwise(Optimizer):
         """False where the tensors do not lie as kernels of many tensors want them; nothing has happened then."""
         gradients = [local(parameter.grad) for parameter in parameters]
         weights = [local(parameter) for parameter in parameters]
-        if not all(each.is_cuda and each.is_contiguous() and each.data_ptr() % 16 == 0 for each in gradients + weights):
+        if not all(map(_is_aligned, gradients)):
             return False
-        here = [place for place, weight in enumerate(weights) if weight.numel() > 0]
-        dtypes = [gradients[place].dtype for place in here]
-        key = (*(weights[place].data_ptr() for place in here), *dtypes)
+        dtypes = [gradient.dtype for gradient in gradients]
+        key = (*(weight.data_ptr() for weight in weights), *dtypes)
         if key not in self._ready:
-            columns = [(weights[place], *self._state(parameters[place])) for place in here]
-            if not all(each.is_contiguous() and each.data_ptr() % 16 == 0 for column in columns for each in column):
-                return False
-            copies = [self.copies.get(parameters[place]) for place in here]
-            self._ready[key] = launches([(*column, copy) for column, copy in zip(columns, copies, strict=True)], dtypes)
-        for places, launch in self._ready[key].items():
-            chosen = [here[place] for place in places]
-            table = factors if len(chosen) == len(parameters) else factors[torch.tensor(chosen, device=factors.device)]
-            launch([gradients[place] for place in chosen], table, skip, *self._options)
-        return True
+            self._ready[key] = self._prepare(launches, parameters, weights, dtypes)
+        for places, rows_of_factors, launch in self._ready[key]:
+            table = factors if len(places) == len(parameters) else factors[rows_of_factors]
+            launch([gradients[place] for place in places], table, skip, *self._options)
+        return bool(self._ready[key])
+
+    def _prepare(
+        self, launches: "Launches", parameters: list[Tensor], weights: list[Tensor], dtypes: list[torch.dtype]
+    ) -> "list[tuple[tuple[int, ...], Tensor, Launch]]":
+        """Places in `parameters`, the same on the device, and the launch of those; shards without rows have none."""
+        here = [place for place, weight in enumerate(weights) if weight.numel() > 0]
+        columns = [(weights[place], *self._state(parameters[place])) for place in here]
+        if not all(_is_aligned(each) for column in columns for each in column):
+            return []
+        copies = [self.copies.get(parameters[place]) for place in here]
+        made = launches(
+            [(*column, copy) for column, copy in zip(columns, copies, strict=True)], [dtypes[place] for place in here]
+        )
+        chosen = [(tuple(here[place] for place in places), launch) for places, launch in made.items()]
+        return [(places, torch.tensor(places, device=weights[0].device), launch) for places, launch in chosen]
 
     def _factors(self, steps: Tensor, group: dict[str, Any]) -> Tensor:
         """(parameters, 2 + rates) float32, of which each kernel reads a row, or its every element would take powers.
@@ -132,6 +142,11 @@ class Elementwise(Optimizer):
         shrink = torch.ones_like(steps) if self.grad_scale is None else self.grad_scale.reciprocal().expand_as(steps)
         keep = torch.full_like(steps, 1.0 - group["lr"] * group["weight_decay"])
         return torch.stack((shrink, keep, *self._rates(group["lr"], steps, *self._options)), dim=1)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether a kernel may read it 16 bytes at a time, from its first number to its last."""
+    return tensor.is_cuda and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def local(tensor: Tensor | None) -> Tensor:
