@@ -87,7 +87,7 @@ class Elementwise(Optimizer):
     def _step_all(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         steps = [self.state[parameter]["step"] for parameter in parameters]
-        torch._foreach_add_(steps, 1.0 - found_inf)
+        torch._foreach_add_(steps, [1.0 - found_inf] * len(steps))  # one tensor for all would be read by the host
         skip, factors = found_inf > 0, self._factors(torch.stack(steps), group)
         if self._launches is not None and self._launch(self._launches, parameters, factors, skip):
             return
