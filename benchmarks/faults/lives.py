@@ -32,6 +32,7 @@ ARGUMENTS = (
     *(f"checkpoint.every={SAVE_EVERY}", "schedule.warmup_steps=2", "cluster.gpus=0", "cluster.grace_seconds=30"),
 )
 LIMIT_SECONDS = 300.0  # for a life; more is a hang
+STARTING_SECONDS = 6.0  # about, from the command line to the first step
 ORPHAN_SECONDS = 10.0  # what ends with its launcher has ended by then
 ADVICE = re.compile(r"`((?:mv|cp) [^`]+)`")  # a refusal says what to type
 STARTS = 4  # after the fault: two that are refused with an advice each, and one that goes to the end
@@ -119,12 +120,13 @@ class Round:
         return Life(self._start(self._argv, outer | own, self.log), self.log, began_at)
 
     def begin_and_strike(self, *, saved: int = 0, early: float = 0.25) -> Life:
-        """Start it and return at a random moment of its life, with at least so many complete checkpoints: so often as
-        `early` says, while it starts, else in or between two of its steps. The clock of the fault starts.
+        """Start it and return at a random moment of its life, with at least so many complete checkpoints: with the
+        probability `early` while it starts, else in or between two of its steps. The clock of the fault starts.
         """
         life = self.begin()
         if saved == 0 and self.chance.random() < early:
-            time.sleep(self.chance.uniform(0.0, 6.0))
+            began, delay = time.monotonic(), self.chance.uniform(0.0, STARTING_SECONDS)
+            self.until(life, lambda: time.monotonic() >= began + delay)
         else:
             step = self.chance.randrange(1 + saved * SAVE_EVERY, STEPS - 5)
             delay = self.chance.uniform(0.0, 0.1)  # of the order of a step and of a save

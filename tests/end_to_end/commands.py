@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.end_to_end.lives import HOME
@@ -27,13 +28,9 @@ class Command:
     def __init__(self, argv: tuple[str, ...], environment: dict[str, str]) -> None:
         (out, out_end), (err, err_end) = os.pipe(), os.pipe()
         place = Place(environment, str(HOME), Connection(out_end), Connection(err_end))
-        self._process = forkserver().Process(target=_launch, args=(argv, place))
-        self._process.start()
-        atexit.register(self._process.kill)  # or an interrupted suite would wait for it
+        self._process = launched(argv, place)
         assert self._process.pid is not None
         self.pid = self._process.pid
-        place.out.close()
-        place.err.close()
         self.stdout, self.stderr = open(out), open(err)  # noqa: SIM115 (as long as the command)
 
     @property
@@ -61,6 +58,16 @@ class Command:
     def kill(self) -> None:
         """Its ranks notice, and end too."""
         self._process.kill()
+
+
+def launched(argv: tuple[str, ...], place: Place) -> BaseProcess:
+    """The process of this command line. The ends of `place` are its own from here on."""
+    process = forkserver().Process(target=_launch, args=(argv, place))
+    process.start()
+    atexit.register(process.kill)  # or an interrupted suite would wait for it
+    place.out.close()
+    place.err.close()
+    return process
 
 
 def _launch(argv: tuple[str, ...], place: Place) -> None:
