@@ -102,7 +102,7 @@ class LocalSGDGroups(SynchronousGroups):
         """Gradients stay in the group."""
 
     def should_commit(self, finite: Tensor) -> bool:
-        self.committed, self._copied = True, False
+        self.committed, self._copied, self._fresh = True, False, False
         return True
 
     def outer_step(self, step: int, tokens: int) -> int:

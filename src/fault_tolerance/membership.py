@@ -6,6 +6,7 @@ then says no, so no rank waits for another that has already given up.
 """
 
 import queue
+import re
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from itertools import count
 from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,8 @@ from src.fault_tolerance.table import Quorum
 CONNECT_SECONDS = 10.0
 LOOK_SECONDS, LOOKS_PER_WORD = 3.0, 20  # who waits looks around this often, and says so less often
 HEARTBEATS_PER_LIMIT = 10  # so that one that is late means nothing
+# Of the lighthouse's page of status: a group's number, and the seconds since its last heartbeat.
+HEARD = re.compile(r"(\d{4,}):[0-9a-f-]{36}: seen ([\d.]+)s ago")
 # The manager's server asks the lighthouse again and again, so its own clients may wait: ranks that gave up at different
 # moments would ask for different quorums.
 LONG = timedelta(days=7)
@@ -160,6 +164,20 @@ class Membership:
             if self.ranks.rank == 0:
                 self._server.shutdown()
             self._serve(own.tell)
+
+    def outside(self) -> set[int]:
+        """Numbers of the groups that live and are not in the quorum, as the lighthouse knows them: they compute a step,
+        or wait for a peer that died. Empty on ranks but the first, and where the lighthouse does not tell.
+        """
+        if self.ranks.rank > 0 or self._quorum is None:
+            return set()
+        try:
+            with urlopen(f"{self.replica.address()}/status", timeout=CONNECT_SECONDS) as page:
+                heard = HEARD.findall(page.read().decode(errors="replace"))
+        except (OSError, HTTPException):
+            return set()
+        living = {int(group) for group, seconds in heard if float(seconds) < self.options.heartbeat_seconds}
+        return living - {int(name.partition(":")[0]) for name in self._quorum[1]}
 
     def _quorum_into(self, answers: "queue.Queue[Any]", version: int) -> None:
         try:

@@ -19,6 +19,8 @@ from src.fault_tolerance.membership import Membership, MembershipOptions
 from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks, Tree
 from src.fault_tolerance.table import HISTORY_BITS, Quorum, Row, Table, share
 
+AGAIN_SECONDS = 0.2  # between two looks for a group that lives and is not there yet
+
 
 class SynchronousOptions(MembershipOptions, Protocol):
     @property
@@ -38,6 +40,8 @@ class SynchronousGroups(ReplicaGroups):
         self._history = 0  # a number that groups share exactly when they have counted the same steps
         self._led = False  # the last step that counted
         self._leaving = self._stale = self._retried = False
+        self._fresh = True  # no step counted since this process began, no state taken over
+        self._awaited: set[int] = set()  # living groups without which a fresh one does not begin
         self._lost = 0  # steps of this group's work that did not count
         self._failures = 0  # votes that said no
 
@@ -47,7 +51,7 @@ class SynchronousGroups(ReplicaGroups):
 
         def take(tree: Tree) -> None:
             callbacks.take(tree["run"])
-            self._history, self._stale = tree["history"], False
+            self._history, self._stale, self._fresh = tree["history"], False, False
 
         self._own = StateCallbacks(give, take, callbacks.tell, callbacks.stopped)
 
@@ -70,17 +74,33 @@ class SynchronousGroups(ReplicaGroups):
             return None
         self._quorum = quorum
         so_far = (self._lost, self._failures, members.heal_seconds)
-        row = Row(self.group, self._led, self._leaving, self._history, *so_far)
+        row = Row(self.group, self._led, self._leaving, self._history, *so_far, self._fresh, self._awaits())
         table = Table.exchange(row, quorum, lambda rows: members.allreduce(rows, self.options.heal_seconds))
         failed = any_rank(members.error is not None, torch.device("cpu"))
         if failed or table.split:
             self._stale = self._stale or (not failed and table.astray(row))
             self._vote(fine=False)
             return None
+        if table.premature:
+            time.sleep(AGAIN_SECONDS)
+            self._vote(fine=False)
+            self.gave_up = any_rank(self._own.stopped(), torch.device("cpu"))
+            return None
         self.table, self.leads = table, table.leader() == self.group
         if before is None or before.id != quorum.id:
             self._own.tell(self._described(quorum, time.perf_counter() - began))
         return share(quorum.rank, quorum.size, micro_batches)
+
+    def _awaits(self) -> bool:
+        """Collective in the group. Whether this group is fresh, and another lives that its quorum is without."""
+        if not self._fresh:
+            return False
+        outside = self.members.outside()
+        if outside - self._awaited:
+            names = ", ".join(map(str, sorted(outside)))
+            self._tell(f"does not begin without group {names}: it lives, and may be further than the newest checkpoint")
+        self._awaited = outside
+        return any_rank(bool(outside), torch.device("cpu"))
 
     def allreduce(self, tensors: Sequence[Tensor]) -> None:
         assert self._quorum is not None, "start_quorum() comes first"
@@ -104,7 +124,7 @@ class SynchronousGroups(ReplicaGroups):
         self.committed = members.vote(fine=fine)
         if self.committed:
             self._history = hash((self._history, quorum.id, quorum.size)) % 2**HISTORY_BITS
-            self._led = self.leads
+            self._led, self._fresh = self.leads, False
             return True
         self._failures += 1
         if members.error is not None:

@@ -32,6 +32,8 @@ class Row:
     lost: int  # its steps that did not count
     failures: int  # its votes that said no, also before a step began
     heal_seconds: float  # of the last time that it was healed
+    fresh: bool  # it has counted no step since it was started, and taken over no state
+    awaits: bool  # it is fresh, and a group lives that is not in this quorum
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,13 @@ class Table:
         pasts = Counter(row.history for row in self.rows)
         return own.history != pasts.most_common(1)[0][0]
 
+    @property
+    def premature(self) -> bool:
+        """Whether no group here has a state beyond the newest checkpoint, while one that lives elsewhere may have it:
+        they would begin without it, and it would have to follow them back.
+        """
+        return all(row.fresh for row in self.rows) and any(row.awaits for row in self.rows)
+
     def leader(self) -> int:
         """Number of the group that writes metrics and checkpoints for all: the last leader while it is there, else
         the first group.
@@ -80,8 +89,9 @@ class Table:
 
 
 def _row(values: list[float]) -> Row:
-    group, led, leaving, history, lost, failures, heal_seconds = values
-    return Row(int(group), led > 0, leaving > 0, int(history), int(lost), int(failures), heal_seconds)
+    group, led, leaving, history, lost, failures, heal_seconds, fresh, awaits = values
+    counts = int(history), int(lost), int(failures)
+    return Row(int(group), led > 0, leaving > 0, *counts, heal_seconds, fresh > 0, awaits > 0)
 
 
 def share(rank: int, size: int, micro_batches: int) -> range:

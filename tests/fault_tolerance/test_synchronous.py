@@ -109,6 +109,20 @@ def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, flo
         check(found, 3, undisturbed)
 
 
+def test_restarted_groups_wait_for_the_one_that_has_the_state(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    """Two deaths in a row: those two are more than half, and the survivor does not ask while it waits for the dead."""
+    with fleet(tmp_path, *ARGV, groups=3, heartbeat_seconds=2.0) as found:
+        found.start(0, troubles=[Trouble(8, "hold")])
+        found.reach(8, 0)
+        found.start(1, 2)
+        found.until(lambda: "does not begin without group 0" in found.log(1) + found.log(2))
+        found.go(8)
+        found.wait()
+        for group in (1, 2):
+            assert min(seen(found.folder, group)) >= 8, "nobody goes back while a group lives"
+        check(found, 3, undisturbed)
+
+
 def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     with fleet(tmp_path, *ARGV, groups=2) as found:
         found.start(0, troubles=[Trouble(step, "hold") for step in (3, 8, 14, 17)])

@@ -10,7 +10,7 @@ from src.fault_tolerance.table import Row, Table, share
 from src.planning.plan import plan
 from tests.train.runs import Gpus, changed, make_run, section
 
-ROW = Row(group=0, led=False, leaving=False, history=5, lost=0, failures=0, heal_seconds=0.0)
+ROW = Row(0, led=False, leaving=False, history=5, lost=0, failures=0, heal_seconds=0.0, fresh=False, awaits=False)
 
 
 def table(**columns: tuple[object, ...]) -> Table:
@@ -39,6 +39,12 @@ def test_a_group_with_a_past_of_its_own_is_healed() -> None:
     assert [apart.astray(row) for row in apart.rows] == [True, False, False]
     even = table(history=(9, 7))
     assert [even.astray(row) for row in even.rows] == [False, True]
+
+
+def test_groups_without_a_state_do_not_begin_without_one_that_may_have_it() -> None:
+    assert table(fresh=(True, True), awaits=(False, True)).premature
+    assert not table(fresh=(True, True)).premature, "all that live are here"
+    assert not table(fresh=(True, False), awaits=(True, False)).premature, "one of them has the state"
 
 
 def test_who_stays_inherits() -> None:
