@@ -80,9 +80,33 @@ def read_initial(path: Path) -> Path:
     )
 
 
-def clean(checkpoints: Path) -> None:
-    """Make the folder, take back what a broken replacement set aside, remove half-written checkpoints."""
+def draft(path: Path, writer: str) -> Path:
+    """Where a step is written: in place, or, by one of several writers, beside it under a name of its own."""
+    return path.with_name(f"{path.name}.{writer}") if writer else path
+
+
+def publish(written: Path, path: Path) -> None:
+    """Give a complete draft its step's name, unless another writer has saved that step: then that one stands."""
+    if not is_complete(path):
+        shutil.rmtree(path, ignore_errors=True)  # half-written by the only writer that a former life had
+    try:
+        written.rename(path)
+    except OSError:
+        if not is_complete(path):
+            raise
+        shutil.rmtree(written)
+    sync_folder(path.parent)
+
+
+def clean(checkpoints: Path, writer: str = "") -> None:
+    """Make the folder, take back what a broken replacement set aside, remove half-written checkpoints. With `writer`,
+    only its own drafts: others may be writing theirs.
+    """
     checkpoints.mkdir(parents=True, exist_ok=True)
+    if writer:
+        for path in checkpoints.glob(f"step_*.{writer}"):
+            shutil.rmtree(path)
+        return
     for aside in checkpoints.glob(f"step_*{ASIDE}"):
         path = aside.with_suffix("")
         if is_complete(path) or not is_complete(aside):
@@ -112,7 +136,7 @@ def remove(path: Path) -> None:
 
     What a network file system holds back for a while (.nfs files) goes with the next `clean`.
     """
-    (path / MARKER).unlink()
+    (path / MARKER).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -79,17 +79,20 @@ class Store:
     Failures of a save in the background are raised by the next call; the checkpoints before it stay as they are.
     """
 
-    def __init__(self, folder: Path, options: Checkpoint, *, shared: bool = False) -> None:
-        """`shared`: others may be writing here now; what looks half-written is tidied up by the next `save`."""
+    def __init__(self, folder: Path, options: Checkpoint, *, writer: str = "") -> None:
+        """`writer`: a name for this one where others may write here at the same time: replica groups that lost sight
+        of each other may both save, even the same step. Each writes under a name of its own, and the first one that is
+        complete stands.
+        """
         self.folder = folder
+        self._writer = writer
         self.options = options
         self.last: SavedCheckpoint | None = None  # the last save that was finished
         self._team = HostGroup()
         self._aside = BackgroundTask("checkpoint")
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
-        if not shared:
-            self._team.on_rank_zero(lambda: files.clean(folder))
+        self._team.on_rank_zero(lambda: files.clean(folder, writer))
 
     def save(self, step: int, state: dict[str, Any], facts: dict[str, Any], *, wait: bool = False) -> None:
         """Write `state` as the checkpoint of `step`; when it returns, the state may change.
@@ -174,7 +177,7 @@ class Store:
             return self._write_files(path, job, values) if self._team.on_rank_zero(lambda: self._open(path)) else None
         except (CheckpointError, DiskFullError):
             with suppress(CheckpointError, DiskFullError):  # a full disk must not stay full of half a checkpoint
-                self._team.on_rank_zero(lambda: files.clean(self.folder))
+                self._team.on_rank_zero(lambda: files.clean(self.folder, self._writer))
             raise
 
     def _make_room(self, path: Path) -> bool:
@@ -188,21 +191,24 @@ class Store:
         return bool(surplus)
 
     def _write_files(self, path: Path, job: _Write, values: str) -> Marker:
-        self._team.on_all(lambda: self._write_tensors(path, job.snapshot))
-        written = self._team.on_all(lambda: self._seal(path, values))
+        place = files.draft(path, self._writer)
+        self._team.on_all(lambda: self._write_tensors(place, job.snapshot))
+        written = self._team.on_all(lambda: self._seal(place, values))
         sealed = {name: file for one in written for name, file in one.items()}
         marker = Marker(job.step, str(torch.__version__), job.facts, sealed)
         self._team.on_rank_zero(lambda: self._close(path, marker))
         return marker
 
     def _open(self, path: Path) -> bool:
-        """Rank 0: an empty folder to write to; False when this step is there already, known to be sound."""
-        files.clean(self.folder)
+        """Rank 0: an empty folder to write to; False when this step is there already, known to be sound, or saved by
+        another writer.
+        """
+        files.clean(self.folder, self._writer)
         if files.is_complete(path):
-            if path in self._sound:
+            if path in self._sound or self._writer:
                 return False
             path.rename(path.with_name(path.name + files.ASIDE))
-        path.mkdir()
+        files.draft(path, self._writer).mkdir()
         return True
 
     def _write_tensors(self, path: Path, snapshot: Snapshot) -> None:
@@ -224,11 +230,14 @@ class Store:
 
     def _close(self, path: Path, marker: Marker) -> None:
         """Rank 0: declare the folder complete, then remove what is not kept."""
-        files.write_marker(path, marker)
+        place = files.draft(path, self._writer)
+        files.write_marker(place, marker)
+        if place != path:
+            files.publish(place, path)
         protected = [path] if self._loaded is None else [path, self._loaded]
         found = files.complete(self.folder)
         try:
-            files.clean(self.folder)
+            files.clean(self.folder, self._writer)
             for old in files.expendable(found, self.options.keep, self.options.keep_every, protected=protected):
                 files.remove(old)
         except OSError as error:  # no reason to stop training: the new checkpoint is there

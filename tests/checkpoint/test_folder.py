@@ -101,3 +101,37 @@ def test_fault_names_what_is_wrong(tmp_path: Path) -> None:
     assert f"{path}: truncated or overwritten, 3 bytes where 4 were written" == folder.fault(path, expected, "size")
     path.unlink()
     assert folder.fault(path, expected, "size") == f"{path}: missing"
+
+
+def test_two_writers_of_one_step_do_not_touch_each_other(tmp_path: Path) -> None:
+    """Replica groups that lost sight of each other, both told to stop."""
+    path = folder.step_folder(tmp_path, 30)
+    first, second = (folder.draft(path, f"group_{number}") for number in range(2))
+    for place in (first, second):
+        place.mkdir()
+        (place / "data").write_text(place.name)
+    folder.clean(tmp_path, "group_1")
+    assert first.exists(), "another writer's draft stays"
+    assert not second.exists()
+    second.mkdir()
+    (second / "data").write_text(second.name)
+    assert folder.complete(tmp_path) == []
+    for place in (second, first):
+        folder.write_marker(place, folder.Marker(30, "2", {}, {}))
+        assert folder.step_of(place) is None, "it does not count before it has the step's name"
+        folder.publish(place, path)
+    assert folder.complete(tmp_path) == [path]
+    assert (path / "data").read_text() == second.name, "the first that was complete stands"
+    assert not first.exists()
+
+
+def test_what_was_half_written_gives_way_to_a_complete_draft(tmp_path: Path) -> None:
+    path = folder.step_folder(tmp_path, 30)
+    path.mkdir()
+    (path / "data").write_text("half")
+    place = folder.draft(path, "group_0")
+    place.mkdir()
+    folder.write_marker(place, folder.Marker(30, "2", {}, {}))
+    folder.publish(place, path)
+    assert folder.complete(tmp_path) == [path]
+    assert not (path / "data").exists()

@@ -102,7 +102,8 @@ def _loop(
         micro_batch=planned.micro_batch,
         micro_batches=planned.micro_batches,
     )
-    store = Store(folder / "checkpoints", run.checkpoint, shared=groups is not None)
+    writer = "" if groups is None else f"group_{groups.group}"
+    store = Store(folder / "checkpoints", run.checkpoint, writer=writer)
     report.say(resume(training.state, store, batches, task.steps, noted(folder)))
     startup.done("load")
     make = Loop if groups is None else partial(ReplicatedLoop, groups=groups)
