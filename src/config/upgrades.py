@@ -51,7 +51,13 @@ RENAMED: Mapping[str, str] = {
 
 # Class -> its keys that an earlier version of the class had not, with the value that does what that version did, such
 # as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
-ADDED: Mapping[str, Mapping[str, Any]] = {}
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    # 0.1 -> 0.2
+    "src.data.config.Hub": {"bad_rows": "refuse"},
+    "src.data.config.Text": {"bad_rows": "refuse"},
+    "src.data.hub.HubSource": {"bad_rows": "refuse"},
+    "src.data.sources.TextSource": {"bad_rows": "refuse"},
+}
 
 _ABSENT = object()
 

@@ -13,6 +13,7 @@ from src.data.config import Data
 from src.data.fingerprint import fingerprint
 from src.data.order import Interleave
 from src.data.shards import SPLITS, TokenShards
+from src.data.sources import PLACES_KEPT
 from src.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, open_kept
 from src.data.tokenizer_files import read_facts
 from src.errors import DataError
@@ -35,14 +36,21 @@ class Preparation:
     tokens: int
     text_bytes: int
     empty_documents: int
+    skipped_rows: int
+    skipped_places: tuple[str, ...]
     seconds: float
     cached: bool
 
-    def line(self) -> str:
-        """The facts in one line."""
+    def lines(self) -> list[str]:
+        """The facts in one line, and one for each of the first rows that were skipped."""
         made = "from the cache" if self.cached else f"tokenised in {self.seconds:.1f} s"
         empty = f" ({self.empty_documents:,} without text left out)" if self.empty_documents else ""
-        return f"data: {self.documents:,} documents{empty}, {self.tokens:,} tokens, {made}"
+        line = f"data: {self.documents:,} documents{empty}, {self.tokens:,} tokens, {made}"
+        if not self.skipped_rows:
+            return [line]
+        more = ", the first of them" if self.skipped_rows > len(self.skipped_places) else ""
+        found = f"warning: {self.skipped_rows:,} bad rows were skipped{more}:"
+        return [line, found, *(f"  {place}" for place in self.skipped_places)]
 
 
 class Corpus:
@@ -97,7 +105,13 @@ class Corpus:
         """JSON from which `reopen` opens exactly these tokens on ranks, without reading the sources again."""
         tokenizer = self.tokenizer.folder.name if isinstance(self.tokenizer, JsonTokenizer) else None
         parts = [[part.name, part.weight, part.shards.folder.name] for part in self.parts]
-        return {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
+        skipped = {
+            part.name: {"rows": part.shards.skipped_rows, "places": part.shards.skipped_places}
+            for part in self.parts
+            if part.shards.skipped_rows
+        }
+        recipe = {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
+        return recipe | ({"skipped": skipped} if skipped else {})
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -123,6 +137,8 @@ def survey(parts: list[Part], seconds: float, *, cached: bool) -> Preparation:
         tokens=sum(one.tokens(split) for one in shards for split in SPLITS),
         text_bytes=sum(one.text_bytes(split) for one in shards for split in SPLITS),
         empty_documents=sum(one.empty(split) for one in shards for split in SPLITS),
+        skipped_rows=sum(one.skipped_rows for one in shards),
+        skipped_places=tuple(place for one in shards for place in one.skipped_places)[:PLACES_KEPT],
         seconds=seconds,
         cached=cached,
     )

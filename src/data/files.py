@@ -3,15 +3,17 @@
 import codecs
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.errors import DataError
+from src.errors import DataError, some
 
 LARGEST_PIECE_BYTES = 256 << 20
 ROW_SUFFIXES = (".jsonl", ".ndjson")
+LONGEST_REASON = 200
 REFUSED_SUFFIXES = (".json", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".bin", ".npy")
 
 
@@ -25,6 +27,19 @@ class TextSpan:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row, or a document of a plain text file, that is no text: where it stands and why."""
+
+    file: str
+    reason: str
+    place: str = ""
+    """Such as "row 7" or "line 7"; empty: the line that begins at `offset` of the file."""
+    offset: int = 0
+    repaired: str | None = None
+    """The text that stands for it where bad rows are not skipped; None: such a row is refused there."""
+
+
 def problem(path: Path) -> str | None:
     if path.suffix.lower() in REFUSED_SUFFIXES:
         return f"data.files: {path}: {path.suffix} is not read; convert it to .txt, .jsonl or .parquet"
@@ -35,7 +50,8 @@ def problem(path: Path) -> str | None:
 
 def spans(path: Path, largest: int) -> list[TextSpan]:
     """Spans of at most about `largest` bytes; plain text is never cut, for a cut would invent documents."""
-    size = path.stat().st_size
+    with _readable(path):
+        size = path.stat().st_size
     if path.suffix.lower() in ROW_SUFFIXES:
         return [
             TextSpan(str(path), at, min(at + largest, size), min(largest, size - at)) for at in range(0, size, largest)
@@ -45,41 +61,69 @@ def spans(path: Path, largest: int) -> list[TextSpan]:
     return [TextSpan(str(path), 0, size, size)] if size else []
 
 
-def read(span: TextSpan, *, field: str, separator: str | None) -> Iterator[str]:
-    """The documents of a span."""
+def read(span: TextSpan, *, field: str, separator: str | None) -> Iterator[str | BadRow]:
+    """The documents of a span and, in their places, the rows that are none. DataError when the whole file is bad."""
     path = Path(span.name)
-    try:
+    with _readable(path):
         if path.suffix.lower() in ROW_SUFFIXES:
             yield from _read_lines(span, field)
         elif path.suffix.lower() == ".parquet":
             yield from _read_parquet(span, field)
         else:
             yield from _read_text(path, separator)
+
+
+def text_of(row: object, field: str, file: str, *, place: str = "", offset: int = 0) -> str | BadRow:
+    """The text of a row under `field`."""
+    if not isinstance(row, dict):
+        reason = f"a row is {type(row).__name__}, not an object with the field {field!r}"
+    elif field not in row:
+        reason = f"no field {field!r} (data.field); the row has {some(map(repr, row), 8) or 'none'}"
+    elif not isinstance(text := row[field], str):
+        reason = f"field {field!r} (data.field) holds {type(text).__name__}, not text"
+    else:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
+            reason, repaired = "half a surrogate pair, which is no text", text.encode(errors="replace").decode()
+            return BadRow(file, reason, place, offset, repaired)
+        return str(text)
+    return BadRow(file, reason[:LONGEST_REASON], place, offset)
+
+
+def described(rows: Iterable[BadRow]) -> list[str]:
+    """File, row or line, and reason of each; `rows` in the order of their files.
+
+    A worker starts in the middle of a file and does not know its line: lines are counted here, once through a file.
+    """
+    found: list[str] = []
+    name, at, line = "", 0, 1
+    for row in rows:
+        place = row.place
+        if not place:
+            if row.file != name or row.offset < at:
+                name, at, line = row.file, 0, 1
+            line, at = line + _line_ends(name, at, row.offset), row.offset
+            place = f"line {line}"
+        found.append(f"{row.file}, {place}: {row.reason}")
+    return found
+
+
+def _line_ends(name: str, start: int, stop: int) -> int:
+    with _readable(Path(name)), Path(name).open("rb") as file:
+        file.seek(start)
+        return sum(file.read(min(1 << 20, stop - at)).count(b"\n") for at in range(start, stop, 1 << 20))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def text_of(row: object, field: str, where: str) -> str:
-    """The text of a row under `field`. DataError when there is none."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row is {type(row).__name__}, not an object with the field {field!r}")
-    if field not in row:
-        raise DataError(f"{where}: no field {field!r} (data.field); the row has {', '.join(map(repr, sorted(row)))}")
-    if not isinstance(row[field], str):
-        raise DataError(f"{where}: field {field!r} (data.field) holds {type(row[field]).__name__}, not text")
-    return _whole(str(row[field]))
-
-
-def _whole(text: str) -> str:
-    """With ? for each half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
-
-
-def _read_text(path: Path, separator: str | None) -> Iterator[str]:
+def _read_text(path: Path, separator: str | None) -> Iterator[str | BadRow]:
     """One document, or those between separators; without the mark that some editors put in front of UTF-8."""
     if separator is None:
         yield _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
@@ -104,7 +148,7 @@ def _read_text(path: Path, separator: str | None) -> Iterator[str]:
     yield _decode(rest, str(path), line)
 
 
-def _read_lines(span: TextSpan, field: str) -> Iterator[str]:
+def _read_lines(span: TextSpan, field: str) -> Iterator[str | BadRow]:
     """Lines whose first byte lies inside the span, so that neighbouring spans share none and lose none."""
     with Path(span.name).open("rb") as file:
         if span.start:
@@ -116,19 +160,16 @@ def _read_lines(span: TextSpan, field: str) -> Iterator[str]:
                 yield _line_text(line, field, span.name, at)
 
 
-def _line_text(line: bytes, field: str, name: str, at: int) -> str:
+def _line_text(line: bytes, field: str, name: str, at: int) -> str | BadRow:
     try:
-        return text_of(json.loads(line), field, name)
-    except (ValueError, DataError) as error:
-        number = _line_number(name, at)
-        reason = str(error).removeprefix(f"{name}: ") if isinstance(error, DataError) else f"not JSON ({error})"
-        raise DataError(f"{name}, line {number}: {reason}") from error
-
-
-def _line_number(name: str, at: int) -> int:
-    """Counted only for an error: a worker starts in the middle of a file and does not know its line."""
-    with Path(name).open("rb") as file:
-        return 1 + sum(file.read(min(1 << 20, at - start)).count(b"\n") for start in range(0, at, 1 << 20))
+        row = json.loads(line.rstrip(b"\r\n"))
+    except UnicodeDecodeError as error:
+        return BadRow(name, f"not UTF-8 text (byte {error.start} of its line): {error.reason}", offset=at)
+    except ValueError as error:
+        return BadRow(name, f"not JSON ({error})"[:LONGEST_REASON], offset=at)
+    except RecursionError:
+        return BadRow(name, "not JSON that can be read (nested too deeply)", offset=at)
+    return text_of(row, field, name, offset=at)
 
 
 def _parquet_spans(path: Path, largest: int) -> list[TextSpan]:
@@ -143,16 +184,42 @@ def _parquet_spans(path: Path, largest: int) -> list[TextSpan]:
     return found
 
 
-def _read_parquet(span: TextSpan, field: str) -> Iterator[str]:
+def _read_parquet(span: TextSpan, field: str) -> Iterator[str | BadRow]:
+    import pyarrow
+
     file = _parquet(Path(span.name))
     columns = file.schema_arrow.names
     if field not in columns:
-        raise DataError(f"{span.name}: no field {field!r} (data.field); the columns are {', '.join(columns)}")
-    row = sum(file.metadata.row_group(number).num_rows for number in range(span.start))
-    for batch in file.iter_batches(1024, row_groups=list(range(span.start, span.stop)), columns=[field]):
-        for value in batch.column(0).to_pylist():
-            yield text_of({field: value}, field, f"{span.name}, row {row}")
-            row += 1
+        raise DataError(f"{span.name}: no field {field!r} (data.field); the columns are {some(columns, 20)}")
+    number = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
+    batches = file.iter_batches(1024, row_groups=list(range(span.start, span.stop)), columns=[field])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{span.name}, row {number} or one of the next 1024: cannot be read: {error}") from error
+        if batch is None:
+            return
+        for value in _values(batch.column(0)):
+            place = f"row {number}"
+            if isinstance(value, UnicodeDecodeError):
+                reason = f"not UTF-8 text (byte {value.start} of its field): {value.reason}"
+                yield BadRow(span.name, reason, place)
+            else:
+                yield value if isinstance(value, str) else text_of({field: value}, field, span.name, place=place)
+            number += 1
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """Of a column; in the place of one that is not UTF-8, though its type says so, the error."""
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for value in column:
+            try:
+                yield value.as_py()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def _parquet(path: Path) -> Any:
@@ -161,15 +228,13 @@ def _parquet(path: Path) -> Any:
 
     try:
         return ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
 
 
-def _decode(content: bytes, name: str, first_line: int = 1) -> str:
+def _decode(content: bytes, name: str, first_line: int = 1) -> str | BadRow:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{name}, line {line}: not UTF-8 text (byte {error.start} of its document): {error.reason}"
-        ) from error
+        return BadRow(name, f"not UTF-8 text (byte {error.start} of its document): {error.reason}", f"line {line}")

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from src.config.bounds import Count
-from src.data.files import TextSpan, text_of
+from src.data.files import BadRow, TextSpan, text_of
 from src.data.fingerprint import fingerprint, hash_files
-from src.data.sources import Piece, Source
+from src.data.sources import Piece, RowSource
 from src.errors import DataError
 
 
-class HubSource(Source):
+class HubSource(RowSource):
     """`path` is a name on the hub or a local folder; documents are taken evenly from the shards of the split."""
 
     path: str
@@ -32,7 +32,7 @@ class HubSource(Source):
         local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         names = [path.relative_to(folder).as_posix() for path in local]
         where = list(zip(names, hash_files(local, cache), strict=True)) if local else [self.path, self.revision]
-        return fingerprint("hub", where, self.name, self.split, self.field, self.max_documents)
+        return fingerprint("hub", where, self.name, self.split, self.field, self.max_documents, *self._choice())
 
     def pieces(self) -> list[Piece]:
         shards = self._open().num_shards
@@ -43,12 +43,30 @@ class HubSource(Source):
         share, more = divmod(self.max_documents, opened)
         return [Piece((TextSpan(self._where(shard), shard, share + (shard < more)),)) for shard in range(opened)]
 
-    def texts(self, piece: Piece) -> Iterator[str]:
+    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
+        """Of each shard until it has given its share of documents; bad rows that are skipped are none."""
         for span in piece.spans:
-            rows = self._open()
-            part = rows.shard(rows.num_shards, span.start)
-            for number, row in enumerate(part if span.stop < 0 else part.take(span.stop)):
-                yield text_of(row, self.field, f"{span.name}, row {number}")
+            taken = number = 0
+            part = iter(self._shard(span.start))
+            while taken != span.stop:
+                try:
+                    row = next(part, None)
+                except Exception as error:  # the library raises many kinds: of parsers, of the network, its own
+                    what = f"{span.name}, row {number}"
+                    raise DataError(f"{what}: cannot be read: {type(error).__name__}: {error}") from error
+                if row is None:
+                    break
+                found = text_of(row, self.field, span.name, place=f"row {number}")
+                number += 1
+                taken += isinstance(found, str) or not self.skips_bad_rows
+                yield found
+
+    def whence(self) -> str:
+        return f"{self.path} ({self.split})"
+
+    def _shard(self, number: int) -> Any:
+        rows = self._open()
+        return rows.shard(rows.num_shards, number)
 
     def _where(self, shard: int) -> str:
         return f"{self.path} ({self.split}), shard {shard}"

@@ -14,7 +14,7 @@ from src.data.config import Data
 from src.data.corpus import Corpus, Part, survey
 from src.data.fingerprint import fingerprint
 from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, TokenShards, finished, write_index, write_record
-from src.data.sources import Piece, Source, held_out
+from src.data.sources import Piece, SkippedRows, Source, held_out
 from src.data.tokenizer import Tokenizer, TokenizerConfig
 from src.errors import DataError, DiskFullError
 
@@ -44,8 +44,7 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
                 raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
         parts.append(Part(name, weight, TokenShards(folder)))
     corpus = Corpus(parts, opened, survey(parts, time.perf_counter() - began, cached=cached))
-    empty = [f"{part.name}: no document with text in it" for part in parts if not _documents(part)]
-    if empty:
+    if empty := [_nothing(part, data.parts()[part.name][1]) for part in parts if not _documents(part)]:
         raise DataError(empty)
     if verify:
         corpus.verify()
@@ -54,6 +53,16 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
 
 def _key(source: Source, tokenizer: Tokenizer, validation_fraction: float, cache: Path) -> str:
     return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, validation_fraction)
+
+
+def _nothing(part: Part, source: Source) -> str:
+    shards = part.shards
+    found = [f"{part.name}: no document with text in it ({source.whence()})"]
+    if empty := sum(shards.empty(split) for split in SPLITS):
+        found.append(f"{empty:,} are empty")
+    if shards.skipped_rows:
+        found.append(f"{shards.skipped_rows:,} bad rows were skipped, the first: {shards.skipped_places[0]}")
+    return "; ".join(found)
 
 
 def _documents(part: Part) -> int:
@@ -96,8 +105,9 @@ class _PieceJob:
         if finished(self.folder, self.number):  # meanwhile, by another preparer
             return
         writers = {split: ShardWriter(self.folder, f"{self.number:05d}.{split}.bin", self.dtype) for split in SPLITS}
+        skipped = SkippedRows()
         try:
-            for texts in _batched(self.source.texts(self.piece)):
+            for texts in _batched(self.source.texts(self.piece, skipped)):
                 for text, ids in zip(texts, self.tokenizer.documents(texts), strict=True):
                     split = "validation" if held_out(text, self.fraction) else "train"
                     writers[split].add(ids, len(text.encode(errors="replace")))
@@ -106,7 +116,7 @@ class _PieceJob:
             for writer in writers.values():
                 writer.discard()
             raise
-        write_record(self.folder, self.number, shards)
+        write_record(self.folder, self.number, shards, skipped)
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from src.data.files import BadRow, described
 from src.data.fingerprint import fingerprint, is_settled, read_memory, remember, stamp, write_json
+from src.data.sources import PLACES_KEPT, SkippedRows
 from src.data.tokenizer_files import read_facts
 from src.errors import DataError
 from src.storage.atomic_write import TEMPORARY, temporary_beside
@@ -83,8 +85,9 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def write_record(folder: Path, number: int, shards: dict[str, Shard]) -> None:
-    write_json(folder / f"{number:05d}.json", {split: asdict(shard) for split, shard in shards.items()})
+def write_record(folder: Path, number: int, shards: dict[str, Shard], skipped: SkippedRows) -> None:
+    record = {split: asdict(shard) for split, shard in shards.items()}
+    write_json(folder / f"{number:05d}.json", record | ({"skipped": asdict(skipped)} if skipped.count else {}))
 
 
 def finished(folder: Path, number: int) -> bool:
@@ -100,6 +103,9 @@ def write_index(folder: Path, pieces: int, dtype: str) -> None:
     """Write index.json from the records of all pieces, with a checksum of its own. Last: it makes the folder count."""
     records = [read_facts(folder / f"{number:05d}.json") for number in range(pieces)]
     body = {"format": FORMAT, "dtype": dtype, "pieces": records}
+    if skipped := [record["skipped"] for record in records if "skipped" in record]:
+        first = [BadRow(**row) for each in skipped for row in each["first"]][:PLACES_KEPT]
+        body["skipped"] = {"rows": sum(each["count"] for each in skipped), "places": described(first)}
     write_json(folder / "index.json", body | {"checksum": fingerprint(body)})
     for path in folder.glob(f".*{TEMPORARY}"):  # left by killed preparers; one that is still at work has fresh ones
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
@@ -107,7 +113,10 @@ def write_index(folder: Path, pieces: int, dtype: str) -> None:
 
 
 class TokenShards:
-    """The two token streams of one source, memory-mapped; sizes are checked on opening, checksums by `verify`."""
+    """The two token streams of one source, memory-mapped; sizes are checked on opening, checksums by `verify`.
+
+    `skipped_rows` of the source are not among them; `skipped_places` names the first, in the files as they lay then.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -123,6 +132,8 @@ class TokenShards:
         self._shards = {split: [record[split] for record in records] for split in SPLITS}
         self._ends = {split: np.cumsum([0, *(shard.tokens for shard in self._shards[split])]) for split in SPLITS}
         self._maps: dict[str, NDArray[np.uint32]] = {}
+        self.skipped_rows: int = body.get("skipped", {}).get("rows", 0)
+        self.skipped_places: list[str] = body.get("skipped", {}).get("places", [])
         self._check_sizes()
 
     def tokens(self, split: str) -> int:

@@ -10,11 +10,11 @@ import random
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import glob
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -22,7 +22,9 @@ from src.config.base import Config, Names
 from src.config.bounds import Count, Seed
 from src.data import files
 from src.data.fingerprint import fingerprint, hash_files
-from src.errors import DataError
+from src.errors import DataError, some
+
+PLACES_KEPT = 10  # of the rows that were skipped
 
 OneOrMore = Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -39,6 +41,19 @@ class Piece:
     spans: tuple[files.TextSpan, ...]
 
 
+@dataclass
+class SkippedRows:
+    """How many rows were left out of a piece, and the first of them."""
+
+    count: int = 0
+    first: list[files.BadRow] = field(default_factory=list)
+
+    def add(self, row: files.BadRow) -> None:
+        self.count += 1
+        if len(self.first) < PLACES_KEPT:
+            self.first.append(replace(row, repaired=None))
+
+
 class Source(Config, ABC):
     """A corpus of documents in pieces. Constructing one reads nothing."""
 
@@ -51,8 +66,58 @@ class Source(Config, ABC):
         """The pieces in corpus order. DataError when there is nothing to read."""
 
     @abstractmethod
-    def texts(self, piece: Piece) -> Iterator[str]:
-        """The documents of a piece, in order. DataError names the file and the line."""
+    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
+        """The documents of a piece in order and, in their places, rows that are none. DataError names the file."""
+
+    @abstractmethod
+    def whence(self) -> str:
+        """What it reads, in words: names of files for an error."""
+
+    def texts(self, piece: Piece, skipped: SkippedRows | None = None) -> Iterator[str]:
+        """The documents of a piece, in order. DataError names file and line of a bad row, unless the source skips
+        them: then they are added to `skipped`.
+        """
+        skips = self.skips_bad_rows
+        for row in self.rows(piece):
+            if isinstance(row, str):
+                yield row
+            elif skips:
+                if skipped is not None:
+                    skipped.add(row)
+            elif row.repaired is not None:
+                yield row.repaired
+            else:
+                raise DataError(f"{files.described([row])[0]}{self._way_out()}")
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        return False
+
+    def _way_out(self) -> str:
+        return ""
+
+
+class RowSource(Source):
+    """A source of somebody's rows, some of which may be broken."""
+
+    bad_rows: Literal["refuse", "skip"]
+    """What becomes of a row without text, of the wrong type, of broken JSON or bad UTF-8; refuse: the first one ends
+    the preparation and is named; skip: they are left out, counted, and the first ten named.
+    """
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        return self.bad_rows == "skip"
+
+    def _way_out(self) -> str:
+        return (
+            "; bad_rows=skip leaves such rows out and counts them (data.bad_rows, of a mixture "
+            "data.sources.<name>.bad_rows)"
+        )
+
+    def _choice(self) -> list[str]:
+        """For the fingerprint: nothing for the choice that every version had."""
+        return ["skip bad rows"] if self.skips_bad_rows else []
 
 
 class StdlibSource(Source):
@@ -67,9 +132,12 @@ class StdlibSource(Source):
     def pieces(self) -> list[Piece]:
         return group([span for path in self._paths for span in files.spans(path, files.LARGEST_PIECE_BYTES)])
 
-    def texts(self, piece: Piece) -> Iterator[str]:
+    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
         for span in piece.spans:
             yield from files.read(span, field="", separator=None)
+
+    def whence(self) -> str:
+        return f"the .py files of {sysconfig.get_path('stdlib')}"
 
     @cached_property
     def _paths(self) -> list[Path]:
@@ -82,7 +150,7 @@ class StdlibSource(Source):
         return paths
 
 
-class TextSource(Source):
+class TextSource(RowSource):
     """Files or globs; the suffix decides: .jsonl, .ndjson and .parquet hold a document per row, others are text."""
 
     files: OneOrMore
@@ -94,16 +162,19 @@ class TextSource(Source):
 
     def fingerprint(self, cache: Path) -> str:
         content = zip([path.suffix.lower() for path in self._paths], hash_files(self._paths, cache), strict=True)
-        return fingerprint("text", list(content), self.field, self.separator)
+        return fingerprint("text", list(content), self.field, self.separator, *self._choice())
 
     def pieces(self) -> list[Piece]:
         total = sum(path.stat().st_size for path in self._paths)
         largest = piece_bytes(total)
         return group([span for path in self._paths for span in files.spans(path, largest)])
 
-    def texts(self, piece: Piece) -> Iterator[str]:
+    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
         for span in piece.spans:
             yield from files.read(span, field=self.field, separator=self.separator)
+
+    def whence(self) -> str:
+        return some(map(str, self._paths), 3)
 
     @cached_property
     def _paths(self) -> list[Path]:
@@ -142,9 +213,12 @@ class SyntheticSource(Source):
         spans = [files.TextSpan("synthetic", first, min(first + 4096, self.documents)) for first in starts]
         return [Piece((span,)) for span in spans]
 
-    def texts(self, piece: Piece) -> Iterator[str]:
+    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
         for span in piece.spans:
             yield from (self._text(number) for number in range(span.start, span.stop))
+
+    def whence(self) -> str:
+        return "the synthetic language"
 
     def _text(self, number: int) -> str:
         chance = random.Random(f"{self.seed}/{number}")

@@ -214,7 +214,11 @@ class Bpe(TokenizerConfig):
                         found += 1
                         yield text
         if not found:
-            raise DataError("tokenizer=bpe: no training document to learn from; lower data.validation_fraction")
+            where = "; ".join(source.whence() for _, source in data.parts().values())
+            raise DataError(
+                f"tokenizer=bpe: no training document to learn from ({where}); give text, or lower "
+                "data.validation_fraction"
+            )
 
 
 def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> list[str]:

@@ -72,9 +72,12 @@ def unfit(run: "Run") -> list[str]:
 def examine(tree: Tree, run: "Run") -> None:
     """Whether what the run starts from fits it: a checkpoint, or weights in Hugging Face layout on this machine."""
     from src.hugging_face.hub import is_local
-    from src.launch.initial import check_initial
+    from src.launch.initial import check_initial, rewarming
 
-    check_initial(run, place(run.root, run.name, identity(tree), run.folder))
+    folder = place(run.root, run.name, identity(tree), run.folder)
+    check_initial(run, folder)
+    if (line := rewarming(run, folder)) is not None:
+        print(f"warning: {line}", file=sys.stderr)
     if (source := wanted(tree, run)) is not None and is_local(source):
         fetched(source, run)
 
@@ -113,7 +116,7 @@ def feed(run: "Run") -> "Corpus | None":
     if not task.needs_corpus:
         return None
     corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
-    print(corpus.preparation.line(), file=sys.stderr)
+    print(*corpus.preparation.lines(), sep="\n", file=sys.stderr)
     problems = check(
         corpus,
         run.data,

@@ -22,7 +22,8 @@ KEYS: dict[str, Any] = {
 
 def text(*files: object, **changes: Any) -> Text:
     return Text.model_validate(
-        {**KEYS, "files": tuple(map(str, files)), "field": "text", "separator": None, **changes}, strict=True
+        {**KEYS, "files": tuple(map(str, files)), "field": "text", "separator": None, "bad_rows": "refuse", **changes},
+        strict=True,
     )
 
 
@@ -57,4 +58,4 @@ def stream(texts: Sequence[str], split: str, fraction: float) -> list[int]:
 
 def write_lines(path: Path, *lines: str) -> TextSource:
     path.write_text("".join(f"{line}\n" for line in lines))
-    return TextSource(files=(str(path),), field="text", separator=None)
+    return TextSource(files=(str(path),), field="text", separator=None, bad_rows="refuse")

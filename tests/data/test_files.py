@@ -17,7 +17,7 @@ STORY = ["first", "zweite Zeile ä", "", "x" * 300, "fünf", "last"]
 
 
 def source(*patterns: object, field: str = "text", separator: str | None = None) -> TextSource:
-    return TextSource(files=tuple(map(str, patterns)), field=field, separator=separator)
+    return TextSource(files=tuple(map(str, patterns)), field=field, separator=separator, bad_rows="refuse")
 
 
 @pytest.mark.parametrize("largest", [1, 7, 50, 10_000])
@@ -65,7 +65,9 @@ def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
 
 
 def test_one_file_needs_no_list(tmp_path: Path) -> None:
-    assert TextSource.model_validate({"files": "a.txt", "field": "text", "separator": None}).files == ("a.txt",)
+    assert TextSource.model_validate(
+        {"files": "a.txt", "field": "text", "separator": None, "bad_rows": "refuse"}
+    ).files == ("a.txt",)
 
 
 @pytest.mark.parametrize(

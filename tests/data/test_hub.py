@@ -29,7 +29,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def source(folder: Path, **changes: object) -> HubSource:
-    keys = {"name": "en", "split": "train", "revision": None, "field": "text", "max_documents": None}
+    keys = {
+        "name": "en",
+        "split": "train",
+        "revision": None,
+        "field": "text",
+        "max_documents": None,
+        "bad_rows": "refuse",
+    }
     return HubSource.model_validate({"path": str(folder), **keys, **changes})
 
 
@@ -70,3 +77,20 @@ def test_what_cannot_be_opened_or_has_no_such_field_is_named(folder: Path, tmp_p
         source(folder, split="test").pieces()
     with pytest.raises(DataError, match=r"\(train\), shard 0, row 0: no field 'body' .* has 'id', 'text'"):
         texts_of(source(folder, field="body"))
+
+
+def test_rows_are_skipped_until_there_are_enough_good_ones(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    rows = [None if number % 4 == 1 else f"row {number}" for number in range(12)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "hub/train.parquet")
+    good = [row for row in rows if row is not None]
+    for most in (None, 4, 30):
+        chosen = source(tmp_path / "hub", name=None, max_documents=most, bad_rows="skip")
+        assert texts_of(chosen) == good[:most]
+    told = corpus(Hub.model_validate({**KEYS, **chosen.model_dump()}), tmp_path / "cache").preparation
+    assert told.skipped_rows == 3
+    assert told.skipped_places[0].endswith(
+        "(train), shard 0, row 1: field 'text' (data.field) holds NoneType, not text"
+    )
+    with pytest.raises(DataError, match=r"shard 0, row 1: .*; bad_rows=skip leaves such rows out"):
+        texts_of(source(tmp_path / "hub", name=None))
