@@ -154,8 +154,7 @@ def _read_lines(span: TextSpan, field: str) -> Iterator[str | BadRow]:
         if span.start:
             file.seek(span.start - 1)
             file.readline()
-        while (at := file.tell()) < span.stop:
-            line = file.readline()
+        while (at := file.tell()) < span.stop and (line := file.readline()):
             if line.strip():
                 yield _line_text(line, field, span.name, at)
 

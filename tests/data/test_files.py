@@ -20,6 +20,12 @@ def source(*patterns: object, field: str = "text", separator: str | None = None)
     return TextSource(files=tuple(map(str, patterns)), field=field, separator=separator, bad_rows="refuse")
 
 
+def told(span: files.TextSpan, field: str = "text") -> list[str]:
+    """Of the bad rows of a span."""
+    rows = files.read(span, field=field, separator=None)
+    return files.described(row for row in rows if isinstance(row, files.BadRow))
+
+
 @pytest.mark.parametrize("largest", [1, 7, 50, 10_000])
 def test_lines_are_neither_lost_nor_doubled_by_a_cut(tmp_path: Path, largest: int) -> None:
     path = tmp_path / "story.jsonl"
@@ -85,8 +91,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, reason: 
         texts_of(bad)
     assert f"rows.jsonl, line 3: {reason}" in str(caught.value)
     middle = files.TextSpan(str(tmp_path / "rows.jsonl"), 5, 1000)
-    with pytest.raises(DataError, match="line 3"):
-        list(files.read(middle, field="text", separator=None))
+    assert "line 3: " in told(middle)[-1]
 
 
 def test_a_parquet_without_the_field_or_with_a_null_is_named(tmp_path: Path) -> None:
@@ -96,8 +101,7 @@ def test_a_parquet_without_the_field_or_with_a_null_is_named(tmp_path: Path) -> 
         texts_of(source(path))
     with pytest.raises(DataError, match=r"rows\.parquet, row 1: field 'body' \(data\.field\) holds NoneType"):
         texts_of(source(path, field="body"))
-    with pytest.raises(DataError, match="row 1"):
-        list(files.read(files.spans(path, 1)[1], field="body", separator=None))
+    assert "row 1: " in told(files.spans(path, 1)[1], field="body")[0]
     path.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"rows\.parquet: not a readable parquet file"):
         texts_of(source(path))
