@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.checkpoint.folder import complete, fault, read_initial, read_marker
-from src.errors import CheckpointError, some
+from src.checkpoint.folder import complete, fault, read_initial, read_marker, step_of
+from src.config.tree import read
+from src.errors import CheckpointError, UserError, some
+from src.optim.schedule import Schedule
 from src.run import Validates
 
 if TYPE_CHECKING:
@@ -33,6 +35,38 @@ def check_initial(run: "Run", folder: Path) -> None:
     problems = [each for each in faults if each is not None] or [*_values(run, path), *_tensors(run, path)]
     if problems:
         raise CheckpointError(f"checkpoint.initial={each}" for each in problems)
+
+
+def rewarming(run: "Run", folder: Path) -> str | None:
+    """What to tell where the checkpoint's run had lowered its learning rate and this one raises it again, as a decay
+    that is continued past its end does.
+    """
+    path = initial_of(run, folder)
+    before = None if path is None else _former(path.parents[1] / "config.yaml")
+    if path is None or before is None:
+        return None
+    schedule, peak, steps = before
+    done = _read(path)["step"]
+    last = peak * schedule.multiplier(done - 1, steps)
+    following = run.optim.lr * run.schedule.multiplier(done, run.task.steps)
+    if not schedule.decayed(done - 1, steps) or following <= 1.01 * last:
+        return None
+    earlier = [each for each in complete(path.parent) if not schedule.decayed((step_of(each) or 0) - 1, steps)]
+    way_out = f"; {earlier[-1].name} beside it is from before the decay" if earlier else ""
+    return (
+        f"checkpoint.initial={path}: its run had lowered the learning rate to {last:.3g} by step {done}, and this one "
+        f"goes on with {following:.3g}{way_out}"
+    )
+
+
+def _former(config: Path) -> tuple[Schedule, float, int] | None:
+    """Schedule, peak learning rate and steps of the run whose folder this is; None where nothing readable says so."""
+    try:
+        tree = read(config)
+        schedule = {key: value for key, value in tree["schedule"].items() if key != "_target_"}
+        return Schedule.model_validate(schedule), float(tree["optim"]["lr"]), int(tree["task"]["steps"])
+    except (UserError, ValueError, TypeError, LookupError, AttributeError):
+        return None
 
 
 def check_samples(run: "Run", folder: Path, corpus: "Corpus") -> None:

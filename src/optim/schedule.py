@@ -33,6 +33,11 @@ class Schedule(Config):
         progress = min((step + 1 - warmup - stable) / decay, 1.0)
         return self.min_factor + (1.0 - self.min_factor) * self._fall(progress)
 
+    def decayed(self, step: int, steps: int) -> bool:
+        """Whether the decay has begun by the step with this number."""
+        _, decay, total = self._lengths(steps)
+        return decay > 0 and step >= total + 1 - decay
+
     def rests(self, steps: int) -> bool:
         """Whether steps behind the decay have a learning rate of 0."""
         _, decay, total = self._lengths(steps)

@@ -3,21 +3,28 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from src.checkpoint.folder import step_folder
 from src.cluster.backend import JobState, SilentError
+from src.config.build import build
 from src.config.composition.requests import asked
+from src.config.tree import write
 from src.errors import FolderError, UserError
-from src.launch.start import checked, prepare, refuse_queued
+from src.launch.start import checked, examine, prepare, refuse_queued
+from src.optim.schedule import Schedule
+from src.run import Run
 from src.runs.records import SUBMISSIONS_FILE
 from src.storage.json_lines import Lines
 from src.tasks.source import completed
 from tests.end_to_end.lives import TINY, live, opened, write_text
 from tests.ranks import RankPool
+from tests.test_conf import composed
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,59 @@ def test_a_damaged_file(
 def test_what_fits_starts(made: Path, text: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for layout in ("parallel=single", "parallel=pp2", "parallel=fsdp2"):
         started(monkeypatch, *text, f"name=fits-{layout[9:]}", "task.steps=6", f"checkpoint.initial={made}", layout)
+
+
+WSD: dict[str, Any] = {"shape": "sqrt", "warmup_steps": 1, "min_factor": 0.0, "total_steps": None}
+
+
+@pytest.mark.parametrize(
+    ("decayed", "decays", "lr", "words"),
+    [
+        (
+            0.5,
+            0.2,
+            3e-3,
+            "lowered the learning rate to 0.000879 by step 4, and this one goes on with 0.003; step_00000002",
+        ),
+        (0.5, 0.0, 3e-3, "this one goes on with 0.003; step_00000002 beside it is from before the decay"),
+        (0.5, 0.2, 1e-4, None),  # no higher than it was
+        (0.0, 0.2, 3e-3, None),  # it had not decayed
+        (None, 0.2, 3e-3, None),  # nobody knows
+    ],
+)
+def test_a_decay_that_is_continued_past_its_end_is_told(
+    decayed: float | None,
+    decays: float,
+    lr: float,
+    words: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """4 steps were done, `decayed` is the share of them that did; 6 are asked for, of which `decays`."""
+    for step in (2, 4):
+        folder = step_folder(tmp_path / "checkpoints", step)
+        folder.mkdir(parents=True)
+        (folder / "COMPLETE.json").touch()
+        (folder / "values.json").write_text(json.dumps({"step": step, "position": 0, "digest": "", "rng.seed": 0}))
+    if decayed is not None:
+        before = {"task": {"steps": 4}, "optim": {"lr": 3e-3}, "schedule": WSD | {"decay_ratio": decayed}}
+        write(tmp_path / "config.yaml", before)
+    tree = composed()
+    run = Run.from_sections(build(tree))
+    run = replace(
+        run,
+        task=run.task.model_copy(update={"steps": 6}),  # type: ignore[attr-defined]
+        optim=run.optim.model_copy(update={"lr": lr}),
+        schedule=Schedule.model_validate(WSD | {"decay_ratio": decays}),
+        checkpoint=run.checkpoint.model_copy(update={"initial": tmp_path}),
+        root=tmp_path / "runs",
+    )
+    monkeypatch.setattr("src.launch.initial.check_initial", lambda *_: None)
+    examine(tree, run)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == (words is not None)
+    assert words is None or (words in told[0] and told[0].startswith(f"warning: checkpoint.initial={folder}: its run"))
 
 
 def prints(folder: Path) -> dict[str, str]:

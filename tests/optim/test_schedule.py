@@ -75,3 +75,9 @@ def test_what_follows_the_decay_is_told() -> None:
     assert line == (
         "schedule.total_steps=10 ends before task.steps=500: from there on it is schedule.min_factor=0.1 of the peak"
     )
+
+
+def test_the_first_step_below_the_peak_is_the_first_of_the_decay() -> None:
+    for one in (schedule(), schedule(decay_ratio=0.3), schedule(decay_ratio=None), schedule(decay_ratio=0.0)):
+        below = [step for step, factor in enumerate(factors(one)) if step >= 2 and factor < 1]
+        assert [step for step in range(11) if one.decayed(step, 10)] == below
