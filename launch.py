@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from src.cluster.local.signals import keep_interrupts
 from src.cluster.rank_log import open_closed_streams
 from src.config.composition.requests import asked
 from src.errors import UserError, VerdictError
@@ -65,6 +66,7 @@ def main() -> int:
         print(VERSION)
         return 0
     open_closed_streams()
+    keep_interrupts()
     command = shlex.join(["python", *sys.argv])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:

@@ -2,9 +2,13 @@
 
 import os
 import signal
+import sys
+import time
+import weakref
 
 import pytest
 
+from src.cluster.local.signals import keep_interrupts
 from src.train.stop import Stop
 
 
@@ -32,3 +36,30 @@ def test_a_second_sigint_raises_at_once_unless_it_is_the_first_one_again(monkeyp
         now += 0.2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class Module:
+    """Something that weak references may know."""
+
+
+def test_an_interrupt_that_python_would_ignore_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it did to a launcher that imported: the run then trained to its end."""
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    keep_interrupts()
+
+    def fall(error: type[BaseException]) -> None:
+        def callback(_: object) -> None:
+            raise error
+
+        module = Module()
+        reference = weakref.ref(module, callback)
+        del module
+        assert reference() is None
+
+    fall(ValueError)
+    assert [each.exc_type for each in ignored] == [ValueError], "others are none of its business"
+    fall(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(60)
+    assert len(ignored) == 1

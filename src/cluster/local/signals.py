@@ -1,7 +1,10 @@
 """Signal forwarding and unbuffered messages, shared by all supervisors of ranks on this machine. No torch here."""
 
+import _thread
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 from src.runs.folder import Ended, end
@@ -10,6 +13,7 @@ from src.runs.records import ATTEMPTS_FILE
 POLL_SECONDS = 0.1
 # A Ctrl-C that a wrapper such as `timeout` passes on beside the terminal comes twice at once, and is meant once.
 SAME_SIGNAL_SECONDS = 1.0
+LOST_SECONDS = 0.2  # until an interrupt that was lost comes again: by then the callback that lost it has returned
 # A closed terminal asks for the same as a polite kill.
 FORWARDED = {
     signal.SIGINT: signal.SIGINT,
@@ -17,6 +21,26 @@ FORWARDED = {
     signal.SIGHUP: signal.SIGTERM,
     signal.SIGUSR2: signal.SIGUSR2,
 }
+
+
+def keep_interrupts() -> None:
+    """Send a Ctrl-C once more that fell into a callback whose errors Python ignores, such as those of weak references
+    while modules are imported: else the run would start as if nobody had asked it to stop.
+    """
+    before = sys.unraisablehook
+
+    def hook(ignored: "sys.UnraisableHookArgs") -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(_interrupt_later, ())  # of threading, start() waits, and would be interrupted
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+
+
+def _interrupt_later() -> None:
+    time.sleep(LOST_SECONDS)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def tell(text: str) -> None:
