@@ -92,12 +92,15 @@ class Membership:
         if self.ranks.rank == 0:
             host = socket.gethostname()
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-            while address[0] is None:
+            for attempt in count():
                 try:
                     self._server = self._manager(host)
                     address = [self._server.address()]
-                except RuntimeError:  # the lighthouse is not there yet
-                    tell(self._waits_for())
+                    break
+                except RuntimeError:  # the lighthouse is not there yet, and it may be refused at once
+                    if attempt % LOOKS_PER_WORD == 0:
+                        tell(self._waits_for())
+                    time.sleep(1.0 if attempt else 0.1)
         dist.broadcast_object_list(address, device=torch.device("cpu"))
         assert address[0] is not None
         self._lighthouse = self.replica.address()
@@ -171,13 +174,18 @@ class Membership:
         """
         if self.ranks.rank > 0 or self._quorum is None:
             return set()
-        try:
-            with urlopen(f"{self.replica.address()}/status", timeout=CONNECT_SECONDS) as page:
-                heard = HEARD.findall(page.read().decode(errors="replace"))
-        except (OSError, HTTPException):
-            return set()
+        heard = HEARD.findall(self._status() or "")
         living = {int(group) for group, seconds in heard if float(seconds) < self.options.heartbeat_seconds}
         return living - {int(name.partition(":")[0]) for name in self._quorum[1]}
+
+    def _status(self) -> str | None:
+        """The lighthouse's page about its groups; None where something else answers, or nothing."""
+        try:
+            with urlopen(f"{self.replica.address()}/status", timeout=CONNECT_SECONDS) as page:
+                text: str = page.read().decode(errors="replace")
+        except (OSError, HTTPException):
+            return None
+        return text if "quorum" in text else None
 
     def _quorum_into(self, answers: "queue.Queue[Any]", version: int) -> None:
         try:
@@ -202,6 +210,8 @@ class Membership:
             socket.create_connection((address.hostname, address.port or 80), CONNECT_SECONDS).close()
         except OSError:
             return f"waits for the lighthouse: nothing answers at {url}; training goes on when one does"
+        if self._status() is None:
+            return f"waits for the lighthouse: what answers at {url} is no lighthouse; training goes on when one does"
         needed = f"fault_tolerance.min_groups={self.options.min_groups}"
         return f"waits for other groups: the lighthouse has no quorum yet ({needed}, and more than half of those alive)"
 

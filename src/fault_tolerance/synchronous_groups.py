@@ -6,6 +6,7 @@ step. One that fails does not count for the groups that noticed: they meet again
 fell behind another takes over its state.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -169,4 +170,6 @@ class SynchronousGroups(ReplicaGroups):
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:160]
+    """Its first line, without the places in gloo's sources that each layer has put before it."""
+    text = re.sub(r"\[[^\]\s]*\.(cc|cpp|h):\d+\]\s*", "", str(error)).partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:240]

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from src.cluster.local.signals import SAME_SIGNAL_SECONDS
-from src.runs.folder import attempts
+from src.cluster.local.supervisor import RankSupervisor, killed_for_memory
+from src.cluster.rank import RankJob
+from src.runs.folder import Attempt, attempts
 from tests.cluster.fakes import launch, place, repository, until_heard
 
 PATIENCE_SECONDS = 120.0
@@ -195,3 +197,20 @@ def test_ranks_that_outlast_the_grace_are_ended(code: Path, tmp_path: Path) -> N
     assert launcher.returncode == 137
     assert "not saved 0.2 s after SIGTERM" in err
     assert gone(pid)
+
+
+def test_the_kernel_is_asked_whether_it_killed_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess after every kill -9 sends people after memory that was never short."""
+    counts = iter((3, 3, 3, 4))
+    monkeypatch.setattr("src.cluster.local.supervisor.killed_for_memory", lambda: next(counts))
+    attempt = Attempt(1, "", "", 1, "", None, None, ())
+    (tmp_path / "logs/attempt_1").mkdir(parents=True)
+    (tmp_path / "logs/attempt_1/rank_0.log").write_text("step 7\nstep 8\n")
+    told = [RankSupervisor(RankJob(tmp_path, None), attempt, {}, 1.0)._describe(0, -signal.SIGKILL) for _ in range(2)]
+    assert [each.error for each in told] == [
+        "ended by SIGKILL",
+        "ended by SIGKILL (the system's out-of-memory killer)",
+    ]
+    assert told[0].text == "the last lines of its log:\n  | step 7\n  | step 8"
+    monkeypatch.undo()
+    assert killed_for_memory() >= 0, "of this machine"

@@ -1,10 +1,12 @@
 """Groups that die, come back, wait and disagree take the steps of one undisturbed run, sample for sample."""
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from src.checkpoint.folder import complete
 from tests.fault_tolerance.life import Trouble
 from tests.fault_tolerance.lives import Fleet, audited, fleet, last, losses, seen
 
@@ -94,6 +96,24 @@ def test_the_group_that_gives_its_state_away_is_killed(tmp_path: Path, undisturb
         found.go(13)
         found.wait()
         check(found, 3, undisturbed)
+
+
+def test_the_next_leader_saves_what_a_dead_one_could_not(tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    with fleet(tmp_path, *ARGV) as found:
+        found.start(0, troubles=[Trouble(3, "hold"), Trouble(13, "hold"), Trouble(14, "kill")])
+        found.reach(3, 0)
+        found.start(1)
+        found.one_asks()
+        found.go(3)
+        found.reach(13, 0, 1)
+        checkpoints = found.folder / "checkpoints"
+        shutil.rmtree(checkpoints / "step_00000010")  # as if the leader had died while it wrote it
+        found.go(13)
+        found.died(0)
+        found.wait(1)
+        saved = [path.name for path in complete(checkpoints)]
+        assert saved == ["step_00000013", "step_00000020", "step_00000024"]
+        assert losses(found.folder, 2) == pytest.approx(undisturbed, rel=BAND)
 
 
 def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, float]) -> None:

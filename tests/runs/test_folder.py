@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -275,6 +277,23 @@ def test_half_frozen_code_of_a_killed_launcher_is_removed(tmp_path: Path, code: 
     (tmp_path / "a-01234567/code/0a0a0a0a.partial-77/src").mkdir(parents=True)
     with start(tmp_path, code) as folder:
         assert [each.name for each in (folder.path / "code").iterdir()] == [folder.code]
+
+
+def test_a_config_that_was_cut_short_is_restored_as_advised(tmp_path: Path, code: Path) -> None:
+    """From any length: some are whole YAML of fewer keys, which would be another run."""
+    with start(tmp_path, code) as folder:
+        folder.begin(2)
+    config = folder.path / "config.yaml"
+    content = config.read_bytes()
+    for size in range(len(content)):
+        config.write_bytes(content[:size])
+        with pytest.raises(FolderError, match="cannot be told from another") as caught:
+            start(tmp_path, code)
+        (advice,) = re.findall(r"`(cp .*?)` and run the same command again", problems(caught))
+        if size % 20 == 0:
+            subprocess.run(shlex.split(advice), check=True)
+            start(tmp_path, code).close()
+            assert config.read_bytes() == content
 
 
 @pytest.mark.parametrize("line", ["null", "[1]", "7", '{"number": 3}', '{"number": 4, "started": "x"}', "\x00\xff"])

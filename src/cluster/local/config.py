@@ -120,18 +120,17 @@ class Local(Config):
 def conclude(
     supervisor: "RankSupervisor", failure: "FirstFailure | None", folder: Path, title: str = ""
 ) -> AttemptOutcome:
-    """Say the end, the failing rank's error first, then record it. `title`: whose rank, where groups share a screen."""
+    """Say the end, the failing rank's error first, then record it. `title`: whose rank, where groups share a screen;
+    what holds for the whole run is then said once, by who started the groups.
+    """
+    goes_on = "" if title else f"; the same command continues: {folder}"
     if supervisor.killed:
-        tell(
-            f"killed ({supervisor.killed}); the newest complete checkpoint is kept, the same command continues from it"
-        )
+        kept = "" if title else "; the newest complete checkpoint is kept, the same command continues from it"
+        tell(f"{title}killed ({supervisor.killed}){kept}")
         record_end(folder, "killed", supervisor.killed, overrule=True)
         return AttemptOutcome("killed", 130 if supervisor.killed == "Ctrl-C twice" else 137)
     if failure is not None and supervisor.signal is not None and failure.exit_code == 128 + supervisor.sent:
-        tell(
-            f"stopped by {supervisor.signal} before training began or after it ended; "
-            f"the same command continues: {folder}"
-        )
+        tell(f"{title}stopped by {supervisor.signal} before training began or after it ended{goes_on}")
         record_end(folder, "stopped", f"{supervisor.signal} outside of training")
         return AttemptOutcome("stopped", 0)
     if failure is not None:
@@ -146,7 +145,7 @@ def conclude(
     if newest.ended == "finished":
         return AttemptOutcome("finished", 0)
     if newest.ended == "stopped":
-        tell(f"stopped{f' by {supervisor.signal}' if supervisor.signal else ''}; the same command continues: {folder}")
+        tell(f"{title}stopped{f' by {supervisor.signal}' if supervisor.signal else ''}{goes_on}")
         return AttemptOutcome("stopped", 0)
     tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
     record_end(folder, "failed", "rank 0 left in the middle of its task")

@@ -80,6 +80,7 @@ class RankSupervisor:
         self._files = ErrorFiles(self._logs)
         self._noticed: dict[int, int] = {}  # rank -> time_ns of its failure
         self._abandoned: set[int] = set()
+        self._killed_before = killed_for_memory()
         self._job = job
         self._environment = dict(environment)
 
@@ -184,7 +185,8 @@ class RankSupervisor:
         log = self._logs / f"rank_{rank}.log"
         if code < 0:
             name = signal.Signals(-code).name
-            error = f"ended by {name}" + (" (the system's out-of-memory killer?)" if code == -signal.SIGKILL else "")
+            killer = killed_for_memory() > self._killed_before if code == -signal.SIGKILL else False
+            error = f"ended by {name}" + (" (the system's out-of-memory killer)" if killer else "")
             return FirstFailure(rank, 128 - code, error, _tail(log), log)
         try:
             message = json.loads(self._files.path(rank).read_text())["message"]
@@ -213,8 +215,20 @@ def _facts(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
+def killed_for_memory() -> int:
+    """How many processes the kernel of this machine has ended since its start for want of memory; 0 where it does not
+    count them.
+    """
+    with suppress(OSError, ValueError):
+        counts = dict(line.split(maxsplit=1) for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(counts.get("oom_kill", 0))
+    return 0
+
+
 def _tail(log: Path) -> str:
+    """Its last lines, marked as such: most have been on the screen before."""
     try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
     except OSError:
         return "(it wrote no log)"
+    return "\n".join(("the last lines of its log:", *(f"  | {line}" for line in last)))

@@ -119,6 +119,8 @@ class Groups:
         word = past[-1].ended if past else None
         if code == 0 and word in ("finished", "stopped"):
             group.ended = word
+            if word == "stopped" and not self._signal:
+                tell(f"group {group.number}: it was stopped alone and is not started again; the others go on")
             return
         group.failures = 1 if now - group.began > HEALTHY_SECONDS else group.failures + 1
         why = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
@@ -163,6 +165,7 @@ class Groups:
             record_end(path, "finished", "")
             return AttemptOutcome("finished", 0)
         if self._killed:
+            tell(f"killed ({self._killed}); the newest complete checkpoint is kept, the same command continues from it")
             record_end(path, "killed", self._killed)
             return AttemptOutcome("killed", 130 if self._killed == "Ctrl-C twice" else 137)
         failed = [group for group in self._groups if group.ended == "given up"]
@@ -170,5 +173,6 @@ class Groups:
             record_end(path, "failed", f"group {failed[0].number}: exit code {failed[0].code}")
             code = failed[0].code
             return AttemptOutcome("failed", 128 - code if code < 0 else code or 1)
+        tell(f"stopped{f' by {self._signal}' if self._signal else ''}; the same command continues: {path}")
         record_end(path, "stopped", self._signal)
         return AttemptOutcome("stopped", 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from src.checkpoint.folder import step_of
 from src.data.batches import Batch
 from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks
 from src.train.loop import Loop
@@ -21,6 +22,7 @@ class ReplicatedLoop(Loop):
     groups: ReplicaGroups
 
     def run(self) -> bool:
+        self._led = False  # before this step
         self.groups.register(StateCallbacks(self._state, self._adopt, self._tell, lambda: self.stop.seen is not None))
         return super().run()
 
@@ -35,8 +37,22 @@ class ReplicatedLoop(Loop):
             self.report.lead(self.groups.leads)
             self._stopping = self.groups.gave_up
             if share is not None:
+                self._save_for_the_last_leader()
                 began = time.perf_counter()
                 yield self.batches.step(state.position, share), time.perf_counter() - began
+
+    def _save_for_the_last_leader(self) -> None:
+        """Collective in the group. A leader that dies in a save leaves no checkpoint: who leads next saves what it
+        holds.
+        """
+        before, self._led = self._led, self.groups.leads
+        if before or not self.groups.leads or self.checkpoint.every is None:
+            return
+        step, newest = self.training.state.step, self.store.newest()
+        due = step // self.checkpoint.every * self.checkpoint.every
+        if due > (0 if newest is None else step_of(newest) or 0):
+            self._saved = step
+            self._write(last=False)
 
     def _advance(self, outcome: dict[str, Tensor], waited: float) -> None:
         if self.groups.committed:
