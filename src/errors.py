@@ -67,6 +67,10 @@ class DivergedError(UserError):
     """Loss or gradients stopped being finite; the weights are still those of the last good step."""
 
 
+class SampleError(Exception):
+    """The ranks of a step did not take its samples, each once: a fault of this code or of a machine, no user's."""
+
+
 class VerdictError(UserError):
     """Nothing is wrong with the question: the answer is no."""
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from src.data.config import Data
 from src.data.corpus import Corpus, part_windows
-from src.data.order import GOLDEN, Permutation, key_of, mix
+from src.data.order import Permutation, Unsigned, key_of, sample_hashes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ class Batch:
     positions: "Tensor | None"
     documents: "Tensor | None"
     samples: tuple[int, ...]
+    checksum: int = 0  # sum modulo 2^64 of the `sample_hashes` of what the rows were read from
 
     def pinned(self) -> "Batch":
         """A copy in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -116,17 +117,24 @@ class Batches:
         """
         start, total = self._summed if self._summed[0] <= position else (0, 0)
         for first in range(start, position, DIGEST_CHUNK):
-            total += self.sum_of(np.arange(first, min(first + DIGEST_CHUNK, position)))
+            total += self.checksum(np.arange(first, min(first + DIGEST_CHUNK, position)))
         total %= 1 << 64
         self._summed = (position, total)
         return hashlib.blake2b(f"{self._name}/{position}/{total}".encode(), digest_size=8).hexdigest()
 
-    def sum_of(self, samples: NDArray[np.int64]) -> int:
+    def taken(self, samples: range, checksum: int) -> None:
+        """Ranks took these samples, of this checksum: where the last digest ended with them, the next goes on there."""
+        position, total = self._summed
+        if position == samples.start:
+            self._summed = (samples.stop, (total + checksum) % 2**64)
+
+    def hashes(self, samples: NDArray[np.int64]) -> Unsigned:
+        """Of training samples, from their numbers, the corpus and the seed alone."""
+        return sample_hashes(samples, *self._locate(self._train, samples))
+
+    def checksum(self, samples: NDArray[np.int64]) -> int:
         """What `digest` adds up, modulo 2^64: a sum over ranks and steps in any order equals the sum over a range."""
-        sources, windows = self._locate(self._train, samples)
-        source_hash = (sources.astype(np.uint64) + np.uint64(1)) * GOLDEN
-        hashes = mix(mix(samples.astype(np.uint64) * GOLDEN + source_hash) ^ windows.astype(np.uint64))
-        return int(hashes.sum(dtype=np.uint64))
+        return _sum(self.hashes(samples))
 
     def realised(self, position: int) -> dict[str, dict[str, float]]:
         """By source: tokens so far, their share of all, the weight asked for, and epochs read."""
@@ -202,9 +210,12 @@ class Batches:
             read = self._corpus.read_window(split, source, window, self._seq_len)
             tokens[row, : len(read) - 1] = read[:-1]
             labels[row, : len(read) - 1] = read[1:]
-        return self._pack(tokens, labels, tuple(samples.tolist()))
+        checksum = _sum(sample_hashes(samples, sources, windows))
+        return self._pack(tokens, labels, tuple(samples.tolist()), checksum)
 
-    def _pack(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], samples: tuple[int, ...]) -> Batch:
+    def _pack(
+        self, tokens: NDArray[np.int64], labels: NDArray[np.int64], samples: tuple[int, ...], checksum: int
+    ) -> Batch:
         import torch
 
         ends = tokens == (-1 if self._corpus.eos_id is None else self._corpus.eos_id)
@@ -217,7 +228,13 @@ class Batches:
             positions=None if positions is None else torch.from_numpy(positions),
             documents=None if documents is None else torch.from_numpy(documents),
             samples=samples,
+            checksum=checksum,
         )
+
+
+def _sum(hashes: Unsigned) -> int:
+    """Modulo 2^64."""
+    return int(hashes.sum(dtype=np.uint64))
 
 
 def _within_documents(ends: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

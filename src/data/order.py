@@ -32,6 +32,16 @@ def mix(value: Unsigned) -> Unsigned:
     return value ^ (value >> np.uint64(31))
 
 
+def sample_hashes(samples: Signed, sources: Signed, windows: Signed) -> Unsigned:
+    """64 bits for each sample: its number in the global order, and the source and window that it is read from.
+
+    Hashes of a set are added modulo 2^64 (a multiset hash): the sum does not depend on who adds what in which order,
+    and a sample that is missing, there twice or another one leaves it as it is with a chance of 2^-64.
+    """
+    place = samples.astype(np.uint64) * GOLDEN + (sources.astype(np.uint64) + np.uint64(1)) * GOLDEN
+    return mix(mix(place) ^ windows.astype(np.uint64))
+
+
 class Permutation:
     """Pseudorandom bijection of range(size), another one in each epoch: a Feistel network on the next power of two.
 

@@ -19,6 +19,22 @@ def world_sum(values: Tensor) -> Tensor:
     return values
 
 
+LIMB_BITS = 32
+
+
+def limbs(value: int) -> tuple[float, float]:
+    """A number modulo 2^64 as its low and high 32 bits: float64 numbers whose sums over ranks are exact.
+
+    A limb is below 2^32 and float64 is exact to 2^53, so in any order of additions over up to 2^21 ranks.
+    """
+    return float(value % 2**LIMB_BITS), float(value >> LIMB_BITS)
+
+
+def of_limbs(low: float, high: float) -> int:
+    """The sum modulo 2^64 of numbers whose limbs add up to these."""
+    return (int(low) + (int(high) << LIMB_BITS)) % 2**64
+
+
 def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """Collective: the element-wise sum over the ranks of `mesh`, in place, without waiting for the device."""
     for group in mesh.get_all_groups():

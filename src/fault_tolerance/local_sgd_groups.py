@@ -14,13 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from src.distributed.collectives import any_rank, world_sum
+from src.distributed.collectives import any_rank, limbs, of_limbs, world_sum
 from src.distributed.model_stages import ModelStages
 from src.distributed.process.rank_context import RankContext
+from src.errors import SampleError
 from src.fault_tolerance.fragments import Modules, Rounds
 from src.fault_tolerance.mean import Exchange, Means, sent_bytes
 from src.fault_tolerance.outer import Outer, Place, Rule
-from src.fault_tolerance.replica_groups import StateCallbacks, Tree
+from src.fault_tolerance.replica_groups import StateCallbacks, Taken, Tree
 from src.fault_tolerance.synchronous_groups import SynchronousGroups, SynchronousOptions
 from src.fault_tolerance.table import HISTORY_BITS, share
 
@@ -53,6 +54,8 @@ class LocalSGDGroups(SynchronousGroups):
         self._copied = False  # the state is another group's, with no step of this one since
         self._loaded = False  # the outer weights, from a checkpoint or a peer
         self._others = 0  # tokens of the others that the loop does not know of
+        self._taken: Taken | None = None  # since a fragment was sent last, in this life and state
+        self._share, self._sharers = range(0), 0  # of the micro-batches of each step, and among how many groups
         self._sent_bytes, self._way = 0, 0.0  # of this rank in this life; norm of the last merge
         # What follows is of the run.
         self._at = 0  # steps that are done
@@ -74,6 +77,7 @@ class LocalSGDGroups(SynchronousGroups):
         return {"outer": self.outer.tensors() | counts | {"unshared": self._unshared, "history": self._history}}
 
     def adopt(self, tree: Tree) -> None:
+        self._taken = None
         if "outer" not in tree:  # the checkpoint is of a run without an outer optimizer
             return
         outer, self._loaded = tree["outer"], True
@@ -95,8 +99,13 @@ class LocalSGDGroups(SynchronousGroups):
             self._exchange()
             if self._at != step:
                 return None  # healed: there may be nothing left to do
+        return self.summed(micro_batches)
+
+    def summed(self, micro_batches: int) -> range:
         assert self._quorum is not None, "the groups have met"
-        return share(self._quorum.rank, self._quorum.size, micro_batches)
+        self._share = share(self._quorum.rank, self._quorum.size, micro_batches)
+        self._sharers = self._quorum.size
+        return self._share
 
     def allreduce(self, tensors: Sequence[Tensor]) -> None:
         """Gradients stay in the group."""
@@ -105,8 +114,11 @@ class LocalSGDGroups(SynchronousGroups):
         self.committed, self._copied, self._fresh = True, False, False
         return True
 
-    def outer_step(self, step: int, tokens: int) -> int:
+    def outer_step(self, step: int, tokens: int, taken: Taken) -> int:
         self._at, self._unshared = step, self._unshared + tokens
+        before = self._taken or Taken(taken.samples[:0], 0)
+        samples, total = range(before.samples.start, taken.samples.stop), before.checksum + taken.checksum
+        self._taken = Taken(samples, total % 2**64)
         if self.rounds.leaves(step):
             while not self._gather():  # each time it waits for the others
                 if self.gave_up:
@@ -134,18 +146,35 @@ class LocalSGDGroups(SynchronousGroups):
         members, quorum = self.members, self._quorum
         assert quorum is not None, "the groups have met"
         vector = self.outer.outgoing(self._fragment)
-        cells = torch.tensor([1.0, self._unshared], dtype=torch.float64)
+        taken = (0.0, 0.0, 0.0) if self._taken is None else (1.0, *limbs(self._taken.checksum))
+        cells = torch.tensor([1.0, self._unshared, *taken], dtype=torch.float64)
         if self._copied:
             vector.zero_()
             cells.zero_()
         if quorum.size > 1:
             members.allreduce([cells])
         if not any_rank(members.error is not None, torch.device("cpu")):
-            contributors, tokens = (int(value) for value in cells.tolist())
+            contributors, tokens, sharers = (int(value) for value in cells[:3].tolist())
+            self._audit(sharers, of_limbs(*cells[3:].tolist()))
             self._others += tokens - self._unshared
             self._pending = self.means.start(vector, max(contributors, 1), members.group, quorum.size)
             self._sent_bytes += sent_bytes(vector.numel(), quorum.size, self.method.exchange)
-        self._left, self._unshared, self._sent = self._at, 0, True
+        self._left, self._unshared, self._sent, self._taken = self._at, 0, True, None
+
+    def _audit(self, sharers: int, found: int) -> None:
+        """Whether the groups together took each sample since the last exchange once. Where not all of those that the
+        samples were divided among are there (one died), nothing can be said.
+        """
+        if self._taken is None or sharers != self._sharers:
+            return
+        assert self._own is not None, "register() comes first"
+        samples, right = self._taken.samples, self._own.checksum(self._taken.samples)
+        if found != right:
+            raise SampleError(
+                f"steps up to {self._at} are of samples {samples.start} to {samples.stop - 1}, checksum {right:016x}; "
+                f"the {sharers} groups took {found:016x}: group {self.group} took micro-batches {self._share.start} "
+                f"to {self._share.stop - 1} of each step"
+            )
 
     def _merge(self) -> None:
         mean, fragment, quorum = self._received(), self._fragment, self._quorum

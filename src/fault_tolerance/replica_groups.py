@@ -14,6 +14,14 @@ Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Samples of the run's order that all groups together have taken, and the checksum of this group's among them."""
+
+    samples: range
+    checksum: int
+
+
+@dataclass(frozen=True)
 class StateCallbacks:
     """This group's state, to give to a healing group or to be replaced, and how it talks to a person."""
 
@@ -21,6 +29,7 @@ class StateCallbacks:
     take: Callable[[Tree], None]  # the plain values, after the tensors were filled in place
     tell: Callable[[str], None]  # a line for a person
     stopped: Callable[[], bool]  # whether this rank was told to stop
+    checksum: Callable[[range], int]  # of these samples of the run's order, modulo 2^64
 
 
 class ReplicaGroups(ABC):
@@ -73,10 +82,17 @@ class ReplicaGroups(ABC):
     def leave(self) -> None:
         """Say goodbye to the other groups. Not after an error: then they must see this group as dead."""
 
-    def outer_step(self, step: int, tokens: int) -> int:
+    def summed(self, micro_batches: int) -> range:
+        """After `start_quorum`: the micro-batches of the step that `allreduce` sums over. All of them, unless groups
+        take steps of their own.
+        """
+        return range(micro_batches)
+
+    def outer_step(self, step: int, tokens: int, taken: Taken) -> int:
         """Exchange weights where it is due. After committed step `step`, over `tokens` of this group. Collective.
 
-        Returns the tokens of other groups that are new to this one. It may have replaced the state.
+        Returns the tokens of other groups that are new to this one. It may have replaced the state. `SampleError`
+        where groups did not share the samples since their last exchange.
         """
         return 0
 

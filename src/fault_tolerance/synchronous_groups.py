@@ -9,6 +9,7 @@ fell behind another takes over its state.
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -54,7 +55,7 @@ class SynchronousGroups(ReplicaGroups):
             callbacks.take(tree["run"])
             self._history, self._stale, self._fresh = tree["history"], False, False
 
-        self._own = StateCallbacks(give, take, callbacks.tell, callbacks.stopped)
+        self._own = replace(callbacks, give=give, take=take)
 
     @property
     def members(self) -> Membership:

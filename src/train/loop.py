@@ -27,6 +27,7 @@ from src.optim.base import Optimizer
 from src.optim.schedule import Schedule
 from src.optim.state import scale_learning_rates
 from src.planning.plan import Plan
+from src.train.audit import SampleAudit
 from src.train.expert_load import expert_load
 from src.train.exports import Exports
 from src.train.report import Report
@@ -81,6 +82,14 @@ class Loop:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
             gc.collect(1)
+        mesh, self._share = self.training.mesh, range(self.plan.micro_batches)
+        self._audit = SampleAudit(
+            self.batches,
+            rank=mesh.data_rank,
+            ranks=mesh.data_ranks,
+            micro_batch=self.plan.micro_batch,
+            who=self._name(),
+        )
         self.throughput.restart()
         if self._owes_validation():
             self._validate(state.step)
@@ -88,8 +97,10 @@ class Loop:
             if self._stopping:
                 break
             scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
+            self._audit.feed(state.step + 1, state.position, batches, share=self._share, summed=self._summed())
             self._advance(self.training.stepper(batches, stop=self._asked()), waited)
         self._process_outcomes(self._readback.flush())
+        self._audit.check()
         self._save(last=True)
         self.store.finish()
         self._tell_save()
@@ -111,11 +122,20 @@ class Loop:
                 return
             yield batches, time.perf_counter() - began
 
+    def _name(self) -> str:
+        """Of this rank, for a person."""
+        return f"data rank {self.training.mesh.data_rank}"
+
+    def _summed(self) -> range:
+        """The micro-batches that a step's totals are sums over."""
+        return range(self.plan.micro_batches)
+
     def _advance(self, outcome: dict[str, Tensor], waited: float) -> None:
         """After a step: count it, and do what is due."""
         self._count(outcome, waited)
         if self._due(self.training.state.step):
             self._process_outcomes(self._readback.flush())
+            self._audit.check()
             self._end_interval(self.training.state.step)
 
     def _count(self, outcome: dict[str, Tensor], waited: float) -> None:
@@ -136,6 +156,7 @@ class Loop:
         """Learn what steps did; every rank learns the same at the same step, so all take the same branch."""
         for outcome in outcomes:
             self._last = outcome
+            self._audit.summed(outcome.step, outcome.checksum)
             self.training.state.tokens += outcome.tokens
             self._stopping = self._stopping or self._may_stop(outcome.stop)
             if outcome.skipped:

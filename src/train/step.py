@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from src.data.batches import Batch
-from src.distributed.collectives import world_sum
+from src.distributed.collectives import limbs, of_limbs, world_sum
 from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import ModelStages
 from src.models.cross_entropy import IGNORED
@@ -22,6 +22,7 @@ class StepOutcome:
     step: int
     metrics: dict[str, float]  # by the names of STEP_METRICS; loss in nats per valid token, grad_norm before clipping
     tokens: int  # valid labels of the step
+    checksum: int  # of the samples of the step, see `SampleAudit`
     skipped: bool  # loss or norm not finite: nothing was updated
     dead: bool  # too many skipped in a row: nothing will be updated any more
     stop: bool  # some rank saw a signal
@@ -35,7 +36,8 @@ class StepOutcome:
         return self.metrics["grad_norm"]
 
 
-CONTROL = ("tokens", "skipped", "dead", "stop")  # what a step says of itself besides its metrics
+TOTALS = ("tokens", "checksum_low", "checksum_high")  # known before the backward pass
+CONTROL = (*TOTALS, "skipped", "dead", "stop")  # what a step says of itself besides its metrics
 
 
 class Stepper:
@@ -67,10 +69,10 @@ class Stepper:
         self.dead = torch.zeros((), device=self.device)
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
-        """Collective. Metrics by name, and tokens, skipped, dead and stop: 0-dim, on the device; see `StepOutcome`."""
-        tokens = self._valid_tokens(batches)
-        loss = self._backward(batches, tokens)
-        return self._update(self._measure(batches, loss, stop) | {"tokens": tokens})
+        """Collective. Metrics and CONTROL by name: 0-dim, on the device; see `StepOutcome`."""
+        totals = self._totals(batches)
+        loss = self._backward(batches, totals[0])
+        return self._update(self._measure(batches, loss, stop) | named(totals))
 
     def _backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
         """Gradients of the mean over `tokens` labels; this rank's share of that mean."""
@@ -103,11 +105,16 @@ class Stepper:
         """Expert counts of all stages, accumulated until the update."""
         return [counter for part in self.network.stages for counter in part.expert_counts()]
 
-    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Labels that count, over all ranks and micro-batches of the step; float64 is exact to 2^53."""
-        mine = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()  # where the loader put them
-        count = mine.double().to(self.device, non_blocking=True)
-        return world_sum(count) / self.mesh.label_copies
+    def _totals(self, batches: Sequence[Batch]) -> Tensor:
+        """TOTALS over all ranks and micro-batches of the step, (3,): labels that count, and limbs of the checksum.
+
+        One copy to the device, one all-reduce and one division for all three. All are whole numbers, which float64
+        holds exactly to 2^53.
+        """
+        count = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()  # where the loader put them
+        checksum = limbs(sum(batch.checksum for batch in batches) % 2**64)
+        mine = torch.stack([count.double(), *(count.new_full((), limb, dtype=torch.float64) for limb in checksum)])
+        return world_sum(mine.to(self.device, non_blocking=True)) / self.mesh.label_copies
 
     def _decide(self, finite: Tensor) -> Tensor:
         """1.0 when this step must not update; also remembers how many such steps came in a row."""
@@ -115,6 +122,11 @@ class Stepper:
         self.in_a_row = (self.in_a_row + 1) * skipped
         self.dead = torch.maximum(self.dead, (self.in_a_row > self.skips).float())
         return skipped
+
+
+def named(totals: Tensor) -> dict[str, Tensor]:
+    """TOTALS by name."""
+    return dict(zip(TOTALS, totals.unbind(), strict=True))
 
 
 def all_finite(measured: dict[str, Tensor]) -> Tensor:
@@ -156,5 +168,5 @@ class Readback:
 
 def _read(step: int, names: tuple[str, ...], values: Tensor) -> StepOutcome:
     told = dict(zip(names, values.tolist(), strict=True))
-    tokens, skipped, dead, stop = (told.pop(name) for name in CONTROL)
-    return StepOutcome(step, told, int(tokens), skipped > 0, dead > 0, stop > 0)
+    tokens, low, high, skipped, dead, stop = (told.pop(name) for name in CONTROL)
+    return StepOutcome(step, told, int(tokens), of_limbs(low, high), skipped > 0, dead > 0, stop > 0)

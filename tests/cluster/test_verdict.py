@@ -8,7 +8,7 @@ from src.cluster.diagnosis.rank_failure import Kind, RankFailure, classify
 from src.cluster.diagnosis.verdict import Evidence, capped, judge
 from src.cluster.slurm.job_log import findings
 from src.distributed.process.preflight import PreflightError
-from src.errors import DataError
+from src.errors import DataError, SampleError
 
 NODES = ("a", "a", "b", "b")
 
@@ -40,6 +40,7 @@ def evidence(*found: RankFailure, log: str = "", hang: Hang | None = None, saved
         (ConnectionResetError(), "peer"),
         (RuntimeError("shape '[2, 3]' is invalid for input of size 7"), "code"),
         (KeyError("socket"), "code"),
+        (SampleError("step 1 is of samples 0 to 3, checksum ecc0d; the ranks took 0"), "code"),
     ],
 )
 def test_an_error_is_known_by_its_type_or_its_words(error: Exception, kind: str) -> None:

@@ -80,6 +80,7 @@ class Rows:
     labels: Tensor
     positions: Tensor | None = None
     documents: Tensor | None = None
+    checksum: int = 0
 
 
 def rows(count: int, length: int, words: int, seed: int = 0) -> Rows:

@@ -15,8 +15,8 @@ import pytest
 
 from src.checkpoint.folder import complete
 from src.cluster.replicas.supervisor import GroupProcess, Groups
-from src.errors import PlanError
-from src.runs.folder import RunFolder, attempts
+from src.errors import PlanError, SampleError
+from src.runs.folder import RunFolder, attempts, end
 from tests.end_to_end.commands import Command, command, start
 from tests.end_to_end.lives import TINY, opened, records, series, write_text
 from tests.train.runs import changed, section
@@ -137,6 +137,23 @@ def test_a_group_that_fails_again_and_again_is_given_up(tmp_path: Path, capfd: p
 def test_what_a_user_must_put_right_is_not_tried_again(tmp_path: Path) -> None:
     _, started, outcome = supervised(tmp_path, {0: "sys.exit(2)", 1: "sys.exit(2)"})
     assert (outcome.status, outcome.exit_code, sorted(started)) == ("failed", 2, [0, 1])
+
+
+def test_a_group_that_took_wrong_samples_is_not_started_again(tmp_path: Path) -> None:
+    """Nor is any other error a reason: the code of an exit is the same."""
+    path = opened(*TINY, "data=synthetic", "data.documents=100", f"root={tmp_path}", "fault_tolerance=torchft")
+    code = next((path / "code").iterdir()).name
+    with RunFolder.rejoin(path, code) as folder:
+        groups = Groups(folder, section("fault_tolerance", "torchft"), [{}, {}], world=1, grace_seconds=20.0)
+        groups._groups = [groups._group(number, "http://nowhere:1") for number in range(2)]
+        for group, error, ended in zip(
+            groups._groups, (SampleError("step 1"), ValueError("step 1")), ("given up", ""), strict=True
+        ):
+            with RunFolder.rejoin(group.folder, code) as own:
+                own.begin(1)
+            end(group.folder, "failed", f"rank 0: {type(error).__name__}: {error}")
+            groups._ended(group, 1, time.monotonic())
+            assert group.ended == ended
 
 
 def test_too_few_groups_are_not_left_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

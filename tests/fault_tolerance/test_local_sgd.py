@@ -13,7 +13,7 @@ from src.distributed.pipeline.stages import modules
 from src.distributed.process.rank_context import RankContext
 from src.fault_tolerance.config import Asked
 from src.fault_tolerance.local_sgd_groups import LocalSGDGroups
-from src.fault_tolerance.replica_groups import StateCallbacks
+from src.fault_tolerance.replica_groups import StateCallbacks, Taken
 from src.fault_tolerance.table import Quorum
 from src.train.setup import build_training
 from tests.fault_tolerance.by_hand import plain
@@ -82,13 +82,14 @@ def rounds(answers: list[bool], spoil: Callable[[dict[str, Tensor], int], None])
         groups = LocalSGDGroups(options, ranks)
     groups._membership = members  # type: ignore[assignment]
     training = build_training(make_run(), ranks, skips=0, groups=groups)
-    groups.register(StateCallbacks(dict, lambda _: None, told.append, lambda: False))
+    groups.register(StateCallbacks(dict, lambda _: None, told.append, lambda: False, checksum=sum))
     assert groups.start_quorum(0, 4) == range(4)
     for step in (1, 2, 3):
         weights = plain(training)
         before = {name: tensor.clone() for name, tensor in weights.items()}
         spoil(weights, step)
-        groups.outer_step(step, 100)
+        samples = range(4 * step - 4, 4 * step)
+        groups.outer_step(step, 100, Taken(samples, sum(samples)))
         ends = {0: "tok_embeddings.weight", 1: "output.weight"}
         moved.append({f for f, name in ends.items() if not torch.equal(weights[name], before[name])})
     return {"asked": members.asked, "told": told, "moved": moved, "metrics": dict(groups.metrics())}

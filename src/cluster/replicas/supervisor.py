@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,8 +16,8 @@ from types import FrameType
 from src.cluster.backend import AttemptOutcome, Options
 from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, record_end, tell
 from src.cluster.replicas.lighthouse import Lighthouse
-from src.errors import UserError
-from src.runs.folder import RunFolder, attempts
+from src.errors import SampleError, UserError
+from src.runs.folder import Attempt, RunFolder, attempts
 
 LONGEST_BACKOFF_SECONDS = 300.0
 LAST_SAVE_SECONDS = 1800.0
@@ -126,7 +126,7 @@ class Groups:
         why = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
         if self._signal or any(other.ended == "finished" for other in self._groups):
             group.ended = "stopped"
-        elif code == UserError.exit_code or group.failures > self._options.restarts:
+        elif code == UserError.exit_code or _took_others_samples(past) or group.failures > self._options.restarts:
             group.ended = "given up"
             tell(f"group {group.number}: {why}; it stays away")
         else:
@@ -176,3 +176,8 @@ class Groups:
         tell(f"stopped{f' by {self._signal}' if self._signal else ''}; the same command continues: {path}")
         record_end(path, "stopped", self._signal)
         return AttemptOutcome("stopped", 0)
+
+
+def _took_others_samples(past: Sequence[Attempt]) -> bool:
+    """Whether the newest attempt ended with an error that each further one would end with."""
+    return bool(past) and f": {SampleError.__name__}: " in past[-1].detail

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from src.checkpoint.folder import step_of
 from src.data.batches import Batch
-from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks
+from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks, Taken
 from src.train.loop import Loop
 
 
@@ -23,7 +24,14 @@ class ReplicatedLoop(Loop):
 
     def run(self) -> bool:
         self._led = False  # before this step
-        self.groups.register(StateCallbacks(self._state, self._adopt, self._tell, lambda: self.stop.seen is not None))
+        callbacks = StateCallbacks(
+            give=self._state,
+            take=self._adopt,
+            tell=self._tell,
+            stopped=lambda: self.stop.seen is not None,
+            checksum=lambda samples: self.batches.checksum(np.arange(samples.start, samples.stop)),
+        )
+        self.groups.register(callbacks)
         return super().run()
 
     def _step_batches(self) -> Iterator[tuple[list[Batch], float]]:
@@ -38,7 +46,7 @@ class ReplicatedLoop(Loop):
             self._stopping = self.groups.gave_up
             if share is not None:
                 self._save_for_the_last_leader()
-                began = time.perf_counter()
+                self._share, began = share, time.perf_counter()
                 yield self.batches.step(state.position, share), time.perf_counter() - began
 
     def _save_for_the_last_leader(self) -> None:
@@ -51,8 +59,15 @@ class ReplicatedLoop(Loop):
         step, newest = self.training.state.step, self.store.newest()
         due = step // self.checkpoint.every * self.checkpoint.every
         if due > (0 if newest is None else step_of(newest) or 0):
+            self._audit.check()
             self._saved = step
             self._write(last=False)
+
+    def _name(self) -> str:
+        return f"{super()._name()} of group {self.groups.group}"
+
+    def _summed(self) -> range:
+        return self.groups.summed(self.plan.micro_batches)
 
     def _advance(self, outcome: dict[str, Tensor], waited: float) -> None:
         if self.groups.committed:
@@ -68,7 +83,9 @@ class ReplicatedLoop(Loop):
         state = self.training.state
         if self._stopping and state.step < self.plan.steps:
             return  # the others may have left; what is due is the next life's
-        others = self.groups.outer_step(state.step, self._last.tokens)  # which may replace the state
+        samples = range(state.position - self.plan.sequences_per_step, state.position)
+        # It may replace the state.
+        others = self.groups.outer_step(state.step, self._last.tokens, Taken(samples, self._last.checksum))
         state.tokens += others
         self._stopping = self._stopping or self.groups.gave_up
 

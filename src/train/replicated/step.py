@@ -7,7 +7,7 @@ from torch import Tensor
 
 from src.data.batches import Batch
 from src.fault_tolerance.replica_groups import ReplicaGroups
-from src.train.step import Stepper, all_finite
+from src.train.step import Stepper, all_finite, named
 
 
 class ReplicatedStepper(Stepper):
@@ -18,11 +18,11 @@ class ReplicatedStepper(Stepper):
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
         """Collective. As `Stepper`; nothing has changed where `groups.committed` is false afterwards."""
-        tokens = self._valid_tokens(batches)
-        self.groups.allreduce([tokens])
-        loss = self._backward(batches, tokens)
+        totals = self._totals(batches)
+        self.groups.allreduce([totals])
+        loss = self._backward(batches, totals[0])
         self.groups.allreduce([*self.gradients.local(), loss, *self._counters()])
-        measured = self._measure(batches, loss, stop) | {"tokens": tokens}
+        measured = self._measure(batches, loss, stop) | named(totals)
         return self._update(measured) if self.groups.should_commit(all_finite(measured)) else self._discard(measured)
 
     def _discard(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
