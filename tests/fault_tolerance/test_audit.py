@@ -22,6 +22,7 @@ from src.fault_tolerance.table import Quorum, share
 from src.runs.folder import RunFolder
 from src.tasks.pretrain import rank as pretrain
 from src.train import audit
+from src.train.resume import resume
 from tests.end_to_end.lives import TINY, live, opened, series
 from tests.ranks import RankPool
 
@@ -84,7 +85,6 @@ def a_step_ahead(number: int) -> Iterator[None]:
 @contextmanager
 def misplaced(number: int) -> Iterator[None]:
     """Group 1 begins at another position."""
-    resume = pretrain.resume
 
     def broken(state: Any, *args: Any) -> str:
         told = resume(state, *args)
@@ -98,7 +98,8 @@ def misplaced(number: int) -> Iterator[None]:
 def life(folder: Path, how: Callable[[int], Any]) -> str | bool | tuple[str, ...]:
     """Of a group of one rank, which this rank of two becomes."""
     number, store = dist.get_rank(), _get_default_store()
-    between = dist.ProcessGroupGloo(dist.PrefixStore("groups", store), number, 2, timedelta(seconds=120))
+    place = dist.PrefixStore("groups", store)  # type: ignore[attr-defined]
+    between = dist.ProcessGroupGloo(place, number, 2, timedelta(seconds=120))
     dist.barrier()
     dist.destroy_process_group()
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

@@ -17,6 +17,7 @@ from src.errors import SampleError
 from src.tasks.pretrain import rank as pretrain
 from src.train import audit
 from src.train.audit import spans
+from src.train.resume import resume
 from src.train.step import Stepper
 from tests.end_to_end.lives import TINY, Shot, live, opened, series
 from tests.ranks import RankPool
@@ -58,7 +59,6 @@ def a_step_ahead() -> Iterator[None]:
 @contextmanager
 def misplaced() -> Iterator[None]:
     """A rank resumes at another position than the rest."""
-    resume = pretrain.resume
 
     def broken(state: Any, *args: Any) -> str:
         told = resume(state, *args)
