@@ -41,6 +41,9 @@ class Pair:
     def start_quorum(self, *_: Any) -> Quorum:
         return Quorum(1, self.group.rank(), 2, healed=False)
 
+    def outside(self) -> set[int]:
+        return set()
+
     def allreduce(self, tensors: Sequence[Tensor], *_: Any) -> None:
         for tensor in tensors:
             self.group.allreduce([tensor]).wait()

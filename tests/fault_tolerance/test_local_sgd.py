@@ -62,6 +62,9 @@ class Alone:
     def start_quorum(self, version: int, own: StateCallbacks) -> Quorum:
         return Quorum(1, 0, 1, healed=False)
 
+    def outside(self) -> set[int]:
+        return set()
+
     def vote(self, *, fine: bool) -> bool:
         self.asked.append(fine)
         return self.answers.pop(0) and fine
