@@ -11,6 +11,7 @@ Then every loss and validation loss, and the bytes of the last checkpoint, are c
 of the same layout. The seed decides which layout, fault and moment a round has; the machine's speed decides what the
 run does at that moment. Linux only: processes are found in /proc. As root one fault more is there, a full disk. Exit
 code 1 if anything was lost, a process was left, or the command did not go on; then logs and run folders are kept.
+Ctrl-C ends it with the table so far.
 """
 
 import argparse
@@ -20,8 +21,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from datetime import date
 from pathlib import Path
 from random import Random
@@ -48,9 +49,12 @@ def main(arguments: Sequence[str] | None = None, start: Starter = popen) -> int:
         parser.error("needs Linux, a round at least, and a fault of these: " + ", ".join(each.name for each in FAULTS))
     missing = {each.name: why for each in chosen if (why := each.cannot())}
     root = Path(tempfile.mkdtemp(prefix="faults-"))
-    results = rounds(
-        [each for each in chosen if each.name not in missing], given.rounds, given.seed, given.layout, root, start
-    )
+    faults = [each for each in chosen if each.name not in missing]
+    results: list[Result] = []
+    with suppress(KeyboardInterrupt):
+        for result in rounds(faults, given.rounds, given.seed, given.layout, root, start):
+            results.append(result)
+            print(line(len(results), given.rounds, result), flush=True)
     print(table(results, missing))
     for file in filter(None, (given.json, RECORD if given.record else None)):
         facts = {"command": f"python -m benchmarks.faults --rounds {given.rounds} --seed {given.seed}", **machine()}
@@ -59,32 +63,34 @@ def main(arguments: Sequence[str] | None = None, start: Starter = popen) -> int:
         print(f"logs and run folders: {root}")
         return 1
     shutil.rmtree(root)
-    return 0
+    return 0 if len(results) == given.rounds or not faults else 130
 
 
-def rounds(faults: list[Fault], count: int, seed: int, layout: str | None, root: Path, start: Starter) -> list[Result]:
-    """`count` of them, spread over the faults."""
+def rounds(
+    faults: list[Fault], count: int, seed: int, layout: str | None, root: Path, start: Starter
+) -> Iterator[Result]:
+    """`count` of them, spread over the faults; the result of each as it is done."""
     undisturbed: dict[str, Record] = {}
-    results = []
     for number in range(count if faults else 0):
         fault, chance = faults[number % len(faults)], Random(f"{seed}/{number}")
         where = layout or chance.choice(list(LAYOUTS))
         if where not in undisturbed:
             calm = Round("none", where, root / f"undisturbed-{where}", root, "", start)
-            calm.go_on()
+            with calm.ended_with_us():
+                calm.go_on()
             undisturbed[where] = Record.read(calm.folder)
             if calm.result.faults_found or not undisturbed[where].files:
                 raise SystemExit(f"the undisturbed run failed: {calm.result.faults_found}, see {calm.log}")
         with nullcontext(root) if fault.place is None else fault.place() as place:
             one = Round(fault.name, where, place / f"round-{number}", root, f"{seed}/{number}/moment", start)
             one.log = root / f"round-{number}.log"
-            fault.strike(one)
-            one.go_on()
-            results.append(judged(one, undisturbed[where]))
-        if not one.result.lost:
+            with one.ended_with_us():
+                fault.strike(one)
+                one.go_on()
+            result = judged(one, undisturbed[where])
+        if not result.lost:
             shutil.rmtree(one.folder, ignore_errors=True)
-        print(line(number + 1, count, one.result), flush=True)
-    return results
+        yield result
 
 
 def judged(one: Round, undisturbed: Record) -> Result:

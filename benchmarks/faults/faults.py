@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Fault:
     name: str
     strike: Callable[[Round], None]
     cannot: Callable[[], str] = lambda: ""  # why this machine cannot have it; empty: it can
-    place: Callable[[], object] | None = None  # a context manager of where its run folder lies; None: with the others
+    place: Callable[[], AbstractContextManager[Path]] | None = None  # of its run folder; None: with the others
 
 
 def kill_a_rank(drill: Round) -> None:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,6 +182,16 @@ class Round:
             subprocess.run(shlex.split(advice[-1]), check=False)
         last = life.said.strip().splitlines()[-1:]
         self.expect(code == 0, f"the same command ended with code {code}: {''.join(last)}")
+
+    @contextmanager
+    def ended_with_us(self) -> Iterator[None]:
+        """Nothing of this round outlives an error or a Ctrl-C of the drill itself."""
+        try:
+            yield
+        except BaseException:
+            for process in processes(self.folder):
+                os.kill(process, signal.SIGKILL)
+            raise
 
     def ranks(self) -> list[int]:
         """Process ids of the living ranks."""

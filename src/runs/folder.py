@@ -292,15 +292,17 @@ def _refuse_torn(path: Path, config: Path) -> None:
     copy.
     """
     kept = sorted(path.glob("logs/attempt_*/config.yaml"), key=lambda copy: int(copy.parent.name.rpartition("_")[2]))
+    cause: ConfigError | None = None
+    fault = "unreadable"
     try:
         trees.read(config)
     except ConfigError as error:
-        fault, cause = "unreadable", error
+        cause = error
     else:
         content, copy = config.read_bytes(), kept[-1].read_bytes() if kept else b""
         if content == copy or not copy.startswith(content):
             return
-        fault, cause = "cut short", None
+        fault = "cut short"
     way_out = f"`cp {kept[-1]} {config}` and run the same command again" if kept else "restore or move it"
     raise FolderError(f"{config}: {fault}, so this run cannot be told from another; {way_out}") from cause
 
