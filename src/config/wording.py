@@ -47,6 +47,8 @@ def unknown(name: str, names: Iterable[str], noun: str) -> str:
     """Like "no such key; did you mean n_layers?", or the whole list when nothing is near."""
     known = list(names)
     near = nearest(name, known)
+    if not known:
+        return f"no such {noun}; there are none here"
     return f"no such {noun}; " + (f"did you mean {near}?" if near else f"there are: {', '.join(known)}")
 
 

@@ -19,7 +19,7 @@ from src.distributed.collectives import any_rank
 from src.distributed.process.rank_context import RankContext, Replica
 from src.fault_tolerance.membership import Membership, MembershipOptions
 from src.fault_tolerance.replica_groups import ReplicaGroups, StateCallbacks, Tree
-from src.fault_tolerance.table import HISTORY_BITS, Quorum, Row, Table, share
+from src.fault_tolerance.table import HISTORY_BITS, Quorum, Row, Table, Tally, share
 
 AGAIN_SECONDS = 0.2  # between two looks for a group that lives and is not there yet
 
@@ -46,14 +46,16 @@ class SynchronousGroups(ReplicaGroups):
         self._awaited: set[int] = set()  # living groups without which a fresh one does not begin
         self._lost = 0  # steps of this group's work that did not count
         self._failures = 0  # votes that said no
+        self._tally = Tally()
 
     def register(self, callbacks: StateCallbacks) -> None:
         def give() -> Tree:
-            return {"run": callbacks.give(), "history": self._history}
+            return {"run": callbacks.give(), "history": self._history, "tally": self._tally}
 
         def take(tree: Tree) -> None:
             callbacks.take(tree["run"])
             self._history, self._stale, self._fresh = tree["history"], False, False
+            self._tally = tree["tally"]
 
         self._own = replace(callbacks, give=give, take=take)
 
@@ -89,6 +91,7 @@ class SynchronousGroups(ReplicaGroups):
             self.gave_up = any_rank(self._own.stopped(), torch.device("cpu"))
             return None
         self.table, self.leads = table, table.leader() == self.group
+        self._tally = self._tally.after(table.rows)
         if before is None or before.id != quorum.id:
             self._own.tell(self._described(quorum, time.perf_counter() - began))
         return share(quorum.rank, quorum.size, micro_batches)
@@ -148,8 +151,8 @@ class SynchronousGroups(ReplicaGroups):
     def metrics(self) -> Mapping[str, float]:
         assert self._quorum is not None
         found = {"groups/participants": float(len(self.table.rows)), "groups/quorum": float(self._quorum.id)}
-        found["groups/lost_steps"] = float(sum(row.lost for row in self.table.rows))
-        found["groups/commit_failures"] = float(sum(row.failures for row in self.table.rows))
+        found["groups/lost_steps"] = float(self._tally.lost)
+        found["groups/commit_failures"] = float(self._tally.failures)
         for row in self.table.rows:
             found[f"group_{row.group}/lost_steps"] = float(row.lost)
             found[f"group_{row.group}/commit_failures"] = float(row.failures)

@@ -88,6 +88,34 @@ class Table:
         return all(row.leaving for row in self.rows)
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Steps lost and votes that said no, of all lives of all groups: their own counts begin anew with each life, and of
+    a group that is away the table has no row. Equal in all groups of a quorum; who heals takes it over.
+    """
+
+    lives: tuple[tuple[int, int, int], ...] = ()  # group, and the counts of its newest life as they were last seen
+    over: tuple[int, int] = (0, 0)  # the counts of lives that have ended
+
+    def after(self, rows: tuple[Row, ...]) -> "Tally":
+        """The tally once these rows have been seen."""
+        lives, (lost, failures) = {group: counts for group, *counts in self.lives}, self.over
+        for row in rows:
+            before = lives.get(row.group, [0, 0])
+            if row.lost < before[0] or row.failures < before[1]:  # another life
+                lost, failures = lost + before[0], failures + before[1]
+            lives[row.group] = [row.lost, row.failures]
+        return Tally(tuple((group, *counts) for group, counts in sorted(lives.items())), (lost, failures))
+
+    @property
+    def lost(self) -> int:
+        return self.over[0] + sum(lost for _, lost, _ in self.lives)
+
+    @property
+    def failures(self) -> int:
+        return self.over[1] + sum(failures for *_, failures in self.lives)
+
+
 def _row(values: list[float]) -> Row:
     group, led, leaving, history, lost, failures, heal_seconds, fresh, awaits = values
     counts = int(history), int(lost), int(failures)

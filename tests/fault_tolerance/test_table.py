@@ -6,7 +6,7 @@ import pytest
 
 from src.errors import PlanError
 from src.fault_tolerance.config import TorchFT
-from src.fault_tolerance.table import Row, Table, share
+from src.fault_tolerance.table import Row, Table, Tally, share
 from src.planning.plan import plan
 from tests.train.runs import Gpus, changed, make_run, section
 
@@ -45,6 +45,17 @@ def test_groups_without_a_state_do_not_begin_without_one_that_may_have_it() -> N
     assert table(fresh=(True, True), awaits=(False, True)).premature
     assert not table(fresh=(True, True)).premature, "all that live are here"
     assert not table(fresh=(True, False), awaits=(True, False)).premature, "one of them has the state"
+
+
+def test_totals_never_fall() -> None:
+    """Of three groups one dies, comes back and counts anew, another stays away."""
+    tally, totals = Tally(), []
+    for counts in ({0: 1, 1: 2, 2: 1}, {0: 2, 2: 1}, {0: 2, 1: 0, 2: 1}, {0: 2, 1: 1}):
+        groups = tuple(counts)
+        lost, failures = tuple(counts.values()), tuple(2 * each for each in counts.values())
+        tally = tally.after(table(group=groups, lost=lost, failures=failures).rows)
+        totals.append((tally.lost, tally.failures))
+    assert totals == [(4, 8), (5, 10), (5, 10), (6, 12)]
 
 
 def test_who_stays_inherits() -> None:
