@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from src.config.build import build
+from src.config.wording import unknown
 from src.errors import ConfigError
 from tests.config import nouns
 
@@ -170,3 +171,8 @@ def test_problems_of_the_whole_are_told_beside_those_of_its_parts() -> None:
         "data.held_out.weight: 'x' is not a number",
         "data.held: no such key; did you mean held_out?",
     )
+
+
+def test_where_there_is_nothing_to_choose_from_no_list_is_begun() -> None:
+    """As of fault_tolerance=none over an experiment that sets keys of the section."""
+    assert unknown("groups", [], "key") == "no such key; there are none here"
