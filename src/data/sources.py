@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from src.config.base import Config, Names
 from src.config.bounds import Count, Seed
 from src.data import files
+from src.data.files import BadRow
 from src.data.fingerprint import fingerprint, hash_files
 from src.errors import DataError, some
 
@@ -46,9 +47,9 @@ class SkippedRows:
     """How many rows were left out of a piece, and the first of them."""
 
     count: int = 0
-    first: list[files.BadRow] = field(default_factory=list)
+    first: list[BadRow] = field(default_factory=list)
 
-    def add(self, row: files.BadRow) -> None:
+    def add(self, row: BadRow) -> None:
         self.count += 1
         if len(self.first) < PLACES_KEPT:
             self.first.append(replace(row, repaired=None))
@@ -66,7 +67,7 @@ class Source(Config, ABC):
         """The pieces in corpus order. DataError when there is nothing to read."""
 
     @abstractmethod
-    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
+    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
         """The documents of a piece in order and, in their places, rows that are none. DataError names the file."""
 
     @abstractmethod
@@ -132,7 +133,7 @@ class StdlibSource(Source):
     def pieces(self) -> list[Piece]:
         return group([span for path in self._paths for span in files.spans(path, files.LARGEST_PIECE_BYTES)])
 
-    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
+    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
         for span in piece.spans:
             yield from files.read(span, field="", separator=None)
 
@@ -169,7 +170,7 @@ class TextSource(RowSource):
         largest = piece_bytes(total)
         return group([span for path in self._paths for span in files.spans(path, largest)])
 
-    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
+    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
         for span in piece.spans:
             yield from files.read(span, field=self.field, separator=self.separator)
 
@@ -213,7 +214,7 @@ class SyntheticSource(Source):
         spans = [files.TextSpan("synthetic", first, min(first + 4096, self.documents)) for first in starts]
         return [Piece((span,)) for span in spans]
 
-    def rows(self, piece: Piece) -> Iterator[str | files.BadRow]:
+    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
         for span in piece.spans:
             yield from (self._text(number) for number in range(span.start, span.stop))
 
