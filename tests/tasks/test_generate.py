@@ -148,3 +148,31 @@ def test_prompts_of_a_pipe_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "prompts")
     with pytest.raises(DataError, match=r"task\.prompts=.*/prompts: is no regular file"):
         read_prompts(tmp_path / "prompts")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": null}', "is no JSON object with a text under prompt"),
+        (b'{"prompt": 5}', "is no JSON object with a text under prompt"),
+        (b"[" * 100_000, "is no JSON object with a text under prompt"),
+        (b'{"prompt": "\\ud800"}', "is not UTF-8 text"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 text"),
+    ],
+)
+def test_a_bad_prompt_is_named_by_its_line(tmp_path: Path, line: bytes, words: str) -> None:
+    """Empty lines count, and none is written as None."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\n{"prompt": "one"}\r\n\n' + line)
+    with pytest.raises(DataError, match=f"prompts.jsonl, line 4: {words}"):
+        read_prompts(path)
+
+
+def test_prompts_are_lines_that_end_with_a_line_feed(tmp_path: Path) -> None:
+    """The separators of Unicode are letters of a text; marks and ends of another system are not."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\n{"prompt": "c"}\n'.encode())
+    assert read_prompts(path) == ["a\u2028b", "c"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\u2028b\r\n\nc\n".encode())
+    assert read_prompts(path) == ["a\u2028b", "c"]

@@ -1,6 +1,8 @@
 """task=generate: text from a checkpoint."""
 
+import codecs
 import json
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -9,6 +11,7 @@ from pydantic import Field, model_validator
 
 from src.config.base import Config, PathField, Place
 from src.config.bounds import Sequences, Steps, Temperature, Tokens, Vocabulary
+from src.data.tokenizer import vocabulary_problems
 from src.errors import DataError
 from src.models.base import pass_multiple
 
@@ -80,6 +83,8 @@ class Generate(Config):
         if (self.prompt is None) == (self.prompts is None):
             line = 'task.prompt: pass a text with prompt="...", or a file of them with prompts=<file>; one of the two'
             return [], [line]
+        if unfit := vocabulary_problems(run.tokenizer, run.model.vocab_size):
+            return [], unfit  # and no tokenizer is trained in vain
         try:
             texts = self.texts()
             tokenizer = run.tokenizer.open(run.cache, run.data)
@@ -120,20 +125,30 @@ def read_prompts(file: Path) -> list[str]:
     if file.exists() and not file.is_file():
         raise DataError(f"task.prompts={file}: is no regular file, and launcher and ranks read it; write it to one")
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
         raise DataError(f"task.prompts={file}: cannot be read as text ({error})") from error
-    if not lines:
+    read: Callable[[bytes], str] = _row if file.suffix.lower() == ".jsonl" else bytes.decode
+    prompts = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(read(line.rstrip(b"\r")))
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise DataError(f"task.prompts={file}, line {number}: is not UTF-8 text ({error.reason})") from error
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"task.prompts={file}, line {number}: is no JSON object with a text under prompt"
+            ) from error
+    if not prompts:
         raise DataError(f"task.prompts={file}: holds no prompt")
-    return (
-        [_prompt(file, number, line) for number, line in enumerate(lines, 1)]
-        if file.suffix.lower() == ".jsonl"
-        else lines
-    )
+    return prompts
 
 
-def _prompt(file: Path, number: int, line: str) -> str:
-    try:
-        return str(json.loads(line)["prompt"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"task.prompts={file}, line {number}: is no JSON object with a text under prompt") from error
+def _row(line: bytes) -> str:
+    prompt = json.loads(line)["prompt"]
+    if not isinstance(prompt, str):
+        raise TypeError(f"{type(prompt).__name__} under prompt")
+    prompt.encode()  # UnicodeEncodeError for half a surrogate pair
+    return prompt
