@@ -9,9 +9,14 @@ from unittest.mock import patch
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from src.config.build import build
 from src.config.composition.requests import asked
+from src.config.groups import SECTIONS, options
 from src.errors import UserError
-from src.launch.start import checked
+from src.launch.start import checked, unfit
+from src.planning.plan import plan
+from src.run import Run
+from tests.test_conf import composed, made
 
 DEEPSEEK = "model=deepseek_v3_debug"
 REFUSED = {
@@ -136,3 +141,50 @@ def test_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with patch.object(sys, "argv", ["launch.py", *argv]), pytest.raises(UserError) as caught:
         checked(asked(argv).trees)
     assert caught.value.problems == (said,)
+
+
+# What an option of another group says to every task while all else is as by default.
+EXPERTS = {f"parallel={each}": "has no routed experts" for each in options("parallel") if "_ep" in each}
+TO_ALL = EXPERTS | {
+    "parallel=async_tp2_fsdp4": "parallel.async_tensor=true is the compiler's work; pass compile=blocks",
+    "parallel=tp8_pp8_fsdp8": "cannot cut model.n_layers=6",
+    "precision=fp8_experts": "this model has no routed experts; pass precision.float8.experts=false",
+    "precision=fp8_gather": "gathers nothing: parallel.shard=1; pass precision.float8.all_gather=false",
+    "recompute=budget": "is kept by the compiler; pass compile=blocks",
+}
+# And to some.
+SMALL, NOWHERE = "use model.vocab_size=8192 or more", "tokenizer.path=x: no such file or folder"
+ALONE = {
+    f"fault_tolerance={each}": "this task trains no run that groups could share; pass fault_tolerance=none"
+    for each in options("fault_tolerance")
+    if each != "none"
+}
+TO_TASK = {
+    "bench": ALONE,
+    "evaluate": ALONE | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "export": ALONE | {"tokenizer=file": NOWHERE},
+    "generate": ALONE | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "pretrain": {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "verify": ALONE,
+}
+# model=auto stands for another, which the checkpoint names.
+OFFERED = [f"{group}={each}" for group in SECTIONS if group != "task" for each in options(group) if each != "auto"]
+
+
+@pytest.mark.parametrize("task", options("task"))
+def test_each_task_takes_each_option_of_the_others_or_says_in_a_line_why_not(task: str) -> None:
+    chosen = made(f"task={task}")
+    if task == "generate":
+        chosen = chosen.model_copy(update={"prompt": "a"})
+    default, refused = build(composed()) | {"task": chosen}, {}
+    for choice in OFFERED:
+        run = Run.from_sections(default | {choice.partition("=")[0]: made(choice)})
+        try:
+            plan(run, None, None, unfit(run))
+        except UserError as error:
+            refused[choice] = error.problems
+    expected = TO_ALL | TO_TASK[task]
+    assert refused.keys() == expected.keys()
+    for choice, lines in refused.items():
+        assert any(expected[choice] in line for line in lines), lines
+        assert not any("\n" in line for line in lines), lines

@@ -41,10 +41,17 @@ def shared() -> Composer:
         return one
 
 
+def offered(choice: str) -> Tree:
+    """The tree with this option of a group, and with some of the others: one composition serves an option of each."""
+    group, _, option = choice.partition("=")
+    number = options(group).index(option)
+    return composed(*(f"{each}={options(each)[min(number, len(options(each)) - 1)]}" for each in SECTIONS))
+
+
 def made(choice: str) -> BaseModel:
     """The object of one option, built without the other sections."""
     group = choice.partition("=")[0]
-    tree = {key: value for key, value in composed(choice).items() if key == group or key in Top.model_fields}
+    tree = {key: value for key, value in offered(choice).items() if key == group or key in Top.model_fields}
     section = build(tree, sections=(group,))[group]
     assert isinstance(section, BaseModel)
     return section
@@ -127,7 +134,7 @@ def test_defaults_lists_have_only_words_that_hydra_knows(file: Path) -> None:
 
 @pytest.mark.parametrize("option", options("parallel"))
 def test_a_layout_is_what_its_name_says(option: str) -> None:
-    degrees = {key: value for key, value in composed(f"parallel={option}")["parallel"].items() if type(value) is int}
+    degrees = {key: value for key, value in offered(f"parallel={option}")["parallel"].items() if type(value) is int}
     words = {"tp": "tensor", "fsdp": "shard", "ddp": "replicate", "cp": "context", "pp": "pipeline", "ep": "expert"}
     said: dict[str, int] = {}
     for part in option.removeprefix("async_").split("_") if option != "single" else []:
