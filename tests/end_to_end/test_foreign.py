@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 
 from src.checkpoint.folder import measure
+from src.config.composition.requests import asked
+from src.errors import UserError
+from src.launch.start import checked, prepare
+from src.metrics.history import read as read_metrics
+from src.runs.folder import attempts
+from src.tasks.source import completed
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import live, opened
 from tests.ranks import RankPool
@@ -94,6 +100,51 @@ def test_nothing_is_run(door: str, made: Path, text: tuple[str, ...], tmp_path: 
     assert code == 2, told
     assert "names posix.system, which no checkpoint of this project does; nothing of it was run" in told
     assert not mark.exists()
+
+
+def knock(folder: Path, same: list[str]) -> list[str]:
+    """What the launcher and those who look say at each door of a run folder: a UserError's words, or nothing."""
+    said = []
+    for argv in (
+        ["task=generate", f"run={folder}", "prompt=a", *same[-1:], "cluster.gpus=0", "dry_run=true"],
+        [*same, "name=mine", f"checkpoint.initial={folder}"],
+        [*same, f"folder={folder}"],  # last: it makes data.json and the like anew
+    ):
+        try:
+            for tree, run, plan in checked(asked(argv, completed).trees):
+                if not run.dry_run:
+                    prepare(tree, run, plan)[0].close()
+            said.append("")
+        except UserError as error:
+            said.append("\n".join(error.problems))
+    attempts(folder)
+    read_metrics(folder)
+    return said
+
+
+FILES = ("config.yaml", "plan.json", "data.json", "git.json", "attempts.jsonl", "metrics.jsonl", "version", "lock")
+STEP = "checkpoints/step_00000002"
+
+
+@pytest.mark.parametrize("name", [*FILES, f"{STEP}/values.json", f"{STEP}/COMPLETE.json"])
+def test_what_looks_like_text_is_read_as_text(
+    name: str, made: Path, text: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pickle in the place of each JSON or YAML file, and YAML that names a function: no door runs either."""
+    mark = tmp_path / "mark"
+    same = [*text[:-1], "task.steps=4", "checkpoint.every=2", "name=theirs", f"root={tmp_path / 'runs'}"]
+    monkeypatch.setattr("sys.argv", ["launch.py"])
+    call = f"!!python/object/apply:os.system ['touch {mark}']\n".encode()
+    for number, content in enumerate([pickle.dumps(Bomb(mark)), *([call] if name == "config.yaml" else [])]):
+        folder = Path(shutil.copytree(made, tmp_path / f"{number}", ignore=shutil.ignore_patterns("code")))
+        (folder / name).write_bytes(content)
+        if not name.endswith("COMPLETE.json"):
+            vouched(folder / STEP)
+        generate, initial, own = knock(folder, same)
+        assert not mark.exists()
+        assert ("unreadable" in own) == (name == "config.yaml"), own
+        assert bool(initial) == name.startswith(STEP), initial
+        assert bool(generate) == (name in ("config.yaml", "data.json")) or name.startswith(STEP), generate
 
 
 def test_a_run_of_our_own_that_moved_goes_on(made: Path, text: tuple[str, ...], tmp_path: Path) -> None:
