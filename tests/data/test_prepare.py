@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,14 @@ from src.data.tokenizer import Bpe, Bytes
 from src.errors import DataError
 from tests.data.corpora import corpus, mixture, stream, synthetic, text, texts_of
 
+PIECES = synthetic(documents=9000, words=2)  # three
+
+
+@pytest.fixture(scope="module")
+def in_pieces(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """PIECES, prepared by one process that nothing disturbed; to be read only."""
+    return corpus(PIECES, tmp_path_factory.mktemp("pieces"))
+
 
 def shards(made: Corpus) -> TokenShards:
     (part,) = made.parts
@@ -30,27 +39,23 @@ def content(made: Corpus, split: str) -> list[int]:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_split_is_its_documents_one_after_the_other(tmp_path: Path, split: str) -> None:
-    data = synthetic(documents=5000, words=3)  # two pieces
-    made = corpus(data, tmp_path)
-    assert len(list(shards(made).folder.glob(f"*.{split}.bin"))) == 2
-    assert content(made, split) == stream(texts_of(data), split, 0.1)
-    assert made.documents(split) == content(made, split).count(257)
+def test_a_split_is_its_documents_one_after_the_other(in_pieces: Corpus, split: str) -> None:
+    assert len(list(shards(in_pieces).folder.glob(f"*.{split}.bin"))) == 3
+    assert content(in_pieces, split) == stream(texts_of(PIECES), split, 0.1)
+    assert in_pieces.documents(split) == content(in_pieces, split).count(257)
 
 
-def test_reading_anywhere_equals_slicing(tmp_path: Path) -> None:
-    made = corpus(synthetic(documents=9000, words=2), tmp_path)
-    whole = content(made, "train")
+def test_reading_anywhere_equals_slicing(in_pieces: Corpus) -> None:
+    made, whole = in_pieces, content(in_pieces, "train")
     border = shards(made)._ends["train"][1]
     for start, count in [(0, 1), (border - 3, 7), (border, 5), (1, len(whole)), (len(whole) - 2, 9), (len(whole), 4)]:
         assert shards(made).read("train", int(start), count).tolist() == whole[start : start + count]
 
 
-def test_several_processes_make_the_same_shards(tmp_path: Path) -> None:
-    one = corpus(synthetic(documents=9000, words=2), tmp_path / "one")
-    two = corpus(synthetic(documents=9000, words=2, processes=2), tmp_path / "two")
-    assert one.fingerprint == two.fingerprint
-    assert content(one, "train") == content(two, "train")
+def test_several_processes_make_the_same_shards(tmp_path: Path, in_pieces: Corpus) -> None:
+    two = corpus(synthetic(documents=9000, words=2, processes=2), tmp_path)
+    assert two.fingerprint == in_pieces.fingerprint
+    assert content(two, "train") == content(in_pieces, "train")
 
 
 def test_the_second_time_nothing_is_done(tmp_path: Path) -> None:
@@ -103,50 +108,50 @@ from tests.data.corpora import corpus, synthetic
 
 written = prepare.write_record
 
-def write_and_die(folder, number, shards):
-    written(folder, number, shards)
+def write_and_die(folder, *arguments):
+    written(folder, *arguments)
     if len(list(Path(folder).glob("[0-9]*.json"))) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 prepare.write_record = write_and_die
-corpus(synthetic(documents=16000, words=2), Path(sys.argv[1]))
+corpus(synthetic(documents=9000, words=2), Path(sys.argv[1]))
 """
 
 
-def test_a_kill_loses_no_finished_shard(tmp_path: Path) -> None:
+def test_a_kill_loses_no_finished_shard(tmp_path: Path, in_pieces: Corpus) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], check=False)
     assert killed.returncode == -9
     (folder,) = (tmp_path / "killed/tokens").iterdir()
     assert not (folder / "index.json").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("[0-9]*")}
     assert len(finished) == 2 * 3  # a record and two splits each
-    resumed = corpus(synthetic(documents=16000, words=2), tmp_path / "killed")
-    straight = corpus(synthetic(documents=16000, words=2), tmp_path / "straight")
+    resumed = corpus(PIECES, tmp_path / "killed")
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
-    assert resumed.fingerprint == straight.fingerprint
-    assert content(resumed, "train") == content(straight, "train")
+    assert resumed.fingerprint == in_pieces.fingerprint
+    assert content(resumed, "train") == content(in_pieces, "train")
 
 
-def test_a_half_written_shard_is_made_again(tmp_path: Path) -> None:
-    data = synthetic(documents=9000, words=2)
-    made = corpus(data, tmp_path)
-    whole = content(made, "train")
+def test_a_half_written_shard_is_made_again(tmp_path: Path, in_pieces: Corpus) -> None:
+    there = shards(in_pieces).folder
+    shutil.copytree(there, tmp_path / there.parent.name / there.name)
+    made, whole = corpus(PIECES, tmp_path), content(in_pieces, "train")
+    assert made.preparation.cached
     (shards(made).folder / "index.json").unlink()
     broken = shards(made).folder / "00001.train.bin"
     broken.write_bytes(broken.read_bytes()[:-4])
-    assert content(corpus(data, tmp_path), "train") == whole
+    assert content(corpus(PIECES, tmp_path), "train") == whole
 
 
-def test_two_preparers_at_once_agree(tmp_path: Path) -> None:
+def test_two_preparers_at_once_agree(tmp_path: Path, in_pieces: Corpus) -> None:
     command = "import sys; from pathlib import Path; from tests.data.corpora import corpus, synthetic; "
-    command += "print(corpus(synthetic(documents=20000, words=2), Path(sys.argv[1])).fingerprint)"
+    command += "print(corpus(synthetic(documents=9000, words=2), Path(sys.argv[1])).fingerprint)"
 
     def run(_: int) -> str:
         return subprocess.check_output([sys.executable, "-c", command, str(tmp_path / "shared")], text=True).strip()
 
     with ThreadPoolExecutor(2) as pool:
         found = set(pool.map(run, range(2)))
-    assert found == {corpus(synthetic(documents=20000, words=2), tmp_path / "alone").fingerprint}
+    assert found == {in_pieces.fingerprint}
 
 
 def test_a_truncated_shard_is_named_on_opening(tmp_path: Path) -> None:
