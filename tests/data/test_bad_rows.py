@@ -12,6 +12,7 @@ from src.config.upgrades import without_neutral
 from src.data import sources
 from src.data.config import Mixture, Text
 from src.data.corpus import Corpus, read_recipe
+from src.data.fingerprint import fingerprint, hash_files
 from src.data.prepare import prepare
 from src.data.shards import SPLITS
 from src.data.tokenizer import Bpe
@@ -196,8 +197,8 @@ def test_only_the_choice_to_skip_is_part_of_cache_and_identity(tmp_path: Path) -
     lines(tmp_path / "rows", [])
     refusing, skipping = (text(tmp_path / "rows.jsonl", bad_rows=choice) for choice in ("refuse", "skip"))
     assert refusing.fingerprint(tmp_path) != skipping.fingerprint(tmp_path)
-    assert refusing.fingerprint(tmp_path) == sources.fingerprint(
-        "text", [[".jsonl", sources.hash_files([tmp_path / "rows.jsonl"], tmp_path)[0]]], "text", None
+    assert refusing.fingerprint(tmp_path) == fingerprint(
+        "text", [[".jsonl", hash_files([tmp_path / "rows.jsonl"], tmp_path)[0]]], "text", None
     ), "as before there was a choice"
     for name in ("data.config.Text", "data.config.Hub", "data.hub.HubSource", "data.sources.TextSource"):
         tree = {"data": {"_target_": f"src.{name}", "bad_rows": "refuse"}}
