@@ -144,7 +144,7 @@ class Run:
             self,
             parallel=self.parallel.model_copy(update=whole | plain),
             recompute=self.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
-            compile=self.compile.model_copy(update={"blocks": False, "loss": False}),
+            compile=self.compile.model_copy(update={"blocks": False, "loss": False, "graph": False}),
         )
 
     def holding_weights(self) -> Self:

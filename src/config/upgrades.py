@@ -57,6 +57,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.data.config.Text": {"bad_rows": "refuse"},
     "src.data.hub.HubSource": {"bad_rows": "refuse"},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
+    "src.distributed.compile.Compile": {"graph": False},
 }
 
 _ABSENT = object()

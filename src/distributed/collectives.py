@@ -15,7 +15,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def world_sum(values: Tensor) -> Tensor:
     """Collective: the element-wise sum over all ranks, in place, without waiting for the device."""
-    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
 
 
@@ -38,7 +39,8 @@ def of_limbs(low: float, high: float) -> int:
 def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """Collective: the element-wise sum over the ranks of `mesh`, in place, without waiting for the device."""
     for group in mesh.get_all_groups():
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
     return values
 
 

@@ -18,6 +18,8 @@ class Compile(Config):
     """True: compile each transformer block; equal blocks share one compilation."""
     loss: bool
     """True: compile the output projection and the loss."""
+    graph: bool
+    """True: one CUDA graph replays the whole step of one GPU, so that small models do not wait for Python."""
     mode: Literal["default", "max-autotune-no-cudagraphs"]
     """Mode of torch.compile; max-autotune-no-cudagraphs: compiles longer, for faster kernels."""
 

@@ -83,6 +83,6 @@ def update(
     return weight - rate * first / (second.sqrt() * root + eps), (first, second)
 
 
-def rates(lr: float, steps: "Tensor", beta1: float, beta2: float, _eps: float) -> "tuple[Tensor, Tensor]":
+def rates(lr: "Tensor", steps: "Tensor", beta1: float, beta2: float, _eps: float) -> "tuple[Tensor, Tensor]":
     """What the direction and the root of the second moment are multiplied by: both correct for moments from zero."""
     return lr / (1.0 - beta1**steps), (1.0 - beta2**steps).rsqrt()

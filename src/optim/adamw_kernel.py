@@ -107,7 +107,8 @@ class Launch:
             (weight, gradient.data_ptr(), mean, square, copy)
             for (weight, mean, square, copy), gradient in zip(self._fixed, gradients, strict=True)
         ]
-        table = torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(skip.device, non_blocking=True)
+        self._table = torch.tensor(rows, dtype=torch.int64, pin_memory=True)  # kept: a CUDA graph reads it again
+        table = self._table.to(skip.device, non_blocking=True)
         weight, moment, copy = (TYPES[dtype] for dtype in self._types)
         _update[(len(self._tensors),)](
             table,

@@ -22,13 +22,14 @@ Launch = Callable[..., None]
 # ((weight, *state, copy) of each tensor, types of gradients) -> launches by the places of their tensors; an example is
 # src/optim/adamw_kernel.py.
 Launches = Callable[[Sequence[tuple[Any, ...]], Sequence[torch.dtype]], Mapping[tuple[int, ...], Launch]]
-# (learning rate, updates of each parameter with this one, options) -> for each parameter what its update shall read.
+# (learning rate, 0-dim float64; updates of each parameter with this one, float32; options) -> for each parameter, in
+# float32, what its update shall read.
 Rates = Callable[..., Sequence[Tensor]]
 
 
-def learning_rate(lr: float, steps: Tensor, *_: float) -> tuple[Tensor]:
+def learning_rate(lr: Tensor, steps: Tensor, *_: float) -> tuple[Tensor]:
     """The `Rates` of an update that needs the learning rate and nothing else."""
-    return (torch.full_like(steps, lr),)
+    return (lr.to(steps.dtype).expand_as(steps),)
 
 
 def apply(
@@ -68,6 +69,7 @@ class Elementwise(Optimizer):
         self.copies: Mapping[Tensor, Tensor] = {}  # of some weights, to be written with them
         # By the names, and with the meaning, that torch's fused optimizers know them.
         self.found_inf: Tensor | None = None
+        self.learning_rates: Sequence[Tensor] | None = None  # of the groups, where a CUDA graph reads them, not `lr`
         self.grad_scale: Tensor | None = None
         # One kernel for a tensor instead of about fifteen, for any shape; the CPU has nothing to gain from the wait.
         self._compiled = torch.compile(apply, fullgraph=True)
@@ -78,17 +80,23 @@ class Elementwise(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self._step_all(parameters, group)
+                self._step_all(parameters, self._learning_rate(number, parameters[0].device), group["weight_decay"])
         return loss
 
-    def _step_all(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _learning_rate(self, number: int, device: torch.device) -> Tensor:
+        """0-dim, float64: of the group with this number."""
+        if self.learning_rates is not None:
+            return self.learning_rates[number]
+        return torch.full((), self.param_groups[number]["lr"], dtype=torch.float64, device=device)
+
+    def _step_all(self, parameters: list[Tensor], lr: Tensor, weight_decay: float) -> None:
         found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         steps = [self.state[parameter]["step"] for parameter in parameters]
         torch._foreach_add_(steps, [1.0 - found_inf] * len(steps))  # one tensor for all would be read by the host
-        skip, factors = found_inf > 0, self._factors(torch.stack(steps), group)
+        skip, factors = found_inf > 0, self._factors(torch.stack(steps), lr, weight_decay)
         if self._launches is not None and self._launch(self._launches, parameters, factors, skip):
             return
         for parameter, row in zip(parameters, factors, strict=True):
@@ -134,14 +142,14 @@ class Elementwise(Optimizer):
         chosen = [(tuple(here[place] for place in places), launch) for places, launch in made.items()]
         return [(places, torch.tensor(places, device=weights[0].device), launch) for places, launch in chosen]
 
-    def _factors(self, steps: Tensor, group: dict[str, Any]) -> Tensor:
+    def _factors(self, steps: Tensor, lr: Tensor, weight_decay: float) -> Tensor:
         """(parameters, 2 + rates) float32, of which each kernel reads a row, or its every element would take powers.
 
         What the gradient is multiplied by, the weight for its decay, and the rates of the update.
         """
         shrink = torch.ones_like(steps) if self.grad_scale is None else self.grad_scale.reciprocal().expand_as(steps)
-        keep = torch.full_like(steps, 1.0 - group["lr"] * group["weight_decay"])
-        return torch.stack((shrink, keep, *self._rates(group["lr"], steps, *self._options)), dim=1)
+        keep = (1.0 - lr * weight_decay).to(steps.dtype).expand_as(steps)
+        return torch.stack((shrink, keep, *self._rates(lr, steps, *self._options)), dim=1)
 
 
 def _is_aligned(tensor: Tensor) -> bool:

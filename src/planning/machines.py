@@ -37,6 +37,20 @@ def kernel_problems(run: Run, devices: Devices | None) -> list[str]:
     ]
 
 
+def graph_problems(run: Run, devices: Devices | None) -> list[str]:
+    """Why a step cannot be one CUDA graph."""
+    if not run.compile.graph:
+        return []
+    if not has_gpu(run, devices):
+        return ["compile.graph=true makes a CUDA graph, and there is no GPU here; pass compile=blocks"]
+    if (ranks := run.parallel.world * run.fault_tolerance.copies) > 1:
+        return [
+            f"compile.graph=true makes a CUDA graph of the step of one GPU, and there are {ranks} ranks; pass "
+            "parallel=single without replica groups, or compile=blocks"
+        ]
+    return []
+
+
 def host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
     """Ranks on a CPU share its memory; a system that runs out of it ends any process."""
     ranks, peak = run.parallel.world * run.fault_tolerance.copies, estimate(load).peak

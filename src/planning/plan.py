@@ -114,6 +114,7 @@ def plan(
         *_rehearsal_problems(run),
         *machines.float8_problems(run, devices),
         *machines.kernel_problems(run, devices),
+        *machines.graph_problems(run, devices),
         *machines.host_problems(run, load, devices),
     ]
     if limit is not None and (unfit := fit_problem(load, limit)) is not None:
@@ -301,6 +302,8 @@ def _section_problems(run: Run) -> list[str]:
     found = []
     if not _infers(run):  # else there is no gradient, and no optimizer to make
         found += run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
+    if run.compile.graph and _infers(run):
+        found.append("compile.graph=true replays training steps, and this task takes none; pass compile=blocks")
     if run.recompute.mode == "budget" and not run.compile.blocks:
         found.append("recompute.mode=budget is kept by the compiler; pass compile=blocks, or recompute=selective")
     if run.recompute.every is not None and run.recompute.every > run.model.n_layers:

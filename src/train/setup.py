@@ -21,6 +21,7 @@ from src.train import step_metrics
 from src.train.replicated.step import ReplicatedStepper
 from src.train.state import TrainState
 from src.train.step import Stepper
+from src.train.step_graph import GraphedStepper
 
 # Loading and compiling hold ranks apart by minutes; a rank that is missing for half an hour will not come.
 START_TIMEOUT_SECONDS = 1800.0
@@ -60,7 +61,8 @@ def build_training(
     state = TrainState(network, optimizer, run.seed, more=groups)
     arguments = (network, optimizer, run.optim.max_norm, skips, after_update, step_metrics.STEP_METRICS)
     if groups is None:
-        return Training(ranks, mesh, network, state, Stepper(*arguments))
+        stepper = (GraphedStepper if run.compile.graph else Stepper)(*arguments)
+        return Training(ranks, mesh, network, state, stepper)
     groups.watch(network, after_update)
     return Training(ranks, mesh, network, state, ReplicatedStepper(*arguments, groups=groups))
 

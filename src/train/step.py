@@ -70,18 +70,24 @@ class Stepper:
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
         """Collective. Metrics and CONTROL by name: 0-dim, on the device; see `StepOutcome`."""
-        totals = self._totals(batches)
+        return self._step(batches, self._mine(batches), self._vote(stop))
+
+    def _step(self, batches: Sequence[Batch], mine: Tensor, vote: Tensor) -> dict[str, Tensor]:
+        totals = self._totals(mine)
         loss = self._backward(batches, totals[0])
-        return self._update(self._measure(batches, loss, stop) | named(totals))
+        return self._update(self._measure(batches, loss, vote) | named(totals))
+
+    def _vote(self, stop: bool) -> Tensor:
+        """1.0 to stop; a tensor that were made from data would wait for the device."""
+        return torch.full((), float(stop), device=self.device)
 
     def _backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
         """Gradients of the mean over `tokens` labels; this rank's share of that mean."""
         return self.network.backward(batches, 1.0 / tokens.clamp(min=1))
 
-    def _measure(self, batches: Sequence[Batch], loss: Tensor, stop: bool) -> dict[str, Tensor]:
+    def _measure(self, batches: Sequence[Batch], loss: Tensor, vote: Tensor) -> dict[str, Tensor]:
         """Collective: all metrics and the votes to stop in one sum."""
         now = AfterBackward(loss, self.gradients, self.network, batches)
-        vote = torch.full((), float(stop), device=self.device)  # a tensor made from data would wait for the device
         *sums, votes = world_sum(torch.stack((*(metric.measure(now) for metric in self.metrics), vote))).unbind()
         pairs = zip(self.metrics, sums, strict=True)
         return {metric.name: metric.of_sum(total, self.mesh.world) for metric, total in pairs} | {"stop": votes}
@@ -105,22 +111,24 @@ class Stepper:
         """Expert counts of all stages, accumulated until the update."""
         return [counter for part in self.network.stages for counter in part.expert_counts()]
 
-    def _totals(self, batches: Sequence[Batch]) -> Tensor:
-        """TOTALS over all ranks and micro-batches of the step, (3,): labels that count, and limbs of the checksum.
-
-        One copy to the device, one all-reduce and one division for all three. All are whole numbers, which float64
-        holds exactly to 2^53.
+    def _mine(self, batches: Sequence[Batch]) -> Tensor:
+        """This rank's TOTALS, (3,) on the device: labels that count, and limbs of the checksum. All are whole numbers,
+        which float64 holds exactly to 2^53.
         """
         count = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()  # where the loader put them
         checksum = limbs(sum(batch.checksum for batch in batches) % 2**64)
         mine = torch.stack([count.double(), *(count.new_full((), limb, dtype=torch.float64) for limb in checksum)])
-        return world_sum(mine.to(self.device, non_blocking=True)) / self.mesh.label_copies
+        return mine.to(self.device, non_blocking=True)
+
+    def _totals(self, mine: Tensor) -> Tensor:
+        """TOTALS over all ranks and micro-batches of the step: one all-reduce and one division for all three."""
+        return world_sum(mine) / self.mesh.label_copies
 
     def _decide(self, finite: Tensor) -> Tensor:
         """1.0 when this step must not update; also remembers how many such steps came in a row."""
         skipped = (~finite).float()
-        self.in_a_row = (self.in_a_row + 1) * skipped
-        self.dead = torch.maximum(self.dead, (self.in_a_row > self.skips).float())
+        self.in_a_row.add_(1).mul_(skipped)  # in place: a step may be a CUDA graph, which keeps addresses
+        self.dead.copy_(torch.maximum(self.dead, (self.in_a_row > self.skips).float()))
         return skipped
 
 

@@ -22,7 +22,7 @@ from src.models.llama3.config import Llama3Config
 
 SINGLE = Path(__file__).parents[2] / "conf" / "parallel" / "single.yaml"
 FP32 = Precision(storage="float32", compute="float32", reduce="float32", float8=None)
-PLAIN = Compile(blocks=False, loss=False, mode="default")
+PLAIN = Compile(blocks=False, loss=False, graph=False, mode="default")
 
 
 def degrees(name: str, **changes: Any) -> ParallelDims:

@@ -226,7 +226,7 @@ def test_all_blocks_share_a_graph(option: str) -> None:
 
 def losses(option: str, compiled: bool) -> list[float]:
     config = tiny_llama(n_layers=1)
-    compile = Compile(blocks=compiled, loss=False, mode="default")
+    compile = Compile(blocks=compiled, loss=False, graph=False, mode="default")
     (model,) = parallel_network(config, degrees("single"), recompute=option, compile=compile).stages
     batch = rows(2, 16, config.vocab_size)
     loss = model(batch.tokens, labels=batch.labels)
@@ -250,7 +250,7 @@ def captured(option: str, compiled: bool) -> float:
     """The gradient's norm under tensor parallelism, with graphs that are captured whole but not turned into kernels."""
     torch._dynamo.reset()
     config = tiny_llama(n_layers=2)
-    compile = Compile(blocks=compiled, loss=False, mode="default")
+    compile = Compile(blocks=compiled, loss=False, graph=False, mode="default")
     with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
         (model,) = parallel_network(config, degrees("tp2"), recompute=option, compile=compile).stages
         batch = rows(2, 16, config.vocab_size)

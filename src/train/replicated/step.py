@@ -18,11 +18,11 @@ class ReplicatedStepper(Stepper):
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
         """Collective. As `Stepper`; nothing has changed where `groups.committed` is false afterwards."""
-        totals = self._totals(batches)
+        totals = self._totals(self._mine(batches))
         self.groups.allreduce([totals])
         loss = self._backward(batches, totals[0])
         self.groups.allreduce([*self.gradients.local(), loss, *self._counters()])
-        measured = self._measure(batches, loss, stop) | named(totals)
+        measured = self._measure(batches, loss, self._vote(stop)) | named(totals)
         return self._update(measured) if self.groups.should_commit(all_finite(measured)) else self._discard(measured)
 
     def _discard(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
