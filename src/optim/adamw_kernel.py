@@ -4,6 +4,7 @@ Each number is read and written once: 28 bytes a parameter with moments in fp32 
 imported where there is a CUDA device, which brings Triton.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -98,6 +99,9 @@ class Launch:
         _, mean, _, copy = columns[0]
         self._types = (self.weights[0].dtype, mean.dtype, torch.bfloat16 if copy is None else copy.dtype)
         self._copies = copy is not None
+        # A CUDA graph reads its table at each replay, and while one is captured page-locked memory must not be let go
+        # of: torch would record an event in the graph, which nobody may ask about later.
+        self._tables: deque[Tensor] = deque(maxlen=4)
 
     def __call__(
         self, gradients: Sequence[Tensor], factors: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
@@ -107,8 +111,8 @@ class Launch:
             (weight, gradient.data_ptr(), mean, square, copy)
             for (weight, mean, square, copy), gradient in zip(self._fixed, gradients, strict=True)
         ]
-        self._table = torch.tensor(rows, dtype=torch.int64, pin_memory=True)  # kept: a CUDA graph reads it again
-        table = self._table.to(skip.device, non_blocking=True)
+        self._tables.append(torch.tensor(rows, dtype=torch.int64, pin_memory=True))
+        table = self._tables[-1].to(skip.device, non_blocking=True)
         weight, moment, copy = (TYPES[dtype] for dtype in self._types)
         _update[(len(self._tensors),)](
             table,
