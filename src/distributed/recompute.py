@@ -27,6 +27,7 @@ KEPT = (
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_attention_math",
     "aten._scaled_dot_product_fused_attention_overrideable",
+    "flash_attention_4.forward",
     "context_parallel.attention",  # of a cut sequence: src/distributed/context/ring_attention.py
     "aten._grouped_mm",
     "aten._scaled_grouped_mm",

@@ -11,12 +11,16 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this rank in GiB: on CUDA since the last call, on the CPU the resident peak of the process."""
+def memory(device: torch.device, captured_bytes: int = 0) -> dict[str, float]:
+    """Peak memory of this rank in GiB: on CUDA since the last call, on the CPU the resident peak of the process.
+
+    `captured_bytes`: what CUDA graphs use while they are replayed, of which torch's allocator then counts nothing.
+    """
     if device.type != "cuda":
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
         return {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
     values = report(torch.cuda.memory_stats(device))
+    values["peak_allocated_gib"] += captured_bytes / GIB
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.reset_accumulated_memory_stats(device)
     return values

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
+from src.models import flash_attention
+
 MaskKind = Literal["causal", "block_causal"]
 
 # On Hopper at 8192 tokens cuDNN runs 555 / 484 TFLOP/s forward / backward and flash v2 299 / 258 (benchmarks/).
@@ -27,12 +29,16 @@ CUDA_BACKENDS = [
 
 
 class CausalAttention(nn.Module):
-    """torch's scaled dot product attention, causal, with the fastest kernel of the device."""
+    """Scaled dot product attention, causal, with the fastest kernel of the device: flash-attn-4's where it is
+    installed, or torch's.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: None = None, scale: float | None = None) -> Tensor:
         assert mask is None, "a mask other than causal is for FlexAttention"
         if not q.is_cuda:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        if flash_attention.serves(q, k, v):
+            return flash_attention.attention(q, k, v, scale)
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 

@@ -225,7 +225,7 @@ class Loop:
             "lr": self._learning_rate(step - 1),
             "tokens": float(self.training.state.tokens),
             **self.throughput.report(),
-            **memory(self.training.ranks.device),
+            **memory(self.training.ranks.device, self.training.stepper.captured_bytes),
             **self._shares(),
             **({} if (load := self._load()) is None else load.values()),
         }

@@ -48,6 +48,8 @@ class Stepper:
     so the host may learn of it a step late and nothing is lost.
     """
 
+    captured_bytes = 0  # of device memory that a CUDA graph keeps for its replays
+
     def __init__(
         self,
         network: ModelStages,

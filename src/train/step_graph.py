@@ -77,6 +77,8 @@ class GraphedStepper(Stepper):
         # relaxed: page-locked memory for tables may be asked for meanwhile, here and by the thread that reads ahead
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="relaxed"):
             self._outcome = self._step(self._batches, self._votes)
+        kept = [each for each in torch.cuda.memory_snapshot() if each["segment_pool_id"] == graph.pool()]
+        self.captured_bytes = sum(each["total_size"] - each["allocated_size"] for each in kept)
         return graph
 
     def _at_home(self, batch: Batch) -> Batch:

@@ -1,12 +1,14 @@
 """Joined attention with the kernels of a GPU: as near to the truth as one device's attention in the same precision."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.distributed.context.attention_kernels import Cudnn, fastest
+from src.distributed.context.attention_kernels import Cudnn, FlashAttention4, fastest
 from src.distributed.context.ring_attention import attention, cut, gather
 from tests.ranks import RankPool
 
@@ -56,4 +58,4 @@ def test_joined_attention_is_as_near_as_whole(ranks: RankPool, rotate: str, widt
         for joined, whole in pairs:
             assert joined <= 2 * whole + 1e-3
         if torch.cuda.get_device_capability() == (9, 0) and width <= 128:
-            assert kernel == Cudnn.__name__
+            assert kernel == (FlashAttention4 if find_spec("flash_attn") else Cudnn).__name__

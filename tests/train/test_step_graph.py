@@ -90,6 +90,8 @@ def test_replayed_steps_are_those_that_python_launches(kind: str) -> None:
     for compile in ("blocks", "graph"):
         with trainer(compile, **KINDS[kind]) as training:
             lives.append(lived(training, documents=kind == "documents"))
+            kept = training.stepper.captured_bytes
+            assert kept > 0 if compile == "graph" else kept == 0
     (launched, first, checked), (replayed, second, rechecked) = lives
     assert [outcome.step for outcome in replayed] == list(range(STEPS))
     assert replayed[:INFINITE] + replayed[INFINITE + 1 :] == launched[:INFINITE] + launched[INFINITE + 1 :]

@@ -101,7 +101,7 @@ def _measure(
         "routing": _routing(run),
         **({} if load is None else load.values(layers=False)),
         "losses": losses,
-        **memory(device),
+        **memory(device, training.stepper.captured_bytes),
         "planned_peak_gib": planned.memory.peak / 2**30,
     }
 
