@@ -6,6 +6,7 @@ beside 567-578 / 493; latent attention, 4 x 16 x 4096, 192 and 128 wide: 596-614
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
-@cache
 def _here() -> bool:
+    return _found()
+
+
+@cache
+def _found() -> bool:
     return find_spec("flash_attn") is not None and torch.cuda.get_device_capability() == HOPPER
 
 
@@ -86,17 +91,14 @@ def _packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _keep(context: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, context.scale, context.causal = inputs  # type: ignore[attr-defined]
-    context.save_for_backward(q, k, v, *output)  # type: ignore[arg-type]
-    context.set_materialize_grads(False)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    context: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    saved = context.saved_tensors  # type: ignore[attr-defined]
-    return (*backward(grad, *saved, context.scale, context.causal), None, None)  # type: ignore[attr-defined]
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*backward(grad, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None)
 
 
 forward.register_autograd(_differentiate, setup_context=_keep)

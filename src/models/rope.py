@@ -54,7 +54,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     table = table[: x.shape[1]].unsqueeze(0) if table.dim() == 3 else table
     cosine, sine = table.unsqueeze(2).unbind(-1)  # (1 or batch, length, 1, width/2)
-    pairs = x.float().unflatten(-1, (-1, 2))
-    # (x0, x1) * cosine + (x1, x0) * (-sine, sine): one kernel reads and writes whole rows, where halves were strided.
-    turned = pairs * cosine.unsqueeze(-1) + pairs.flip(-1) * torch.stack((-sine, sine), dim=-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
     return turned.flatten(-2).to(x.dtype)

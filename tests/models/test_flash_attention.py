@@ -1,10 +1,19 @@
 """flash-attn-4 against torch's attention in fp32, and the operators as compilers see them."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from src.distributed import recompute
+from src.distributed.context.attention_kernels import PlainKernel
 from src.models import flash_attention
 from src.models.attention import CausalAttention
 
@@ -63,6 +72,69 @@ def test_deterministic_when_asked() -> None:
         )
     finally:
         torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's two functions by plain matrices, so that all around them is tried on a CPU too."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None, causal: bool, return_lse: bool
+    ) -> tuple[Tensor, Tensor, None]:
+        assert return_lse
+        by_head = (each.transpose(1, 2) for each in (q, k, v))
+        out, lse = PlainKernel.forward(*by_head, causal=causal, scale=softmax_scale)
+        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.squeeze(-1), None
+
+    def backward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        grad: Tensor,
+        lse: Tensor,
+        scale: float | None,
+        causal: bool,
+        *,
+        deterministic: bool,
+    ) -> list[Tensor]:
+        assert not deterministic
+        q, k, v, out, grad = (each.transpose(1, 2) for each in (q, k, v, out, grad))
+        found = PlainKernel.backward(grad, q, k, v, out, lse.unsqueeze(-1), causal=causal, scale=scale)
+        return [each.transpose(1, 2).to(q.dtype).contiguous() for each in found]
+
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["flash_attn.cute.interface"].__dict__.update(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("how", ["eager", "compiled", "recomputed"])
+def test_the_operators_differentiate_compile_and_are_kept(how: str) -> None:
+    """With the package's place taken: equal to torch's attention in fp32 within bf16's rounding of the results."""
+    calls = 0
+    original = sys.modules["flash_attn.cute.interface"]._flash_attn_fwd
+
+    def counted(*arguments: Tensor, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*arguments, **options)
+
+    sys.modules["flash_attn.cute.interface"]._flash_attn_fwd = counted  # type: ignore[attr-defined]
+    given = made(1, 4, 2, 32, 64, 64)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        return flash_attention.attention(q * 1.0, k, v, scale)
+
+    chosen: Callable[..., Tensor] = attend
+    if how == "compiled":
+        chosen = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    if how == "recomputed":
+        chosen = partial(checkpoint, attend, use_reentrant=False, context_fn=recompute._selective)
+    found, truth = attended(chosen, given, 0.1), attended(exact, [x.float() for x in given], 0.1)
+    for ours, wide in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.float(), wide, rtol=2**-7, atol=2**-6)
+    assert calls == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
