@@ -1,6 +1,7 @@
 """One GPU, ours beside torchtitan 0.2.2 on the same machine: tokens per second, peak memory and their ratio.
 
     pip install torchtitan==0.2.2        # on torch 2.11; without it the peer's column stays empty
+    pip install -r requirements-cuda.txt # on Hopper: flash-attn-4
     python -m benchmarks.one_gpu [--rows 8b_bf16 small_4 ...] [--steps 20] [--record benchmarks/records/one_gpu.json]
 
 Each row is two processes, one after the other; both read random tokens and time the mean of steps after a warm-up.
@@ -68,7 +69,7 @@ ROWS = {
 def ours(chosen: Row, steps: int) -> dict[str, Any]:
     """Figures of task=bench."""
     with tempfile.TemporaryDirectory() as root:
-        words = ["task=bench", "precision=bf16", *chosen.ours, "compile=blocks", "optim.lr=1e-5", f"root={root}"]
+        words = ["task=bench", "precision=bf16", *chosen.ours, "compile=graph", "optim.lr=1e-5", f"root={root}"]
         words += [f"task.steps={steps}", "task.warmup_steps=10"]
         _run([sys.executable, "launch.py", *words])
         (file,) = Path(root).glob("*/bench.json")

@@ -1,10 +1,12 @@
 """flash-attn-4's kernels as operators of torch, so that compilers and recompute see them. An optional package.
 
-On an H200, forward / backward in TFLOP/s beside cuDNN, causal: 2 x 32 heads (8 of keys) x 8192 x 128: 607-629 / 550-563
-beside 567-578 / 493; latent attention, 4 x 16 x 4096, 192 and 128 wide: 596-614 / 420-424 beside 526 / 400.
+On an H200, forward / backward in TFLOP/s, causal, 4.0.0b36 beside cuDNN: 2 x 32 heads (8 of keys) x 8192 x 128: 702 /
+580 beside 637 / 511; x 64 wide: 551 / 521 beside 454 / 419; 32 x 12 x 1024 x 64: 238 / 258 beside 320 / 236; latent
+attention, 4 x 16 x 4096, 192 and 128 wide: 674 / 445 beside 568 / 430.
 """
 
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +22,11 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these kernels are here, take these tensors, and are the fastest that do."""
     half = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
     return q.is_cuda and half and (q.shape[-1], v.shape[-1]) in FASTER and _here()
+
+
+def version() -> str | None:
+    """Of the package, for the record of a measurement; None where its kernels are not used."""
+    return metadata.version("flash-attn-4") if _found() else None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
