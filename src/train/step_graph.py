@@ -2,7 +2,7 @@
 
 Python needs about 20 ms to launch the kernels of a step of 12 layers, whatever their size; replaying a graph needs
 none. The kernels are those of `Stepper` with the same arguments, so every number is the same to the last bit. What
-changes from step to step lies at fixed addresses: tokens and labels, learning rates, the vote to stop.
+changes from step to step lies at fixed addresses: tokens and labels with their sums, learning rates, the vote to stop.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from src.data.batches import Batch
 from src.errors import ConfigError
 from src.optim.elementwise import Elementwise
-from src.train.step import Stepper
+from src.train.step import TOTALS, Stepper
 
 # Steps without a graph: the first compiles, the second has the memory and the tables of all later ones.
 EAGER_STEPS = 2
@@ -38,6 +38,7 @@ class GraphedStepper(Stepper):
         self._stream = torch.cuda.Stream(self.device)  # autograd remembers on which stream a weight was first used
         self._eager = 0
         self._votes = torch.zeros((), device=self.device)
+        self._own = torch.zeros(len(TOTALS), dtype=torch.float64, device=self.device)
         self._rates = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in self.optimizer.param_groups]
         self._batches: list[Batch] = []
         self._outcome: dict[str, Tensor] = {}
@@ -55,6 +56,7 @@ class GraphedStepper(Stepper):
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._votes.fill_(float(stop))
+        self._own.copy_(self._mine(batches))
         if self._graph is None:
             self._graph = self._captured()
         self._graph.replay()
@@ -76,7 +78,7 @@ class GraphedStepper(Stepper):
         self.optimizer.learning_rates = self._rates
         # relaxed: page-locked memory for tables may be asked for meanwhile, here and by the thread that reads ahead
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="relaxed"):
-            self._outcome = self._step(self._batches, self._votes)
+            self._outcome = self._step(self._batches, self._own, self._votes)
         kept = [each for each in torch.cuda.memory_snapshot() if each["segment_pool_id"] == graph.pool()]
         self.captured_bytes = sum(each["total_size"] - each["allocated_size"] for each in kept)
         return graph
