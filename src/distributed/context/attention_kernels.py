@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
-from src.models import flash_attention
+from src.models.flash_attention import backward as flash_backward
+from src.models.flash_attention import forward as flash_forward
+from src.models.flash_attention import serves
 
 aten = torch.ops.aten
 
@@ -36,7 +38,7 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> type[AttentionKernel]:
     """
     if not q.is_cuda:
         return PlainKernel
-    if flash_attention.serves(q, k, v):
+    if serves(q, k, v):
         return FlashAttention4
     how = (None, 0.0, True, q.shape[1] != k.shape[1])  # mask, dropout, causal, grouped
     if can_use_cudnn_attention(SDPAParams(q, k, v, *how)):
@@ -50,16 +52,14 @@ class FlashAttention4:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-        out, lse = flash_attention.forward(q, k, v, scale, causal)
+        out, lse = flash_forward(q, k, v, scale, causal)
         return out, lse.unsqueeze(-1)
 
     @staticmethod
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor] = flash_attention.backward(
-            grad, q, k, v, out, lse.squeeze(-1), scale, causal
-        )
+        gradients: tuple[Tensor, Tensor, Tensor] = flash_backward(grad, q, k, v, out, lse.squeeze(-1), scale, causal)
         return gradients
 
 
