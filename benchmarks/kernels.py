@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from src.distributed.precision.float8_experts import emulated, kernels
-from src.models.attention import CausalAttention, block_mask
+from src.models.attention.cores import CausalAttention, block_mask
 from src.models.moe.experts import Experts, Product, grouped_product
 from src.models.moe.moe import combine, dispatch, sorting
 from src.models.moe.router import precise_product

@@ -46,7 +46,7 @@ def defined(module: Path) -> frozenset[str]:
 
 
 def exists(name: str) -> bool:
-    """src.train.step, src.train.step.Stepper and src.train.step.Stepper.step, read from the files alone."""
+    """src.train.step.stepper, src.train.step.Stepper and src.train.step.Stepper.step, read from the files alone."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         place, rest = HOME.joinpath(*parts[:length]), ".".join(parts[length:])
@@ -100,10 +100,8 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 
 def test_stale_names_are_seen() -> None:
-    text = (
-        "`src/train/step.py`, `src/models/<family>/config.py`, src.config.tree.identity, and `src/gone.py`, src.gone.x"
-    )
-    assert named_paths(text) == {"src/train/step.py", "src/models/*/config.py", "src/gone.py"}
+    text = "`src/train/step/stepper.py`, `src/models/<family>/config.py`, src.config.tree.identity, and `src/gone.py`, src.gone.x"
+    assert named_paths(text) == {"src/train/step/stepper.py", "src/models/*/config.py", "src/gone.py"}
     assert {name for name in named_modules(text) if not exists(name)} == {"src.gone.x"}
     assert not exists("src.config.tree.gone")
     assert exists("src.models.llama3.config.Llama3Config.weights")

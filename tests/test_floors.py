@@ -18,7 +18,7 @@ LONGEST_TEST_FILE = 500
 NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
 
 # What src.distributed may know of models: the contract and what all share, never a family.
-CONTRACTS = tuple(f"src.models.{name}" for name in ("cross_entropy", "decoder", "flash_attention", "moe"))
+CONTRACTS = tuple(f"src.models.{name}" for name in ("attention.flash_attention", "cross_entropy", "decoder", "moe"))
 
 # Library -> the places that may name it.
 FENCES = {

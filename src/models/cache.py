@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.models.attention import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention
 from src.models.base import ModelConfig
 
 
@@ -51,8 +51,8 @@ class CachedAttention(nn.Module):
     """Attention core with a key-value cache: queries attend to keys and values of all passes, as far as the mask
     allows.
 
-    q, k, v: of the next columns, as src/models/attention.py has them; what a pass wrote beyond `cache.filled`, the next
-    one writes over.
+    q, k, v: of the next columns, as src/models/attention/cores.py has them; what a pass wrote beyond `cache.filled`,
+    the next one writes over.
     """
 
     def __init__(self, cache: Cache) -> None:

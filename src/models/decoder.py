@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from src.models.attention import block_mask
+from src.models.attention.cores import block_mask
 from src.models.base import ModelConfig
 from src.models.cross_entropy import Output
 from src.models.init import Constant, Initializer, Normal

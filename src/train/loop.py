@@ -32,7 +32,7 @@ from src.train.expert_load import expert_load
 from src.train.exports import Exports
 from src.train.report import Report
 from src.train.setup import Training
-from src.train.step import Readback, StepOutcome
+from src.train.step.stepper import Readback, StepOutcome
 from src.train.stop import Stop
 from src.train.validate import validate
 

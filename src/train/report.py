@@ -8,7 +8,7 @@ from src.metrics.expert_load import ExpertLoad
 from src.metrics.incidents import write_incident
 from src.metrics.trackers.config import Log, Status
 from src.storage.json_lines import METRICS_FILE, Lines
-from src.train.step import StepOutcome
+from src.train.step.stepper import StepOutcome
 
 
 class Report:

@@ -17,11 +17,11 @@ from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
 from src.optim.elementwise import Elementwise
 from src.run import Run
-from src.train import step_metrics
 from src.train.replicated.step import ReplicatedStepper
 from src.train.state import TrainState
-from src.train.step import Stepper
-from src.train.step_graph import GraphedStepper
+from src.train.step import metrics as step_metrics
+from src.train.step.graph import GraphedStepper
+from src.train.step.stepper import Stepper
 
 # Loading and compiling hold ranks apart by minutes; a rank that is missing for half an hour will not come.
 START_TIMEOUT_SECONDS = 1800.0

@@ -16,7 +16,7 @@ from src.distributed.mesh import Mesh
 from src.models.llama3.config import Llama3Config
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from src.train.validate import validate
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows
 from tests.distributed.test_layouts import whole

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek

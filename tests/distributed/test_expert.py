@@ -23,7 +23,7 @@ from src.models.moe.experts import grouped_product
 from src.models.moe.moe import MoE
 from src.optim.state import materialise
 from src.train.state import TrainState
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.checkpoint.options import options
 from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole

@@ -19,7 +19,7 @@ from src.errors import PlanError
 from src.metrics.throughput import peak_flops
 from src.models.llama3.config import Llama3Config
 from src.optim.state import optimizer_state
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool

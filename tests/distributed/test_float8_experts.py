@@ -12,7 +12,7 @@ from src.distributed.precision.config import Precision
 from src.distributed.precision.float8 import Float8
 from src.distributed.precision.float8_experts import emulated, kernels
 from src.models.moe.experts import Experts, grouped_product
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from src.train.step import Readback, Stepper
+from src.train.step.stepper import Readback, Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool

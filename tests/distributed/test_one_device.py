@@ -12,7 +12,7 @@ from src.distributed.precision.config import Dtype, Precision
 from src.models.base import ModelConfig
 from src.optim.adamw import AdamW
 from src.optim.elementwise import local
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool

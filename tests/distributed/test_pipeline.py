@@ -13,7 +13,7 @@ from src.distributed.model_stages import ModelStages
 from src.models.cache import Cache, attending
 from src.optim.state import materialise
 from src.train.state import TrainState
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.checkpoint.options import options
 from tests.distributed.layouts import Rows, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole

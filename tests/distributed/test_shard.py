@@ -14,7 +14,7 @@ from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.init_weights import materialise
 from src.distributed.precision.config import Precision
 from src.optim.adamw import AdamW
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import trained
 from tests.models.shapes import tiny_llama

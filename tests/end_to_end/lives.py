@@ -25,7 +25,7 @@ from src.launch.start import checked, feed, fetched, record, wanted
 from src.planning.plan import plan
 from src.runs.folder import RunFolder
 from src.tasks.source import completed
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 
 HOME = Path(__file__).parents[2]
 WORLDS = {"single": 1, "ddp2": 2, "fsdp2": 2, "tp2": 2, "hsdp2x2": 4, "tp2_fsdp2": 4}

@@ -18,7 +18,7 @@ from src.distributed.parallelize import parallelize
 from src.distributed.process.rank_context import RankContext as Process
 from src.errors import CheckpointError, PlanError
 from src.models.accounting import Slice
-from src.models.attention import CausalAttention
+from src.models.attention.cores import CausalAttention
 from src.models.base import ModelConfig
 from src.models.families import FAMILIES, Family, of_config
 from src.models.hugging_face import config_json, export_problems, section, stored

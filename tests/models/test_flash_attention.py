@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from src.distributed import recompute
 from src.distributed.context.attention_kernels import PlainKernel
-from src.models import flash_attention
-from src.models.attention import CausalAttention
+from src.models.attention import flash_attention
+from src.models.attention.cores import CausalAttention
 
 SHAPES = [(2, 8, 2, 1024, 64, 64), (2, 8, 2, 1000, 128, 128), (1, 4, 4, 512, 192, 128)]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from src.models.attention import CausalAttention
+from src.models.attention.cores import CausalAttention
 from src.models.moe.experts import Experts
 from src.models.moe.moe import MoE
 from tests.models.shapes import tiny_moe

@@ -26,7 +26,7 @@ from src.runs.folder import attempts
 from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
 from src.tasks.verify.config import Verify
 from src.tasks.verify.rank import certify, rows
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
 from tests.train.runs import Here, make_run, section

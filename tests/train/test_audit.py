@@ -18,7 +18,7 @@ from src.tasks.pretrain import rank as pretrain
 from src.train import audit
 from src.train.audit import spans
 from src.train.resume import resume
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.end_to_end.lives import TINY, Shot, live, opened, series
 from tests.ranks import RankPool
 

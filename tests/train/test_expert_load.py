@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from src.metrics.expert_load import ExpertLoad
 from src.models.moe.router import Router
 from src.train.expert_load import expert_load
-from src.train.step import Stepper
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool

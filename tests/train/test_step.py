@@ -11,7 +11,7 @@ from torch import Tensor
 from src.data.batches import IGNORED, Batch
 from src.optim.adamw import AdamW
 from src.train.setup import build_training
-from src.train.step import Readback, Stepper
+from src.train.step.stepper import Readback, Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool

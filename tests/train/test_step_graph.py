@@ -14,8 +14,8 @@ from src.errors import ConfigError, PlanError
 from src.optim.state import scale_learning_rates
 from src.planning.plan import plan
 from src.train.setup import Training, build_training
-from src.train.step import Readback, StepOutcome
-from src.train.step_graph import EAGER_STEPS
+from src.train.step.graph import EAGER_STEPS
+from src.train.step.stepper import Readback, StepOutcome
 from src.train.validate import summed_loss
 from tests.distributed.layouts import rows
 from tests.models.shapes import tiny_deepseek, tiny_llama

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from src.train import step_metrics
-from src.train.step import Stepper
-from src.train.step_metrics import STEP_METRICS, StepMetric
+from src.train.step import metrics as step_metrics
+from src.train.step.metrics import STEP_METRICS, StepMetric
+from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network
 from tests.end_to_end.lives import TINY, live, opened, records, write_text
 from tests.models.shapes import tiny_llama

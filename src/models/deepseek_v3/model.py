@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention
 from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config

@@ -8,7 +8,7 @@ which is the released weights' own order (Hugging Face permutes them). Layouts l
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention
 from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.llama3.config import Llama3Config

@@ -6,7 +6,7 @@ Weights are [out, in] without biases; rotary pairs are interleaved (transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention
 from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.moe.moe import MoE

@@ -14,7 +14,7 @@ from src.metrics.console import Console
 from src.metrics.kernels import KernelTime, breakdown, markdown
 from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
-from src.models import flash_attention
+from src.models.attention import flash_attention
 from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
@@ -22,7 +22,7 @@ from src.storage.atomic_write import atomic_write
 from src.tasks.bench.config import Bench
 from src.train.expert_load import expert_load
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
-from src.train.step import Readback
+from src.train.step.stepper import Readback
 
 BENCH_FILE = "bench.json"
 PROFILED_STEPS = 2

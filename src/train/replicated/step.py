@@ -7,7 +7,7 @@ from torch import Tensor
 
 from src.data.batches import Batch
 from src.fault_tolerance.replica_groups import ReplicaGroups
-from src.train.step import Stepper, all_finite, named
+from src.train.step.stepper import Stepper, all_finite, named
 
 
 class ReplicatedStepper(Stepper):

@@ -40,7 +40,7 @@ def _found() -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Causal, with shapes as in src/models/attention.py."""
+    """Causal, with shapes as in src/models/attention/cores.py."""
     return forward(q, k, v, scale, causal=True)[0]
 
 

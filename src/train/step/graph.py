@@ -15,7 +15,7 @@ from torch import Tensor
 from src.data.batches import Batch
 from src.errors import ConfigError
 from src.optim.elementwise import Elementwise
-from src.train.step import TOTALS, Stepper
+from src.train.step.stepper import TOTALS, Stepper
 
 # Steps without a graph: the first compiles, the second has the memory and the tables of all later ones.
 EAGER_STEPS = 2

@@ -12,7 +12,7 @@ from src.distributed.collectives import limbs, of_limbs, world_sum
 from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import ModelStages
 from src.models.cross_entropy import IGNORED
-from src.train.step_metrics import STEP_METRICS, AfterBackward, StepMetric
+from src.train.step.metrics import STEP_METRICS, AfterBackward, StepMetric
 
 
 @dataclass(frozen=True)

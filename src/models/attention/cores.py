@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
-from src.models import flash_attention
+from src.models.attention import flash_attention
 
 MaskKind = Literal["causal", "block_causal"]
 
