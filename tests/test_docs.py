@@ -100,8 +100,10 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 
 def test_stale_names_are_seen() -> None:
-    text = "`src/train/step/stepper.py`, `src/models/<family>/config.py`, src.config.tree.identity, and `src/gone.py`, src.gone.x"
-    assert named_paths(text) == {"src/train/step/stepper.py", "src/models/*/config.py", "src/gone.py"}
+    text = (
+        "`src/train/loop.py`, `src/models/<family>/config.py`, src.config.tree.identity, and `src/gone.py`, src.gone.x"
+    )
+    assert named_paths(text) == {"src/train/loop.py", "src/models/*/config.py", "src/gone.py"}
     assert {name for name in named_modules(text) if not exists(name)} == {"src.gone.x"}
     assert not exists("src.config.tree.gone")
     assert exists("src.models.llama3.config.Llama3Config.weights")

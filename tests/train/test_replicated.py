@@ -16,7 +16,7 @@ THEIRS = re.compile(
 )
 
 
-@pytest.mark.parametrize("module", ["loop", "step.stepper", "step.metrics", "state"])
+@pytest.mark.parametrize("module", ["loop", "step/stepper", "step/metrics", "state"])
 def test_the_plain_loop_has_none_of_their_words(module: str) -> None:
     lines = (HOME / f"src/train/{module}.py").read_text().splitlines()
     assert [line for line in lines if THEIRS.search(line)] == []
