@@ -99,12 +99,12 @@ class Tally:
 
     def after(self, rows: tuple[Row, ...]) -> "Tally":
         """The tally once these rows have been seen."""
-        lives, (lost, failures) = {group: counts for group, *counts in self.lives}, self.over
+        lives, (lost, failures) = {group: (one, other) for group, one, other in self.lives}, self.over
         for row in rows:
-            before = lives.get(row.group, [0, 0])
+            before = lives.get(row.group, (0, 0))
             if row.lost < before[0] or row.failures < before[1]:  # another life
                 lost, failures = lost + before[0], failures + before[1]
-            lives[row.group] = [row.lost, row.failures]
+            lives[row.group] = (row.lost, row.failures)
         return Tally(tuple((group, *counts) for group, counts in sorted(lives.items())), (lost, failures))
 
     @property

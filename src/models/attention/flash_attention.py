@@ -41,7 +41,9 @@ def _found() -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Causal, with shapes as in src/models/attention/cores.py."""
-    return forward(q, k, v, scale, causal=True)[0]
+    out: Tensor
+    out, _ = forward(q, k, v, scale, causal=True)
+    return out
 
 
 @torch.library.custom_op("flash_attention_4::forward", mutates_args=())

@@ -84,7 +84,8 @@ class GraphedStepper(Stepper):
         return graph
 
     def _at_home(self, batch: Batch) -> Batch:
-        return replace(batch, **{name: each.to(self.device, copy=True) for name, each in _tensors(batch).items()})
+        moved: dict[str, Any] = {name: each.to(self.device, copy=True) for name, each in _tensors(batch).items()}
+        return replace(batch, **moved)
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
