@@ -154,8 +154,8 @@ def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, u
         found.stop(1)
         found.go(8)
         found.wait(1)
-        saved = sorted(path.name for path in (found.folder / "checkpoints").iterdir())
-        assert saved in ([], ["step_00000010"]), "who leaves others behind need not save"
+        saved = {path.name.partition(".")[0] for path in (found.folder / "checkpoints").iterdir()}  # or their drafts
+        assert saved <= {"step_00000010"}, "who leaves others behind need not save"
         found.reach(14, 0)
         found.start(1)
         found.one_asks()
