@@ -49,7 +49,8 @@ def test_as_near_to_fp32_as_the_device_own_kernel(shape: tuple[int, ...], compil
     pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed: requirements-cuda.txt")
     given = [x.cuda() for x in made(*shape)]
     core = CausalAttention()
-    assert flash_attention.serves(*given[:3])
+    assert core.flash
+    assert flash_attention.takes(*given[:3])
     how = torch.compile(core, fullgraph=True) if compiled else core
     truth = attended(exact, [x.float() for x in given], scale)
     for wide, ours, theirs in zip(truth, attended(how, given, scale), attended(exact, given, scale), strict=True):
@@ -151,5 +152,6 @@ def test_shapes_and_strides_are_told_to_the_compiler(shape: tuple[int, ...]) -> 
 def test_elsewhere_torch_attends() -> None:
     """On a CPU and at widths that were not measured the operators are not asked."""
     q, k, v, _ = made(1, 2, 2, 8, 64, 64)
-    assert not flash_attention.serves(q, k, v)
+    assert not flash_attention.takes(q, k, v)
+    assert not CausalAttention().flash
     assert torch.equal(CausalAttention()(q, k, v), exact(q, k, v, None))

@@ -13,7 +13,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 
 from src.models.attention.flash_attention import backward as flash_backward
 from src.models.attention.flash_attention import forward as flash_forward
-from src.models.attention.flash_attention import serves
+from src.models.attention.flash_attention import here, takes
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> type[AttentionKernel]:
     """
     if not q.is_cuda:
         return PlainKernel
-    if serves(q, k, v):
+    if here() and takes(q, k, v):
         return FlashAttention4
     how = (None, 0.0, True, q.shape[1] != k.shape[1])  # mask, dropout, causal, grouped
     if can_use_cudnn_attention(SDPAParams(q, k, v, *how)):

@@ -6,14 +6,12 @@ and is put in its place by a hook, so nothing is cut or joined, and a mask alway
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from src.data.batches import Batch
 from src.distributed.fsdp.one_device import ComputeWeights
@@ -23,6 +21,11 @@ from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import SCHEDULES, owned, split, stage_count
 from src.distributed.precision.config import Precision
 from src.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+    Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
 def build(make: Callable[[], Decoder], n_layers: int, degrees: ParallelDims, rank: int) -> dict[int, Decoder]:
@@ -119,14 +122,22 @@ class Pipeline(ModelStages):
         degrees = self.degrees
         return batch, length // (degrees.context * degrees.tensor), self.stages[0].config.dim
 
-    def _schedule(self, micro_batches: int, batch: int, length: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    def _schedule(self, micro_batches: int, batch: int, length: int) -> "Schedule":
         """Made at the first step, when the shapes are known; it keeps a buffer to receive each micro-batch."""
         shape = (micro_batches, batch, length)
         if self._shape != shape:
             self._shape, self._made = shape, self._make(micro_batches, self._travelling(batch, length))
         return self._made
 
-    def _make(self, micro_batches: int, shape: tuple[int, int, int]) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    def _make(self, micro_batches: int, shape: tuple[int, int, int]) -> "Schedule":
+        # Here: it brings torch's compiler along, which takes longer to import than all of ours.
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import (
+            PipelineScheduleMulti,
+            PipelineScheduleSingle,
+            get_schedule_class,
+        )
+
         empty = partial(torch.empty, device="meta")
         hidden = empty(shape, dtype=self.hidden, requires_grad=True)
         number, loss = empty(1, dtype=torch.int64), empty((), dtype=torch.float32)

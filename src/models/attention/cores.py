@@ -33,11 +33,15 @@ class CausalAttention(nn.Module):
     installed, or torch's.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.flash = flash_attention.here()  # asked here, once: within a compiled block it cannot be
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: None = None, scale: float | None = None) -> Tensor:
         assert mask is None, "a mask other than causal is for FlexAttention"
         if not q.is_cuda:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        if flash_attention.serves(q, k, v):
+        if self.flash and flash_attention.takes(q, k, v):
             return flash_attention.attention(q, k, v, scale)
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

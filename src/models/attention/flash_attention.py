@@ -18,25 +18,22 @@ FASTER = ((64, 64), (128, 128), (192, 128))
 HOPPER = (9, 0)
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these kernels are here, take these tensors, and are the fastest that do."""
+@cache
+def here() -> bool:
+    """Whether the package is installed and this is a GPU on which its kernels are the fastest."""
+    there = find_spec("flash_attn") is not None and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability() == HOPPER
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels are faster for tensors like these."""
     half = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
-    return q.is_cuda and half and (q.shape[-1], v.shape[-1]) in FASTER and _here()
+    return q.is_cuda and half and (q.shape[-1], v.shape[-1]) in FASTER
 
 
 def version() -> str | None:
     """Of the package, for the record of a measurement; None where its kernels are not used."""
-    return metadata.version("flash-attn-4") if _found() else None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
-def _here() -> bool:
-    return _found()
-
-
-@cache
-def _found() -> bool:
-    return find_spec("flash_attn") is not None and torch.cuda.get_device_capability() == HOPPER
+    return metadata.version("flash-attn-4") if here() else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
