@@ -360,6 +360,20 @@ def test_config_classes_come_without_torch() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_the_compiler_is_imported_where_it_is_used() -> None:
+    """At the head of a file it would cost every rank seconds before it reads its config."""
+    heads = [(file, node) for file in FILES for node in ast.parse(file.read_text()).body]
+    imported = [
+        (name(file), each)
+        for file, node in heads
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for each in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names])
+    ]
+    assert ("src.models.attention.cores", "torch.nn.attention.flex_attention") in imported
+    slow = ("torch._dynamo", "torch._inductor", "torch.distributed.pipelining")
+    assert [f"{file} {each}" for file, each in imported if within(each, slow)] == []
+
+
 def test_no_folder_is_too_long_to_take_in() -> None:
     folders = Counter(file.parent for file in FILES if file.name != "__init__.py")
     assert {str(folder): count for folder, count in folders.items() if count > 12} == {}
