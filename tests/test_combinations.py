@@ -159,11 +159,12 @@ ALONE = {
     for each in options("fault_tolerance")
     if each != "none"
 }
+STEPLESS = ALONE | {"compile=graph": "replays training steps, and this task takes none; pass compile=blocks"}
 TO_TASK = {
     "bench": ALONE,
-    "evaluate": ALONE | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
-    "export": ALONE | {"tokenizer=file": NOWHERE},
-    "generate": ALONE | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "evaluate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "export": STEPLESS | {"tokenizer=file": NOWHERE},
+    "generate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "pretrain": {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "verify": ALONE,
 }

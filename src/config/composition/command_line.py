@@ -117,7 +117,8 @@ def _no_option(group: str, value: str) -> str | None:
         if each in known or not _NO_NAME.fullmatch(each):
             continue
         if each.lower() in ("true", "yes", "on"):
-            near = [name for name in known if name not in OFF] if len(known) == 2 else []
+            few = len(known) <= 3 and any(name in OFF for name in known)
+            near = [name for name in known if name not in OFF] if few else []
         elif each.isdigit():
             near = [name for name in known if re.sub(r"\D+", " ", name).split() == [each]]
         else:
