@@ -5,22 +5,40 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+LIMB_BITS = 32
+
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Collective: true everywhere when `flag` is true anywhere. Waits for the device."""
     votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    _reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
 
 
 def world_sum(values: Tensor) -> Tensor:
     """Collective: the element-wise sum over all ranks, in place, without waiting for the device."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Collective: the element-wise sum over the ranks of `mesh`, in place, without waiting for the device."""
+    for group in mesh.get_all_groups():
+        _reduce(values, dist.ReduceOp.SUM, group)
     return values
 
 
-LIMB_BITS = 32
+def mesh_max(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Collective: the element-wise maximum over the ranks of `mesh`, in place, without waiting for the device."""
+    for group in mesh.get_all_groups():
+        _reduce(values, dist.ReduceOp.MAX, group)
+    return values
+
+
+def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None) -> Tensor:
+    """In place; one rank has the result already."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, op=operation, group=group)
+    return values
 
 
 def limbs(value: int) -> tuple[float, float]:
@@ -34,18 +52,3 @@ def limbs(value: int) -> tuple[float, float]:
 def of_limbs(low: float, high: float) -> int:
     """The sum modulo 2^64 of numbers whose limbs add up to these."""
     return (int(low) + (int(high) << LIMB_BITS)) % 2**64
-
-
-def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Collective: the element-wise sum over the ranks of `mesh`, in place, without waiting for the device."""
-    for group in mesh.get_all_groups():
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
-    return values
-
-
-def mesh_max(values: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Collective: the element-wise maximum over the ranks of `mesh`, in place, without waiting for the device."""
-    for group in mesh.get_all_groups():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return values
