@@ -275,8 +275,7 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
                 f"{path}: no run folder, but not empty either ({', '.join(strange[:5])}); choose another folder"
             )
         return ()
-    _refuse_torn(path, config)
-    before = trees.read(config)
+    before = _whole(path, config)
     changed = trees.difference(before, tree, steering=True)
     if refused := [line for line in changed if not may_change(line.partition(":")[0])]:
         advice = "leave folder= out, or name another folder; of a run only these may change: "
@@ -287,21 +286,21 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def _refuse_torn(path: Path, config: Path) -> None:
-    """FolderError for a config that cannot be read or is the mere beginning of what it was: every attempt keeps a
-    copy.
+def _whole(path: Path, config: Path) -> trees.Tree:
+    """The recorded config. FolderError where it cannot be read or is the mere beginning of what it was: every attempt
+    keeps a copy.
     """
     kept = sorted(path.glob("logs/attempt_*/config.yaml"), key=lambda copy: int(copy.parent.name.rpartition("_")[2]))
     cause: ConfigError | None = None
     fault = "unreadable"
     try:
-        trees.read(config)
+        tree = trees.read(config)
     except ConfigError as error:
         cause = error
     else:
         content, copy = config.read_bytes(), kept[-1].read_bytes() if kept else b""
         if content == copy or not copy.startswith(content):
-            return
+            return tree
         fault = "cut short"
     way_out = f"`cp {kept[-1]} {config}` and run the same command again" if kept else "restore or move it"
     raise FolderError(f"{config}: {fault}, so this run cannot be told from another; {way_out}") from cause
