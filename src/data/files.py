@@ -50,7 +50,7 @@ def problem(path: Path) -> str | None:
 
 def spans(path: Path, largest: int) -> list[TextSpan]:
     """Spans of at most about `largest` bytes; plain text is never cut, for a cut would invent documents."""
-    with _readable(path):
+    with readable(path):
         size = path.stat().st_size
     if path.suffix.lower() in ROW_SUFFIXES:
         return [
@@ -64,7 +64,7 @@ def spans(path: Path, largest: int) -> list[TextSpan]:
 def read(span: TextSpan, *, field: str, separator: str | None) -> Iterator[str | BadRow]:
     """The documents of a span and, in their places, the rows that are none. DataError when the whole file is bad."""
     path = Path(span.name)
-    with _readable(path):
+    with readable(path):
         if path.suffix.lower() in ROW_SUFFIXES:
             yield from _read_lines(span, field)
         elif path.suffix.lower() == ".parquet":
@@ -110,13 +110,14 @@ def described(rows: Iterable[BadRow]) -> list[str]:
 
 
 def _line_ends(name: str, start: int, stop: int) -> int:
-    with _readable(Path(name)), Path(name).open("rb") as file:
+    with readable(Path(name)), Path(name).open("rb") as file:
         file.seek(start)
         return sum(file.read(min(1 << 20, stop - at)).count(b"\n") for at in range(start, stop, 1 << 20))
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """What the system says against reading the file in here becomes a DataError."""
     try:
         yield
     except OSError as error:

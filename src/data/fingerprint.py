@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from src.errors import DataError
+from src.data.files import readable
 from src.storage.atomic_write import atomic_write
 
 # A file changed this recently may change again within one tick of the clock behind its mtime: its hash is not kept.
@@ -71,8 +71,5 @@ def remember(memory: Path, more: dict[str, list[str]]) -> None:
 
 
 def _hash_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with readable(path), path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
