@@ -73,7 +73,7 @@ def test_killed_while_it_heals_then_all_killed_then_more_groups(tmp_path: Path, 
         found.died(0)
         found.died(1)
         assert (found.folder / "checkpoints/step_00000010/COMPLETE.json").exists()
-        found.start(0, 1, 2)
+        found.start_together(0, 1, 2)
         found.wait()
         check(found, 3, undisturbed)
 
@@ -135,7 +135,7 @@ def test_restarted_groups_wait_for_the_one_that_has_the_state(tmp_path: Path, un
         found.start(0, troubles=[Trouble(8, "hold")])
         found.reach(8, 0)
         found.start(1, 2)
-        found.until(lambda: "does not begin without group 0" in found.log(1) + found.log(2))
+        found.until(lambda: all("does not begin without group 0" in found.log(group) for group in (1, 2)))
         found.go(8)
         found.wait()
         for group in (1, 2):
@@ -167,7 +167,7 @@ def test_a_group_told_to_stop_leaves_and_all_told_to_stop_save(tmp_path: Path, u
         found.wait()
         assert [last(found.folder, group)["position"] for group in range(2)] == [19 * BATCH] * 2
         assert (found.folder / "checkpoints/step_00000019/COMPLETE.json").exists()
-        found.start(0, 1)
+        found.start_together(0, 1)
         found.wait()
         check(found, 2, undisturbed)
 
