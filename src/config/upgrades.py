@@ -58,6 +58,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.data.hub.HubSource": {"bad_rows": "refuse"},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
     "src.distributed.compile.Compile": {"graph": False},
+    "src.tasks.export.config.Export": {"fp8_scales": "float32"},
 }
 
 _ABSENT = object()

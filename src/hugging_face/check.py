@@ -13,6 +13,7 @@ from src.models.stored import Stored
 SCALE = "_scale_inv"  # of X.weight: X.weight_scale_inv
 WEIGHTS = ("float32", "bfloat16", "float16")
 FLOAT8 = "float8_e4m3fn"
+E8M0 = "float8_e8m0fnu"  # an exponent alone: 2^-127 to 2^127
 
 
 def check(archive: Archive, config: ModelConfig) -> list[str]:
@@ -47,7 +48,7 @@ def _misfits(entries: Mapping[str, TensorEntry], stored: Stored, key: str, block
         return [f"{where}: shape {list(entry.shape)} found, {list(stored.key_shape)} expected"]
     if entry.dtype in WEIGHTS:
         return []
-    if entry.dtype != FLOAT8 or not stored.linear:
+    if entry.dtype != FLOAT8 or len(entry.shape) != 2:
         return [f"{where}: dtype {entry.dtype} found, {' or '.join(WEIGHTS)} expected"]
     if block is None:
         return [f"{where}: dtype {FLOAT8} found, but config.json has no quantization_config"]
@@ -55,8 +56,8 @@ def _misfits(entries: Mapping[str, TensorEntry], stored: Stored, key: str, block
     shape = tuple(ceil(size / step) for size, step in zip(entry.shape, block, strict=True))
     if scale is None:
         return [f"{where}: dtype {FLOAT8} found without its {key}{SCALE}"]
-    if scale.dtype not in WEIGHTS or scale.shape != shape:
-        return [f"{scale.file}: {key}{SCALE}: {scale.words} found, float32 {list(shape)} expected"]
+    if scale.dtype not in (*WEIGHTS, E8M0) or scale.shape != shape:
+        return [f"{scale.file}: {key}{SCALE}: {scale.words} found, float32 or {E8M0} {list(shape)} expected"]
     return []
 
 

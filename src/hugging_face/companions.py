@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from src.data.tokenizer import BEGIN, END, ByteTokenizer, File, JsonTokenizer, Tokenizer, TokenizerConfig
+from src.hugging_face.check import E8M0
+from src.hugging_face.save import Form
 from src.hugging_face.write import BLOCK
 from src.models.base import ModelConfig
 from src.models.hugging_face import config_json
@@ -17,16 +19,17 @@ TOKENIZER_FILES = (
 )
 
 
-def describe(config: ModelConfig, tokenizer: Tokenizer, dtype: str, *, fp8: bool) -> dict[str, bytes]:
+def describe(config: ModelConfig, tokenizer: Tokenizer, form: Form) -> dict[str, bytes]:
     """config.json and generation_config.json; CheckpointError where transformers has no such model."""
     marks = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    values = config_json(config) | marks | {"torch_dtype": dtype, "use_cache": True}
-    if fp8:
+    values = config_json(config) | marks | {"torch_dtype": form.dtype, "use_cache": True}
+    if form.fp8:
         values["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
+            **({"scale_fmt": "ue8m0"} if form.scales == E8M0 else {}),
         }
     return {"config.json": _text(values), "generation_config.json": _text(marks)}
 

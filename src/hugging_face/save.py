@@ -36,6 +36,7 @@ class Form:
     fp8: bool  # linear weights in float8 with a scale for each block of 128 x 128
     biases: bool  # also those of routers whose form there has none
     shard_bytes: int  # largest file, unless one tensor is larger
+    scales: str = "float32"  # dtype of float8's scales
 
     def table(self, config: ModelConfig) -> tuple[Stored, ...]:
         """Every tensor that is written of a model."""
@@ -76,9 +77,9 @@ def save(
     `beside`: the other files; `largest`: element-wise maximum over all ranks of a tensor on `device`.
     """
     table, draft = form.table(config), folder.with_name(f"{folder.name}.partial")
-    files = Files.plan(draft, table, form.dtype, fp8=form.fp8, shard_bytes=form.shard_bytes)
+    files = Files.plan(draft, table, form.dtype, fp8=form.fp8, shard_bytes=form.shard_bytes, scales=form.scales)
     team.on_rank_zero(lambda: _begin(folder, draft, files))
-    scales = block_scales(parts, table, largest, device) if form.fp8 else None
+    scales = block_scales(parts, table, largest, device, form.scales) if form.fp8 else None
     team.on_all(lambda: write(files, parts, table, scales))
     team.on_rank_zero(lambda: _end(draft, files, scales, beside))
     return draft

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from src.hugging_face.archive import SINGLE
-from src.hugging_face.check import FLOAT8, SCALE
+from src.hugging_face.check import E8M0, FLOAT8, SCALE
 from src.hugging_face.header import DTYPES, NAMES, TensorEntry, make_header
 from src.hugging_face.read import PIECE_BYTES, THREADS
 from src.hugging_face.tensor_slice import TensorSlice, blocks, byte_ranges, runs
@@ -60,11 +60,16 @@ class Files:
     sizes: Mapping[str, int]  # bytes of each file
 
     @classmethod
-    def plan(cls, folder: Path, table: Iterable[Stored], dtype: str, *, fp8: bool, shard_bytes: int) -> "Files":
-        """Tensors in the model's order, a new file where the next would make one larger than `shard_bytes`."""
+    def plan(
+        cls, folder: Path, table: Iterable[Stored], dtype: str, *, fp8: bool, shard_bytes: int, scales: str = "float32"
+    ) -> "Files":
+        """Tensors in the model's order, a new file where the next would make one larger than `shard_bytes`.
+
+        `scales`: dtype of the scales of float8.
+        """
         parts: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
         room = shard_bytes
-        for key, (kind, shape) in _tensors(table, dtype, fp8=fp8):
+        for key, (kind, shape) in _tensors(table, dtype, scales if fp8 else None):
             size = prod(shape) * DTYPES[NAMES[kind]][1]
             if size > room and parts[-1]:
                 parts.append({})
@@ -103,12 +108,15 @@ class Files:
         }
 
 
-def _tensors(table: Iterable[Stored], dtype: str, *, fp8: bool) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+def _tensors(
+    table: Iterable[Stored], dtype: str, scales: str | None
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Key, dtype and shape; linear weights in float8 where there are `scales`."""
     for stored in table:
         for key in stored.keys:
-            if fp8 and stored.linear:
+            if scales is not None and stored.linear:
                 yield key, (FLOAT8, stored.key_shape)
-                yield f"{key}{SCALE}", ("float32", grid_shape(stored.key_shape))
+                yield f"{key}{SCALE}", (scales, grid_shape(stored.key_shape))
             else:
                 yield key, ("float32" if stored.precise else dtype, stored.key_shape)
 
@@ -214,11 +222,16 @@ def _factors(scale: Tensor, box: TensorSlice) -> Tensor:
 
 
 def block_scales(
-    parts: Mapping[str, Held], table: Iterable[Stored], largest: Callable[[Tensor], Tensor], device: torch.device
+    parts: Mapping[str, Held],
+    table: Iterable[Stored],
+    largest: Callable[[Tensor], Tensor],
+    device: torch.device,
+    dtype: str = "float32",
 ) -> dict[str, Tensor]:
     """Collective. Of every linear weight, largest magnitude of each block / 448; on the host, the same on all ranks.
 
-    `largest`: the element-wise maximum over all ranks, for a block may lie in the shards of several.
+    `largest`: the element-wise maximum over all ranks, for a block may lie in the shards of several; `dtype`: that the
+    scales are written in, float8_e8m0fnu rounds them up to powers of two.
     """
     found: dict[str, Tensor] = {}
     for stored in table:
@@ -231,8 +244,16 @@ def block_scales(
                     _raise(grid[stored.keys.index(piece.key)], piece)
         scale = largest(grid).cpu() / LARGEST
         scale[scale == 0] = 1.0  # a block of zeros
+        scale = _power_of_two(scale) if dtype == E8M0 else scale
         found |= dict(zip(stored.keys, scale, strict=True))
     return found
+
+
+def _power_of_two(scale: Tensor) -> Tensor:
+    """The next one from above, so that no block's largest magnitude is clipped."""
+    mantissa, exponent = scale.frexp()  # mantissas in [0.5, 1)
+    whole = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
+    return torch.ldexp(torch.ones_like(scale), whole)
 
 
 def _raise(grid: Tensor, piece: _Piece) -> None:

@@ -37,10 +37,9 @@ class Exported:
 class Exports:
     """Every method is collective. What the disk refuses is told, and training goes on: checkpoints are elsewhere."""
 
-    def __init__(self, folder: Path, model: ModelConfig, dtype: str, beside: Mapping[str, bytes], check: Check) -> None:
+    def __init__(self, folder: Path, model: ModelConfig, form: Form, beside: Mapping[str, bytes], check: Check) -> None:
         """`folder`: exports of the run; `beside`: files of every step, such as config.json and the tokenizer's."""
-        self.folder, self.model, self.beside, self.check = folder, model, beside, check
-        self.form = Form(dtype, fp8=False, biases=False, shard_bytes=SHARD_BYTES)
+        self.folder, self.model, self.form, self.beside, self.check = folder, model, form, beside, check
         self.last: Exported | None = None
         self.failed: str | None = None  # why the last one is not there
         self._team = HostGroup()

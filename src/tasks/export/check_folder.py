@@ -44,7 +44,7 @@ def check(folder: Path, model: ModelConfig) -> Finding:
         return Finding([f"not compared: {why_not}"])
     finding = Finding()
     ids = opened_tokenizer(folder)(TEXT)["input_ids"][: model.max_seq_len]
-    compare(folder, TEXT, ids, _native(folder, model, ids), finding, gpu=False)
+    compare(folder, TEXT, ids, _native(folder, model, ids), "float32", finding, gpu=False)
     return finding
 
 

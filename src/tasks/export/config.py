@@ -32,9 +32,11 @@ class Export(Config):
     to: PathField | None
     """Folder to write; null: <run>/exports/step_XXXXXXXX."""
     dtype: Literal["float32", "bfloat16", "float16"] | None
-    """Dtype of the weights; null: as the checkpoint has them, so nothing is rounded."""
+    """Dtype of the weights; null: as the checkpoint has them, so nothing is rounded; with fp8 bfloat16."""
     fp8: bool
     """True: linear weights in float8 (e4m3) with a scale for each block of 128 x 128, the others in dtype."""
+    fp8_scales: Literal["float32", "e8m0"]
+    """Dtype of these scales; float32: as DeepSeek-V3 has them; e8m0: powers of two, a byte each."""
     biases: Literal["refuse", "drop", "keep"]
     """Biases of softmax routers, for which transformers has no place; keep: vLLM reads them, and so does an import."""
     shard_gb: Gibibytes
@@ -62,8 +64,12 @@ class Export(Config):
         """The folder that is written."""
         if self.to is not None:
             return self.to.expanduser().absolute()
-        form = "".join(f"-{part}" for part in (self.dtype, "fp8" if self.fp8 else None) if part)
+        form = "".join(f"-{part}" for part in (self.dtype, "fp8" if self.fp8 else None, self._scales) if part)
         return Path(self.source) / "exports" / f"step_{self.step or 0:08d}{form}"
+
+    @property
+    def _scales(self) -> str | None:
+        return None if self.fp8_scales == "float32" else self.fp8_scales
 
     def problems(self, run: "Run") -> list[str]:
         """A model that transformers does not have, a target that exists, a missing tokenizer. Runs on the launcher."""
@@ -73,6 +79,8 @@ class Export(Config):
         found: list[str] = []
         if self.to is None and self.source.startswith(FOREIGN):
             found.append(f"task.to=null: {self.source} is no run folder to write into; pass to=<folder>")
+        if self._scales is not None and not self.fp8:
+            found.append(f"task.fp8_scales={self.fp8_scales}: no weight is float8; pass fp8=true, or leave it out")
         found += export_problems(run.model)
         try:
             refuse_foreign(self.target)

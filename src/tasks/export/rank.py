@@ -17,6 +17,7 @@ from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
+from src.hugging_face.check import E8M0
 from src.hugging_face.companions import card, describe, tokenizer_files
 from src.hugging_face.push import push
 from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
@@ -88,7 +89,12 @@ def _form(task: Export, run: Run, team: HostGroup, network: ModelStages) -> Form
             "biases=keep writes them for vLLM and for this repository"
         )
     return Form(
-        task.dtype or run.precision.storage, task.fp8, biased and task.biases == "keep", int(task.shard_gb * GB)
+        # float8 is released among bfloat16.
+        task.dtype or ("bfloat16" if task.fp8 else run.precision.storage),
+        task.fp8,
+        biased and task.biases == "keep",
+        int(task.shard_gb * GB),
+        E8M0 if task.fp8_scales == "e8m0" else "float32",
     )
 
 
@@ -96,7 +102,7 @@ def _beside(task: Export, run: Run, tokenizer: Tokenizer, form: Form, origin: Pa
     """All files but the weights."""
     facts = _facts(task, run, form, origin)
     return {
-        **describe(run.model, tokenizer, form.dtype, fp8=form.fp8),
+        **describe(run.model, tokenizer, form),
         **tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len),
         "README.md": card(Path(task.source).name, facts),
         FACTS: (json.dumps(facts | {"form": asdict(form)}, indent=2) + "\n").encode(),
@@ -136,8 +142,10 @@ def _check(
     exact = form.dtype == run.precision.storage and not form.fp8 and task.biases != "drop"
     if form.biases and run.model.routed and task.biases == "keep":
         return Finding([UNCOMPARED])
-    tokenizer = run.tokenizer.open(run.cache, run.data)
-    return team.on_rank_zero(lambda: with_transformers(draft, tokenizer, task.text, before, after, exact=exact))
+    tokenizer, storage = run.tokenizer.open(run.cache, run.data), run.precision.storage
+    return team.on_rank_zero(
+        lambda: with_transformers(draft, tokenizer, task.text, before, after, storage, exact=exact)
+    )
 
 
 def _tell(finding: Finding) -> None:

@@ -56,10 +56,10 @@ def read_back(network: ModelStages, team: HostGroup, folder: Path, ids: Sequence
 
 
 def with_transformers(
-    folder: Path, tokenizer: Tokenizer, text: str, before: Logits, after: Logits, *, exact: bool
+    folder: Path, tokenizer: Tokenizer, text: str, before: Logits, after: Logits, storage: str, *, exact: bool
 ) -> Finding:
     """Compare with transformers, on one rank. `before`, `after`: logits of the run's and the folder's weights;
-    `exact`: nothing was rounded.
+    `storage`: dtype that the run rests them in; `exact`: nothing was rounded.
     """
     finding = Finding()
     moved = _difference(before, after)
@@ -72,8 +72,9 @@ def with_transformers(
         finding.lines.append(f"not compared: {why_not}")
         return finding
     ids = tokenizer.prompt(text)[: max(after) + 1]
-    compare(folder, text, ids, after, finding, gpu=True)
-    finding.problems += _tokenizer_problems(folder, tokenizer, text)
+    compare(folder, text, ids, after, storage, finding, gpu=True)
+    if not finding.problems:
+        finding.problems += _tokenizer_problems(folder, tokenizer, text)
     return finding
 
 
@@ -88,18 +89,22 @@ def obstacle(folder: Path) -> str | None:
     return f"transformers would need up to {needed / 2**30:.0f} GiB of this host's {free / 2**30:.0f}"
 
 
-def compare(folder: Path, text: str, ids: Sequence[int], ours: Logits, finding: Finding, *, gpu: bool) -> None:
-    """Add transformers' logits beside ours, and its continuation of the text, to `finding`. `gpu`: on a GPU with
-    room.
+def compare(
+    folder: Path, text: str, ids: Sequence[int], ours: Logits, storage: str, finding: Finding, *, gpu: bool
+) -> None:
+    """Add transformers' logits beside ours, and its continuation of the text, to `finding`.
+
+    `storage`: dtype that our weights rested in; `gpu`: on a GPU with room.
     """
-    model, info = _opened(folder, gpu=gpu)
-    if strangers := {key: sorted(names) for key, names in info.items() if names}:
+    try:
+        theirs = _theirs(folder, ids, list(ours), storage, gpu=gpu)
+    except Exception as error:  # noqa: BLE001  (whatever it raises, the folder is of no use to it)
+        said = str(error).strip().partition("\n")[0]
+        finding.problems.append(f"{folder}: transformers cannot use it: {type(error).__name__}: {said}")
+        return
+    if strangers := {key: sorted(names) for key, names in theirs.info.items() if names}:
         finding.problems.append(f"{folder}: transformers tells of {strangers}")
-    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    with torch.no_grad():
-        logits = model(row).logits[0].float().cpu()
-    theirs = {place: logits[place] for place in ours}
-    difference, largest = _difference(theirs, ours), max(float(each.abs().max()) for each in ours.values())
+    difference, largest = _difference(theirs.logits, ours), max(float(each.abs().max()) for each in ours.values())
     finding.lines.append(
         f"transformers' logits differ by at most {difference:.3g} (the largest is {largest:.3g}), "
         f"after {len(ours)} places of {len(ids)} tokens"
@@ -109,13 +114,29 @@ def compare(folder: Path, text: str, ids: Sequence[int], ours: Logits, finding: 
             f"{folder}: transformers' logits differ by {difference:.3g} where the largest is {largest:.3g}; it is left "
             "there for a look, and must not be used"
         )
+    finding.lines.append(f"greedy: {text}[...]{opened_tokenizer(folder).decode(theirs.written)}")
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """What transformers makes of a folder."""
+
+    logits: Logits
+    written: list[int]  # its greedy continuation
+    info: Mapping[str, Any]  # what it missed or did not expect in the files
+
+
+def _theirs(folder: Path, ids: Sequence[int], places: Sequence[int], storage: str, *, gpu: bool) -> _Theirs:
+    model, info = _opened(folder, storage, gpu=gpu)
+    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with torch.no_grad():
+        logits = model(row).logits[0].float().cpu()
         written = model.generate(row, max_new_tokens=SENTENCE, do_sample=False, attention_mask=torch.ones_like(row))
-    finding.lines.append(f"greedy: {text}[...]{opened_tokenizer(folder).decode(written[0, len(ids) :].tolist())}")
+    return _Theirs({place: logits[place] for place in places}, written[0, len(ids) :].tolist(), info)
 
 
-def _opened(folder: Path, *, gpu: bool) -> tuple[Any, dict[str, Any]]:
-    """transformers' model in float32, and what it missed or did not expect in the files."""
+def _opened(folder: Path, storage: str, *, gpu: bool) -> tuple[Any, dict[str, Any]]:
+    """transformers' model in float32 with weights as rounded as ours, and what it missed or did not expect."""
     logging.disable(logging.WARNING)  # torchao, which it imports, warns of kernels that this machine cannot load
     try:
         transformers: Any = importlib.import_module("transformers")
@@ -127,32 +148,36 @@ def _opened(folder: Path, *, gpu: bool) -> tuple[Any, dict[str, Any]]:
     given: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if quantisation(read_json(folder / "config.json")) is None:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **given)
-    elif find_spec("accelerate") is not None:  # what transformers needs to multiply float8 out by itself
-        given["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **given)
     else:
+        # Its own reader of float8 divides rows by rows of scales, which is no 128 where a matrix has 576 rows.
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         del config.quantization_config
-        given |= {"config": config, "state_dict": _multiplied_out(folder)}
+        given |= {"config": config, "state_dict": multiplied_out(folder)}
         family = getattr(transformers, config.architectures[0])
         model, info = family.from_pretrained(None, **given)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, storage)))
     size = sum(parameter.nbytes for parameter in model.parameters())
     if gpu and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * size:
         model = model.cuda()
     return model.eval(), info
 
 
-def _multiplied_out(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a float8 folder, whole: not by the code that reads shards, which this is to check."""
+def multiplied_out(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a float8 folder, whole and in float32: not by the code that reads shards, which this is to check.
+
+    One scale for each 128 x 128 block of a matrix, the last ones cut off by its edges.
+    """
     from safetensors.torch import load_file
 
     found = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
     for key in [key for key in found if key.endswith(SCALE)]:
-        scale, name = found.pop(key), key.removesuffix(SCALE)
+        scale, name = found.pop(key).float(), key.removesuffix(SCALE)
         rows, columns = found[name].shape
         whole = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
         found[name] = found[name].float() * whole
-    return found
+    return {key: tensor.float() for key, tensor in found.items()}
 
 
 def opened_tokenizer(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.hugging_face.companions import describe, tokenizer_files
 from src.hugging_face.load import noted
+from src.hugging_face.save import Form
 from src.metrics.console import Console
 from src.metrics.curve import plot
 from src.metrics.startup import Startup
@@ -26,7 +27,7 @@ from src.tasks.export.check_folder import check_apart
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
-from src.train.exports import Exports
+from src.train.exports import SHARD_BYTES, Exports
 from src.train.loop import Loop
 from src.train.replicated.loop import ReplicatedLoop
 from src.train.report import Report
@@ -130,10 +131,10 @@ def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
     """Collective. Where checkpoint.export_every asks for them."""
     if run.checkpoint.export_every is None:
         return None
-    dtype, tokenizer = run.precision.storage, corpus.tokenizer
+    form, tokenizer = Form(run.precision.storage, fp8=False, biases=False, shard_bytes=SHARD_BYTES), corpus.tokenizer
     files = tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len)
-    beside = describe(run.model, tokenizer, dtype, fp8=False) | files
-    return Exports(folder / "exports", run.model, dtype, beside, check_apart)
+    beside = describe(run.model, tokenizer, form) | files
+    return Exports(folder / "exports", run.model, form, beside, check_apart)
 
 
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
