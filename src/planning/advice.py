@@ -77,9 +77,9 @@ def _impossible(load: Load) -> bool:
 
 def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     degrees = load.degrees
-    if load.recompute.mode == "none":
+    if load.recompute.mode == "none" and not degrees.splits_backward:
         yield "recompute=selective", load.changed(recompute=SELECTIVE)
-    if load.recompute.mode != "full":
+    if load.recompute.mode != "full" and not degrees.splits_backward:
         yield "recompute=full", load.changed(recompute=FULL)
     if not load.compiled_blocks and not degrees.splits_backward:
         yield "compile=blocks", load.changed(compiled_blocks=True, compiled_loss=True)

@@ -1,5 +1,7 @@
 """Batch arithmetic: global_batch = micro_batch * data ranks * passes (gradient accumulation steps), in sequences."""
 
+from math import gcd, lcm
+
 from src.distributed.pipeline import stages
 from src.errors import divisors
 from src.run import Run
@@ -41,14 +43,36 @@ def length_problems(run: Run) -> list[str]:
             f"task.seq_len={seq_len} is beyond model.max_seq_len={run.model.max_seq_len}; "
             f"at most {run.model.max_seq_len} tokens"
         )
-    # Sequence parallelism cuts a sequence into equal parts; a balanced context cut takes two pieces per rank.
-    parts = degrees.tensor * (2 * degrees.context if degrees.context > 1 else 1)
+    parts = _parts(run)
     if seq_len % parts:
         keys = f"parallel.tensor={degrees.tensor}"
         if degrees.context > 1:
             keys += f" * 2 * parallel.context={degrees.context}"
         found.append(f"task.seq_len={seq_len} is no multiple of {keys} ({_multiples(seq_len, parts)})")
     return found
+
+
+def float8_problems(run: Run, micro_batch: int) -> list[str]:
+    """Why a float8 product cannot sum over the tokens of a forward of `micro_batch` sequences, as the gradient of a
+    weight does. Also where it is emulated: what is rehearsed on a CPU is to run on a GPU.
+    """
+    float8, seq_len, context = run.precision.float8, run.task.seq_len, run.parallel.context
+    if float8 is None or micro_batch * seq_len // context % float8.token_multiple == 0:
+        return []
+    fits = lcm(_parts(run), context * float8.token_multiple // gcd(micro_batch, float8.token_multiple))
+    over = f" / parallel.context={context}" if context > 1 else ""
+    return [
+        f"precision.float8.recipe={float8.recipe}: task.micro_batch={micro_batch} * task.seq_len={seq_len}{over} "
+        f"tokens are no multiple of {float8.token_multiple}, over which the gradients of weights are summed "
+        f"(task.seq_len: {_multiples(seq_len, fits)}; or precision.float8.recipe=rowwise_with_gw_hp)"
+    ]
+
+
+def _parts(run: Run) -> int:
+    """Into how many equal parts a sequence is cut: sequence parallelism cuts once, and a balanced context cut takes two
+    pieces per rank.
+    """
+    return run.parallel.tensor * (2 * run.parallel.context if run.parallel.context > 1 else 1)
 
 
 def _multiples(value: int, of: int) -> str:

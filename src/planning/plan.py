@@ -109,6 +109,7 @@ def plan(
         *_pipeline_problems(run, load.micro_batches),
         *batch.length_problems(run),
         *([] if _rehearses(run) or _infers(run) else batch.problems(run)),
+        *([] if _infers(run) else batch.float8_problems(run, load.micro_batch)),
         *_section_problems(run),
         *replica_groups.problems(run, devices, load.micro_batches, _pipeline_problems),
         *_rehearsal_problems(run),
@@ -250,6 +251,14 @@ def _pipeline_problems(run: Run, micro_batches: int) -> list[str]:
         found.append(
             f"parallel.pipeline_schedule={name} asks for the gradients of inputs and of weights apart, and a compiled "
             "block gives them at once; pass compile.blocks=false or parallel.pipeline_schedule=Interleaved1F1B"
+        )
+    # torch takes the gradient of each weight by itself: a block of nine weights ran ten times for one backward. What
+    # selective recompute kept is there for the first of them alone.
+    if degrees.splits_backward and run.recompute.mode not in ("none", "auto"):
+        found.append(
+            f"recompute.mode={run.recompute.mode} with parallel.pipeline_schedule={name} would compute a block again "
+            "for each of its weights, whose gradients are taken apart; pass recompute=none or "
+            "parallel.pipeline_schedule=Interleaved1F1B"
         )
     return found
 

@@ -24,8 +24,8 @@ LADDER = (
 
 
 def cheapest(load: Load, limit_bytes: int | None) -> Recompute:
-    """The first that fits, or the last; none where no limit is known."""
-    if limit_bytes is None:
+    """The first that fits, or the last; none where no limit is known, or where nothing may be computed again."""
+    if limit_bytes is None or load.degrees.splits_backward:
         return NONE
     fits = (option for option in LADDER if estimate(load.changed(recompute=option)).peak <= limit_bytes)
     return next(fits, FULL)

@@ -1,6 +1,8 @@
 """float8 in the blocks: close to bfloat16 in every layout, names and checkpoints as before, applied or refused."""
 
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -236,6 +238,24 @@ MATRICES = (
                 "pass precision.float8.all_gather=false, or a layout with shards"
             ],
         ),
+        (problems(config(all_gather=True), "fsdp4"), []),
+        (
+            problems(config(all_gather=True), shard=3),  # 64 rows of wq, 32 of wk, 192 of w1
+            [
+                "precision.float8.all_gather=true sends shards of equal size, and parallel.shard=3 does not divide the "
+                "rows of layers.*.attention.wk, layers.*.attention.wo, layers.*.attention.wq, layers.*.attention.wv, "
+                "layers.*.feed_forward.w2 (1, 2, 4, 8, 16 or 32 do); or pass precision.float8.all_gather=false"
+            ],
+        ),
+        (
+            problems(config(all_gather=True), "tp2_cp2", shard=6),  # wq and w1 cut by tensor ranks, wo and w2 whole
+            [
+                "precision.float8.all_gather=true sends shards of equal size, and parallel.shard=6 * "
+                "parallel.context=2 does not divide the rows of layers.*.attention.wk, layers.*.attention.wo, "
+                "layers.*.attention.wq, layers.*.attention.wv, layers.*.feed_forward.w2 (1, 2, 4, 8 or 16 do); "
+                "or pass precision.float8.all_gather=false"
+            ],
+        ),
         (
             problems(config(emulate=True), compiled=True),
             ["precision.float8.emulate=true is eager only; pass compile=off"],
@@ -252,6 +272,21 @@ MATRICES = (
 )
 def test_refused_with_a_reason(found: list[str], said: list[str]) -> None:
     assert found == said
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_tokens_must_be_a_multiple_of_is_what_kernels_ask(recipe: str) -> None:
+    """torch checks the shapes of a GPU's product on the meta device, in the backward pass too."""
+    multiple = config(recipe=recipe).token_multiple
+    with torch.device("meta"):
+        model = tiny_llama(n_layers=1).build().bfloat16()
+        with patch("src.distributed.precision.float8._require"):
+            config(recipe=recipe).convert(model, 1, "meta")
+        for tokens in (8, 16, 24, 32):
+            x = torch.randn(1, tokens, model.config.dim, dtype=torch.bfloat16, requires_grad=True)
+            ok = tokens % multiple == 0
+            with nullcontext() if ok else pytest.raises(RuntimeError, match="divisible by 16"):
+                model.layers["0"].feed_forward(x).sum().backward()
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

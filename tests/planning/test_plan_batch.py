@@ -46,6 +46,55 @@ def test_a_step_that_cannot_be_divided_names_the_nearest_that_can() -> None:
     assert caught.value.problems == ("task.global_batch=10 is no multiple of 4 data ranks (8 or 12 would do)",)
 
 
+EMULATED = changed(section("precision", "fp8"), float8=changed(section("precision", "fp8").float8, emulate=True))
+SUMMED = "over which the gradients of weights are summed"
+
+
+@pytest.mark.parametrize(
+    ("task", "layout", "said"),
+    [
+        (
+            {"seq_len": 1001, "micro_batch": 1},
+            "single",
+            f"task.micro_batch=1 * task.seq_len=1001 tokens are no multiple of 16, {SUMMED} (task.seq_len: 992 or 1008",
+        ),
+        (
+            {"seq_len": 1000, "micro_batch": 1},
+            "cp2",
+            f"task.micro_batch=1 * task.seq_len=1000 / parallel.context=2 tokens are no multiple of 16, {SUMMED} "
+            "(task.seq_len: 992 or 1024",
+        ),
+        (
+            {"seq_len": 12, "micro_batch": 2},
+            "single",
+            f"task.micro_batch=2 * task.seq_len=12 tokens are no multiple of 16, {SUMMED} (task.seq_len: 8 or 16",
+        ),
+        (
+            {"seq_len": 6, "micro_batch": None},  # as the plan divides 8 sequences: 4 at once
+            "single",
+            f"task.micro_batch=4 * task.seq_len=6 tokens are no multiple of 16, {SUMMED} (task.seq_len: 4 or 8",
+        ),
+        ({"seq_len": 1000, "micro_batch": 2}, "single", None),
+        ({"seq_len": 1000, "micro_batch": 4}, "cp2_fsdp2", None),
+    ],
+)
+@pytest.mark.parametrize("precision", [EMULATED, "fp8", "fp8_rowwise"], ids=["emulated", "tensorwise", "rowwise"])
+def test_tokens_of_a_float8_product(precision: Any, task: dict[str, Any], layout: str, said: str | None) -> None:
+    """On a CPU, where any number can be emulated, as on the GPU that it rehearses."""
+    run = make_run(task, model=changed(section("model", "llama3_debug"), max_seq_len=2048), parallel=layout)
+    run = replace(run, precision=section("precision", precision) if isinstance(precision, str) else precision)
+    exact = changed(run.precision, float8=changed(run.precision.float8, recipe="rowwise_with_gw_hp"))
+    assert plan(replace(run, precision=exact)).world
+    if said is None:
+        assert plan(run).world
+        return
+    with pytest.raises(PlanError) as caught:
+        plan(run)
+    (line,) = caught.value.problems
+    way_out = " would do; or precision.float8.recipe=rowwise_with_gw_hp)"
+    assert line == f"precision.float8.recipe={run.precision.float8.recipe}: {said}{way_out}"
+
+
 def test_ranks_on_a_cpu_share_its_memory() -> None:
     run = make_run({"micro_batch": 1}, model="llama3_8b", parallel="fsdp4")
     here = Gpus(host_gib=24.0)

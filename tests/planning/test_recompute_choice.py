@@ -1,16 +1,19 @@
 """recompute=auto: the cheapest that fits, the same for launcher and ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from src.distributed.parallel_dims import SPLITTING
 from src.errors import PlanError
 from src.planning.memory import GIB, estimate
-from src.planning.plan import load_of, plan
+from src.planning.plan import Plan, load_of, plan
 from src.planning.recompute_choice import FULL, LADDER, NONE, SELECTIVE, cheapest, resolve_auto_recompute
 from src.planning.table import render
+from tests.distributed.layouts import degrees
 from tests.train.runs import Gpus, Here, make_run
 
 EIGHT = {"seq_len": 8192, "micro_batch": 2, "global_batch": 8}
@@ -54,6 +57,30 @@ def test_the_plan_takes_it_and_says_so() -> None:
     assert "selective" in list(table.columns[1].cells)
 
 
+@pytest.mark.parametrize("schedule", SPLITTING)
+def test_a_backward_in_halves_computes_nothing_again(schedule: str) -> None:
+    """Neither on request, nor by choice, nor as advice; one that is whole does."""
+
+    def asked(limit_gib: float | None, mode: str, schedule: str) -> Plan:
+        layout = degrees("pp2_fsdp4", pipeline_schedule=schedule)
+        chosen = run(limit_gib, parallel=layout, compile="off", recompute=mode)
+        return plan(replace(chosen, task=replace(chosen.task, micro_batch=1, global_batch=32)))
+
+    for mode in ("selective", "full", "every2"):
+        with pytest.raises(PlanError) as caught:
+            asked(None, mode, schedule)
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"recompute.mode={mode.rstrip('2')} with parallel.pipeline_schedule={schedule} would")
+        assert problem.endswith("pass recompute=none or parallel.pipeline_schedule=Interleaved1F1B")
+    assert asked(None, "auto", schedule).recompute == NONE
+    with pytest.raises(PlanError) as caught:
+        asked(60.0, "auto", schedule)
+    (problem,) = caught.value.problems
+    assert problem.startswith("does not fit")
+    assert "recompute=" not in problem
+    assert asked(60.0, "auto", "Interleaved1F1B").recompute != NONE
+
+
 def test_what_nothing_fits_is_refused_with_all_of_it_recomputed() -> None:
     with pytest.raises(PlanError) as caught:
         plan(run(30.0))
@@ -77,10 +104,8 @@ def test_a_budget_needs_the_compiler() -> None:
 
 
 def test_resting_in_the_host_frees_the_gpu() -> None:
-    import dataclasses
-
     held = run(recompute="none")
-    freed = dataclasses.replace(held, parallel=held.parallel.model_copy(update={"cpu_offload": True}))
+    freed = replace(held, parallel=held.parallel.model_copy(update={"cpu_offload": True}))
     there, here = plan(freed).memory, plan(held).memory
     assert (there.parameters, there.optimizer, there.gradients) == (0, 0, 0)
     assert here.at_backward - there.at_backward == here.parameters + here.optimizer

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import model_validator
 
 from src.config.base import Config, Names
-from src.errors import PlanError
+from src.errors import PlanError, divisors, some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,11 +108,8 @@ class Float8(Config):
             )
         if self.experts:
             found += _expert_problems(weights, degrees, gpu=gpu and not self.emulate)
-        if self.all_gather and degrees.fsdp == 1:
-            found.append(
-                f"precision.float8.all_gather=true gathers nothing: parallel.shard={degrees.shard}; "
-                "pass precision.float8.all_gather=false, or a layout with shards"
-            )
+        if self.all_gather:
+            found += self._gather_problems(names, degrees)
         if degrees.splits_backward and _torch() < SPLITS_BACKWARD_SINCE:
             found.append(
                 f"precision.float8 with parallel.pipeline_schedule={degrees.pipeline_schedule} needs torch 2.13, and "
@@ -126,6 +124,30 @@ class Float8(Config):
         if find_spec("torchao") is None:
             found.append("precision.float8 needs the package torchao; pip install torchao==0.17.0, or precision=bf16")
         return found
+
+    def _gather_problems(self, names: dict[str, Matrix], degrees: "ParallelDims") -> list[str]:
+        """Why FSDP cannot send float8: uneven shards are padded where they are wide, and sent as they are where not."""
+        if degrees.fsdp == 1:
+            return [
+                f"precision.float8.all_gather=true gathers nothing: parallel.shard={degrees.shard}; "
+                "pass precision.float8.all_gather=false, or a layout with shards"
+            ]
+        rows = {name: _local(names[name], degrees.tensor)[0] for name in self._chosen(names, degrees.tensor)}
+        odd = sorted({_any_layer(name) for name, count in rows.items() if count % degrees.fsdp})
+        if not odd:
+            return []
+        cut = f"parallel.shard={degrees.shard}" + (
+            f" * parallel.context={degrees.context}" if degrees.context > 1 else ""
+        )
+        return [
+            f"precision.float8.all_gather=true sends shards of equal size, and {cut} does not divide the rows of "
+            f"{some(odd)} ({divisors(gcd(*rows.values()), degrees.fsdp)}); or pass precision.float8.all_gather=false"
+        ]
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a forward on a rank must be a multiple of: a weight's gradient sums over them."""
+        return 1 if self.recipe == "rowwise_with_gw_hp" else MULTIPLE
 
     @property
     def needed_capability(self) -> tuple[int, int]:
