@@ -19,9 +19,9 @@ from src.cluster.rank_log import open_closed_streams
 from src.config.composition.requests import asked
 from src.errors import UserError, VerdictError
 from src.launch.dry_run import scripts
-from src.launch.start import checked, start
+from src.launch.start import ask_schedulers, checked, start
 from src.storage.space import disk_full
-from src.sweeps.grid import in_group, sweep, title
+from src.sweeps.grid import in_group, names, sweep, title
 from src.sweeps.search import search
 from src.tasks.source import completed
 from src.version import VERSION
@@ -42,7 +42,7 @@ def show(run: "Run", plan: "Plan") -> list[str]:
     from src.planning.table import render
     from src.run import Rehearses
 
-    terminal = Console(stderr=True)
+    terminal = Console(stderr=True, markup=False, emoji=False)
     terminal.print(render(plan))
     if not isinstance(run.task, Rehearses) or not run.task.rehearse:
         print(plan.to_json())
@@ -73,7 +73,9 @@ def main() -> int:
         question = asked(sys.argv[1:], completed)
         if question.space:
             return search(question, sys.argv[1:])
-        points = checked(in_group(question.trees, title(question.trees)) if question.swept else question.trees)
+        named = names([point.overrides for point in question.points]) if question.swept else ()
+        points = checked(in_group(question.trees, title(question.trees)) if question.swept else question.trees, named)
+        ask_schedulers(points)
         texts = scripts([point for point in points if point[1].dry_run])
         if disagreements := [line for _, run, plan in points if run.dry_run for line in show(run, plan)]:
             raise VerdictError(disagreements)

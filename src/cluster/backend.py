@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from src.errors import ConfigError
+from src.errors import ConfigError, UserError
 from src.runs.cluster import Cluster
 from src.runs.folder import RunFolder
 from src.runs.scheduler import Scheduler
@@ -120,6 +120,11 @@ class Backend(Cluster, Protocol):
 
     scheduler: ClassVar[JobScheduler]
 
+    def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
+        """UserError for what the scheduler would refuse of these folders and their plans: it is asked before data are
+        tokenised and folders are made. `dry`: nothing is to be submitted, so a machine without a scheduler will do.
+        """
+
     def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         """What the scheduler would be given for these folders and their plans; empty where there is none."""
 
@@ -138,8 +143,10 @@ class QueueBackend(Backend, Protocol):
     def wait(self) -> bool:
         """Whether the command shall stay until the jobs have ended."""
 
-    def submit_many(self, points: "Sequence[Prepared]") -> "list[Submitted]":
-        """In the order of `points`. UserError before any is queued; their folders' locks are released."""
+    def submit_many(self, points: "Sequence[Prepared]") -> "list[Submitted | UserError]":
+        """In the order of `points`; an error for each that the scheduler refused, which keeps no other from being
+        queued. The locks of the folders of those that are queued are released.
+        """
 
 
 def backend_of(cluster: Cluster) -> Backend:

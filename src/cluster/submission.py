@@ -1,11 +1,12 @@
 """A run before and after it is in a scheduler's hands."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.errors import UserError
 from src.metrics.trackers.wandb_address import wandb_address
 from src.runs.folder import RunFolder
 
@@ -35,3 +36,11 @@ class Submitted:
     @property
     def tail(self) -> str:
         return f"tail -F {shlex.quote(str(self.log))}"
+
+
+def all_submitted(found: "Sequence[Submitted | UserError]") -> list[Submitted]:
+    """Of one run, whose jobs are all or nothing: raises the first error."""
+    for each in found:
+        if isinstance(each, UserError):
+            raise each
+    return [each for each in found if isinstance(each, Submitted)]

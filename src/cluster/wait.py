@@ -1,7 +1,9 @@
 """cluster.wait=true: a table of the runs in a scheduler's hands, until the last one has ended."""
 
+import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from src.storage.json_lines import Lines
 POLL_SECONDS = 5.0
 # SLURM forgets a job for a moment between its end and its requeue.
 GONE_POLLS = 2
+WIDEST = 10_000  # columns of a file
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,46 @@ class QueueStatus:
 
 
 def wait(runs: Sequence[Submitted], scheduler: JobScheduler, poll_seconds: float = POLL_SECONDS) -> AttemptOutcome:
-    """Returns when no run is queued or running. Ctrl-C leaves the jobs alone."""
+    """Returns when no run is queued or running. Ctrl-C leaves the jobs alone.
+
+    A terminal sees the table change; a file gets a line for each change. Both end with the whole table.
+    """
     unseen = dict.fromkeys((run.job for run in runs), 0)
-    with Live(console=Console(stderr=True), auto_refresh=False) as live:
-        while True:
-            states = _states(scheduler, list(unseen))
-            for job in unseen:
-                unseen[job] = 0 if states is None or (job in states and states[job].live) else unseen[job] + 1
-            standings = [queue_status(run, states, gone=unseen[run.job] >= GONE_POLLS) for run in runs]
-            live.update(_table(runs, standings), refresh=True)
-            if all(each.ended for each in standings):
-                break
-            time.sleep(poll_seconds)
+    width = None if sys.stderr.isatty() else WIDEST
+    console = Console(stderr=True, markup=False, emoji=False, width=width)
+    before: list[QueueStatus | None] = [None] * len(runs)
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            while True:
+                states = _states(scheduler, list(unseen))
+                for job in unseen:
+                    unseen[job] = 0 if states is None or (job in states and states[job].live) else unseen[job] + 1
+                standings = [queue_status(run, states, gone=unseen[run.job] >= GONE_POLLS) for run in runs]
+                if console.is_terminal:
+                    live.update(_table(runs, standings), refresh=True)
+                else:
+                    print(*_changes(runs, before, standings), sep="", end="", file=sys.stderr, flush=True)
+                before = [*standings]
+                if all(each.ended for each in standings):
+                    break
+                time.sleep(poll_seconds)
+    except KeyboardInterrupt:
+        print("nobody waits any more; the jobs go on:", file=sys.stderr)
+        print(*(f"{run.cancel}  # ends {run.folder.name}" for run in runs), sep="\n", file=sys.stderr)
+        return AttemptOutcome("submitted", 128 + signal.SIGINT)
+    console.print(_table(runs, standings))
     failed = [each for each in standings if each.state != "finished"]
     return AttemptOutcome("failed", 1) if failed else AttemptOutcome("finished", 0)
+
+
+def _changes(
+    runs: Sequence[Submitted], before: Sequence[QueueStatus | None], now: Sequence[QueueStatus]
+) -> Iterator[str]:
+    """A line for each run whose state or attempt is another than at the last look."""
+    for run, old, new in zip(runs, before, now, strict=True):
+        if old is None or (old.state, old.attempts) != (new.state, new.attempts):
+            again = f", attempt {new.attempts}" if new.attempts > 1 else ""
+            yield f"job {run.job}: {run.folder.name}: {new.state}{again}\n"
 
 
 def queue_status(run: Submitted, states: Mapping[str, JobState] | None, *, gone: bool) -> QueueStatus:

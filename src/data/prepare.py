@@ -174,8 +174,8 @@ def _bar(title: str, total: int, completed: int, *, shown: bool) -> Iterator[Cal
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
-    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
+    console = Console(stderr=True, markup=False, emoji=False)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=completed)
         yield lambda: bar.advance(task)

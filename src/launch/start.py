@@ -6,16 +6,16 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from src.cluster.backend import JobScheduler, Options, SilentError, backend_of
 from src.config.build import build
 from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import LauncherEnv, joined
 from src.errors import DataError, FolderError, PlanError, UserError
-from src.runs.folder import place
+from src.runs.folder import group_folder, place
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
 from src.version import VERSION
@@ -29,32 +29,92 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Tell = Callable[[Iterable[str]], None]  # of lines, to a person
 
 
-def map_collecting_errors(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`function` of each item; one UserError that lists the problems of all items, each line once."""
+def to_stderr(lines: Iterable[str]) -> None:
+    """A line each."""
+    print(*(f"{line}\n" for line in lines), sep="", end="", file=sys.stderr)
+
+
+class EachOnce:
+    """A `Tell` that says no line twice: what fifty points of a sweep have in common is one line."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __call__(self, lines: Iterable[str]) -> None:
+        fresh = [line for line in dict.fromkeys(lines) if line not in self._told]
+        self._told.update(fresh)
+        to_stderr(fresh)
+
+
+def map_collecting_errors(
+    function: Callable[[Item], Result], items: Iterable[Item], names: Sequence[str] = ()
+) -> list[Result]:
+    """`function` of each item; one UserError that lists the problems of all items, each line once.
+
+    `names`: of the items; a problem that not all of them have is told with those that have it.
+    """
     results: list[Result] = []
-    problems: list[str] = []
-    for item in items:
+    problems: dict[str, list[int]] = {}
+    given = list(items)
+    for number, item in enumerate(given):
         try:
             results.append(function(item))
         except UserError as error:
-            problems += error.problems
+            for line in dict.fromkeys(error.problems):
+                problems.setdefault(line, []).append(number)
     if problems:
-        raise UserError(dict.fromkeys(problems))
+        some = {line: [names[each] for each in at] for line, at in problems.items() if names and len(at) < len(given)}
+        raise UserError(f"{'; '.join(some[line])}: {line}" if line in some else line for line in problems)
     return results
 
 
-def checked(trees: list[Tree]) -> "list[tuple[Tree, Run, Plan]]":
-    """Every point's objects and plan. What can take seconds to import comes after all configs are proven right."""
-    sections = map_collecting_errors(build, trees)
+def checked(trees: list[Tree], names: Sequence[str] = ()) -> "list[tuple[Tree, Run, Plan]]":
+    """Every point's objects and plan. What can take seconds to import comes after all configs are proven right.
+
+    `names`: of the points, for what is wrong with some of them.
+    """
+    tell = EachOnce()
+    sections = map_collecting_errors(build, trees, names)
     from src.planning.plan import plan
     from src.run import Run
 
-    runs = map_collecting_errors(Run.from_sections, sections)
-    plans = map_collecting_errors(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs)
-    map_collecting_errors(lambda pair: examine(*pair), zip(trees, runs, strict=True))
+    runs = map_collecting_errors(Run.from_sections, sections, names)
+    plans = map_collecting_errors(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs, names)
+    map_collecting_errors(lambda pair: examine(*pair, tell), zip(trees, runs, strict=True), names)
     return list(zip(trees, runs, plans, strict=True))
+
+
+def ask_schedulers(points: "Sequence[tuple[Tree, Run, Plan]]") -> None:
+    """UserError for what the schedulers of these points would refuse, before anything is made for them."""
+
+    def ask(same: "Sequence[tuple[Tree, Run, Plan]]") -> None:
+        backend_of(same[0][1].cluster).check(shapes(same), dry=all(run.dry_run for _, run, _ in same))
+
+    map_collecting_errors(ask, by_cluster(points, lambda point: point[1].cluster))
+
+
+def shapes(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[tuple[Path, Mapping[str, Any]]]:
+    """What jobs are made of, as a backend takes it: folder and plan of each run, or of each of its replica groups."""
+    return [(folder, plan.to_dict()) for tree, run, plan in points for folder in _folders(tree, run)]
+
+
+def _folders(tree: Tree, run: "Run") -> list[Path]:
+    whole, options = place(run.root, run.name, identity(tree), run.folder), run.fault_tolerance
+    return [group_folder(whole, number) for number in range(options.copies)] if options.on else [whole]
+
+
+def by_cluster(items: Iterable[Item], cluster: Callable[[Item], object]) -> list[list[Item]]:
+    """Those of each cluster, in order. `cluster`: the section of an item."""
+    found: list[list[Item]] = []
+    for each in items:
+        same = next((group for group in found if cluster(group[0]) == cluster(each)), None)
+        if same is None:
+            found.append(same := [])
+        same.append(each)
+    return found
 
 
 def unfit(run: "Run") -> list[str]:
@@ -69,7 +129,7 @@ def unfit(run: "Run") -> list[str]:
     return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
 
 
-def examine(tree: Tree, run: "Run") -> None:
+def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
     """Whether what the run starts from fits it: a checkpoint, or weights in Hugging Face layout on this machine."""
     from src.hugging_face.hub import is_local
     from src.launch.initial import check_initial, rewarming
@@ -77,9 +137,9 @@ def examine(tree: Tree, run: "Run") -> None:
     folder = place(run.root, run.name, identity(tree), run.folder)
     check_initial(run, folder)
     if (line := rewarming(run, folder)) is not None:
-        print(f"warning: {line}", file=sys.stderr)
+        tell([f"warning: {line}"])
     if (source := wanted(tree, run)) is not None and is_local(source):
-        fetched(source, run)
+        fetched(source, run, tell)
 
 
 def wanted(tree: Tree, run: "Run") -> str | None:
@@ -91,22 +151,17 @@ def wanted(tree: Tree, run: "Run") -> str | None:
     return None if source is None or complete(folder / "checkpoints") else pinned(folder, source)
 
 
-def fetched(source: str, run: "Run") -> "Fetched":
+def fetched(source: str, run: "Run", tell: Tell = to_stderr) -> "Fetched":
     """Weights on this machine, downloaded if need be; CheckpointError when they do not fit the run."""
     from src.hugging_face.hub import fetch
     from src.hugging_face.load import examine as look
 
     found = fetch(source, weights=True)
-    print(
-        *(f"warning: hf:{source}: {line}\n" for line in look(Path(found.folder), run.model)),
-        sep="",
-        end="",
-        file=sys.stderr,
-    )
+    tell(f"warning: hf:{source}: {line}" for line in look(Path(found.folder), run.model))
     return found
 
 
-def feed(run: "Run") -> "Corpus | None":
+def feed(run: "Run", tell: Tell = to_stderr) -> "Corpus | None":
     """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
     from src.data.corpus import check
     from src.data.prepare import prepare
@@ -116,7 +171,7 @@ def feed(run: "Run") -> "Corpus | None":
     if not task.needs_corpus:
         return None
     corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
-    print(*corpus.preparation.lines(), sep="\n", file=sys.stderr)
+    tell(corpus.preparation.lines())
     problems = check(
         corpus,
         run.data,
@@ -163,7 +218,7 @@ def refuse_queued(folder: Path, scheduler: JobScheduler) -> None:
     except SilentError:  # another machine than the one that it was submitted from: the lock decides
         return
     if state is not None and state.live:
-        cancel = scheduler.cancel_command(job)
+        cancel = scheduler.cancel_command(folder, job)
         raise FolderError(f"{folder}: job {job} is queued or running it; wait for it, or {cancel}")
 
 
@@ -176,10 +231,10 @@ def opening(folder: "RunFolder") -> str:
     return f"resumes {folder.path}" + (f", until now of version {before}" if before != VERSION else "")
 
 
-def prepare(tree: Tree, run: "Run", planned: "Plan") -> "tuple[RunFolder, Plan]":
+def prepare(tree: Tree, run: "Run", planned: "Plan", tell: Tell = to_stderr) -> "tuple[RunFolder, Plan]":
     """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie.
 
-    Returns the plan with what the data say of it.
+    Returns the plan with what the data say of it. `tell`: one for all points of a sweep.
     """
     from src.hugging_face.load import note
     from src.launch.initial import check_samples
@@ -187,10 +242,10 @@ def prepare(tree: Tree, run: "Run", planned: "Plan") -> "tuple[RunFolder, Plan]"
     from src.runs.twins import near
 
     source = wanted(tree, run)
-    weights = None if source is None else fetched(source, run)
-    corpus = feed(run)
+    weights = None if source is None else fetched(source, run, tell)
+    corpus = feed(run, tell)
     answers = planned if corpus is None else planned.with_data(run, corpus)
-    print(*(f"warning: {line}\n" for line in answers.warnings), sep="", end="", file=sys.stderr)
+    tell(f"warning: {line}" for line in answers.warnings)
     path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
     scheduler = backend_of(run.cluster).scheduler
@@ -205,9 +260,9 @@ def prepare(tree: Tree, run: "Run", planned: "Plan") -> "tuple[RunFolder, Plan]"
         tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=scheduler, ask=ask
     )
     try:
-        print(opening(folder), file=sys.stderr)
+        tell([opening(folder)])
         if not folder.resumed and run.folder is None and (twin := near(folder.path.parent, tree, may_change)):
-            print(f"note: {twin}", file=sys.stderr)
+            tell([f"note: {twin}"])
         if corpus is not None:
             record(corpus, folder.path)
         if weights is not None:

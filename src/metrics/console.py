@@ -48,7 +48,9 @@ class Console:
     def __init__(self, steps: int, terminal: Terminal | None = None, *, title: str = "") -> None:
         """`title`: of one among several consoles on one terminal, which then have whole lines only."""
         self._steps, self._title = steps, title
-        self._terminal = terminal or Terminal(soft_wrap=True, force_terminal=False if title else None)
+        self._terminal = terminal or Terminal(
+            soft_wrap=True, markup=False, emoji=False, force_terminal=False if title else None
+        )
         self._progress: Progress | None = None
         if self._terminal.is_terminal:
             self._progress = Progress(

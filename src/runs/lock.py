@@ -82,7 +82,7 @@ class Lock:
 
     def _refusal(self, owner: dict[str, Any]) -> str:
         if (job := owner.get("job")) is not None:
-            advice = f"wait for it, or {self._scheduler.cancel_command(job)}"
+            advice = f"wait for it, or {self._scheduler.cancel_command(self.path.parent, job)}"
             return f"{self.path.parent}: job {job} runs it on {owner['host']} since {owner['since']}; {advice}"
         who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
         if owner["host"] == socket.gethostname():

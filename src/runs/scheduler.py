@@ -3,6 +3,7 @@
 `src.cluster.backend.JobScheduler` extends it with what launcher, sweeps and verdict ask.
 """
 
+from pathlib import Path
 from typing import Protocol
 
 
@@ -17,8 +18,8 @@ class Scheduler(Protocol):
         """Whether the job is queued or running; also true when nobody can say."""
         ...
 
-    def cancel_command(self, job: str) -> str:
-        """What a person types to end the job."""
+    def cancel_command(self, folder: Path, job: str) -> str:
+        """What a person types to end the run of this folder, which the job runs."""
         ...
 
 
@@ -31,5 +32,5 @@ class NoScheduler:
     def is_live(self, job: str) -> bool:
         return True
 
-    def cancel_command(self, job: str) -> str:
+    def cancel_command(self, folder: Path, job: str) -> str:
         return f"cancel job {job}"

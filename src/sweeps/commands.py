@@ -13,6 +13,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from src.cluster.backend import JobScheduler, SilentError
 from src.errors import FolderError, UserError
@@ -23,6 +24,7 @@ from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
 Row = tuple[SweepPoint, RunStatus]
+WIDEST = 10_000  # columns: no value of a sweep is cut short in a file
 COLOURS: dict[State, str] = {
     "finished": "green",
     "running": "cyan",
@@ -39,15 +41,14 @@ COLOURS: dict[State, str] = {
 
 def status(ledger: Ledger) -> int:
     """How every point stands."""
-    table = Table("#", "state", "run", "step", "loss", "attempts", "job", "what is known", box=box.SIMPLE)
-    rows = ledger.standings()
+    rows, swept = ledger.standings(), ledger.swept()
+    table = Table("#", "state", *swept, "run", "step", "loss", "attempts", "job", "what is known", box=box.SIMPLE)
     for point, now in rows:
-        colour = f"[{COLOURS[now.state]}]{now.state}[/]"
+        state, values = Text(now.state, style=COLOURS[now.state]), [point.overrides.get(key, "") for key in swept]
         loss = "" if now.loss is None else f"{now.loss:.4f}"
         step = "" if now.step is None else str(now.step)
-        table.add_row(
-            str(point.number), colour, point.folder.name, step, loss, str(now.attempts), now.job or "", now.detail
-        )
+        facts = (point.folder.name, step, loss, str(now.attempts), now.job or "", now.detail)
+        table.add_row(str(point.number), state, *values, *facts)
     console = _console()
     console.print(table)
     states = [now.state for _, now in rows]
@@ -105,7 +106,8 @@ def retry(ledger: Ledger, numbers: Sequence[int]) -> int:
     if not chosen:
         print("nothing failed or missing", file=sys.stderr)
     os.chdir(ledger.home)
-    return hand_over(ledger, ready(ledger, chosen))
+    entries, code = ready(ledger, chosen)
+    return hand_over(ledger, entries) or code
 
 
 def cancel(ledger: Ledger, numbers: Sequence[int]) -> int:
@@ -138,8 +140,8 @@ def _end(point: SweepPoint, now: RunStatus, scheduler: JobScheduler) -> str | No
 def extend(ledger: Ledger, more: Sequence[str]) -> int:
     """The sweep's own command with these values in place of its own for the same keys; what is there stays."""
     from src.config.composition.requests import asked
-    from src.launch.start import checked
-    from src.sweeps.grid import enter, in_group
+    from src.launch.start import ask_schedulers, checked
+    from src.sweeps.grid import enter, in_group, names
     from src.sweeps.search import search
     from src.tasks.source import completed
 
@@ -150,7 +152,8 @@ def extend(ledger: Ledger, more: Sequence[str]) -> int:
     question = asked(argv if "-m" in argv else ["-m", *argv], completed)
     if question.space:
         return search(question, argv, ledger)
-    points = checked(in_group(question.trees, ledger.path.name))
+    points = checked(in_group(question.trees, ledger.path.name), names([point.overrides for point in question.points]))
+    ask_schedulers(points)
     given = zip(points, question.points, strict=True)
     return enter(ledger, [(*checked_point, point.overrides) for checked_point, point in given])
 
@@ -166,7 +169,8 @@ def report(ledger: Ledger) -> int:
 
 def _console() -> Console:
     """As wide as the terminal; a file or a pipe wraps nothing."""
-    return Console() if sys.stdout.isatty() else Console(width=250)
+    width = None if sys.stdout.isatty() else WIDEST
+    return Console(width=width, markup=False, emoji=False)
 
 
 def _key(argument: str) -> str:

@@ -3,19 +3,20 @@
 import hashlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from src.cluster.backend import QueueBackend
-from src.cluster.submission import Prepared
+from src.cluster.backend import JobScheduler, QueueBackend
+from src.cluster.submission import Prepared, Submitted
 from src.config.base import Config
-from src.config.tree import Tree, difference, identity
+from src.config.tree import SITE, Tree, difference, identity
 from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
-from src.launch.start import checked, prepare, start
-from src.sweeps.ledger import Ledger, SweepPoint
+from src.launch.start import EachOnce, Tell, ask_schedulers, by_cluster, checked, prepare, start
+from src.sweeps.ledger import Ledger, SweepPoint, swept
 from src.sweeps.status import OPEN, State
 
 if TYPE_CHECKING:
@@ -67,6 +68,13 @@ def _group(wandb: Mapping[str, Any], name: str) -> dict[str, str]:
     return {"group": wandb.get("group") or name}
 
 
+def names(overrides: Sequence[Mapping[str, str]]) -> list[str]:
+    """Of points that have no number yet: what each has of its own, such as "point 2 of 3 (optim.lr=3e-4)"."""
+    keys = swept(overrides)
+    own = [" ".join(f"{key}={each[key]}" for key in keys if key in each) for each in overrides]
+    return [f"point {number} of {len(own)}{f' ({text})' * bool(text)}" for number, text in enumerate(own, start=1)]
+
+
 def sweep(given: "Sequence[tuple[Tree, Run, Plan, dict[str, str]]]", argv: Sequence[str]) -> int:
     """Hand over what is missing of the points that were asked for; the first code of a local point that is not 0.
 
@@ -74,23 +82,28 @@ def sweep(given: "Sequence[tuple[Tree, Run, Plan, dict[str, str]]]", argv: Seque
     """
     if joined():
         raise PlanError("a sweep starts its own ranks, one point after the other; leave the outer launcher out")
-    if same := one_run([tree for tree, *_ in given]):
+    if same := one_run([tree for tree, *_ in given], [overrides for *_, overrides in given]):
         print(f"note: {same}", file=sys.stderr)
     run = given[0][1]
     ledger = Ledger.make(run.root / SWEEPS / title([tree for tree, *_ in given]), argv, {})
     return enter(ledger, given)
 
 
-def one_run(trees: Sequence[Tree]) -> str | None:
+def one_run(trees: Sequence[Tree], overrides: Sequence[Mapping[str, str]]) -> str | None:
     """A line where points differ in keys that decide no number, and so are one run."""
     first: dict[str, Tree] = {}
     lines = [line for tree in trees for line in difference(first.setdefault(identity(tree), tree), tree, steering=True)]
-    if not lines:
+    if len(first) == len(trees):
         return None
     keys = list(dict.fromkeys(line.partition(":")[0] for line in lines))
+    keys += [key for key in swept(overrides) if key.partition(".")[0] in SITE]  # which is no difference at all
+    if not keys:  # the same values twice
+        return None
+    several = """; for one run in any of several pass cluster.partition='"a,b"'"""
+    several = several if "cluster.partition" in keys else ""
     return (
         f"{len(trees)} points are {len(first)} run{'s' * (len(first) > 1)}, each with the last value of "
-        f"{', '.join(keys)}, which decides no number; for runs of their own pass name=...-${{{keys[0]}}}"
+        f"{', '.join(keys)}, which decides no number{several}; for runs of their own pass name=...-${{{keys[0]}}}"
     )
 
 
@@ -108,64 +121,88 @@ def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, Plan, dict[str, str]
     return code
 
 
-def ready(ledger: Ledger, points: Sequence[SweepPoint]) -> list[SweepEntry]:
-    """Points of the ledger with the runs that their configs make; those that make none are refused, one by one."""
-    found: list[SweepEntry] = []
+def ready(ledger: Ledger, points: Sequence[SweepPoint]) -> tuple[list[SweepEntry], int]:
+    """Points of the ledger with the runs that their configs make, and the code of the first that makes none or that
+    its scheduler would refuse: those are refused, one by one.
+    """
+    found, codes = list[SweepEntry](), list[int]()
     for point in points:
         try:
             ((tree, run, plan),) = checked([ledger.tree(point)])
         except UserError as error:
-            _refuse(ledger, point, error)
+            codes.append(refused(ledger, point, error))
         else:
             found.append(SweepEntry(point, tree, run, plan))
-    return found
+    kept = list[SweepEntry]()
+    for same in by_cluster(found, lambda entry: entry.run.cluster):
+        try:
+            ask_schedulers([(entry.tree, entry.run, entry.plan) for entry in same])
+        except UserError as error:
+            codes += [refused(ledger, entry.point, error) for entry in same]
+        else:
+            kept += same
+    return sorted(kept, key=lambda entry: entry.point.number), next(iter(codes), 0)
 
 
 def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = False) -> int:
-    """A scheduler takes all at once; this machine one after the other. `wait`: until queued ones have ended, too."""
-    code = 0
+    """A scheduler takes all at once; this machine one after the other. `wait`: until queued ones have ended, too.
+
+    The first code that is not 0; nothing that is refused keeps others from being handed over.
+    """
     for entry in entries:
         ledger.resumed(entry.point)
-    queued = [entry for entry in entries if isinstance(entry.run.cluster, QueueBackend)]
-    here = [entry for entry in entries if entry not in queued]
-    while queued:  # one submission per cluster: points may ask for several partitions
-        cluster = queued[0].run.cluster
+    tell, codes = EachOnce(), list[int]()
+    here = [entry for entry in entries if not isinstance(entry.run.cluster, QueueBackend)]
+    waits = list[Callable[[], int]]()
+    # One submission per cluster: points may ask for several partitions.
+    for same in by_cluster([entry for entry in entries if entry not in here], lambda entry: entry.run.cluster):
+        cluster = same[0].run.cluster
         assert isinstance(cluster, QueueBackend), "chosen above"
-        same = [entry for entry in queued if entry.run.cluster == cluster]
-        queued = [entry for entry in queued if entry.run.cluster != cluster]
-        code = code or _submit(ledger, cluster, same, wait=wait or cluster.wait)
-    return code or _one_by_one(ledger, here)
+        submitted, code = _submit(ledger, cluster, same, tell)
+        codes.append(code)
+        if submitted and (wait or cluster.wait):
+            waits.append(partial(_until_ended, submitted, cluster.scheduler))
+    codes.append(_one_by_one(ledger, here))
+    codes += [each() for each in waits]
+    return next(filter(None, codes), 0)
 
 
-def _submit(ledger: Ledger, cluster: QueueBackend, entries: Sequence[SweepEntry], *, wait: bool) -> int:
-    opened: list[tuple[SweepEntry, Prepared]] = []
-    code = 0
+def _until_ended(submitted: Sequence[Submitted], scheduler: JobScheduler) -> int:
+    from src.cluster.wait import wait
+
+    return wait(submitted, scheduler).exit_code
+
+
+def _submit(
+    ledger: Ledger, cluster: QueueBackend, entries: Sequence[SweepEntry], tell: Tell
+) -> tuple[list[Submitted], int]:
+    """What is in the scheduler's hands, and the code of the first point that is not."""
+    opened, codes = list[tuple[SweepEntry, Prepared]](), list[int]()
     try:
         for entry in entries:
             try:
                 if entry.run.fault_tolerance.on:
                     raise PlanError("fault_tolerance: a sweep queues runs of one group; pass none")
-                folder, answers = prepare(entry.tree, entry.run, entry.plan)
+                folder, answers = prepare(entry.tree, entry.run, entry.plan, tell)
                 opened.append((entry, Prepared(folder, answers.to_dict())))
             except UserError as error:
-                code = code or _refuse(ledger, entry.point, error)
-        handed = cluster.submit_many([prepared for _, prepared in opened]) if opened else []
-    except UserError as error:
-        for entry, _ in opened:
-            ledger.refused(entry.point, "; ".join(error.problems))
-        print(*error.problems, sep="\n", file=sys.stderr, flush=True)
-        return error.exit_code
+                codes.append(refused(ledger, entry.point, error))
+        try:
+            found = cluster.submit_many([prepared for _, prepared in opened]) if opened else []
+        except UserError as error:
+            found = [error] * len(opened)
     finally:
         for _, prepared in opened:
             prepared.folder.close()
-    for (entry, _), each in zip(opened, handed, strict=True):
+    handed = []
+    for (entry, _), each in zip(opened, found, strict=True):
+        if isinstance(each, UserError):
+            codes.append(refused(ledger, entry.point, each))
+            continue
         ledger.submitted(entry.point)
         print(f"{_label(entry.point)}\n{each.text()}", file=sys.stderr)
-    if wait and handed:
-        from src.cluster.wait import wait as until_ended
-
-        code = code or until_ended(handed, cluster.scheduler).exit_code
-    return code
+        handed.append(each)
+    return handed, next(iter(codes), 0)
 
 
 def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
@@ -179,7 +216,7 @@ def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
         try:
             status, code = start(entry.tree, entry.run, entry.plan)
         except UserError as error:
-            status, code = "refused", _refuse(ledger, entry.point, error)
+            status, code = "refused", refused(ledger, entry.point, error)
         if code:
             failed[_label(entry.point)] = code
         if status in ("stopped", "killed") and not _cancelled(ledger, entry.point):
@@ -188,7 +225,8 @@ def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
     return next(iter(failed.values()), 0)
 
 
-def _refuse(ledger: Ledger, point: SweepPoint, error: UserError) -> int:
+def refused(ledger: Ledger, point: SweepPoint, error: UserError) -> int:
+    """Note it, tell it with its point, and return its code."""
     ledger.refused(point, "; ".join(error.problems))
     print(f"{_label(point)} refused", *error.problems, sep="\n", file=sys.stderr, flush=True)
     return error.exit_code

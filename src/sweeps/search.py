@@ -19,7 +19,7 @@ from src.config.composition.requests import Request, point
 from src.config.composition.space import Choices, Interval, ranges
 from src.distributed.process.rank_context import joined
 from src.errors import ConfigError, PlanError
-from src.launch.start import checked
+from src.launch.start import ask_schedulers, checked
 from src.sweeps.grid import SWEEPS, hand_over, in_group, ready, title
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import LIVE, OPEN, RunStatus
@@ -66,6 +66,7 @@ def search(asked: Request, argv: Sequence[str], ledger: Ledger | None = None) ->
     probes = checked(trees)
     if probes[0][1].dry_run:
         raise ConfigError("dry_run=true: a search has no plan before its points are drawn; give one value per key")
+    ask_schedulers(probes)
     options = cast(Optuna, build(trees[0])["sweep"])
     salt = f"{asked.space} {options.sampler} {options.first_random} {options.seed}"
     if ledger is None:
@@ -120,7 +121,8 @@ class Search:
         return fresh
 
     def _hand_over(self, points: Sequence[SweepPoint]) -> None:
-        hand_over(self.ledger, ready(self.ledger, points), wait=True)
+        entries, _ = ready(self.ledger, points)
+        hand_over(self.ledger, entries, wait=True)
 
     def _wait(self) -> None:
         """For what an earlier command has submitted, too."""

@@ -116,8 +116,16 @@ def _state(point: Submission, tried: list[Attempt], job: str | None, newest: Job
     if not tried:
         if point.refused is not None:
             return "refused", point.refused
-        return ("missing", "") if job is None else ("lost", f"job {job} left without a start; see its log")
+        return ("missing", "") if job is None else _never_began(point, job, newest)
     return _ending(tried[-1])
+
+
+def _never_began(point: Submission, job: str, newest: JobState | None) -> tuple[State, str]:
+    """Of a job that its scheduler has done with, and that made no attempt: it has a log only if it was started."""
+    if (log := Path(submissions(point.folder)[-1].get("log", ""))).is_file():
+        return "lost", f"job {job} left without a start; see {log}"
+    word = "left the queue" if newest is None else f"is {newest.word}"
+    return "stopped", f"job {job} {word}: it was taken away before it began"
 
 
 def _ending(newest: Attempt) -> tuple[State, str]:

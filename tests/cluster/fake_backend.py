@@ -33,7 +33,7 @@ from src.cluster.diagnosis import rank_failure, verdict
 from src.cluster.rank import RankJob, run_rank
 from src.cluster.submission import Prepared, Submitted
 from src.config.base import Config
-from src.errors import PlanError
+from src.errors import PlanError, UserError
 from src.runs.folder import RunFolder
 from src.runs.records import SUBMISSIONS_FILE
 from src.storage.json_lines import Lines
@@ -67,7 +67,7 @@ class FakeScheduler:
         except SilentError:
             return True
 
-    def cancel_command(self, job: str) -> str:
+    def cancel_command(self, folder: Path, job: str) -> str:
         return f"fake-cancel {job}"
 
     def states(self, jobs: Iterable[str]) -> dict[str, JobState]:
@@ -135,22 +135,23 @@ class Fake(Config):
     def devices(self) -> FakeDevices:
         return FakeDevices()
 
+    def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
+        if wide := [folder.name for folder, plan in points if plan["world"] > 1]:
+            raise PlanError(f"cluster=fake has room for one rank a run, not for {', '.join(wide)}")
+
     def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         return "".join(f"{folder}: {plan['world']} rank\n" for folder, plan in points)
 
     def submit(self, folder: RunFolder, world: int) -> AttemptOutcome:
         if folder.finished:
             return AttemptOutcome("finished", 0)
-        (submitted,) = self.submit_many([Prepared(folder, {"world": world})])
-        print(submitted.text(), file=sys.stderr)
+        print(self._submit(folder).text(), file=sys.stderr)
         return AttemptOutcome("submitted", 0)
 
     def submit_groups(self, folder: RunFolder, world: int, options: Options) -> AttemptOutcome:
         raise PlanError("cluster=fake starts no replica groups; pass fault_tolerance=none")
 
-    def submit_many(self, points: Sequence[Prepared]) -> list[Submitted]:
-        if wide := [point.folder.path.name for point in points if point.plan["world"] > 1]:
-            raise PlanError(f"cluster=fake has room for one rank a run, not for {', '.join(wide)}")
+    def submit_many(self, points: Sequence[Prepared]) -> list[Submitted | UserError]:
         return [self._submit(point.folder) for point in points]
 
     def _submit(self, folder: RunFolder) -> Submitted:
@@ -159,7 +160,7 @@ class Fake(Config):
         job = scheduler.submit(folder.path, folder.code, self.requeues)
         log = scheduler.queue / job / "log"
         Lines(folder.path / SUBMISSIONS_FILE).append({"job": job, "submitted": time.time(), "log": str(log)})
-        return Submitted(job, folder.path, log, scheduler.cancel_command(job))
+        return Submitted(job, folder.path, log, scheduler.cancel_command(folder.path, job))
 
 
 def run_job(folder: Path, code: str, requeues: int) -> None:

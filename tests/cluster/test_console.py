@@ -1,7 +1,9 @@
 """A rank's words on a terminal and in its log."""
 
+import ast
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from src.cluster.rank_log import Screen
+from tests.end_to_end.lives import HOME
 
 RANK = """
 import os, sys
@@ -67,3 +70,19 @@ def test_rank_0_knows_whether_it_may_draw(tmp_path: Path, terminal: bool) -> Non
     assert os.read(here, 1000).decode().split() == [word, "half"]
     os.close(there)
     os.close(here)
+
+
+def test_no_terminal_of_ours_takes_text_for_markup() -> None:
+    """Brackets of a path, a value or an error lose words, or fail; a colour is a Text with a style."""
+    made = []
+    for file in (HOME / "launch.py", *(HOME / "src").rglob("*.py")):
+        text = file.read_text()
+        if (name := re.search(r"from rich\.console import (?:Console as )?(\w+)", text)) is not None:
+            calls = (each for each in ast.walk(ast.parse(text)) if isinstance(each, ast.Call))
+            made += [(file, each) for each in calls if ast.unparse(each.func) == name[1] != "Group"]
+    assert len(made) > 5
+    for file, call in made:
+        assert any(key.arg == "markup" and ast.unparse(key.value) == "False" for key in call.keywords), (
+            file,
+            call.lineno,
+        )

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from src.cluster.slurm.pack import Node, Pack, PackedRun
-from src.cluster.slurm.packing import filled, whole_node
+from src.cluster.slurm.packing import PackedJob, filled, whole_node
 from src.cluster.slurm.scheduler import CANCEL_FILE
+from src.runs.records import SUBMISSIONS_FILE
+from src.storage.json_lines import Lines
 
 NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
 
@@ -69,12 +71,16 @@ def programs(folder: Path, lines: dict[str, str], worlds: dict[str, int]) -> Pro
     return pack
 
 
+def never(_: PackedRun, code: int) -> bool:
+    return False
+
+
 def test_each_run_has_its_own_end_and_the_next_takes_its_place(tmp_path: Path) -> None:
     wait = f"import pathlib, time\nwhile not pathlib.Path('{tmp_path}/go').exists(): time.sleep(0.05)"
     lines = {"a": wait, "b": "raise SystemExit(3)", "c": f"open('{tmp_path}/go', 'w')"}
     pack = programs(tmp_path, lines, {"a": 2, "b": 2, "c": 2})
     told: list[str] = []
-    codes = pack.run(told.append)
+    codes = pack.run(told.append, never)
     assert {folder.name: code for folder, code in codes.items()} == {"a": 0, "b": 3, "c": 0}
     assert pack.given == {"a": (0, 1), "b": (2, 3), "c": (2, 3)}, "c waited for b, and a for c"
     assert told[:3] == ["a on GPUs 4,5", "b on GPUs 6,7", "b ended with code 3"]
@@ -84,14 +90,54 @@ def test_a_cancelled_run_leaves_its_neighbours_alone(tmp_path: Path) -> None:
     wait = f"import pathlib, time\nwhile not pathlib.Path('{tmp_path}/go').exists(): time.sleep(0.05)"
     mark = f"import time\nopen('{tmp_path}/b/{CANCEL_FILE}', 'w')\n{wait}"
     pack = programs(tmp_path, {"a": mark, "b": "import time\ntime.sleep(600)"}, {})
-    codes = pack.run(lambda line: (tmp_path / "go").touch() if line.startswith("b ended") else None)
+    codes = pack.run(lambda line: (tmp_path / "go").touch() if line.startswith("b ended") else None, never)
     assert {folder.name: code for folder, code in codes.items()} == {"a": 0, "b": -15}
 
 
 def test_a_stop_reaches_all_and_starts_nothing_more(tmp_path: Path) -> None:
     script = "import os, signal, time\nos.kill(os.getppid(), signal.SIGUSR2)\ntime.sleep(600)"
     pack = programs(tmp_path, {"a": script, "b": "import time\ntime.sleep(600)", "c": "pass"}, {"a": 2, "b": 2})
-    codes = pack.run(lambda _: None)
+    codes = pack.run(lambda _: None, never)
     assert pack.stopped
     assert {folder.name: code for folder, code in codes.items()} == {"a": -15, "b": -15}
     assert [share.folder.name for share in pack.waiting] == ["c"]
+
+
+def test_a_run_whose_rank_was_killed_waits_for_its_gpus_once_more(tmp_path: Path) -> None:
+    mark = tmp_path / "once"
+    killed = f"import os\nseen = os.path.exists('{mark}')\nopen('{mark}', 'w')\nraise SystemExit(0 if seen else 137)"
+    lines = {"a": killed, "b": "raise SystemExit(3)"}
+    pack, asked = programs(tmp_path, lines, {}), list[tuple[str, int]]()
+
+    def again(share: PackedRun, code: int) -> bool:
+        asked.append((share.folder.name, code))
+        return code > 128
+
+    codes = pack.run(lambda _: None, again)
+    assert {folder.name: code for folder, code in codes.items()} == {"a": 0, "b": 3}
+    assert sorted(asked) == [("a", 137), ("b", 3)]
+
+
+def shared(folder: Path, name: str) -> PackedRun:
+    (folder / name / "checkpoints").mkdir(parents=True)
+    Lines(folder / name / SUBMISSIONS_FILE).append({"job": "7", "packed": True})
+    return PackedRun(folder / name, "c", 1)
+
+
+def test_a_killed_run_is_tried_as_often_as_a_job_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    share = shared(tmp_path, "a")
+    job = PackedJob((share,), tmp_path, 8, True, 60.0, requeues=20)
+    assert not job._again(share, 1), "an error of the code"
+    assert [job._again(share, 137) for _ in range(3)] == [True, True, False], "no step forward"
+    assert [each["kind"] for each in Lines(share.folder / "verdicts.jsonl").read()] == ["died"] * 3
+
+
+def test_a_run_that_was_cancelled_while_it_waited_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    shares = [shared(tmp_path, name) for name in "ab"]
+    (shares[0].folder / CANCEL_FILE).touch()
+    assert [PackedJob._ours(share) for share in shares] == [False, True]
+    assert not (shares[0].folder / CANCEL_FILE).exists()

@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from src.cluster.slurm import client
 from src.cluster.slurm.client import NodeFacts, minutes
 from src.cluster.slurm.config import Slurm, slow_saves
 from src.cluster.slurm.resources import Resources, problems
+from src.cluster.submission import Prepared
+from src.errors import PlanError, UserError
+from src.runs.submissions import submissions
 from src.storage.json_lines import Lines
 
 CONF = Path(__file__).parents[2] / "conf/cluster"
@@ -41,28 +46,50 @@ def test_the_resources_are_the_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "known", "told"),
+    ("answer", "known", "startable", "told"),
     [
-        ("requeue n2", "(null)", ["requeue 7", "update JobId=7 ExcNodeList=n2"]),
-        ("requeue n2", "n[3-5],n9", ["requeue 7", "update JobId=7 ExcNodeList=n[3-5],n9,n2"]),
-        ("requeue", "n9", ["requeue 7"]),
-        ("stop", "n9", []),
+        ("requeue n2", "(null)", True, ["requeue 7", "update JobId=7 ExcNodeList=n2"]),
+        ("requeue n2", "n[3-5],n9", True, ["requeue 7", "update JobId=7 ExcNodeList=n[3-5],n9,n2"]),
+        ("requeue n2", "n1", False, ["requeue 7"]),
+        ("requeue", "n9", True, ["requeue 7"]),
+        ("stop", "n9", True, []),
     ],
 )
-def test_the_batch_script_does_what_the_verdict_says(tmp_path: Path, answer: str, known: str, told: list[str]) -> None:
-    """Its last part, with stand-ins for the verdict and for scontrol; a bad node joins those that are left out."""
+def test_the_batch_script_does_what_the_verdict_says(
+    tmp_path: Path, answer: str, known: str, startable: bool, told: list[str]
+) -> None:
+    """Its last part, with stand-ins for the verdict, scontrol and sbatch; a bad node joins those that are left out,
+    unless SLURM says that the job could then not start.
+    """
     for name, does in {
         "judge": f'echo "{answer}"',
         "scontrol": f'[ $1 = show ] && echo "  ReqNodeList=(null) ExcNodeList={known}" || echo "$@" >> {tmp_path}/told',
+        "sbatch": f'echo "$@" > {tmp_path}/tested; exit {1 - startable}',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     script = site(python=str(tmp_path / "judge")).script([(tmp_path / "run", PART_OF_ONE)])
     last = "false\n" + script.partition("# teardown\n")[2]
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    assert subprocess.run(["bash", "-c", last], env=environment).returncode == 1
+    done = subprocess.run(["bash", "-c", last, "the script"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
     lines = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
     assert lines == told
+    assert done.stderr == (
+        "" if startable else "node n2 is not left out: without n1,n2 too few nodes are left for this job\n"
+    )
+    if answer == "requeue n2":
+        out = f"{known},n2".removeprefix("(null),")
+        assert (tmp_path / "tested").read_text() == f"--test-only --exclude={out} the script\n"
+
+
+def test_a_signal_to_all_of_the_job_leaves_the_script_to_its_end(tmp_path: Path) -> None:
+    """scancel --signal=USR2 --full: the shell gets it, too, while srun runs, and keeps srun's own exit code."""
+    lines = site().script([(tmp_path, PART_OF_ONE)]).splitlines()
+    assert lines[lines.index("# setup") + 1] == "trap : USR2"
+    script = f"trap : USR2\n(kill -USR2 $$; exit 3)\necho $? > {tmp_path}/code"
+    assert subprocess.run(["bash", "-c", script]).returncode == 0
+    assert (tmp_path / "code").read_text() == "3\n"
 
 
 def test_points_of_one_shape_are_one_array(tmp_path: Path) -> None:
@@ -94,6 +121,130 @@ def test_a_container_is_a_matter_of_flags(tmp_path: Path) -> None:
     )
 
 
+def test_an_interpreter_is_one_word_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    lines = site(python="~/my envs/a;b/bin/python").script([(tmp_path, TWO_NODES)]).splitlines()
+    used = [line for line in lines if "/my envs/" in line]
+    assert len(used) == 2, "the ranks and the verdict"
+    assert all("'/home/me/my envs/a;b/bin/python' -" in line for line in used)
+
+
+def test_zero_is_a_value_of_a_flag(tmp_path: Path) -> None:
+    assert (
+        flags(site(sbatch={"nice": 0, "gpus-per-node": False}).script([(tmp_path, TWO_NODES)])).items()
+        >= {"nice": "0"}.items()
+    )
+
+
+class Asked:
+    """Stands for subprocess.run: SLURM's answers by command; remembers the scripts that were only tested."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: str = "", silent: bool = False) -> None:
+        self.refuses, self.silent, self.tested = refuses, silent, list[str]()
+        monkeypatch.setattr(client, "available", lambda: True)
+        monkeypatch.setattr("subprocess.run", self)
+
+    def __call__(self, command: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        if self.silent:
+            return subprocess.CompletedProcess(
+                command, 1, "", "slurm_load_partitions: Unable to contact slurm controller"
+            )
+        if command[0] == "sinfo":
+            answer = (
+                "n1|96|2000000|gpu:8|10-00:00:00\nn2|96|2000000|gpu:8|10-00:00:00\n"
+                if "--Node" in command
+                else "h100\n"
+            )
+            return subprocess.CompletedProcess(command, 0, answer, "")
+        assert command == ["sbatch", "--test-only"]
+        self.tested.append(options["input"])
+        return subprocess.CompletedProcess(command, 1 if self.refuses else 0, "", self.refuses)
+
+
+def test_slurm_is_asked_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partition and its limits by sinfo, all else by sbatch, one script a shape; also for a dry run."""
+    points = [(tmp_path / name, shape) for name, shape in zip("abc", (TWO_NODES, PART_OF_ONE, TWO_NODES), strict=True)]
+    asked = Asked(monkeypatch)
+    site().check(points, dry=True)
+    assert [flags(text)["ntasks-per-node"] for text in asked.tested] == ["8", "2"]
+    with pytest.raises(PlanError, match="h10: no such partition; did you mean h100"):
+        site(partition="h10").check(points, dry=True)
+    asked.refuses = "allocation failure: Invalid account or account/partition combination specified"
+    with pytest.raises(PlanError) as refused:
+        site(account="gold").check(points, dry=False)
+    assert refused.value.problems == (f"cluster=slurm: sbatch would refuse: {asked.refuses}",)
+    asked.refuses = "allocation failure: Requested nodes are busy"  # which the queue is for
+    site().check(points, dry=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slurm_that_does_not_answer_keeps_no_dry_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Asked(monkeypatch, silent=True)
+    site().check([(tmp_path, TWO_NODES)], dry=True)
+    assert "warning: SLURM does not answer, so nobody has asked it: slurm_load" in capsys.readouterr().err
+    with pytest.raises(PlanError, match="SLURM does not answer: slurm_load"):
+        site().check([(tmp_path, TWO_NODES)], dry=False)
+    monkeypatch.setattr(client, "available", lambda: False)
+    site().check([(tmp_path, TWO_NODES)], dry=True)
+    with pytest.raises(PlanError, match="no sbatch on this machine"):
+        site().check([(tmp_path, TWO_NODES)], dry=False)
+
+
+class Held:
+    """A run folder, as far as a submission needs one."""
+
+    code = "0a1b2c3d"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.closed = path, False
+        path.mkdir()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_job_that_sbatch_refuses_keeps_no_other_from_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three shapes is refused, and one point's earlier job lives: the others are queued and recorded."""
+    worlds = {
+        name: {"nodes": 1, "ranks_per_node": count, "world": count}
+        for name, count in zip("abcd", (1, 2, 2, 4), strict=True)
+    }
+    held = [Held(tmp_path / name) for name in worlds]
+    Lines(tmp_path / "a/slurm.jsonl").append({"job": "3", "submitted": 1.0, "log": "x"})
+    monkeypatch.setattr(client, "states", lambda _: {"3": "PENDING"})
+
+    def send(_: Slurm, place: Path, parameters: dict[str, Any], jobs: Sequence[Any]) -> list[Any]:
+        if parameters["ntasks_per_node"] == 2:
+            raise PlanError("sbatch refused: no")
+        return [
+            SimpleNamespace(job_id=f"9_{number}", paths=SimpleNamespace(stdout=place)) for number, _ in enumerate(jobs)
+        ]
+
+    monkeypatch.setattr(Slurm, "_send", send)
+    points = [Prepared(each, plan) for each, plan in zip(held, worlds.values(), strict=True)]  # type: ignore[arg-type]
+    found = site().submit_many(points)
+    assert [str(each) if isinstance(each, UserError) else each.job for each in found] == [
+        f"{tmp_path}/a: job 3 is queued or running it; wait for it, or scancel 3",
+        *["sbatch refused: no"] * 2,
+        "9_0",
+    ]
+    assert [each.closed for each in held] == [False, False, False, True]
+    assert [len(submissions(each.path)) for each in held] == [1, 0, 0, 1]
+
+
+def test_a_run_that_shares_its_node_is_cancelled_by_itself(tmp_path: Path) -> None:
+    """Not with scancel, which would end its neighbours, too."""
+    run = tmp_path / "a run"
+    run.mkdir()
+    Lines(run / "slurm.jsonl").append({"job": "3", "submitted": 1.0, "log": "x", "packed": True})
+    assert Slurm.scheduler.cancel_command(run, "3") == f"touch '{run}/cancel'"
+    assert Slurm.scheduler.cancel_command(tmp_path, "3") == "scancel 3"
+
+
 def test_setup_comes_before_the_path_to_the_frozen_code(tmp_path: Path) -> None:
     lines = site("slurm_modules").script([(tmp_path, TWO_NODES)]).splitlines()
     order = [lines.index(line) for line in ("export OMP_NUM_THREADS=12", "module load cuda", "export PYTHONSAFEPATH=1")]
@@ -107,6 +258,11 @@ def test_setup_comes_before_the_path_to_the_frozen_code(tmp_path: Path) -> None:
         ({"sbatch": {"signal": "USR1@9"}}, "signal is cluster.grace_seconds; leave it out"),
         ({"minutes": 10}, "grace_seconds=600 is no part of minutes=10; at most 599 seconds"),
         ({"grace_seconds": 70000}, "less than or equal to 65535"),
+        ({"sbatch": {"ntasks_per_node": 3}}, "ntasks_per_node follows from parallel and cluster; leave it out"),
+        ({"sbatch": {"comment\n#SBATCH --nodes": 3}}, "is no flag; it has letters, digits and - only"),
+        ({"sbatch": {"comment": "a\n#SBATCH --nodes=9"}}, "holds a line break or another control character"),
+        ({"srun": {"container-image": "a\x1b"}}, "holds a line break or another control character"),
+        ({"python": "python3\nrm"}, "holds a line break or another control character"),
     ],
 )
 def test_facts_that_contradict_each_other(changed: dict[str, Any], words: str) -> None:

@@ -197,7 +197,7 @@ class Fake:
     def current_job(self) -> str | None:
         return self.current
 
-    def cancel_command(self, job: str) -> str:
+    def cancel_command(self, folder: Path, job: str) -> str:
         return f"cancel {job}"
 
 

@@ -27,7 +27,8 @@ HINTS = """In another terminal, in this folder:
 export SLURM_CONF={folder}/slurm.conf
 {python} launch.py experiment=demo cluster=slurm cluster.partition=low cluster.device=cpu cluster.cpus_per_gpu=1
 
-Nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace) and high, which preempts them.
+Nodes n1 n2 n3, 8 pretend GPUs each; partitions low, graced (30 s of grace), pair (n1 n2) and high, which preempts
+them.
 Ctrl-C ends the cluster and its jobs."""
 
 # config_overrides: the nodes have more cores than this machine. linuxproc and none: no cgroups in a container.
@@ -64,6 +65,7 @@ NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=64 Soc
 ThreadsPerCore=1 RealMemory=20000 Gres=gpu:{gpus}
 PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=4-00:00:00
 PartitionName=graced Nodes={nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=4-00:00:00
+PartitionName=pair Nodes={pair} PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=4-00:00:00
 PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF MaxTime=1:00:00
 """
 
@@ -161,6 +163,7 @@ class TestCluster:
             user="root",
             controller_port=ports[0],
             nodes=nodes,
+            pair=",".join(NODES[:2]),
             ports=",".join(map(str, ports[1:])),
             gpus=GPUS_PER_NODE,
             kill_wait_seconds=self.kill_wait_seconds,

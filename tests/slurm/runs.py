@@ -33,7 +33,8 @@ STEPS = 20
 # Python runs this at the start of every rank. A rank that comes to the step that the file $BRAKE names waits there
 # until the file is gone or a signal has come, so that a test may take its time, however slow the machine.
 # $FAULT says what goes wrong: "late n2" (ranks never come), "deaf" (no scontrol), "code 1 7", "kill 1 7" (rank, step),
-# "hang n2 7" (node, step: a rank that forgets the others, who wait 10 s for it), "slow" (the save after a signal).
+# "once 1 7" (the same, only in the first start), "hang n2 7" (node, step: a rank that forgets the others, who wait
+# 10 s for it), "slow" (the save after a signal).
 BRAKE = """
 import os, signal, subprocess, sys, time
 from importlib.abc import MetaPathFinder
@@ -72,7 +73,8 @@ def held(loop, batches):
         step, rank = loop.training.state.step, os.environ["RANK"]
         if FAULT == ["code", rank, str(step)]:
             raise KeyError("a key that nobody set")
-        if FAULT == ["kill", rank, str(step)]:
+        first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        if FAULT == ["kill", rank, str(step)] or (FAULT == ["once", rank, str(step)] and first):
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == ["hang", os.environ["SLURMD_NODENAME"], str(step)]:
             forget_the_others()

@@ -42,6 +42,20 @@ def test_a_death_without_a_word_is_tried_elsewhere_but_not_for_ever(site: Site) 
     assert len(attempts(run.folder)) == 2
 
 
+def test_a_node_without_which_the_job_could_not_start_is_tried_again(site: Site, straight: dict[int, float]) -> None:
+    """Two nodes, and the run takes both."""
+    run = site.submit("pair", "cluster.partition=pair", "checkpoint.every=5", fault="once 1 7")
+    run.until_restarted(2)
+    assert run.fact("ExcNodeList") == "(null)", run.story()
+    (verdict,) = run.verdicts()
+    assert (verdict["kind"], verdict["action"], verdict["node"]) == ("died", "requeue", "n2")
+    log = run.log.read_text()
+    assert "requeue, without node n2 if enough others are there" in log
+    assert "node n2 is not left out: without n2 too few nodes are left for this job" in log
+    assert run.until_ended().ended == "finished", run.story()
+    assert run.losses() == straight
+
+
 def test_a_collective_that_one_rank_never_enters(site: Site, straight: dict[int, float]) -> None:
     """gloo's timeout, the dumps of both ranks, and a start without the node of the one that kept the other waiting."""
     run = site.submit("hangs", "checkpoint.every=5", fault="hang n2 7")

@@ -1,10 +1,13 @@
-"""Replica groups as jobs of their own: one is taken away and comes back, and leaves no trace in the losses."""
+"""Replica groups as jobs of their own: one is killed, then taken away, comes back and leaves no trace in the losses."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from src.runs.folder import attempts
+from src.runs.lock import Lock
 from tests.end_to_end.lives import series
 from tests.slurm.runs import Held, Site, told_by, until
 
@@ -14,7 +17,7 @@ ARGV = (
 )
 
 
-def test_a_group_that_is_requeued_heals_and_the_lighthouse_outlives_it(site: Site) -> None:
+def test_a_group_that_dies_or_is_requeued_comes_back_and_the_lighthouse_outlives_it(site: Site) -> None:
     site.brake("groups").write_text("7")
     told = told_by(site.launch(*site.named("groups"), *ARGV).stderr)
     first, second, lighthouse = (Held(site.cluster, each, site.brake("groups")) for each in told)
@@ -26,8 +29,14 @@ def test_a_group_that_is_requeued_heals_and_the_lighthouse_outlives_it(site: Sit
     mark = Path(f"{site.brake('groups')}.rank_0")
     until(mark.exists, first.story)  # one of them, and the other is on its way
     until(lambda: attempts(second.folder), second.story)
-    site.cluster.run("scontrol", "requeue", second.job)
+    owner = Lock(second.folder / "lock").owner()
+    assert owner is not None
+    os.kill(owner["pid"], signal.SIGKILL)
     second.until_restarted(2)
+    (verdict,) = second.verdicts()
+    assert (verdict["kind"], verdict["action"]) == ("died", "requeue"), second.story()
+    site.cluster.run("scontrol", "requeue", second.job)
+    second.until_restarted(3)
     first.loosen()
     for group in (first, second):
         assert group.until_ended().ended == "finished", group.story()
@@ -35,6 +44,6 @@ def test_a_group_that_is_requeued_heals_and_the_lighthouse_outlives_it(site: Sit
     site.launch("name=whole", "cluster.gpus=0", "parallel=single", "task.steps=30")
     (whole,) = Path(site.folder / "runs").glob("whole-*")
     assert series(run) == pytest.approx(series(whole), rel=1e-4)
-    assert len(attempts(first.folder)) == 1, "the other one's requeue is nothing to it"
+    assert len(attempts(first.folder)) == 1, "the other one's ends are nothing to it"
     until(lambda: lighthouse.state() in ("COMPLETED", ""), lighthouse.story)
     assert [attempt.ended for attempt in attempts(run)] == ["finished"]

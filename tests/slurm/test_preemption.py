@@ -118,12 +118,18 @@ def test_preemption_with_grace_frees_the_nodes_as_soon_as_it_has_saved(site: Sit
 
 
 def test_a_signal_sent_by_hand(site: Site, straight: dict[int, float]) -> None:
+    """To the ranks alone, then to the batch script and srun, too."""
     run = held(site, "signalled")
     site.cluster.run("scancel", "--signal=USR2", run.job)
+    run.hold(13)
     run.until_restarted(2)
+    run.until_held()
+    site.cluster.run("scancel", "--full", "--signal=USR2", run.job)
+    run.until_restarted(3)
     run.loosen()
     assert_whole(run, straight)
-    assert first_steps(run) == [1, 9]
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "stopped", "finished"]
+    assert first_steps(run) == [1, 9, 15]
 
 
 def test_a_dead_node_is_left_out(site: Site, straight: dict[int, float]) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from src.cluster.submission import all_submitted
 from src.runs.folder import attempts
 from src.runs.submissions import submissions
 from tests.end_to_end.lives import series
@@ -52,9 +53,11 @@ def test_a_queued_run_is_not_submitted_twice(site: Site) -> None:
 
 
 def test_what_the_partition_cannot_give_is_refused_before_sbatch(site: Site) -> None:
-    done = site.launch("cluster=slurm", "cluster.partition=lwo", "name=refused", check=False)
-    assert done.returncode == 2
-    assert "cluster.partition=lwo: no such partition; did you mean low? there are: graced, high, low" in done.stderr
+    for dry in ("dry_run=true", "dry_run=false"):
+        done = site.launch("cluster=slurm", "cluster.partition=lwo", "name=refused", dry, check=False)
+        assert done.returncode == 2
+        told = "cluster.partition=lwo: no such partition; did you mean low? there are: graced, high, low, pair"
+        assert told in done.stderr
     wrong = (
         "cluster.partition=high",
         "cluster.minutes=9000",
@@ -75,11 +78,13 @@ def test_what_the_partition_cannot_give_is_refused_before_sbatch(site: Site) -> 
     assert "parallel asks for 4 nodes of 1 GPUs: low has 3; choose a layout of at most 3 ranks" in done.stderr
 
 
-def test_sbatch_refuses_in_its_own_words(site: Site) -> None:
-    done = site.launch(*site.site(), "cluster.sbatch={licenses: gold}", "name=refused", check=False)
+@pytest.mark.parametrize("dry", ["dry_run=true", "dry_run=false"])
+def test_sbatch_refuses_in_its_own_words_before_anything_is_made(site: Site, dry: str) -> None:
+    done = site.launch(*site.site(), "cluster.sbatch={licenses: gold}", "name=refused", dry, check=False)
     assert done.returncode == 2
-    assert "sbatch refused: sbatch: error: Batch job submission failed: Invalid license specification" in done.stderr
-    assert "#SBATCH --licenses=gold" in done.stderr, "the text that was sent"
+    assert "cluster=slurm: sbatch would refuse: " in done.stderr
+    assert "Invalid license specification" in done.stderr
+    assert list((site.folder / "runs").glob("refused-*")) == []
 
 
 def test_our_flags_are_not_overridden(site: Site) -> None:
@@ -120,7 +125,7 @@ def test_two_shapes_are_two_jobs_of_their_own_size(
     points = [prepared(site, f"name=shape{number}", f"parallel={layout}") for number, layout in enumerate(layouts)]
     for key, value in site.environment().items():
         monkeypatch.setenv(key, value)
-    submitted = slurm(array_parallelism=1).submit_many(points)
+    submitted = all_submitted(slurm(array_parallelism=1).submit_many(points))
     assert [each.folder for each in submitted] == [point.folder.path for point in points]
     arrays = [each.job.partition("_") for each in submitted]
     assert [index for _, _, index in arrays] == ["0", "0", "1", "1"]

@@ -69,9 +69,14 @@ def test_what_a_command_line_asks_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_points_that_differ_in_no_number_are_told_to_be_one_run() -> None:
     points: list[Tree] = [{"seed": seed, "task": {"log_every": every}} for seed in (0, 1) for every in (5, 10)]
-    assert one_run(points) == (
+    none = [dict[str, str]()] * 4
+    assert one_run(points, none) == (
         "4 points are 2 runs, each with the last value of task.log_every, which decides no number; for runs of their "
         "own pass name=...-${task.log_every}"
     )
-    assert one_run([each | {"name": f"log-{each['task']['log_every']}"} for each in points]) is None
-    assert one_run([points[0], points[0], points[2]]) is None
+    assert one_run([each | {"name": f"log-{each['task']['log_every']}"} for each in points], none) is None
+    assert one_run([points[0], points[0], points[2]], none[:3]) is None
+    told = one_run([points[0]] * 2, [{"seed": "0", "cluster.partition": name} for name in "ab"])
+    assert told is not None
+    assert told.startswith("2 points are 1 run, each with the last value of cluster.partition, which decides no number")
+    assert "for one run in any of several pass cluster.partition='\"a,b\"'" in told

@@ -102,6 +102,7 @@ class Starts:
         self.ends, self.given = ends, list[tuple[float, int]]()
         monkeypatch.setattr(sweeps, "start", self)
         monkeypatch.setattr(sweeps, "checked", lambda trees: [(each, Here(), None) for each in trees])
+        monkeypatch.setattr(sweeps, "ask_schedulers", lambda _: None)
 
     def __call__(self, tree: Any, run: Any, plan: None) -> tuple[str, int]:
         key = (tree["optim"]["lr"], tree["seed"])

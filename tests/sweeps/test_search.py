@@ -72,7 +72,7 @@ class Study:
         self.root, self.batches, self.interrupt = root, list[int](), False
         self.ledger = Ledger.make(root / "sweeps" / "lr-1", ["-m"], SPACE)
         monkeypatch.setattr(searches, "point", self.point)
-        monkeypatch.setattr(searches, "ready", lambda _, points: points)
+        monkeypatch.setattr(searches, "ready", lambda _, points: (points, 0))
         monkeypatch.setattr(searches, "hand_over", self.hand_over)
 
     def point(self, _: Sequence[str], texts: dict[str, str], complete: Complete) -> ConfigPoint:

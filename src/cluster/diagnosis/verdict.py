@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = settle(given.folder, start.job, judge(gather(given.folder, start, scheduler)), given.requeues)
     if verdict.kind != "saved" and attempts(given.folder):
         end(given.folder, "failed", verdict.words.partition("\n")[0], overrule=True)
-    leaving = f", without node {verdict.node}" if verdict.node and verdict.action == "requeue" else ""
+    leaving = f", without node {verdict.node} if enough others are there"
+    leaving = leaving if verdict.node and verdict.action == "requeue" else ""
     print(f"verdict: {verdict.words}\n{verdict.action}{leaving}", file=sys.stderr, flush=True)
     print(f"{verdict.action} {verdict.node or ''}".strip())
     return 0

@@ -66,6 +66,9 @@ class Local(Config):
         name, memory_gib, capability = _first_gpu()
         return LocalDevices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
 
+    def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
+        """Nothing: there is no scheduler, and the plan has been held against the devices."""
+
     def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         """None: ranks are started by this process."""
         return ""

@@ -103,6 +103,25 @@ def minutes(text: str) -> int | None:
     return int(days or 0) * 1440 + hours * 60 + minute
 
 
+# What stays as it is, however long the job waits. Of nodes that are busy or down now the queue is the answer.
+_FOR_EVER = re.compile(r"[Ii]nvalid|not (?:permitted|allowed)|denied|exceeds|violates|configuration is not available")
+
+
+def refusal(script: str) -> str | None:
+    """sbatch's own words on why it would never take this script, which it only tests; None where it would.
+
+    SilentError when it does not answer.
+    """
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=_ANSWER_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SilentError(str(error)) from error
+    words = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+    return words if done.returncode != 0 and _FOR_EVER.search(words) else None
+
+
 def _ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)

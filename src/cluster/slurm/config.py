@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -16,23 +17,27 @@ from pydantic import Field, field_validator, model_validator
 from src.checkpoint.config import hardly_fits
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
 from src.cluster.slurm import client
+from src.cluster.slurm.batch_script import Flag, flags, job_folder, job_name, kept, setup, teardown
 from src.cluster.slurm.pack import PackedRun
 from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
-from src.cluster.slurm.scheduler import SlurmScheduler
-from src.cluster.submission import Prepared, Submitted
-from src.config.base import Config, Line, Names
+from src.cluster.slurm.scheduler import CANCEL_FILE, SlurmScheduler
+from src.cluster.submission import Prepared, Submitted, all_submitted
+from src.config.base import Config, Line, Names, printable
 from src.config.bounds import Count, CountFromZero, Gibibytes, Minutes, PerNode, Seconds
 from src.distributed.process.rank_context import joined
-from src.errors import FolderError, PlanError
+from src.errors import FolderError, PlanError, UserError
 from src.runs.folder import RunFolder
-from src.runs.frozen_code import NO_BYTECODE
 from src.runs.records import SUBMISSIONS_FILE
 from src.runs.submissions import ended_in_shared_job, submissions
+from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE, Lines
 
-Flags = dict[str, str | int | float | bool | None]
+Flags = dict[str, Flag]
+
+REFUSED_FILE = "refused.sh"  # what sbatch was given when it refused
+_FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 # What the plan, the site's own keys or the requeue chain decide.
 _OWN = {
@@ -91,7 +96,7 @@ class Slurm(Config):
     preflight_seconds: Seconds
     """Seconds for the first all-reduce; three times that without a further rank arriving."""
     python: Line | None
-    """Interpreter on the nodes; null: this one."""
+    """Interpreter on the nodes, a path or a name, without arguments; null: this one."""
     setup: Names
     """Lines of the batch script before the ranks start, such as "module load cuda"."""
     sbatch: Flags
@@ -103,10 +108,21 @@ class Slurm(Config):
     pack: bool
     """True: runs of at most half a node share whole nodes, each with its own GPUs, cores, folder and end."""
 
+    @field_validator("sbatch", "srun")
+    @classmethod
+    def _each_in_one_line(cls, flags: Flags) -> Flags:
+        """A line break would begin a line of the script that nobody asked for."""
+        for key, value in flags.items():
+            if not _FLAG.fullmatch(key):
+                raise ValueError(f"{key!r} is no flag; it has letters, digits and - only")
+            if isinstance(value, str):
+                printable(value)
+        return flags
+
     @field_validator("sbatch")
     @classmethod
     def _leaves_our_flags(cls, flags: Flags) -> Flags:
-        if taken := [f"{key} {_OWN[key]}" for key in flags if key in _OWN]:
+        if taken := [f"{key} {_OWN[name]}" for key in flags if (name := key.replace("_", "-")) in _OWN]:
             raise ValueError(f"{'; '.join(taken)}; leave it out")
         return flags
 
@@ -134,7 +150,7 @@ class Slurm(Config):
             return AttemptOutcome("finished", 0)
         plan = json.loads((folder.path / "plan.json").read_text())
         assert plan["world"] == world, "the folder's own plan"
-        submitted = self.submit_many([Prepared(folder, plan)])
+        submitted = all_submitted(self.submit_many([Prepared(folder, plan)]))
         print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)
         if not self.wait:
             return AttemptOutcome("submitted", 0)
@@ -157,90 +173,108 @@ class Slurm(Config):
         (handle,) = self._send(place, parameters, [job])
         return handle
 
-    def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
-        """What sbatch would be given: one text per shape of resources."""
-        shapes = [Resources.of(self, plan) for _, plan in points]
-        packs, groups = self._split(shapes)
-        texts = []
-        for asked, group in groups.items():
-            jobs = [self._job(points[index][0], "dry_run", asked.world) for index in group]
-            texts.append(self._text(_place(jobs), self._parameters(asked, jobs), len(jobs)))
-        for group in packs:
-            jobs = [self._job(points[index][0], "dry_run", shapes[index].world) for index in group]
-            texts.append(self._text(_place(jobs), self._pack_parameters(jobs, shapes[group[0]])))
-        return "\n".join(texts)
-
-    def submit_many(self, points: Sequence[Prepared]) -> list[Submitted]:
-        """One job, or one array per shape. PlanError before sbatch for what the partition lacks, or with its words.
-
-        Every folder's lock is released: from here on the job is its writer.
-        """
-        asked = [Resources.of(self, point.plan) for point in points]
-        self._check(asked, [point.folder.path for point in points])
-        for point in points:
-            if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
-                print(f"warning: {slow}", file=sys.stderr)
-        packs, groups = self._split(asked)
-        done: dict[int, Submitted] = {}
-        for shape, group in groups.items():
-            folders = [points[index].folder for index in group]
-            done |= zip(group, self._submit(folders, shape), strict=True)
-        for group in packs:
-            folders = [points[index].folder for index in group]
-            done |= zip(group, self._submit_pack(folders, [asked[index] for index in group]), strict=True)
-        return [done[index] for index in range(len(points))]
-
-    def _split(self, asked: Sequence[Resources]) -> tuple[list[list[int]], dict[Resources, list[int]]]:
-        """Indices of the points that share each whole node, and of those that are jobs of their own, by shape."""
-        together = [index for index, each in enumerate(asked) if self.pack and small(each, self.gpus_per_node)]
-        packs = filled({index: asked[index].world for index in together}, self.gpus_per_node)
-        alone = [index for index in range(len(asked)) if index not in together]
-        groups = _grouped([asked[index] for index in alone])
-        return packs, {shape: [alone[place] for place in places] for shape, places in groups.items()}
-
-    def _check(self, asked: Sequence[Resources], folders: Sequence[Path]) -> None:
+    def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
+        """PlanError for what the partition lacks, else with sbatch's own words on accounts, limits and flags."""
         if not client.available():
+            if dry:
+                return
             raise PlanError("cluster=slurm: no sbatch on this machine; go to a login node, or pass cluster=local")
+        asked = [Resources.of(self, plan) for _, plan in points]
         try:
             names, partition = client.partitions(), self.partition or client.default_partition()
             found = problems(self, asked, partition, client.nodes(partition) if partition else [], names)
-            live = _live(folders)
+            if not found:
+                with _outside_of_jobs():
+                    refusals = [client.refusal(text) for text in self._texts(points)]
+                found = [f"cluster=slurm: sbatch would refuse: {words}" for words in dict.fromkeys(refusals) if words]
         except SilentError as error:
+            if dry:
+                print(f"warning: SLURM does not answer, so nobody has asked it: {error}", file=sys.stderr)
+                return
             raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
         if found:
             raise PlanError(found)
-        if live:
-            raise FolderError(live)
 
-    def _submit(self, folders: Sequence[RunFolder], asked: Resources) -> list[Submitted]:
-        jobs = [self._job(folder.path, folder.code, asked.world) for folder in folders]
-        place = _place(jobs)
+    def script(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+        """What sbatch would be given: one text per shape of resources."""
+        return "\n".join(self._texts(points))
+
+    def _texts(self, points: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[str]:
+        asked = dict(enumerate(Resources.of(self, plan) for _, plan in points))
+        packs, groups = self._split(asked)
+        texts = []
+        for shape, group in groups.items():
+            jobs = [self._job(points[index][0], "dry_run", shape.world) for index in group]
+            texts.append(self._text(job_folder(jobs), self._parameters(shape, jobs), len(jobs)))
+        for group in packs:
+            jobs = [self._job(points[index][0], "dry_run", asked[index].world) for index in group]
+            texts.append(self._text(job_folder(jobs), self._pack_parameters(jobs, asked[group[0]])))
+        return texts
+
+    def submit_many(self, points: Sequence[Prepared]) -> list[Submitted | UserError]:
+        """One job, or one array per shape. An error for points whose earlier job lives, or whose job sbatch refuses.
+
+        The lock of every folder that is submitted is released: from here on the job is its writer.
+        """
+        try:
+            done: dict[int, Submitted | UserError] = dict(_live([point.folder.path for point in points]))
+        except SilentError as error:
+            raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
+        for point in points:
+            if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
+                print(f"warning: {slow}", file=sys.stderr)
+        asked = {index: Resources.of(self, each.plan) for index, each in enumerate(points) if index not in done}
+        packs, groups = self._split(asked)
+        for together, group in [(False, group) for group in groups.values()] + [(True, group) for group in packs]:
+            given = [(points[index].folder, asked[index]) for index in group]
+            try:
+                handed: Sequence[Submitted | UserError] = self._submit_pack(given) if together else self._submit(given)
+            except UserError as error:
+                handed = [error] * len(group)
+            done |= zip(group, handed, strict=True)
+        return [done[index] for index in range(len(points))]
+
+    def _split(self, asked: Mapping[int, Resources]) -> tuple[list[list[int]], dict[Resources, list[int]]]:
+        """Keys of the points that share each whole node, and of those that are jobs of their own, by shape."""
+        together = {key: each.world for key, each in asked.items() if self.pack and small(each, self.gpus_per_node)}
+        groups: dict[Resources, list[int]] = {}
+        for key, each in asked.items():
+            if key not in together:
+                groups.setdefault(each, []).append(key)
+        return filled(together, self.gpus_per_node), groups
+
+    def _submit(self, given: Sequence[tuple[RunFolder, Resources]]) -> list[Submitted]:
+        """All of one shape."""
+        asked = given[0][1]
+        jobs = [self._job(folder.path, folder.code, asked.world) for folder, _ in given]
+        place = job_folder(jobs)
         place.mkdir(parents=True, exist_ok=True)
         handles = self._send(place, self._parameters(asked, jobs), jobs)
-        return [
-            _recorded(folder, self._submitted(handle, folder), asked)
-            for folder, handle in zip(folders, handles, strict=True)
-        ]
+        return [self._recorded(folder, handle, asked) for (folder, _), handle in zip(given, handles, strict=True)]
 
-    def _submit_pack(self, folders: Sequence[RunFolder], asked: Sequence[Resources]) -> list[Submitted]:
+    def _submit_pack(self, given: Sequence[tuple[RunFolder, Resources]]) -> list[Submitted]:
         """One job for all of them, on a node of their own."""
-        pairs = list(zip(folders, asked, strict=True))
-        jobs = [self._job(folder.path, folder.code, each.world) for folder, each in pairs]
+        jobs = [self._job(folder.path, folder.code, each.world) for folder, each in given]
         shares = tuple(PackedRun(job.folder, job.code, job.world) for job in jobs)
-        pack = PackedJob(shares, Path.cwd(), self.gpus_per_node, self.device == "cpu", self.grace_seconds)
-        place = _place(jobs)
+        cpu, home = self.device == "cpu", Path.cwd()
+        pack = PackedJob(shares, home, self.gpus_per_node, cpu, self.grace_seconds, self.requeues)
+        place = job_folder(jobs)
         place.mkdir(parents=True, exist_ok=True)
-        (handle,) = self._send(place, self._pack_parameters(jobs, asked[0]), [pack])
-        submitted = [self._submitted(handle, folder) for folder in folders]
-        return [_recorded(*each, packed=True) for each in zip(folders, submitted, asked, strict=True)]
+        for folder, _ in given:
+            (folder.path / CANCEL_FILE).unlink(missing_ok=True)  # from here on it is about this submission
+        (handle,) = self._send(place, self._pack_parameters(jobs, given[0][1]), [pack])
+        return [self._recorded(folder, handle, each, packed=True) for folder, each in given]
 
-    def _submitted(self, handle: Any, folder: RunFolder) -> Submitted:
+    def _recorded(self, folder: RunFolder, handle: Any, asked: Resources, *, packed: bool = False) -> Submitted:
         """`handle`: submitit's, of the job."""
-        job = str(handle.job_id)
-        return Submitted(job, folder.path, Path(handle.paths.stdout), self.scheduler.cancel_command(job))
+        job, log = str(handle.job_id), Path(handle.paths.stdout)
+        record = {"job": job, "submitted": round(time.time(), 3), "log": str(log)}
+        Lines(folder.path / SUBMISSIONS_FILE).append(record | {"resources": asdict(asked), "packed": packed})
+        folder.close()
+        return Submitted(job, folder.path, log, self.scheduler.cancel_command(folder.path, job))
 
     def _send(self, place: Path, parameters: dict[str, Any], jobs: Sequence[Callable[[], None]]) -> list[Any]:
-        """submitit's handles. PlanError with sbatch's words and what it was given."""
+        """submitit's handles. PlanError with sbatch's words and the file of what it was given."""
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
@@ -252,8 +286,9 @@ class Slurm(Config):
         except FailedJobError as error:
             words = str(error).partition("sbatch:")
             said = (words[1] + words[2]).strip() or str(error)
-            given = self._text(place, parameters, len(jobs))
-            raise PlanError([f"sbatch refused: {said}", "it was given:", given]) from error
+            script = place / REFUSED_FILE
+            atomic_write(script, self._text(place, parameters, len(jobs)))
+            raise PlanError(f"sbatch refused: {said}; it was given {script}") from error
 
     def _pack_parameters(self, jobs: Sequence[QueuedJob], asked: Resources) -> dict[str, Any]:
         return whole_node(self._parameters(asked, jobs[:1]), len(jobs), self.gpus_per_node, self.cpus_per_gpu)
@@ -271,12 +306,14 @@ class Slurm(Config):
 
     @property
     def _python(self) -> str:
-        return self.python or shlex.quote(sys.executable)
+        """As a word of the script."""
+        return shlex.quote(sys.executable if self.python is None else os.path.expanduser(self.python))
 
     def _parameters(self, asked: Resources, jobs: Sequence[QueuedJob]) -> dict[str, Any]:
         """In submitit's words."""
+        step: Flags = {"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task}
         parameters: dict[str, Any] = {
-            "job_name": _name(jobs),
+            "job_name": job_name(jobs),
             "partition": self.partition,
             "nodes": asked.nodes,
             "ntasks_per_node": asked.tasks_per_node,
@@ -286,9 +323,10 @@ class Slurm(Config):
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
             "wckey": None,  # sites that know no keys refuse submitit's own
-            "setup": [f"export OMP_NUM_THREADS={asked.cpus_per_task}", *self.setup, *_setup(jobs)],
-            "srun_args": [*_flags({"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task} | self.srun)],
-            "teardown": self._teardown(),
+            # scancel --signal=USR2 --full reaches this shell, too: it is for the ranks, and srun passes it on.
+            "setup": ["trap : USR2", f"export OMP_NUM_THREADS={asked.cpus_per_task}", *self.setup, *setup(jobs)],
+            "srun_args": flags(step | self.srun),
+            "teardown": teardown(self._python, self.requeues, self.srun),
         }
         extra: Flags = {
             **{key: getattr(self, key) for key in ("account", "qos", "constraint", "exclude")},
@@ -296,28 +334,7 @@ class Slurm(Config):
             "mem": None if asked.memory_gib is None else f"{int(1024 * asked.memory_gib)}M",
             "requeue" if self.requeues else "no-requeue": True,
         }
-        kept = {key: value for key, value in (extra | self.sbatch).items() if value not in (None, False)}
-        return parameters | {"additional_parameters": kept}
-
-    def _teardown(self) -> list[str]:
-        """After the ranks: why they failed, and whether another start may help. The node's own scontrol acts on it."""
-        step = shlex.join(["srun", "--overlap", "--nodes=1", "--ntasks=1", *_flags(self.srun)])
-        judge = [f"{step} {self._python}" if self.srun else self._python, "-m", "src.cluster.diagnosis.verdict"]
-        return [
-            "code=$?",
-            'if [ "$code" -ne 0 ]; then',
-            "  trap '' TERM",
-            f'  answer=$({" ".join(judge)} "${{folders[$point]}}" --requeues {self.requeues})',
-            '  case "$answer" in',
-            '    requeue*) scontrol requeue "$SLURM_JOB_ID"',
-            '      bad="${answer#requeue}"',
-            # Beside the nodes that the site's facts or an earlier failure left out: an update replaces the list.
-            '      out=$(scontrol show job "$SLURM_JOB_ID" | sed -En "s/.*ExcNodeList=([^ (]*).*/\\1/p" | head -n 1)',
-            '      [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${out:+$out,}${bad# }" ;;',
-            "  esac",
-            "fi",
-            'exit "$code"',
-        ]
+        return parameters | {"additional_parameters": kept(extra | self.sbatch)}
 
 
 @contextlib.contextmanager
@@ -338,62 +355,19 @@ def slow_saves(folder: Path, grace_seconds: float) -> str | None:
     return None if slow is None else f"{folder}: {slow}"
 
 
-def _live(folders: Sequence[Path]) -> list[str]:
-    """A complaint for each folder whose newest job SLURM has not done with."""
+def _live(folders: Sequence[Path]) -> dict[int, FolderError]:
+    """For each folder whose newest job SLURM has not done with, by its place; SilentError."""
     jobs = {
-        folder: earlier[-1]["job"]
-        for folder in folders
+        index: earlier[-1]["job"]
+        for index, folder in enumerate(folders)
         if (earlier := submissions(folder)) and not ended_in_shared_job(folder)
     }
-    states = client.states(jobs.values()) if jobs else {}
-    return [
-        f"{folder}: job {job} is queued or running it; wait for it, or scancel {job}"
-        for folder, job in jobs.items()
-        if states.get(job, "COMPLETED") not in client.ENDED
-    ]
-
-
-def _recorded(folder: RunFolder, submitted: Submitted, asked: Resources, *, packed: bool = False) -> Submitted:
-    record = {"job": submitted.job, "submitted": round(time.time(), 3), "log": str(submitted.log)}
-    Lines(folder.path / SUBMISSIONS_FILE).append(record | {"resources": asdict(asked), "packed": packed})
-    folder.close()
-    return submitted
-
-
-def _grouped(asked: Sequence[Resources]) -> dict[Resources, list[int]]:
-    groups: dict[Resources, list[int]] = {}
-    for index, each in enumerate(asked):
-        groups.setdefault(each, []).append(index)
-    return groups
-
-
-def _name(jobs: Sequence[QueuedJob]) -> str:
-    first, more = jobs[0].folder, f"+{len(jobs) - 1}" if len(jobs) > 1 else ""
-    return (f"{first.parents[1].name}-" if first.parent.name == "groups" else "") + first.name + more
-
-
-def _place(jobs: Sequence[QueuedJob]) -> Path:
-    """Where SLURM's files go: a run's own folder, or one beside the runs for an array."""
-    first = jobs[0].folder
-    if len(jobs) == 1:
-        return first / "logs" / "slurm"
-    return first.parent / "slurm" / f"{first.name}+{len(jobs) - 1}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-
-
-def _setup(jobs: Sequence[QueuedJob]) -> list[str]:
-    """Ranks import the frozen code of their own point, wherever they start."""
-    folders = " ".join(shlex.quote(str(job.folder)) for job in jobs)
-    codes = " ".join(job.code for job in jobs)
-    return [
-        f"folders=({folders})",
-        f"codes=({codes})",
-        "point=${SLURM_ARRAY_TASK_ID:-0}",
-        'export PYTHONPATH="${folders[$point]}/code/${codes[$point]}${PYTHONPATH:+:$PYTHONPATH}"',
-        "export PYTHONSAFEPATH=1",  # or `python -m` would find the work tree first
-        *(f"export {key}={value}" for key, value in NO_BYTECODE.items()),
-    ]
-
-
-def _flags(flags: Mapping[str, str | int | float | bool | None]) -> list[str]:
-    kept = {key: value for key, value in flags.items() if value not in (None, False)}
-    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in kept.items()]
+    states = Slurm.scheduler.states(jobs.values()) if jobs else {}
+    return {
+        index: FolderError(
+            f"{folders[index]}: job {job} is queued or running it; wait for it, or "
+            f"{Slurm.scheduler.cancel_command(folders[index], job)}"
+        )
+        for index, job in jobs.items()
+        if job in states and states[job].live
+    }

@@ -58,8 +58,11 @@ class Pack:
     live: dict[Path, tuple["subprocess.Popen[bytes]", PackedRun, tuple[int, ...]]] = field(default_factory=dict)
     codes: dict[Path, int] = field(default_factory=dict)
 
-    def run(self, tell: Callable[[str], None] = print) -> dict[Path, int]:
-        """The exit code of every run that was started; returns when all have ended or a stop was passed on."""
+    def run(self, tell: Callable[[str], None], again: Callable[[PackedRun, int], bool]) -> dict[Path, int]:
+        """The exit code of every run that was started; returns when all have ended or a stop was passed on.
+
+        `again`: whether a run that ended with this code waits for its GPUs once more.
+        """
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, lambda *_: self.stop())
         while self.live or (self.waiting and not self.stopped):
@@ -73,6 +76,8 @@ class Pack:
                     del self.live[folder]
                     self.codes[folder] = code
                     tell(f"{share.folder.name} ended with code {code}")
+                    if code and not self.stopped and again(share, code):
+                        self.waiting.append(share)
         return self.codes
 
     def stop(self) -> None:

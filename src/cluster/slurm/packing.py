@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.cluster.diagnosis.verdict import ADVICE, Verdict, settle
 from src.cluster.slurm.pack import Node, Pack, PackedRun
 from src.cluster.slurm.resources import Resources
 from src.cluster.slurm.scheduler import CANCEL_FILE, SlurmScheduler
@@ -30,6 +31,7 @@ class PackedJob:
     gpus: int
     cpu: bool
     grace_seconds: float
+    requeues: int
 
     def __call__(self) -> None:
         """Ends well when every run has; requeues the job when some were stopped, and leaves failed ones alone."""
@@ -38,7 +40,7 @@ class PackedJob:
         # A run that has not saved in time must not take its neighbours into SLURM's TIMEOUT, which requeues nothing.
         node = Node.here(self.gpus, cpu=self.cpu, grace_seconds=self.grace_seconds - margin(self.grace_seconds))
         pack = Pack(node, [share for share in self.shares if self._ours(share)])
-        codes = pack.run(lambda line: print(line, flush=True))
+        codes = pack.run(lambda line: print(line, flush=True), self._again)
         if pack.stopped:
             self._go_on_later(requeue)
         if bad := {folder: code for folder, code in codes.items() if code}:
@@ -53,12 +55,25 @@ class PackedJob:
 
     @staticmethod
     def _ours(share: PackedRun) -> bool:
-        """Whether it has still to run, in this job: it may have been handed over again meanwhile."""
+        """Whether it has still to run, in this job: it may have been handed over again meanwhile, or cancelled."""
         job = os.environ["SLURM_JOB_ID"]
         handed, tried = submissions(share.folder), attempts(share.folder)
-        (share.folder / CANCEL_FILE).unlink(missing_ok=True)
         ended = tried[-1].ended if tried and tried[-1].job == job else None
-        return handed[-1]["job"].partition("_")[0] == job and ended not in ("finished", "failed")
+        if handed[-1]["job"].partition("_")[0] != job or ended in ("finished", "failed"):
+            return False
+        cancelled = (share.folder / CANCEL_FILE).exists()
+        (share.folder / CANCEL_FILE).unlink(missing_ok=True)
+        return not cancelled
+
+    def _again(self, share: PackedRun, code: int) -> bool:
+        """Whether a run whose rank died by a signal is started once more: as often as a job of its own would be."""
+        if code <= 128:
+            return False
+        words = f"{ADVICE['died']}: {signal.strsignal(code - 128)}"
+        job = os.environ["SLURM_JOB_ID"]
+        verdict = settle(share.folder, job, Verdict("died", "requeue", None, words), self.requeues)
+        print(f"{share.folder.name}: {verdict.words}", file=sys.stderr, flush=True)
+        return verdict.action == "requeue"
 
     @staticmethod
     def _go_on_later(requeue: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from src.cluster.backend import AttemptOutcome, Options, QueueBackend
 from src.cluster.replicas.lighthouse import ADDRESS_FILE, arguments
 from src.cluster.slurm.lighthouse_job import LighthouseJob
-from src.cluster.submission import Prepared, Submitted
+from src.cluster.submission import Prepared, Submitted, all_submitted
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts
 
@@ -39,7 +39,7 @@ def submit(site: SubmitsGroups, folder: RunFolder, options: Options) -> AttemptO
     address = folder.path / ADDRESS_FILE
     address.unlink(missing_ok=True)
     groups = [Prepared(RunFolder.rejoin(path, folder.code, site.scheduler), plan) for path in paths]
-    submitted = site.submit_many(groups)
+    submitted = all_submitted(site.submit_many(groups))
     print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)
     if options.lighthouse is None:
         world = plan["world"] * options.groups

@@ -1,6 +1,7 @@
 """SLURM as a scheduler of jobs: src.cluster.backend.JobScheduler in its commands and environment variables."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,9 +29,9 @@ class SlurmScheduler:
         """Whether the job is queued or running; also true when squeue cannot say."""
         return client.live(job)
 
-    def cancel_command(self, job: str) -> str:
-        """What a person types to end the job."""
-        return f"scancel {job}"
+    def cancel_command(self, folder: Path, job: str) -> str:
+        """What a person types to end the run: not the job, where neighbours share it."""
+        return f"touch {shlex.quote(str(folder / CANCEL_FILE))}" if _shares_job(folder) else f"scancel {job}"
 
     def states(self, jobs: Iterable[str]) -> dict[str, JobState]:
         """Of those that squeue still shows; SilentError."""
@@ -38,7 +39,7 @@ class SlurmScheduler:
 
     def cancel(self, folder: Path, job: str) -> str | None:
         """A run that shares its job is cancelled by a file, so that its neighbours go on."""
-        if (handed := submissions(folder)) and handed[-1].get("packed"):
+        if _shares_job(folder):
             (folder / CANCEL_FILE).touch()
             return None
         if not client.available():
@@ -72,6 +73,11 @@ class SlurmScheduler:
         except FileNotFoundError:
             return LogFindings()
         return job_log.findings(text.rpartition(job_log.START)[2], nodes)
+
+
+def _shares_job(folder: Path) -> bool:
+    handed = submissions(folder)
+    return bool(handed) and bool(handed[-1].get("packed"))
 
 
 def _state(word: str) -> JobState:

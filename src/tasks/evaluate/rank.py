@@ -116,4 +116,4 @@ def _tell(title: str, scores: dict[str, Score], folder: Path) -> None:
     for name, score in scores.items():
         bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
         table.add_row(name, f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.perplexity:,.3f}", bits)
-    Console(soft_wrap=True).print(table, f"{folder / EVALUATION_FILE}")
+    Console(soft_wrap=True, markup=False, emoji=False).print(table, f"{folder / EVALUATION_FILE}")

@@ -51,8 +51,8 @@ def write(task: Generate, run: Run, folder: Path) -> bool:
 
 def _tell(origin: Path, texts: list[tuple[str, str]], folder: Path) -> None:
     """Prompts in bold, where there is a terminal; a blank line between two texts."""
-    terminal = Console(soft_wrap=True, highlight=False)
-    terminal.print(f"weights: {origin}", markup=False)
+    terminal = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    terminal.print(f"weights: {origin}")
     for prompt, text in texts:
         terminal.print(Text.assemble("\n", (prompt, "bold"), text))
-    terminal.print(f"\ntexts: {folder / TEXTS_FILE}", markup=False)
+    terminal.print(f"\ntexts: {folder / TEXTS_FILE}")

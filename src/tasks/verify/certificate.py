@@ -8,6 +8,7 @@ from math import isfinite, sqrt
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from src.distributed.precision.config import Dtype
 
@@ -179,7 +180,7 @@ def _table(title: str, rows: list[Difference]) -> Table:
     for heading in ("layout", "one device", "error", "tolerance", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        verdict = "ok" if row.passed else "[bold red]WRONG[/]"
+        verdict = Text("ok") if row.passed else Text("WRONG", style="bold red")
         numbers = (f"{row.value:.6g}", f"{row.expected:.6g}", f"{row.error:.1e}", f"{row.tolerance:.0e}")
         table.add_row(row.kind, row.name, *numbers, verdict)
     return table

@@ -53,7 +53,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
     if ranks.rank == 0:
         atomic_write(folder / CERTIFICATE_FILE, json.dumps(certificate.to_dict(), indent=2) + "\n")
-        terminal = Console(soft_wrap=True)
+        terminal = Console(soft_wrap=True, markup=False, emoji=False)
         terminal.width = max(terminal.width, TABLE_COLUMNS)
         terminal.print(*certificate.tables(), certificate.tolerances.why, sep="\n")
         terminal.print(f"{'FAILED' if certificate.failed else 'passed'}: {folder / CERTIFICATE_FILE}")
