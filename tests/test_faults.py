@@ -2,23 +2,37 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
+from benchmarks.faults import __main__ as drills
 from benchmarks.faults import lives
 from benchmarks.faults.__main__ import main
-from benchmarks.faults.faults import FAULTS, RUN_FILES, no_small_disk
+from benchmarks.faults.faults import FAULTS, RUN_FILES, Fault, no_small_disk
 from benchmarks.faults.lives import MARK, STEPS, Process, Round, Starter, future
 from tests.end_to_end.commands import launched
 from tests.forks import Place
 
 NOBODY = 2**22 + 1  # beyond the largest process id that Linux gives
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A drill that lost something keeps its folder: let that be one of the test."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 class Forked:
@@ -152,6 +166,30 @@ def test_what_a_refusal_advises_is_done(tmp_path: Path) -> None:
     one.go_on()
     assert (tmp_path / "b").exists()
     assert not one.result.faults_found
+
+
+def test_a_drill_that_is_ended_leaves_no_disk_and_no_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told, before = list[str](), signal.getsignal(signal.SIGTERM)
+
+    @contextmanager
+    def disk() -> Iterator[Path]:
+        told.append("mounted")
+        try:
+            yield here
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # once more, while it is being ended
+            told.append("unmounted")
+
+    def strike(_: Round) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60.0)
+
+    with patch.object(drills, "FAULTS", (Fault("a fault", strike, place=disk),)):
+        assert drill(fine, only="a fault") == 130
+    assert told == ["mounted", "unmounted"]
+    assert "0 rounds, nothing lost" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert list(here.iterdir()) == []
 
 
 def test_what_a_machine_cannot_have_is_said(capsys: pytest.CaptureFixture[str]) -> None:

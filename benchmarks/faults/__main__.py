@@ -11,7 +11,7 @@ Then every loss and validation loss, and the bytes of the last checkpoint, are c
 of the same layout. The seed decides which layout, fault and moment a round has; the machine's speed decides what the
 run does at that moment. Linux only: processes are found in /proc. As root one fault more is there, a full disk. Exit
 code 1 if anything was lost, a process was left, or the command did not go on; then logs and run folders are kept.
-Ctrl-C ends it with the table so far.
+Ctrl-C and SIGTERM end it with the table so far.
 """
 
 import argparse
@@ -19,10 +19,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import date
 from pathlib import Path
 from random import Random
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, start: Starter = popen) -> int:
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     faults = [each for each in chosen if each.name not in missing]
     results: list[Result] = []
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), interrupted_by(signal.SIGTERM, signal.SIGHUP):
         for result in rounds(faults, given.rounds, given.seed, given.layout, root, start):
             results.append(result)
             print(line(len(results), given.rounds, result), flush=True)
@@ -64,6 +65,25 @@ def main(arguments: Sequence[str] | None = None, start: Starter = popen) -> int:
         return 1
     shutil.rmtree(root)
     return 0 if len(results) == given.rounds or not faults else 130
+
+
+@contextmanager
+def interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
+    """Inside of the block the first of these signals is a Ctrl-C, so that what was begun is ended and no disk stays
+    mounted; those that follow are not heard.
+    """
+
+    def interrupt(*_: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in numbers}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def rounds(

@@ -178,11 +178,12 @@ def small_disk() -> Iterator[Path]:
     """A file system of DISK_MIB in memory."""
     with tempfile.TemporaryDirectory() as place:
         command = ("mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", place)
-        subprocess.run(command, check=True, capture_output=True)
         try:
+            subprocess.run(command, check=True, capture_output=True)
             yield Path(place)
         finally:
-            subprocess.run(("umount", "--lazy", place), check=True, capture_output=True)
+            if os.path.ismount(place):
+                subprocess.run(("umount", "--lazy", place), check=True, capture_output=True)
 
 
 FAULTS = (
