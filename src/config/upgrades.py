@@ -58,6 +58,10 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.data.hub.HubSource": {"bad_rows": "refuse"},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
     "src.distributed.compile.Compile": {"graph": False},
+    "src.models.deepseek_v3.config.DeepseekV3Config": {
+        "latent_norm_eps": None,
+        "rope_scaling.attention_factor": 1.0,
+    },
     "src.tasks.export.config.Export": {"fp8_scales": "float32"},
 }
 

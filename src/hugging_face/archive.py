@@ -54,18 +54,37 @@ class Archive:
         return sum(entry.bytes for entry in self.entries.values())
 
 
+# Of a quantization_config; the second line says how activations are quantised, and what was left as it was.
+_QUANTISATION = frozenset(
+    {
+        *("quant_method", "weight_block_size", "fmt", "scale_fmt"),
+        *("activation_scheme", "modules_to_not_convert", "ignored_layers", "dequantize"),
+    }
+)
+
+
 def quantisation(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of a block that shares a scale; None: not quantised. CheckpointError for another method."""
     facts = config.get("quantization_config")
     if facts is None:
         return None
-    method, block = facts.get("quant_method"), facts.get("weight_block_size") or []
-    if method != "fp8" or len(block) != 2 or facts.get("fmt", "e4m3") != "e4m3":
+    if not isinstance(facts, Mapping):
+        raise CheckpointError(f"config.json: quantization_config={json.dumps(facts)} is not an object")
+    method, block = facts.get("quant_method"), facts.get("weight_block_size")
+    sizes = [size for size in block if type(size) is int and size > 0] if isinstance(block, list) else []
+    if method != "fp8" or len(sizes) != 2 or sizes != block or facts.get("fmt", "e4m3") not in ("e4m3", None):
         raise CheckpointError(
-            f"config.json: quantization_config has quant_method={method}, weight_block_size={block}; only fp8 (e4m3) "
-            "with blocks such as [128, 128] is read; take the release in bfloat16"
+            f"config.json: quantization_config has quant_method={json.dumps(method)}, "
+            f"weight_block_size={json.dumps(block)}, fmt={json.dumps(facts.get('fmt'))}; only fp8 (e4m3) with blocks "
+            "such as [128, 128] is read; take the release in bfloat16"
         )
-    return int(block[0]), int(block[1])
+    return sizes[0], sizes[1]
+
+
+def unread_quantisation(config: Mapping[str, Any]) -> list[str]:
+    """Keys of quantization_config that say nothing here, by their path; `quantisation` came before."""
+    facts = config.get("quantization_config") or {}
+    return [f"quantization_config.{key}" for key in sorted(facts.keys() - _QUANTISATION)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

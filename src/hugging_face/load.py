@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.hugging_face.archive import Archive, read_json
+from src.hugging_face.archive import Archive, quantisation, read_json, unread_quantisation
 from src.hugging_face.check import check
 from src.hugging_face.hub import Fetched
 from src.models.base import ModelConfig
@@ -87,4 +87,7 @@ def load(folder: Path, tensors: "Mapping[str, Tensor]", config: ModelConfig) -> 
 
 def model_section(folder: Path) -> tuple[dict[str, object], list[str]]:
     """The section `model` that config.json describes, and the keys of it that have no meaning here."""
-    return section(read_json(folder / "config.json"), str(folder / "config.json"))
+    values = read_json(folder / "config.json")
+    quantisation(values)
+    keys, unread = section(values, str(folder / "config.json"))
+    return keys, sorted([*unread, *unread_quantisation(values)])

@@ -32,7 +32,7 @@ class Decoder(nn.Module):
     """
 
     config: ModelConfig
-    rotary: Tensor  # (max_seq_len, rotated width / 2, 2) fp32
+    rotary: Tensor  # (max_seq_len, rotated width / 2, 2) fp32: cosines and sines
     tok_embeddings: nn.Embedding | None
     layers: nn.ModuleDict  # keys are global layer numbers
     norm: nn.RMSNorm | None
@@ -53,6 +53,11 @@ class Decoder(nn.Module):
     @abstractmethod
     def frequencies(self) -> Tensor:
         """(rotated width / 2) fp32, radians per token: of each pair of the rotary embedding."""
+
+    @property
+    def rotary_factor(self) -> float:
+        """What cosines and sines are multiplied with."""
+        return 1.0
 
     def depth(self, layer: int) -> int:
         """What the variance of matrices that write into the residual stream is divided by, and 2; 1 for the first."""
@@ -89,7 +94,7 @@ class Decoder(nn.Module):
     def reset_buffers(self) -> None:
         """Compute what is not a weight; again after the model left the meta device."""
         with torch.device(self.rotary.device):
-            self.rotary = rotary_table(self.frequencies(), self.config.max_seq_len)
+            self.rotary = rotary_table(self.frequencies(), self.config.max_seq_len) * self.rotary_factor
         for moe in self.mixtures():
             moe.reset_buffers()
 

@@ -53,8 +53,8 @@ class Family:
 
 
 FAMILIES = (
-    Family("llama3", "Llama3Config", ("llama",)),
-    Family("deepseek_v3", "DeepseekV3Config", ("deepseek_v2", "deepseek_v3")),
+    Family("llama3", "Llama3Config", ("llama", "mistral")),
+    Family("deepseek_v3", "DeepseekV3Config", ("deepseek_v2", "deepseek_v3", "kimi_k2")),
     Family("qwen3", "Qwen3Config", ("qwen3", "qwen3_moe")),
 )
 

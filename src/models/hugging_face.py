@@ -8,6 +8,22 @@ from src.models.base import ModelConfig
 from src.models.families import HuggingFaceForm, model_types, of_config
 from src.models.stored import ConfigReader, Stored
 
+# What this repository would have to learn first, of model_types that are asked for.
+NEEDS = {
+    "deepseek_v32": "sparse attention by an indexer",
+    "gemma2": "sliding windows, soft caps and norms behind each part of a block",
+    "gemma3_text": "sliding windows and norms behind each part of a block",
+    "glm4_moe": "a rotary embedding of half a head, biases of q, k and v, and sigmoid routing in it",
+    "gpt_oss": "sliding windows, attention sinks, biases, clamped SwiGLUs and MXFP4 weights",
+    "kimi_linear": "linear attention",
+    "llama4_text": "chunked attention, layers without rotary embedding and scaled router inputs",
+    "mixtral": "experts in a Llama's blocks",
+    "phi3": "fused matrices and longrope",
+    "qwen2": "biases of q, k and v",
+    "qwen2_moe": "biases of q, k and v, and a gated shared expert",
+    "qwen3_next": "linear attention and a gated shared expert",
+}
+
 
 def section(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     """The keys of a config's section `model` that a config.json says, with its `_target_`; and keys that were not read.
@@ -16,8 +32,9 @@ def section(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list
     """
     facts, known = ConfigReader(values, where), model_types()
     kind = facts.get("model_type")
-    if kind not in known:
-        raise CheckpointError(f"{where}: model_type={kind} is not known; there are {', '.join(known)}")
+    if not isinstance(kind, str) or kind not in known:
+        needs = f" (it needs {NEEDS[kind]})" if isinstance(kind, str) and kind in NEEDS else ""
+        raise CheckpointError(f"{where}: model_type={kind}{needs} is not known; there are {', '.join(known)}")
     form = known[kind].hugging_face()
     assert form is not None, "a model_type is of a family that has one"
     keys = form.read(facts)

@@ -18,9 +18,18 @@ NEUTRAL = frozenset(
         *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "auto_map"),
         *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"),
         *("pretraining_tp", "quantization_config", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha"),
-        *("seq_aux", "ep_size", "num_nextn_predict_layers", "id2label", "label2id", "return_dict", "is_decoder"),
+        *("seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "id2label", "label2id", "return_dict"),
+        *(
+            "is_decoder",
+            "is_encoder_decoder",
+            "output_hidden_states",
+            "output_attentions",
+            "chunk_size_feed_forward",
+            "problem_type",
+        ),
     }
 )
+MOST = 2**31 - 1  # of a whole number
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,16 @@ def rotary_row(row: int, rows: int, heads: int) -> int:
 
 @dataclass
 class ConfigReader:
-    """A config.json while it is read; `problems` collects all that this repository cannot represent."""
+    """A config.json, or an object inside of one, while it is read.
+
+    `problems` collects all that this repository cannot represent, in one line each; what nobody asked for is `unread`.
+    """
 
     values: Mapping[str, Any]
     where: str
     problems: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    inner: dict[str, "ConfigReader"] = field(default_factory=dict)
 
     def get(self, key: str, default: Any = MISSING) -> Any:
         """A null counts as absent."""
@@ -106,45 +119,82 @@ class ConfigReader:
             return None
         return default
 
-    def whole(self, key: str, default: Any = MISSING) -> int:
-        """A whole number; 1 stands in for one that is reported."""
+    def whole(self, key: str, default: Any = MISSING, *, least: int = 1) -> int:
+        """A whole number of at least `least`; 1 stands in for one that is reported."""
         value = self.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST:
             return value
         if value is not None:
-            self.problems.append(f"{self.where}: {key}={value!r} is not a whole number")
+            self.problems.append(f"{self.where}: {key}={_shown(value)} is not a whole number from {least} to {MOST}")
         return 1
 
+    def whole_or_null(self, key: str) -> int | None:
+        """A whole number or null, which must be there: absent it would mean what another library makes of it."""
+        if key not in self.values:
+            self.problems.append(f"{self.where}: {key} is missing")
+        self.seen.add(key)
+        return None if self.values.get(key) is None else self.whole(key)
+
     def number(self, key: str, default: Any = MISSING) -> float:
-        """1.0 stands in for one that is reported."""
+        """A finite one; 1.0 stands in for one that is reported."""
         value = self.get(key, default)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300:
             return float(value)
         if value is not None:
-            self.problems.append(f"{self.where}: {key}={value!r} is not a number")
+            self.problems.append(f"{self.where}: {key}={_shown(value)} is not a number")
         return 1.0
 
-    def only(self, key: str, *, legal: tuple[Any, ...]) -> Any:
-        """One of the values that can be represented; a missing key means the first."""
-        value = self.get(key, legal[0])
-        if value not in legal:
-            words = " or ".join(json.dumps(each) for each in legal)
-            self.problems.append(f"{self.where}: {key}={json.dumps(value)} has no form here, only {key}={words}")
-        return value
+    def only(self, key: str, *, legal: tuple[Any, ...], absent: Any = MISSING) -> Any:
+        """One of the values that can be represented; a missing key means `absent`, or the first."""
+        there = key in self.values or absent is MISSING
+        value = self.get(key, legal[0]) if there else self.get(key, absent)
+        for each in legal:
+            if value == each and isinstance(value, bool) == isinstance(each, bool):
+                return each
+        words = " or ".join(json.dumps(each) for each in legal)
+        meant = _shown(value) if there else f"{_shown(value)} (as it is absent)"
+        self.problems.append(f"{self.where}: {key}={meant} has no form here, only {key}={words}")
+        return legal[0]
+
+    def object(self, key: str) -> "ConfigReader":
+        """The object behind a key; empty where there is none."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            self.problems.append(f"{self.where}: {key}={_shown(value)} is not an object")
+            value = {}
+        self.inner[key] = ConfigReader(value, f"{self.where}: {key}", self.problems)
+        return self.inner[key]
 
     def rope(self, theta: float, *kinds: str) -> tuple[float, str, "ConfigReader"]:
         """Base, type (one of `kinds`) and numbers of the rotary embedding, in the old or the new form of the file."""
-        given, scaling = self.get("rope_parameters", {}), self.get("rope_scaling", {})
-        numbers = ConfigReader({**scaling, **given}, f"{self.where}: rope_scaling", self.problems)
+        numbers, old = self.object("rope_parameters"), self.object("rope_scaling")
+        if numbers.values and old.values and _rope_facts(numbers.values) != _rope_facts(old.values):
+            self.problems.append(f"{self.where}: rope_parameters and rope_scaling contradict each other")
+        if old.values and not numbers.values:
+            numbers = old
+        old.seen |= old.values.keys() if numbers is not old else set()  # the same facts
         base = numbers.number("rope_theta", self.get("rope_theta", theta))
         kind = str(numbers.get("rope_type", numbers.get("type", "default")))
+        numbers.seen.add("type")
         if any(isinstance(value, Mapping) for value in numbers.values.values()):
             kind = "of each kind of layer"
         if kind not in kinds:
             self.problems.append(
                 f"{self.where}: rope_type={kind} has no form here, only rope_type={' or '.join(kinds)}"
             )
+        for each in (self, numbers):
+            each.only("partial_rotary_factor", legal=(1.0,))
         return base, kind, numbers
+
+    def original_length(self, numbers: "ConfigReader", longest: int) -> int:
+        """Tokens of the context before a stretch: transformers takes the key outside of the rope's first."""
+        outside = self.get("original_max_position_embeddings", None)
+        inside = numbers.whole("original_max_position_embeddings", longest if outside is None else outside)
+        if outside is not None and outside != inside:
+            self.problems.append(
+                f"{self.where}: original_max_position_embeddings={_shown(outside)}, and its rope says {inside}"
+            )
+        return inside
 
     def check(self) -> None:
         """CheckpointError with all problems."""
@@ -152,5 +202,28 @@ class ConfigReader:
             raise CheckpointError(dict.fromkeys(self.problems))
 
     def unread(self) -> list[str]:
-        """Keys that nobody asked for and that are not known to change nothing."""
-        return sorted(set(self.values) - self.seen - NEUTRAL)
+        """Keys that nobody asked for and that are not known to change nothing; those of inner objects by their path."""
+        inside = (f"{key}.{name}" for key, reader in self.inner.items() for name in reader.unread())
+        return sorted({*(set(self.values) - self.seen - NEUTRAL), *inside})
+
+
+def rope_keys(theta: float, stretch: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The rotary embedding in a config.json: as transformers 5 writes it, and for older readers, vLLM among them."""
+    now = {"rope_type": "default"} if stretch is None else dict(stretch)
+    return {
+        "rope_parameters": {"rope_theta": theta, **now},
+        "rope_theta": theta,
+        "rope_scaling": None if stretch is None else dict(stretch),
+    }
+
+
+def _rope_facts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the base, which either form may have elsewhere, and with the newer name of the type."""
+    facts = {key: value for key, value in values.items() if key not in ("rope_theta", "type") and value is not None}
+    return {"rope_type": values.get("type", "default")} | facts
+
+
+def _shown(value: Any, most: int = 60) -> str:
+    """As JSON, on one line and not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= most else f"{text[:most]}..."

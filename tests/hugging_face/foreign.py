@@ -62,6 +62,10 @@ DEEPSEEK: dict[str, Any] = {
     "max_position_embeddings": 128,
     "rope_parameters": YARN,
 }
+ONE_GROUP = {"n_group": 1, "topk_group": 1, "num_mtp_layers": 0}
+ONE_BETA = {"beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
+NO_MSCALE = {key: value for key, value in YARN.items() if not key.startswith("mscale")}
 QWEN: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -80,11 +84,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
     "llama-scaled": ("Llama", LLAMA | {"rope_parameters": SCALED}),
     "llama-wide-heads": ("Llama", LLAMA | {"head_dim": 16, "intermediate_size": 200}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": None}),
+    # Heads that do not divide the width: only as a Mistral does transformers take such a Llama.
+    "mistral-odd-heads": (
+        "Mistral",
+        LLAMA | {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12},
+    ),
     "qwen3": ("Qwen3", QWEN),
     "qwen3-tied": ("Qwen3", QWEN | {"tie_word_embeddings": True}),
     "qwen3-moe": ("Qwen3Moe", QWEN | QWEN_MOE),
     "qwen3-moe-unnormalised": ("Qwen3Moe", QWEN | QWEN_MOE | {"norm_topk_prob": False}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK | {"num_mtp_layers": 0}),
+    "kimi-k2": ("DeepseekV3", DEEPSEEK | ONE_GROUP | {"rope_parameters": YARN | ONE_BETA}),
+    "moonlight": ("DeepseekV3", DEEPSEEK | ONE_GROUP | {"rms_norm_eps": 1e-2, "q_lora_rank": None} | PLAIN),
+    "deepseek-v3-plain-yarn": ("DeepseekV3", DEEPSEEK | {"rope_parameters": NO_MSCALE}),
     "deepseek-v2": ("DeepseekV2", DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0}),
     "deepseek-v2-lite": ("DeepseekV2", DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None}),
 }
@@ -107,6 +120,8 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard: st
     """As transformers writes it, in several files; returns the model that was written."""
     model = foreign(name).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
+    if name == "kimi-k2":
+        edit(folder / "config.json", model_type="kimi_k2")
     return model
 
 

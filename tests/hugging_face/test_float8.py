@@ -169,7 +169,7 @@ def compare(folder: Path, layout: str) -> list[str]:
         ("shape", "weight_scale_inv: float32 [1, 1] found, float32 or float8_e8m0fnu [2, 1] expected"),
         ("config", "dtype float8_e4m3fn found, but config.json has no quantization_config"),
         ("norm", "model.norm.weight: dtype float8_e4m3fn found, float32 or bfloat16 or float16 expected"),
-        ("method", "quant_method=awq"),
+        ("method", 'quant_method="awq"'),
     ],
 )
 def test_what_misses_its_scale_is_refused(tmp_path: Path, change: str, said: str) -> None:

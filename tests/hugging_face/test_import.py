@@ -182,9 +182,9 @@ def test_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type=longrope has no form here, only rope_type=default"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope_type=dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_type=of each kind of layer"),
-        ({"num_hidden_layers": "three"}, "num_hidden_layers='three' is not a whole number"),
+        ({"num_hidden_layers": "three"}, 'num_hidden_layers="three" is not a whole number from 1 to '),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"model_type": "mamba"}, "model_type=mamba is not known; there are llama, deepseek_v2, deepseek_v3"),
+        ({"model_type": "mamba"}, "model_type=mamba is not known; there are llama, mistral, deepseek_v2, deepseek_v3"),
     ],
 )
 def test_what_has_no_form_here_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -198,7 +198,6 @@ def test_what_has_no_form_here_is_refused_by_name(tmp_path: Path, changes: dict[
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ({"rope_interleave": False}, "rope_interleave=false"),
         ({"scoring_func": "softmax"}, 'scoring_func="softmax"'),

@@ -66,11 +66,12 @@ TINY_DEEPSEEK: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
     "norm_eps": 1e-6,
+    "latent_norm_eps": None,
     "attention": "sdpa",
     "mask": "causal",
     "fixed_block": None,
 }
-STRETCHED = Yarn(factor=8.0, original=32, beta_fast=4.0, beta_slow=1.0, mscale=0.707)
+STRETCHED = Yarn(factor=8.0, original=32, beta_fast=4.0, beta_slow=1.0, mscale=0.707, attention_factor=1.0)
 
 
 def tiny_moe(**changes: Any) -> MixtureOfExperts:

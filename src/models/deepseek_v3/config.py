@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from math import log, sqrt
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from src.config.base import Config
-from src.config.bounds import CountFromZero, RopeTheta, Scale, Tokens, Width
+from src.config.bounds import CountFromZero, NormEpsilon, RopeTheta, Scale, Tokens, Width
 from src.models.accounting import (
     STATISTIC_BYTES,
     SavedActivations,
@@ -39,15 +39,17 @@ class Yarn(Config):
     """Turns in `original` tokens; pairs with more stay as they are."""
     beta_slow: Scale
     """Turns in `original` tokens; pairs with fewer are slowed by factor; those between are blended."""
-    mscale: Scale
-    """Of (0.1 mscale ln(factor) + 1)^2, the factor on attention scores."""
+    mscale: Annotated[float, Field(ge=0, le=1e6)]
+    """Of (0.1 mscale ln(factor) + 1)^2, the factor on attention scores; 0: none."""
+    attention_factor: Scale
+    """Factor on the rotated part of queries and keys; 1: none."""
 
     @field_validator("beta_slow")
     @classmethod
     def _below_fast(cls, beta_slow: float, info: ValidationInfo) -> float:
         beta_fast = info.data.get("beta_fast")
-        if beta_fast is not None and beta_slow >= beta_fast:
-            raise ValueError(f"{beta_slow} must be smaller than beta_fast={beta_fast}")
+        if beta_fast is not None and beta_slow > beta_fast:
+            raise ValueError(f"{beta_slow} is more than beta_fast={beta_fast}; at most {beta_fast}")
         return beta_slow
 
     @property
@@ -105,6 +107,8 @@ class DeepseekV3Config(ModelConfig):
     """Base of the rotary angles."""
     rope_scaling: Yarn | None
     """Stretch of the context by YaRN, which released weights need at every length; null: none."""
+    latent_norm_eps: NormEpsilon | None
+    """Added under the root of the two norms inside of attention; null: norm_eps."""
     moe: MixtureOfExperts
     """Router and experts of the other layers."""
 
@@ -144,6 +148,11 @@ class DeepseekV3Config(ModelConfig):
     def qk_head_dim(self) -> int:
         """Width of a query or key: a part without position, then a part that turns."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def inner_norm_eps(self) -> float:
+        """Added under the root of the norms of latent vectors."""
+        return self.norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
     @property
     def softmax_scale(self) -> float:

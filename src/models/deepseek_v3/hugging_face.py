@@ -1,16 +1,18 @@
 """DeepSeek-V3 and V2 as transformers stores them: names, one key for each expert, config.json."""
 
 from collections.abc import Iterator
+from math import isclose, log
 from typing import Any
 
 from src.models.accounting import Weight
-from src.models.deepseek_v3.config import DeepseekV3Config
-from src.models.stored import MATRIX, ConfigReader, Stored, by_block, experts, router_bias
+from src.models.deepseek_v3.config import DeepseekV3Config, Yarn
+from src.models.stored import MATRIX, MISSING, ConfigReader, Stored, by_block, experts, rope_keys, router_bias
 
+# Of what is written; kimi_k2 is read too, a DeepSeek-V3 by another name.
 MODEL_TYPES = {"sigmoid": "deepseek_v3", "softmax": "deepseek_v2"}
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
-# transformers and the released code give the two norms inside of attention this, whatever rms_norm_eps says.
-NORM_EPS = 1e-6
+# transformers and the released code give the two norms inside of attention this eps, whatever rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
 
 IN_BLOCK = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -50,33 +52,41 @@ def skipped(_config: DeepseekV3Config, key: str, facts: ConfigReader) -> str | N
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotary frequencies, which are computed"
     parts = key.split(".")
-    first, count = facts.whole("num_hidden_layers"), facts.whole("num_nextn_predict_layers", 0)
+    named = facts.get("num_mtp_layers", 0)  # as transformers calls them
+    first, count = facts.whole("num_hidden_layers"), facts.whole("num_nextn_predict_layers", named, least=0)
     if parts[:2] == ["model", "layers"] and parts[2].isdecimal() and first <= int(parts[2]) < first + count:
         return "multi-token prediction, which is not built"
     return None
 
 
 def read(facts: ConfigReader) -> dict[str, Any]:
-    """The keys of DeepseekV3Config that a config.json says."""
+    """The keys of DeepseekV3Config that a config.json says.
+
+    An absent number of the shape is missing: transformers would put that of its favourite release in its place.
+    """
+    third = facts.get("model_type") != "deepseek_v2"
+    heads = facts.whole("num_attention_heads")
     _refuse(facts)
     theta, kind, numbers = facts.rope(10000.0, "default", "yarn")
+    length, eps = facts.whole("max_position_embeddings", 4096 if third else 2048), facts.number("rms_norm_eps", 1e-6)
     return {
         "dim": facts.whole("hidden_size"),
         "n_layers": facts.whole("num_hidden_layers"),
-        "n_heads": facts.whole("num_attention_heads"),
+        "n_heads": heads,
         "vocab_size": facts.whole("vocab_size"),
-        "max_seq_len": facts.whole("max_position_embeddings", 2048),
+        "max_seq_len": length,
         "ffn_dim": facts.whole("intermediate_size"),
-        "n_dense_layers": facts.whole("first_k_dense_replace", 0),
-        "q_lora_rank": facts.get("q_lora_rank", None),
+        "n_dense_layers": facts.whole("first_k_dense_replace", least=0),
+        "q_lora_rank": facts.whole_or_null("q_lora_rank"),
         "kv_lora_rank": facts.whole("kv_lora_rank"),
         "qk_nope_head_dim": facts.whole("qk_nope_head_dim"),
         "qk_rope_head_dim": facts.whole("qk_rope_head_dim"),
         "v_head_dim": facts.whole("v_head_dim"),
         "rope_theta": theta,
-        "rope_scaling": _yarn(numbers) if kind == "yarn" else None,
-        "norm_eps": facts.only("rms_norm_eps", legal=(NORM_EPS,)),
-        "moe": _mixture(facts),
+        "rope_scaling": _yarn(facts, numbers, length) if kind == "yarn" else None,
+        "norm_eps": eps,
+        "latent_norm_eps": None if eps == LATENT_NORM_EPS else LATENT_NORM_EPS,
+        "moe": _mixture(facts, third=third),
     }
 
 
@@ -88,40 +98,46 @@ def _refuse(facts: ConfigReader) -> None:
     facts.only("rope_interleave", legal=(True,))
     facts.only("moe_layer_freq", legal=(1,))
     facts.only("sliding_window", legal=(None,))
-    facts.get("num_key_value_heads", None)  # all heads share one latent vector: it says nothing
-    facts.get("head_dim", None)  # transformers repeats qk_rope_head_dim in it
+    heads = facts.values.get("num_attention_heads", facts.values.get("num_key_value_heads"))
+    facts.only("num_key_value_heads", legal=(None, heads))  # all heads share one latent vector
+    facts.get("head_dim", None)  # transformers overwrites it with qk_rope_head_dim
     facts.get("qk_head_dim", None)
 
 
-def _yarn(numbers: ConfigReader) -> dict[str, Any]:
-    mscale, all_dim = numbers.number("mscale", 1.0), numbers.number("mscale_all_dim", 0.0)
-    if mscale != all_dim:
-        numbers.problems.append(
-            f"{numbers.where}: mscale={mscale} and mscale_all_dim={all_dim} have no form here unless they are equal"
-        )
+def _yarn(facts: ConfigReader, numbers: ConfigReader, length: int) -> dict[str, Any]:
+    """As transformers computes it: mscale and mscale_all_dim shape the rotated part's factor, the second all scores."""
+    original = facts.original_length(numbers, length)
+    # A null factor is the ratio of the two lengths; an absent one is a fault.
+    factor = numbers.number("factor", length / original if "factor" in numbers.values else MISSING)
+    mscale, all_dim = numbers.number("mscale", 0.0), numbers.number("mscale_all_dim", 0.0)
+    implied = _magnitude(factor, mscale) / _magnitude(factor, all_dim) if mscale and all_dim else _magnitude(factor)
+    numbers.only("truncate", legal=(True,))
     return {
-        "factor": numbers.number("factor"),
-        "original": numbers.whole("original_max_position_embeddings"),
+        "factor": factor,
+        "original": original,
         "beta_fast": numbers.number("beta_fast", 32.0),
         "beta_slow": numbers.number("beta_slow", 1.0),
-        "mscale": mscale,
+        "mscale": all_dim,
+        "attention_factor": numbers.number("attention_factor", implied),
     }
 
 
-def _mixture(facts: ConfigReader) -> dict[str, Any]:
-    third = facts.get("model_type") == "deepseek_v3"
+def _magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's 0.1 mscale ln(factor) + 1."""
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _mixture(facts: ConfigReader, *, third: bool) -> dict[str, Any]:
     score = facts.only("scoring_func", legal=("sigmoid" if third else "softmax",))
     if third:
-        method = facts.only("topk_method", legal=("noaux_tc",))
+        facts.only("topk_method", legal=("noaux_tc",))
+        grouped, groups, kept = True, facts.whole("n_group", 8), facts.whole("topk_group", 4)
     else:
-        method = facts.only("topk_method", legal=("greedy", "group_limited_greedy"))
-    grouped = method != "greedy"
-    groups = facts.whole("n_group", 1) if grouped else 1
-    kept = facts.whole("topk_group", groups) if grouped else 1
-    if not grouped:
+        grouped = facts.only("topk_method", legal=("greedy", "group_limited_greedy")) != "greedy"
+        groups, kept = (facts.whole("n_group"), facts.whole("topk_group")) if grouped else (1, 1)
         facts.seen |= {"n_group", "topk_group"}
     return {
-        "num_experts": facts.whole("n_routed_experts"),
+        "num_experts": _experts(facts),
         "num_expert_groups": groups,
         "num_limited_groups": kept,
         "top_k": facts.whole("num_experts_per_tok"),
@@ -129,29 +145,25 @@ def _mixture(facts: ConfigReader) -> dict[str, Any]:
         "hidden_dim": facts.whole("moe_intermediate_size"),
         "score_func": score,
         "group_score": "top2sum" if third else "max",
-        "route_norm": facts.get("norm_topk_prob", True) if third else facts.only("norm_topk_prob", legal=(False,)),
-        "route_scale": facts.number("routed_scaling_factor", 1.0),
+        "route_norm": facts.only("norm_topk_prob", legal=(True, False) if third else (False,)),
+        "route_scale": facts.number("routed_scaling_factor", 2.5 if third else 1.0),
         "score_before_experts": False,
         **({} if third else {"load_balance_coeff": None}),  # V2 has no biases to balance with
     }
+
+
+def _experts(facts: ConfigReader) -> int:
+    """transformers knows the number of experts by other names as well."""
+    count = facts.whole("n_routed_experts")
+    for key in ("num_experts", "num_local_experts"):
+        facts.only(key, legal=(None, count))
+    return count
 
 
 def write(config: DeepseekV3Config) -> dict[str, Any]:
     """config.json without what only a run knows (token ids, dtype)."""
     moe, yarn = config.moe, config.rope_scaling
     kind = MODEL_TYPES[moe.score_func]
-    rope = None
-    if yarn is not None:
-        rope = {
-            "type": "yarn",
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale,
-        }
     plain = moe.num_limited_groups == moe.num_expert_groups
     if kind == "deepseek_v3":
         routing: dict[str, Any] = {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0, "rope_interleave": True}
@@ -186,10 +198,26 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope,
+        **rope_keys(config.rope_theta, None if yarn is None else _yarn_keys(yarn)),
         "tie_word_embeddings": False,
         "attention_bias": False,
+    }
+
+
+def _yarn_keys(yarn: Yarn) -> dict[str, Any]:
+    """Without keys that say what their absence says, so that a release's own block comes back."""
+    scores = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale} if yarn.mscale else {}
+    implied = 1.0 if yarn.mscale else _magnitude(yarn.factor)
+    turned = {} if isclose(yarn.attention_factor, implied) else {"attention_factor": yarn.attention_factor}
+    return {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        **scores,
+        **turned,
     }
 
 
@@ -198,8 +226,9 @@ def problems(config: DeepseekV3Config) -> list[str]:
     moe, kind, found = config.moe, MODEL_TYPES[config.moe.score_func], []
     if config.fixed_block is not None:
         found.append(f"model.fixed_block={config.fixed_block}: transformers' {kind} attends to all that came before")
-    if config.norm_eps != NORM_EPS:
-        found.append(f"model.norm_eps={config.norm_eps}: transformers' {kind} has {NORM_EPS} in its inner norms")
+    inner = config.inner_norm_eps
+    if inner != LATENT_NORM_EPS:
+        found.append(f"model.latent_norm_eps={inner}: transformers' {kind} has {LATENT_NORM_EPS} in its inner norms")
     if config.dim % config.n_heads and kind == "deepseek_v2":
         found.append(f"model.n_heads={config.n_heads} does not divide model.dim={config.dim}, as transformers asks")
     if moe.score_before_experts:

@@ -33,10 +33,10 @@ class LatentAttention(nn.Module):
             self.wq = nn.Linear(config.dim, queries, bias=False)
         else:
             self.wq_a = nn.Linear(config.dim, rank, bias=False)
-            self.q_norm = nn.RMSNorm(rank, eps=config.norm_eps)
+            self.q_norm = nn.RMSNorm(rank, eps=config.inner_norm_eps)
             self.wq_b = nn.Linear(rank, queries, bias=False)
         self.wkv_a = nn.Linear(config.dim, self.latent + self.rope, bias=False)
-        self.kv_norm = nn.RMSNorm(self.latent, eps=config.norm_eps)
+        self.kv_norm = nn.RMSNorm(self.latent, eps=config.inner_norm_eps)
         self.wkv_b = nn.Linear(self.latent, config.n_heads * (self.nope + self.value), bias=False)
         self.wo = nn.Linear(config.n_heads * self.value, config.dim, bias=False)
         self.core = CausalAttention() if config.attention == "sdpa" else FlexAttention()
@@ -69,6 +69,10 @@ class DeepseekV3(Decoder):
             return Block(config.dim, config.norm_eps, LatentAttention(config), moe=moe, hidden=config.ffn_dim)
 
         super().__init__(config, map(block, range(config.n_layers)), config.qk_rope_head_dim)
+
+    @property
+    def rotary_factor(self) -> float:
+        return 1.0 if self.config.rope_scaling is None else self.config.rope_scaling.attention_factor
 
     def frequencies(self) -> Tensor:
         frequencies = inverse_frequencies(self.config.qk_rope_head_dim, self.config.rope_theta)

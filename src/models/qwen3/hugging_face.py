@@ -5,7 +5,17 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.qwen3.config import Qwen3Config
-from src.models.stored import MATRIX, OUTSIDE, ConfigReader, Stored, by_block, experts, router_bias
+from src.models.stored import (
+    MATRIX,
+    MISSING,
+    OUTSIDE,
+    ConfigReader,
+    Stored,
+    by_block,
+    experts,
+    rope_keys,
+    router_bias,
+)
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
@@ -55,16 +65,19 @@ def read(facts: ConfigReader) -> dict[str, Any]:
     facts.only("attention_bias", legal=(False,))
     facts.only("hidden_act", legal=("silu",))
     facts.only("use_sliding_window", legal=(False,))
-    facts.seen |= {"sliding_window", "max_window_layers", "layer_types"}  # say nothing without a window
+    routed = facts.get("model_type") == "qwen3_moe"
+    facts.seen |= {"sliding_window", "max_window_layers"}  # say nothing without a window
+    kinds = facts.values.get("layer_types")
+    facts.only("layer_types", legal=(None, ["full_attention"] * (len(kinds) if isinstance(kinds, list) else 0)))
     theta, _, _ = facts.rope(10000.0, "default")
     dim, heads = facts.whole("hidden_size"), facts.whole("num_attention_heads")
-    width, routed = facts.whole("intermediate_size"), facts.get("model_type") == "qwen3_moe"
+    width = facts.whole("intermediate_size", 1 if routed else MISSING)
     return {
         "dim": dim,
         "n_layers": facts.whole("num_hidden_layers"),
         "n_heads": heads,
-        "n_kv_heads": facts.whole("num_key_value_heads", heads),
-        "head_dim": facts.whole("head_dim", dim // heads if routed else 128),
+        "n_kv_heads": facts.whole_or_null("num_key_value_heads") or heads,
+        "head_dim": facts.whole("head_dim", max(dim // heads, 1) if routed else 128),
         "ffn_dim": None if routed else width,
         "vocab_size": facts.whole("vocab_size"),
         "max_seq_len": facts.whole("max_position_embeddings", 32768),
@@ -78,8 +91,10 @@ def read(facts: ConfigReader) -> dict[str, Any]:
 def _mixture(facts: ConfigReader) -> dict[str, Any]:
     facts.only("decoder_sparse_step", legal=(1,))
     facts.only("mlp_only_layers", legal=([],))
+    count = facts.whole("num_experts", facts.get("num_local_experts", 128))
+    facts.only("num_local_experts", legal=(None, count))  # transformers' other name of it
     return {
-        "num_experts": facts.whole("num_experts", facts.get("num_local_experts", 128)),
+        "num_experts": count,
         "num_expert_groups": 1,
         "num_limited_groups": 1,
         "top_k": facts.whole("num_experts_per_tok", 8),
@@ -121,8 +136,7 @@ def write(config: Qwen3Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        **rope_keys(config.rope_theta, None),
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "use_sliding_window": False,
