@@ -163,7 +163,7 @@ STEPLESS = ALONE | {"compile=graph": "replays training steps, and this task take
 TO_TASK = {
     "bench": ALONE,
     "evaluate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
-    "export": STEPLESS | {"tokenizer=file": NOWHERE},
+    "export": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "generate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "pretrain": {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "verify": ALONE,

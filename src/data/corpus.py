@@ -14,8 +14,8 @@ from src.data.fingerprint import fingerprint
 from src.data.order import Interleave
 from src.data.shards import SPLITS, TokenShards
 from src.data.sources import PLACES_KEPT
-from src.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, open_kept
-from src.data.tokenizer_files import read_facts
+from src.data.tokenizer import ByteTokenizer, StoredTokenizer, Tokenizer, open_kept
+from src.data.tokenizer_formats.hub_files import read_facts
 from src.errors import DataError
 
 RECIPE = "data.json"  # of a run folder
@@ -103,7 +103,7 @@ class Corpus:
 
     def recipe(self) -> dict[str, Any]:
         """JSON from which `reopen` opens exactly these tokens on ranks, without reading the sources again."""
-        tokenizer = self.tokenizer.folder.name if isinstance(self.tokenizer, JsonTokenizer) else None
+        tokenizer = self.tokenizer.folder.name if isinstance(self.tokenizer, StoredTokenizer) else None
         parts = [[part.name, part.weight, part.shards.folder.name] for part in self.parts]
         skipped = {
             part.name: {"rows": part.shards.skipped_rows, "places": part.shards.skipped_places}

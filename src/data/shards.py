@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from src.data.files import BadRow, described
 from src.data.fingerprint import fingerprint, is_settled, read_memory, remember, stamp, write_json
 from src.data.sources import PLACES_KEPT, SkippedRows
-from src.data.tokenizer_files import read_facts
+from src.data.tokenizer_formats.hub_files import read_facts
 from src.errors import DataError
 from src.storage.atomic_write import TEMPORARY, temporary_beside
 from src.storage.space import room

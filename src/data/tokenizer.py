@@ -1,17 +1,17 @@
 """Text to token ids and back: bytes, a tokenizer file, or a BPE trained on the corpus.
 
-The backend's own template for beginning and end of text is never used: we add both marks ourselves, so none is doubled.
+A file's own template for beginning and end of text is never used: we add both marks ourselves, so none is doubled.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from src.config.base import Config, PathField
@@ -19,7 +19,10 @@ from src.config.bounds import Count
 from src.data.config import Data
 from src.data.fingerprint import fingerprint, write_json
 from src.data.sources import held_out
-from src.data.tokenizer_files import Marks, read_backend, read_facts
+from src.data.tokenizer_files import CODECS, read_tokenizer
+from src.data.tokenizer_formats.base import Ids, Marks, TextCodec
+from src.data.tokenizer_formats.hub_files import read_facts
+from src.data.tokenizer_formats.json_form import JsonCodec
 from src.errors import DataError
 from src.storage.atomic_write import atomic_write
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
-Ids = NDArray[np.uint32]
 
 
 class Tokenizer(ABC):
@@ -78,8 +80,8 @@ class ByteTokenizer(Tokenizer):
 
 
 @dataclass(frozen=True)
-class JsonTokenizer(Tokenizer):
-    """A tokenizer.json and its marks.json in a folder of the cache."""
+class StoredTokenizer(Tokenizer):
+    """A tokenizer file and its marks.json in a folder of the cache."""
 
     folder: Path
     vocab_size: int
@@ -89,21 +91,24 @@ class JsonTokenizer(Tokenizer):
     add_eos: bool
     fingerprint: str
 
+    @property
+    def codec(self) -> TextCodec:
+        """The opened file."""
+        return _opened(self.folder)
+
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        encodings = _load(self.folder / "tokenizer.json").encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        # Half of a surrogate pair is no text to any of the libraries.
+        return self.codec.encode([text.encode(errors="replace").decode() for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        return _load(self.folder / "tokenizer.json").decode([int(number) for number in ids])
+        return self.codec.decode(ids)
 
 
 @lru_cache(maxsize=4)  # a vocabulary of 128,256 takes 0.5 s to parse: once per process, not once per piece
-def _load(path: Path) -> "tokenizers.Tokenizer":
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    backend.encode_special_tokens = True  # a document that spells "<|end_of_text|>" must not end itself
-    return backend
+def _opened(folder: Path) -> TextCodec:
+    facts = read_facts(folder / "marks.json")
+    codec = CODECS[facts.get("form", JsonCodec.form)]
+    return codec.stored((folder / facts.get("file", JsonCodec.name)).read_bytes(), facts.get("facts", {}))
 
 
 class TokenizerConfig(Config, ABC):
@@ -128,20 +133,21 @@ class Bytes(TokenizerConfig):
 
 class File(TokenizerConfig):
     path: PathField
-    """A tokenizer.json, or a folder with one, or with vocab.json and merges.txt."""
+    """A tokenizer.json, tokenizer.model, tiktoken.model or qwen.tiktoken, or a folder with one of them."""
     bos: str | None
-    """Token that begins a document; null: as tokenizer_config.json or the file itself says."""
+    """Token that begins a document; null: as the files beside it or the file itself say."""
     eos: str | None
     """Token that ends a document; null: likewise."""
 
     def vocabulary(self) -> int:
-        return vocabulary_of(self._read()[0])
+        return self.read()[0].vocab_size
 
     def open(self, cache: Path, data: Data) -> Tokenizer:
-        return keep(*self._read(), cache / "tokenizers")
+        return keep(*self.read(), cache / "tokenizers")
 
-    def _read(self) -> tuple["tokenizers.Tokenizer", Marks]:
-        return read_backend(self.path, self.bos, self.eos)
+    def read(self) -> tuple[TextCodec, Marks]:
+        """What the path holds now. DataError where that is nothing that is read here."""
+        return read_tokenizer(self.path, self.bos, self.eos)
 
 
 class Kept(TokenizerConfig):
@@ -157,7 +163,7 @@ class Kept(TokenizerConfig):
         theirs, ours = open_kept(self.path), cache / "tokenizers" / self.path.name
         if not (ours / "marks.json").is_file():
             ours.mkdir(parents=True, exist_ok=True)
-            for name in ("tokenizer.json", "marks.json"):
+            for name in (theirs.codec.name, "marks.json"):  # marks last: they make the folder count
                 atomic_write(ours / name, (theirs.folder / name).read_bytes())
         return open_kept(ours)
 
@@ -178,7 +184,9 @@ class Bpe(TokenizerConfig):
         key = fingerprint("bpe 1", self.vocab_size, self.sample_bytes, sources, data.validation_fraction)
         pointer = cache / "tokenizers" / f"trained-{key}.json"
         if not pointer.is_file():
-            trained = keep(self._train(data), Marks(BEGIN, END, add_bos=True, add_eos=False), cache / "tokenizers")
+            trained = keep(
+                JsonCodec(self._train(data)), Marks(BEGIN, END, add_bos=True, add_eos=False), cache / "tokenizers"
+            )
             write_json(pointer, trained.folder.name)
         return open_kept(cache / "tokenizers" / str(read_facts(pointer)))
 
@@ -235,35 +243,39 @@ def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> li
     ]
 
 
-def vocabulary_of(backend: "tokenizers.Tokenizer") -> int:
-    """The largest id + 1, since a vocabulary may have holes."""
-    return 1 + max(backend.get_vocab(with_added_tokens=True).values())
-
-
-def keep(backend: "tokenizers.Tokenizer", marks: Marks, cache: Path) -> JsonTokenizer:
-    """Write tokenizer.json and marks.json to a folder named by their hash, so that tokens stay readable without the
-    original.
+def keep(codec: TextCodec, marks: Marks, cache: Path) -> StoredTokenizer:
+    """Write the tokenizer's file and marks.json to a folder named by their hash, so that tokens stay readable without
+    the original, and are not found where anything that decides them is another.
     """
-    text = backend.to_str()
-    facts = {
-        "bos_id": None if marks.bos is None else backend.token_to_id(marks.bos),
-        "eos_id": None if marks.eos is None else backend.token_to_id(marks.eos),
+    content = codec.content()
+    facts: dict[str, Any] = {
+        "bos_id": None if marks.bos is None else codec.token_to_id(marks.bos),
+        "eos_id": None if marks.eos is None else codec.token_to_id(marks.eos),
         "add_bos": marks.add_bos,
         "add_eos": marks.add_eos,
-        "vocab_size": vocabulary_of(backend),
+        "vocab_size": codec.vocab_size,
     }
-    folder = cache / fingerprint(text, facts)
+    if codec.form != JsonCodec.form:  # whose folders keep the names that they had before there were others
+        facts |= {"form": codec.form, "file": codec.name, "facts": codec.facts()}
+    folder = cache / _named(content, facts)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "marks.json").is_file():
-        atomic_write(folder / "tokenizer.json", text)
+        atomic_write(folder / codec.name, content)
         write_json(folder / "marks.json", facts)
     return open_kept(folder)
 
 
-def open_kept(folder: Path) -> JsonTokenizer:
+def open_kept(folder: Path) -> StoredTokenizer:
     """Open a folder that `keep` wrote. DataError when a file has changed since."""
     facts = read_facts(folder / "marks.json")
-    path = folder / "tokenizer.json"
-    if not isinstance(facts, dict) or not path.is_file() or folder.name != fingerprint(path.read_text(), facts):
+    path = folder / (facts.get("file", JsonCodec.name) if isinstance(facts, dict) else JsonCodec.name)
+    if not isinstance(facts, dict) or not path.is_file() or folder.name != _named(path.read_bytes(), facts):
         raise DataError(f"{folder}: its content is not what was written; delete the folder to make it again")
-    return JsonTokenizer(folder=folder, fingerprint=folder.name, **facts)
+    marks = {key: facts[key] for key in ("vocab_size", "bos_id", "eos_id", "add_bos", "add_eos")}
+    return StoredTokenizer(folder=folder, fingerprint=folder.name, **marks)
+
+
+def _named(content: bytes, facts: dict[str, Any]) -> str:
+    """Of text, or of the hash of a file that is none."""
+    binary = "form" in facts
+    return fingerprint(hashlib.blake2b(content).hexdigest() if binary else content.decode(errors="replace"), facts)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.data.tokenizer import BEGIN, END, ByteTokenizer, File, JsonTokenizer, Tokenizer, TokenizerConfig
+from src.data.tokenizer import BEGIN, END, ByteTokenizer, File, StoredTokenizer, Tokenizer, TokenizerConfig
+from src.data.tokenizer_files import transformers_config
+from src.data.tokenizer_formats.json_form import JsonCodec
 from src.hugging_face.check import E8M0
 from src.hugging_face.save import Form
 from src.hugging_face.write import BLOCK
@@ -15,7 +17,7 @@ from src.models.hugging_face import config_json
 # As released tokenizers come; the folder that a run was given may have any of them.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "qwen.tiktoken", "chat_template.jinja"),
 )
 
 
@@ -40,6 +42,10 @@ def tokenizer_files(tokenizer: Tokenizer, config: TokenizerConfig, max_seq_len: 
     if original is not None:
         there = {name: original / name for name in TOKENIZER_FILES}
         return {name: path.read_bytes() for name, path in there.items() if path.is_file()}
+    if isinstance(tokenizer, StoredTokenizer) and not isinstance(tokenizer.codec, JsonCodec):
+        codec = tokenizer.codec
+        facts = transformers_config(codec, tokenizer.bos_id, tokenizer.eos_id) | {"model_max_length": max_seq_len}
+        return {codec.name: codec.content(), "tokenizer_config.json": _text(facts)}
     backend = _byte_backend() if isinstance(tokenizer, ByteTokenizer) else _kept_backend(tokenizer)
     bos, eos = (None if mark is None else backend.id_to_token(mark) for mark in (tokenizer.bos_id, tokenizer.eos_id))
     if backend.post_processor is None and bos is not None and tokenizer.add_bos:
@@ -60,25 +66,22 @@ def tokenizer_files(tokenizer: Tokenizer, config: TokenizerConfig, max_seq_len: 
 
 
 def _original(tokenizer: Tokenizer, config: TokenizerConfig) -> Path | None:
-    """The folder of tokenizer=file, if it has a tokenizer.json with the very tokens of `tokenizer`."""
-    if not isinstance(config, File) or not isinstance(tokenizer, JsonTokenizer):
+    """The folder of tokenizer=file, if its tokenizer still is the very one of `tokenizer`."""
+    if not isinstance(config, File) or not isinstance(tokenizer, StoredTokenizer):
         return None
     folder = config.path if config.path.is_dir() else config.path.parent
-    if not (folder / "tokenizer.json").is_file() or config.path.name not in (folder.name, "tokenizer.json"):
+    codec, _ = config.read()
+    ours = tokenizer.codec
+    if not (folder / codec.name).is_file() or config.path.name not in (folder.name, codec.name):
         return None
-    from src.data.tokenizer import vocabulary_of
-    from src.data.tokenizer_files import read_backend
-
-    backend, marks = read_backend(config.path, config.bos, config.eos)
-    same = backend.to_str() == (tokenizer.folder / "tokenizer.json").read_text()
-    return folder if same and marks.eos is not None and vocabulary_of(backend) == tokenizer.vocab_size else None
+    return folder if (codec.content(), codec.facts()) == (ours.content(), ours.facts()) else None
 
 
 def _kept_backend(tokenizer: Tokenizer) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    assert isinstance(tokenizer, JsonTokenizer), "there are two kinds"
-    return Backend.from_file(str(tokenizer.folder / "tokenizer.json"))
+    assert isinstance(tokenizer, StoredTokenizer), "there are two kinds"
+    return Backend.from_file(str(tokenizer.folder / JsonCodec.name))
 
 
 def _byte_backend() -> Any:

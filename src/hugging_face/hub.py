@@ -15,7 +15,7 @@ from src.hugging_face.archive import CONVERSION, INDEX, SINGLE, shard_names
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # What describes a model and its tokenizer; weights are named by the index. Folders inside hold other formats.
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+SMALL = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 INSIDE = "*/*"
 
 

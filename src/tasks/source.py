@@ -113,8 +113,9 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
     if unread:
         print(f"  keys of it that say nothing here: {', '.join(unread)}", file=sys.stderr)
     found = tree | {"model": model}
-    if "tokenizer" not in typed and tree["tokenizer"]["_target_"] == BYTES and (folder / "tokenizer.json").is_file():
-        print(f"tokenizer: {folder / 'tokenizer.json'}", file=sys.stderr)
+    if "tokenizer" not in typed and tree["tokenizer"]["_target_"] == BYTES:
+        # A folder without one that is read here is refused: embeddings of other tokens are not trained on bytes.
+        print(f"tokenizer: of {folder}", file=sys.stderr)
         found["tokenizer"] = _tokenizer(folder)
     return found
 

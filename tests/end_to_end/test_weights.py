@@ -86,7 +86,7 @@ def test_weights_without_a_tokenizer_are_told_so_on_the_launcher(tmp_path: Path)
 
 def small(text: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     others = tuple(each for each in text if not each.startswith("model."))
-    return (*others, "model=auto", f"checkpoint.initial=hf:{folder}", "name=once")
+    return (*others, "model=auto", "tokenizer=bytes", f"checkpoint.initial=hf:{folder}", "name=once")
 
 
 def test_a_resumed_run_does_not_look_for_them(

@@ -64,7 +64,13 @@ def look(source: str, hub: Hub | None, home: Path, **more: str) -> tuple[int, st
 
 
 def test_a_run_starts_from_an_id_and_writes_down_its_revision(hub: Hub, files: Path, tmp_path: Path) -> None:
-    argv = ("model=auto", "checkpoint.initial=hf:me/tiny@v1", f"root={tmp_path / 'runs'}", "cluster.gpus=0")
+    argv = (
+        "model=auto",
+        "tokenizer=bytes",
+        "checkpoint.initial=hf:me/tiny@v1",
+        f"root={tmp_path / 'runs'}",
+        "cluster.gpus=0",
+    )
     data = ("data=synthetic", "data.documents=200", "data.processes=1", "task.seq_len=32", "task.steps=1")
     code, told = command(*argv, *data, "task.validate_every=0", "name=hub", **environment(hub, tmp_path / "home"))
     assert code == 0, told

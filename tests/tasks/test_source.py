@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from src.config import tree as trees
 from src.config.composition.requests import asked
 from src.config.tree import Tree
+from src.data.tokenizer import File, vocabulary_problems
 from src.hugging_face.push import push
 from src.tasks.source import completed, find
 from tests.checkpoint.options import problems
@@ -115,7 +116,8 @@ def test_model_auto_takes_the_tokenizer_along(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     start = ("model=auto", f"checkpoint.initial=hf:{tmp_path}")
     (bare,) = composed(*start)
-    assert bare["tokenizer"]["_target_"].endswith(".Bytes"), "there is none"
+    (told,) = vocabulary_problems(File(path=bare["tokenizer"]["path"], bos=None, eos=None), 512)
+    assert told.startswith(f"tokenizer.path={tmp_path}: needs tokenizer.json"), "released weights read no bytes"
     (tmp_path / "tokenizer.json").write_text("{}")
     (tree,) = composed(*start, "model.max_seq_len=64", "model.attention=flex")
     assert tree["tokenizer"] == {"_target_": "src.data.tokenizer.File", "path": str(tmp_path), "bos": None, "eos": None}

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 from src.checkpoint.config import FOREIGN
 from src.config.base import Config, PathField, Place
 from src.config.bounds import Gibibytes, Steps
+from src.data.tokenizer import vocabulary_problems
 from src.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Export(Config):
         return None if self.fp8_scales == "float32" else self.fp8_scales
 
     def problems(self, run: "Run") -> list[str]:
-        """A model that transformers does not have, a target that exists, a missing tokenizer. Runs on the launcher."""
+        """A model that transformers does not have, a target that exists, a tokenizer that is missing or too large for
+        the model. Runs on the launcher.
+        """
         from src.hugging_face.save import refuse_foreign
         from src.models.hugging_face import export_problems
 
@@ -86,6 +89,8 @@ class Export(Config):
             refuse_foreign(self.target)
         except CheckpointError as error:
             found += error.problems
+        if unfit := vocabulary_problems(run.tokenizer, run.model.vocab_size):
+            return found + unfit
         try:
             run.tokenizer.open(run.cache, run.data)
         except DataError as error:
