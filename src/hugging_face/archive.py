@@ -1,6 +1,7 @@
 """A folder in Hugging Face layout: config.json, and weights in one safetensors file or in several with an index."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Archive:
     folder: Path
     config: Mapping[str, Any]  # config.json
     entries: Mapping[str, TensorEntry]  # by key
+    remarks: tuple[str, ...] = ()  # for people: where index and shards differ without harm
 
     @classmethod
     def open(cls, folder: Path) -> "Archive":
@@ -34,7 +36,7 @@ class Archive:
             raise CheckpointError(f"{folder}: no such folder")
         config = read_json(folder / "config.json")
         if (folder / INDEX).is_file():
-            return cls(folder, config, _sharded(folder))
+            return cls(folder, config, *_sharded(folder))
         if (folder / SINGLE).is_file():
             return cls(folder, config, read_header(folder / SINGLE))
         pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
@@ -105,8 +107,8 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(set(_weight_map(folder).values()))
 
 
-def _sharded(folder: Path) -> dict[str, TensorEntry]:
-    """Entries of all shards; the index and the headers must tell of the same keys."""
+def _sharded(folder: Path) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
+    """Entries of all shards, each of the shard that the index names; and what else the shards hold."""
     where, names = _weight_map(folder), shard_names(folder)
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards missing: {some(absent)}")
@@ -114,7 +116,14 @@ def _sharded(folder: Path) -> dict[str, TensorEntry]:
     lost = [f"{key} ({name})" for key, name in where.items() if key not in held[name]]
     if lost:
         raise CheckpointError(f"{folder / INDEX}: {len(lost)} keys are not in the shard it names: {some(lost)}")
-    return {key: held[name][key] for key, name in where.items()}
+    counts = Counter(key for entries in held.values() for key in entries)
+    beside, double = counts.keys() - where.keys(), {key for key in where if counts[key] > 1}
+    remarks = (
+        [f"{len(beside)} keys are in a shard and not in {INDEX}, and are not read: {some(beside)}"] if beside else []
+    )
+    if double:
+        remarks.append(f"{len(double)} keys are in two shards, and read of the one that {INDEX} names: {some(double)}")
+    return {key: held[name][key] for key, name in where.items()}, tuple(remarks)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

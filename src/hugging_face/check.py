@@ -38,7 +38,8 @@ def check(archive: Archive, config: ModelConfig) -> list[str]:
     if problems:
         raise CheckpointError(_shortened(problems))
     reasons = [reason for reason in unused.values() if reason is not None]
-    return [f"{reasons.count(reason)} keys are not read: {reason}" for reason in dict.fromkeys(reasons)]
+    told = [f"{reasons.count(reason)} keys are not read: {reason}" for reason in dict.fromkeys(reasons)]
+    return [*archive.remarks, *told]
 
 
 def _misfits(entries: Mapping[str, TensorEntry], stored: Stored, key: str, block: tuple[int, int] | None) -> list[str]:

@@ -2,29 +2,84 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from src.data.tokenizer import BEGIN, END, ByteTokenizer, File, StoredTokenizer, Tokenizer, TokenizerConfig
 from src.data.tokenizer_files import transformers_config
 from src.data.tokenizer_formats.json_form import JsonCodec
+from src.errors import DataError
 from src.hugging_face.check import E8M0
+from src.hugging_face.origin import Origin
 from src.hugging_face.save import Form
 from src.hugging_face.write import BLOCK
 from src.models.base import ModelConfig
 from src.models.hugging_face import config_json
 
+GENERATION = "generation_config.json"
 # As released tokenizers come; the folder that a run was given may have any of them.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "qwen.tiktoken", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "qwen.tiktoken"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 
 
-def describe(config: ModelConfig, tokenizer: Tokenizer, form: Form) -> dict[str, bytes]:
-    """config.json and generation_config.json; CheckpointError where transformers has no such model."""
+# What transformers writes of every model, and our models do not decide.
+COMMON: Mapping[str, Any] = {
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "pad_token_id": None,
+    "transformers_version": "5.23.0",  # whose form of config.json this is
+    "use_cache": True,
+}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where an export finds what it passes on."""
+
+    origin: Origin | None  # of the weights
+    tokenizers: tuple[Path, ...]  # tokenizer.json or folders with one, which may have the very tokens of the run
+
+
+def companions(
+    config: ModelConfig, tokenizer: Tokenizer, tokenizers: TokenizerConfig, form: Form, sources: Sources
+) -> dict[str, bytes]:
+    """All files beside the weights but card and facts. CheckpointError where transformers has no such model.
+
+    Tokenizer files, generation config and ids of the ends are those that came with the weights, byte for byte, if the
+    tokens still are theirs.
+    """
+    origin = sources.origin
+    folders = (*sources.tokenizers, *(() if origin is None else (origin.folder,)))
+    places = (tokenizers, *(File(path=folder, bos=None, eos=None) for folder in folders))
+    original = next((found for place in places if (found := _original(tokenizer, place)) is not None), None)
+    same = origin is not None and original is not None and original.resolve() == origin.folder.resolve()
+    legal = {} if origin is None else origin.legal()
+    return {
+        **legal,
+        **describe(config, tokenizer, form, origin, same=same),
+        **tokenizer_files(tokenizer, original, config.max_seq_len),
+    }
+
+
+def describe(
+    config: ModelConfig, tokenizer: Tokenizer, form: Form, origin: Origin | None, *, same: bool
+) -> dict[str, bytes]:
+    """config.json and generation_config.json; `same`: the tokens are those of `origin`."""
     marks = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    values = config_json(config) | marks | {"torch_dtype": form.dtype, "use_cache": True}
+    generation = _text(marks)
+    if origin is not None and same:
+        ends = origin.end_ids()
+        marks["eos_token_id"] = tokenizer.eos_id if ends is None else ends
+        path = origin.folder / GENERATION
+        generation = path.read_bytes() if path.is_file() else _text(marks)
+    values = {**COMMON, **config_json(config), **({} if origin is None else origin.config()), **marks}
+    values |= {"dtype": form.dtype, "torch_dtype": form.dtype}
     if form.fp8:
         values["quantization_config"] = {
             "quant_method": "fp8",
@@ -33,12 +88,11 @@ def describe(config: ModelConfig, tokenizer: Tokenizer, form: Form) -> dict[str,
             "weight_block_size": [BLOCK, BLOCK],
             **({"scale_fmt": "ue8m0"} if form.scales == E8M0 else {}),
         }
-    return {"config.json": _text(values), "generation_config.json": _text(marks)}
+    return {"config.json": _text(values), GENERATION: generation}
 
 
-def tokenizer_files(tokenizer: Tokenizer, config: TokenizerConfig, max_seq_len: int) -> dict[str, bytes]:
-    """The files that a run was given, if they still are what it was trained with; else made from what it keeps."""
-    original = _original(tokenizer, config)
+def tokenizer_files(tokenizer: Tokenizer, original: Path | None, max_seq_len: int) -> dict[str, bytes]:
+    """The files of the folder `original`, which has these very tokens; None: made from what the run keeps."""
     if original is not None:
         there = {name: original / name for name in TOKENIZER_FILES}
         return {name: path.read_bytes() for name, path in there.items() if path.is_file()}
@@ -70,7 +124,10 @@ def _original(tokenizer: Tokenizer, config: TokenizerConfig) -> Path | None:
     if not isinstance(config, File) or not isinstance(tokenizer, StoredTokenizer):
         return None
     folder = config.path if config.path.is_dir() else config.path.parent
-    codec, _ = config.read()
+    try:
+        codec, _ = config.read()
+    except DataError:  # what the run keeps is not of this place
+        return None
     ours = tokenizer.codec
     if not (folder / codec.name).is_file() or config.path.name not in (folder.name, codec.name):
         return None
@@ -99,11 +156,13 @@ def _byte_backend() -> Any:
     return backend
 
 
-def card(name: str, facts: Mapping[str, Any]) -> bytes:
-    """README.md of the folder."""
+def card(name: str, facts: Mapping[str, Any], origin: Origin | None) -> bytes:
+    """README.md of the folder, with licence and base model of the weights that the run began from."""
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head |= {} if origin is None else origin.head()
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {name}\n\nPretrained weights, exported from a run:\n\n| | |\n|---|---|\n{rows}\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("<this folder>", dtype="auto")\n'

@@ -15,6 +15,7 @@ from src.errors import CheckpointError
 LENGTH = struct.Struct("<Q")
 MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 METADATA = "__metadata__"
+POINTER = b"version "  # begins a file that git-lfs has not fetched
 
 # Name in the format -> (torch's name, bytes). Others are no weights.
 DTYPES = {
@@ -85,6 +86,8 @@ def _length(path: Path, size: int, start: bytes) -> int:
     """Of the header."""
     if len(start) < LENGTH.size:
         raise CheckpointError(f"{path}: {size} bytes found, at least {LENGTH.size} expected; it is cut off")
+    if start == POINTER:
+        raise CheckpointError(f"{path}: a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder")
     length = int(LENGTH.unpack(start)[0])
     if length > MOST_HEADER_BYTES:
         raise CheckpointError(f"{path}: no safetensors file: its header would have {length:,} bytes")

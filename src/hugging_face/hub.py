@@ -16,6 +16,7 @@ from src.hugging_face.archive import CONVERSION, INDEX, SINGLE, shard_names
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # What describes a model and its tokenizer; weights are named by the index. Folders inside hold other formats.
 SMALL = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+LEGAL = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 INSIDE = "*/*"
 
 
@@ -51,11 +52,11 @@ def fetch(source: str, *, weights: bool) -> Fetched:
             f"hf:{source}: neither a folder nor <owner>/<name> or <owner>/<name>@<revision> of the hub"
         )
     repository, _, revision = source.partition("@")
-    folder = _download(source, repository, revision or "main", SMALL)
+    folder = _download(source, repository, revision or "main", [*SMALL, *LEGAL])
     # From here on the commit is pinned: the files of one revision belong together.
     if weights:
         names = shard_names(folder) if (folder / INDEX).is_file() else [SINGLE]
-        folder = _download(source, repository, folder.name, [*SMALL, *names])
+        folder = _download(source, repository, folder.name, [*SMALL, *LEGAL, *names])
         if not all((folder / name).is_file() for name in names):
             raise CheckpointError(f"hf:{source}: has no {some(names)}. {_what_there_is(repository, folder.name)}")
     return Fetched(source, str(folder), folder.name)

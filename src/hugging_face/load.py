@@ -60,16 +60,23 @@ def note(folder: Path, fetched: Fetched) -> None:
     atomic_write(folder / FILE, json.dumps(fetched.to_dict(), indent=2) + "\n")
 
 
+def begun_from(folder: Path) -> Fetched | None:
+    """What `note` recorded in this run folder; None: nothing."""
+    return Fetched(**read_json(folder / FILE)) if (folder / FILE).is_file() else None
+
+
 def noted(folder: Path) -> Path | None:
     """The place that `note` recorded in this run folder; None: it has none."""
-    return Path(read_json(folder / FILE)["folder"]) if (folder / FILE).is_file() else None
+    fetched = begun_from(folder)
+    return None if fetched is None else Path(fetched.folder)
 
 
 def pinned(folder: Path, source: str) -> str:
     """`source` at the revision of this run folder's first start, if it has had one."""
-    facts = read_json(folder / FILE) if (folder / FILE).is_file() else {}
-    again = facts.get("source") == source and facts.get("revision") is not None
-    return f"{source.partition('@')[0]}@{facts['revision']}" if again else source
+    earlier = begun_from(folder)
+    if earlier is None or earlier.source != source or earlier.revision is None:
+        return source
+    return f"{source.partition('@')[0]}@{earlier.revision}"
 
 
 def load(folder: Path, tensors: "Mapping[str, Tensor]", config: ModelConfig) -> str:

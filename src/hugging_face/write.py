@@ -26,6 +26,8 @@ from src.models.stored import Stored, rotary_row
 
 BLOCK = 128  # rows and columns that share a scale
 LARGEST = 448.0  # of float8_e4m3fn
+# At most, of a header: beside its entries, and of one entry beside its key (two offsets of 13 digits, two sizes).
+HEADER_BYTES, ENTRY_BYTES = 128, 128
 Scales = Mapping[str, Tensor]  # by key: (blocks of rows, blocks of columns), what a float8 number is multiplied with
 
 
@@ -68,12 +70,12 @@ class Files:
         `scales`: dtype of the scales of float8.
         """
         parts: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-        room = shard_bytes
+        room = shard_bytes - HEADER_BYTES
         for key, (kind, shape) in _tensors(table, dtype, scales if fp8 else None):
-            size = prod(shape) * DTYPES[NAMES[kind]][1]
+            size = prod(shape) * DTYPES[NAMES[kind]][1] + len(key) + ENTRY_BYTES
             if size > room and parts[-1]:
                 parts.append({})
-                room = shard_bytes
+                room = shard_bytes - HEADER_BYTES
             parts[-1][key] = (kind, shape)
             room -= size
         entries, headers, sizes = {}, {}, {}

@@ -15,6 +15,7 @@ from src.checkpoint.host_group import HostGroup
 from src.distributed.model_stages import ModelStages
 from src.errors import UserError
 from src.hugging_face.companions import card
+from src.hugging_face.origin import Origin
 from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
 from src.hugging_face.write import Held, held
 from src.models.base import ModelConfig
@@ -37,9 +38,20 @@ class Exported:
 class Exports:
     """Every method is collective. What the disk refuses is told, and training goes on: checkpoints are elsewhere."""
 
-    def __init__(self, folder: Path, model: ModelConfig, form: Form, beside: Mapping[str, bytes], check: Check) -> None:
-        """`folder`: exports of the run; `beside`: files of every step, such as config.json and the tokenizer's."""
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig,
+        form: Form,
+        beside: Mapping[str, bytes],
+        origin: Origin | None,
+        check: Check,
+    ) -> None:
+        """`folder`: exports of the run; `beside`: files of every step, such as config.json and the tokenizer's;
+        `origin`: of the weights that it began from.
+        """
         self.folder, self.model, self.form, self.beside, self.check = folder, model, form, beside, check
+        self.origin = origin
         self.last: Exported | None = None
         self.failed: str | None = None  # why the last one is not there
         self._team = HostGroup()
@@ -51,7 +63,7 @@ class Exports:
         self.finish()
         told = {"optimizer steps": step, **facts}
         text = (json.dumps(told, indent=2) + "\n").encode()
-        beside = {**self.beside, "README.md": card(str(facts["run"]), told), FACTS: text}
+        beside = {**self.beside, "README.md": card(str(facts["run"]), told, self.origin), FACTS: text}
         stages = {name: replace(part, local=_on_host(part)) for name, part in held(network.tensors()).items()}
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from src.errors import UserError
 from src.hugging_face.archive import Archive
 from src.models.llama3 import hugging_face
+from src.models.stored import rope_keys
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import WORLDS, live, opened, series, values
 from tests.hugging_face.foreign import edit, saved
@@ -143,7 +144,7 @@ def test_a_wrong_folder_is_not_put_in_its_place(straight: Straight, ranks: RankP
 
 def live_with_another_theta(folder: Path) -> bool | tuple[str, ...]:
     write = hugging_face.write
-    with patch.object(hugging_face, "write", lambda config: write(config) | {"rope_theta": 10.0}):
+    with patch.object(hugging_face, "write", lambda config: write(config) | rope_keys(10.0, None)):
         return live(folder)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.data.tokenizer import Bytes, ByteTokenizer
 from src.hugging_face.check import E8M0, SCALE
-from src.hugging_face.companions import describe, tokenizer_files
+from src.hugging_face.companions import Sources, companions
 from src.hugging_face.load import load
 from src.hugging_face.save import Form, save
 from src.hugging_face.write import held
@@ -66,7 +66,7 @@ def model_of(config: Any) -> Any:
 
 def exported(folder: Path, model: Any, config: Any, form: Form) -> Path:
     """The draft, with all that transformers needs beside the weights."""
-    beside = describe(config, ByteTokenizer(), form) | tokenizer_files(ByteTokenizer(), Bytes(), 64)
+    beside = companions(config, ByteTokenizer(), Bytes(), form, Sources(None, ()))
     parts = held(tensors(model))
     return save(Alone(), folder, parts, config, form, beside, lambda tensor: tensor, torch.device("cpu"))
 

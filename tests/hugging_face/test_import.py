@@ -140,6 +140,26 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert "its header is no JSON" in problems(Archive.open, tmp_path)[0]
 
 
+def test_a_pointer_of_git_lfs_is_told_as_such(tmp_path: Path) -> None:
+    saved("llama", tmp_path, shard="1GB")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_bytes(pointer)
+    assert "a pointer of git-lfs, not the file itself; run `git lfs pull`" in problems(Archive.open, tmp_path)[0]
+
+
+def test_keys_that_only_shards_or_two_of_them_have_are_told(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    double = next(key for key, name in index["weight_map"].items() if name == second.name)
+    more = {"beside": torch.ones(1), double: torch.ones(1)}
+    save_file(load_file(first) | more, first)
+    assert examine(tmp_path, config_of(tmp_path)) == [
+        f"1 keys are in a shard and not in {INDEX}, and are not read: beside",
+        f"1 keys are in two shards, and read of the one that {INDEX} names: {double}",
+    ]
+
+
 def test_missing_shards_are_counted_and_named(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     first, second, *others = sorted(tmp_path.glob("*.safetensors"))

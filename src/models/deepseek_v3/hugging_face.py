@@ -168,7 +168,7 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
     if kind == "deepseek_v3":
         routing: dict[str, Any] = {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0, "rope_interleave": True}
     else:
-        routing = {"topk_method": "greedy" if plain else "group_limited_greedy"}
+        routing = {"topk_method": "greedy" if plain else "group_limited_greedy", "mlp_bias": False}
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -185,6 +185,8 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
         "qk_nope_head_dim": config.qk_nope_head_dim,
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "v_head_dim": config.v_head_dim,
+        "qk_head_dim": config.qk_head_dim,
+        "head_dim": config.qk_rope_head_dim,  # as transformers repeats it
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.num_shared_experts,
         "num_experts_per_tok": moe.top_k,
@@ -201,6 +203,8 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
         **rope_keys(config.rope_theta, None if yarn is None else _yarn_keys(yarn)),
         "tie_word_embeddings": False,
         "attention_bias": False,
+        "output_router_logits": False,
+        "pretraining_tp": 1,
     }
 
 

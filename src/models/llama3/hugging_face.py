@@ -108,7 +108,11 @@ def write(config: Llama3Config) -> dict[str, Any]:
             "high_freq_factor": scaling.high,
             "original_max_position_embeddings": scaling.original,
         }
-    only = {"attention_bias": False, "mlp_bias": False} if name == "llama" else {"sliding_window": None}
+    only = (
+        {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+        if name == "llama"
+        else {"sliding_window": None}
+    )
     return {
         "architectures": [ARCHITECTURES[name]],
         "model_type": name,

@@ -112,16 +112,22 @@ def _mixture(facts: ConfigReader) -> dict[str, Any]:
 def write(config: Qwen3Config) -> dict[str, Any]:
     """config.json without what only a run knows (token ids, dtype)."""
     moe, width = config.moe, config.ffn_dim
-    mixture: dict[str, Any] = {}
+    more: dict[str, Any] = {
+        "layer_types": ["full_attention"] * config.n_layers,
+        "max_window_layers": config.n_layers,
+    }
     if moe is not None:
         width = moe.top_k * moe.hidden_dim  # of feed forwards that no layer has; released files say this one
-        mixture = {
+        more = {
             "num_experts": moe.num_experts,
+            "num_local_experts": moe.num_experts,  # as transformers 5 calls them
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.hidden_dim,
             "norm_topk_prob": moe.route_norm,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
         }
     return {
         "architectures": [ARCHITECTURES[kind(config)]],
@@ -140,7 +146,8 @@ def write(config: Qwen3Config) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "use_sliding_window": False,
-        **mixture,
+        "sliding_window": None,
+        **more,
     }
 
 

@@ -9,16 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import is_complete, read_marker, step_of
 from src.checkpoint.host_group import HostGroup
 from src.checkpoint.store import VALUES
+from src.config.tree import read
 from src.data.tokenizer import Tokenizer
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
-from src.hugging_face.check import E8M0
-from src.hugging_face.companions import card, describe, tokenizer_files
+from src.hugging_face.archive import Archive
+from src.hugging_face.check import E8M0, WEIGHTS
+from src.hugging_face.companions import Sources, card, companions
+from src.hugging_face.origin import lost, origin_of
 from src.hugging_face.push import push
 from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
 from src.hugging_face.write import held
@@ -42,8 +46,8 @@ def export(task: Export, run: Run, folder: Path) -> bool:
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
     origin = load(task, run, network, folder)
     team, tokenizer = HostGroup(), run.tokenizer.open(run.cache, run.data)
-    form = _form(task, run, team, network)
-    beside = _beside(task, run, tokenizer, form, origin)
+    form = _form(task, run, team, network, origin)
+    beside = _beside(task, run, tokenizer, form, origin, folder)
     ids = tokenizer.prompt(task.text)[: run.model.max_seq_len]
     before = native_logits(network, ids) if task.check else None
     stages = held(network.tensors())
@@ -51,7 +55,7 @@ def export(task: Export, run: Run, folder: Path) -> bool:
     if before is not None:
         finding = _check(task, run, network, team, draft, ids, before, form)
         if ranks.rank == 0:
-            _tell(finding)
+            _tell(finding, lost(_whose(task, folder)))
         if finding.problems:
             raise VerdictError(finding.problems)
     team.on_rank_zero(lambda: publish(draft, task.target))
@@ -78,7 +82,7 @@ def _precise(run: Run) -> Run:
     )
 
 
-def _form(task: Export, run: Run, team: HostGroup, network: ModelStages) -> Form:
+def _form(task: Export, run: Run, team: HostGroup, network: ModelStages, origin: Path) -> Form:
     """Collective. Biases that transformers has no place for must not go lost in silence."""
     biased = has_biases(team, run.model, network.tensors())
     if biased and task.biases == "refuse":
@@ -90,7 +94,7 @@ def _form(task: Export, run: Run, team: HostGroup, network: ModelStages) -> Form
         )
     return Form(
         # float8 is released among bfloat16.
-        task.dtype or ("bfloat16" if task.fp8 else run.precision.storage),
+        task.dtype or ("bfloat16" if task.fp8 else _dtype(task, run, origin)),
         task.fp8,
         biased and task.biases == "keep",
         int(task.shard_gb * GB),
@@ -98,15 +102,39 @@ def _form(task: Export, run: Run, team: HostGroup, network: ModelStages) -> Form
     )
 
 
-def _beside(task: Export, run: Run, tokenizer: Tokenizer, form: Form, origin: Path) -> dict[str, bytes]:
-    """All files but the weights."""
-    facts = _facts(task, run, form, origin)
+def _dtype(task: Export, run: Run, origin: Path) -> str:
+    """That of the weights as they lie there; of files with several the one that most bytes have."""
+    if not task.source.startswith(FOREIGN):
+        return run.precision.storage
+    sizes = dict.fromkeys(WEIGHTS, 0)
+    for entry in Archive.open(origin).entries.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _beside(
+    task: Export, run: Run, tokenizer: Tokenizer, form: Form, checkpoint: Path, folder: Path
+) -> dict[str, bytes]:
+    """All files but the weights. `folder`: of this task's own run."""
+    facts, whose = _facts(task, run, form, checkpoint), _whose(task, folder)
+    origin = origin_of(whose)
     return {
-        **describe(run.model, tokenizer, form),
-        **tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len),
-        "README.md": card(Path(task.source).name, facts),
+        **companions(run.model, tokenizer, run.tokenizer, form, Sources(origin, _tokenizers(whose))),
+        "README.md": card(Path(task.source).name, facts, origin),
         FACTS: (json.dumps(facts | {"form": asdict(form)}, indent=2) + "\n").encode(),
     }
+
+
+def _whose(task: Export, folder: Path) -> Path:
+    """The run folder that noted where the weights came from in the first place."""
+    return folder if task.source.startswith(FOREIGN) else Path(task.source)
+
+
+def _tokenizers(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer that a run folder's config names, if it names one: not the copy that its cache keeps."""
+    named = read(folder / "config.yaml")["tokenizer"].get("path")
+    return () if named is None else (Path(named),)
 
 
 def _facts(task: Export, run: Run, form: Form, origin: Path) -> dict[str, Any]:
@@ -148,9 +176,9 @@ def _check(
     )
 
 
-def _tell(finding: Finding) -> None:
+def _tell(finding: Finding, warnings: list[str]) -> None:
     with Console(1) as console:
-        for line in finding.lines:
+        for line in (*finding.lines, *warnings):
             console.say(line)
 
 

@@ -13,8 +13,9 @@ from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
-from src.hugging_face.companions import describe, tokenizer_files
+from src.hugging_face.companions import Sources, companions
 from src.hugging_face.load import noted
+from src.hugging_face.origin import origin_of
 from src.hugging_face.save import Form
 from src.metrics.console import Console
 from src.metrics.curve import plot
@@ -132,9 +133,9 @@ def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
     if run.checkpoint.export_every is None:
         return None
     form, tokenizer = Form(run.precision.storage, fp8=False, biases=False, shard_bytes=SHARD_BYTES), corpus.tokenizer
-    files = tokenizer_files(tokenizer, run.tokenizer, run.model.max_seq_len)
-    beside = describe(run.model, tokenizer, form) | files
-    return Exports(folder / "exports", run.model, form, beside, check_apart)
+    origin = origin_of(folder)
+    beside = companions(run.model, tokenizer, run.tokenizer, form, Sources(origin, ()))
+    return Exports(folder / "exports", run.model, form, beside, origin, check_apart)
 
 
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
