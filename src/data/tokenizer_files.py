@@ -7,7 +7,7 @@ from src.data.tokenizer_formats.base import Marks, TextCodec
 from src.data.tokenizer_formats.hub_files import HubFiles, marks_of
 from src.data.tokenizer_formats.json_form import JsonCodec, read_json_form, read_word_lists
 from src.data.tokenizer_formats.sentencepiece_form import SentencePieceCodec, read_sentencepiece
-from src.data.tokenizer_formats.tiktoken_form import TiktokenCodec, is_tiktoken, read_tiktoken
+from src.data.tokenizer_formats.tiktoken_form import KIMI, QWEN, TiktokenCodec, is_tiktoken, read_tiktoken
 from src.errors import DataError, some
 
 CODECS = {codec.form: codec for codec in (JsonCodec, SentencePieceCodec, TiktokenCodec)}
@@ -20,19 +20,34 @@ def read_tokenizer(path: Path, bos: str | None, eos: str | None) -> tuple[TextCo
     """Tokenizer and marks of a tokenizer file or its folder. `bos` and `eos`, where given, go before what the files
     say. DataError where there is none that is read here.
     """
+    codec, files = _read(path)
+    marks = marks_of(codec, files, bos, eos)
+    if eos is None and marks.eos is not None and codec.token_to_id(marks.eos) in codec.encode([marks.eos])[0]:
+        raise DataError(
+            f"{files.folder / codec.name}: takes {marks.eos!r} inside a text for the end of its document; pass "
+            "tokenizer.eos=<special token>"
+        )
+    return codec, marks
+
+
+def read_codec(path: Path) -> TextCodec:
+    """The tokenizer alone, of files that may say no end of a document. DataError where there is none."""
+    return _read(path)[0]
+
+
+def needs_vendor_code(folder: Path) -> bool:
+    """Whether transformers opens the tokenizer of a folder only with code from the hub."""
+    return _of_folder(folder).name in (KIMI.file, QWEN.file)
+
+
+def _read(path: Path) -> tuple[TextCodec, HubFiles]:
     file = _of_folder(path) if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"tokenizer.path={path}: no such file or folder")
     if file.name in UNREAD:
         raise DataError(f"tokenizer.path={path}: {UNREAD[file.name]}; give its tokenizer.json")
     files = HubFiles.read(file.parent)
-    codec = _opened(file, files)
-    marks = marks_of(codec, files, bos, eos)
-    if eos is None and marks.eos is not None and codec.token_to_id(marks.eos) in codec.encode([marks.eos])[0]:
-        raise DataError(
-            f"{file}: takes {marks.eos!r} inside a text for the end of its document; pass tokenizer.eos=<special token>"
-        )
-    return codec, marks
+    return _opened(file, files), files
 
 
 def _of_folder(folder: Path) -> Path:

@@ -93,13 +93,16 @@ def describe(
 
 def tokenizer_files(tokenizer: Tokenizer, original: Path | None, max_seq_len: int) -> dict[str, bytes]:
     """The files of the folder `original`, which has these very tokens; None: made from what the run keeps."""
+    made: dict[str, bytes] = {}
+    if isinstance(tokenizer, StoredTokenizer) and not isinstance(tokenizer.codec, JsonCodec):
+        codec = tokenizer.codec  # whose class transformers has to be told
+        facts = transformers_config(codec, tokenizer.bos_id, tokenizer.eos_id) | {"model_max_length": max_seq_len}
+        made = {codec.name: codec.content(), "tokenizer_config.json": _text(facts)}
     if original is not None:
         there = {name: original / name for name in TOKENIZER_FILES}
-        return {name: path.read_bytes() for name, path in there.items() if path.is_file()}
-    if isinstance(tokenizer, StoredTokenizer) and not isinstance(tokenizer.codec, JsonCodec):
-        codec = tokenizer.codec
-        facts = transformers_config(codec, tokenizer.bos_id, tokenizer.eos_id) | {"model_max_length": max_seq_len}
-        return {codec.name: codec.content(), "tokenizer_config.json": _text(facts)}
+        return made | {name: path.read_bytes() for name, path in there.items() if path.is_file()}
+    if made:
+        return made
     backend = _byte_backend() if isinstance(tokenizer, ByteTokenizer) else _kept_backend(tokenizer)
     bos, eos = (None if mark is None else backend.id_to_token(mark) for mark in (tokenizer.bos_id, tokenizer.eos_id))
     if backend.post_processor is None and bos is not None and tokenizer.add_bos:

@@ -11,7 +11,7 @@ from tokenizers import models
 from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from src.data.tokenizer import File, Kept, StoredTokenizer, open_kept
+from src.data.tokenizer import Kept, StoredTokenizer, open_kept
 from src.data.tokenizer_formats.tiktoken_form import LONGEST_RUN
 from src.errors import DataError
 from src.hugging_face.companions import tokenizer_files
@@ -195,10 +195,11 @@ def test_files_of_other_forms_are_kept_and_handed_on(tmp_path: Path) -> None:
     assert isinstance(theirs, StoredTokenizer)
     assert theirs.fingerprint == made.fingerprint
     assert theirs.encode(["def"])[0].tolist() == made.encode(["def"])[0].tolist()
-    config = File(path=path, bos=None, eos=None)
     names = ("tokenizer.model", "special_tokens_map.json")
-    assert tokenizer_files(made, config, 64) == {name: (path / name).read_bytes() for name in names}
-    written = tokenizer_files(made, Kept(path=made.folder), 64)
+    written = tokenizer_files(made, path, 64)
+    assert {name: written.pop(name) for name in names} == {name: (path / name).read_bytes() for name in names}
+    assert [*written] == ["tokenizer_config.json"], "which transformers needs to know the class"
+    written = tokenizer_files(made, None, 64)
     again = tmp_path / "again"
     again.mkdir()
     for name, text in written.items():

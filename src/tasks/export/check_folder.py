@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from src.data.tokenizer_files import read_codec
 from src.errors import CheckpointError
 from src.hugging_face.load import load
 from src.models.base import ModelConfig
 from src.models.hugging_face import stored
-from src.tasks.export.self_check import Finding, Logits, compare, obstacle, opened_tokenizer, places_of
+from src.tasks.export.self_check import Finding, Logits, compare, obstacle, places_of
 
 TEXT = "The first rays of the sun fell on the old harbour, where the fishermen were already mending their nets."
 LEAST_PRIORITY = 19
@@ -43,7 +44,7 @@ def check(folder: Path, model: ModelConfig) -> Finding:
     if (why_not := obstacle(folder)) is not None:
         return Finding([f"not compared: {why_not}"])
     finding = Finding()
-    ids = opened_tokenizer(folder)(TEXT)["input_ids"][: model.max_seq_len]
+    ids = read_codec(folder).encode([TEXT])[0].tolist()[: model.max_seq_len]
     compare(folder, TEXT, ids, _native(folder, model, ids), "float32", finding, gpu=False)
     return finding
 

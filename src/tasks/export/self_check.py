@@ -14,6 +14,7 @@ from torch import Tensor
 
 from src.checkpoint.host_group import HostGroup
 from src.data.tokenizer import Tokenizer
+from src.data.tokenizer_files import needs_vendor_code, read_codec
 from src.distributed.model_stages import ModelStages
 from src.hugging_face.archive import quantisation, read_json
 from src.hugging_face.check import SCALE
@@ -73,7 +74,9 @@ def with_transformers(
         return finding
     ids = tokenizer.prompt(text)[: max(after) + 1]
     compare(folder, text, ids, after, storage, finding, gpu=True)
-    if not finding.problems:
+    if needs_vendor_code(folder):
+        finding.lines.append("its tokenizer was not compared: transformers opens it with the vendor's code only")
+    elif not finding.problems:
         finding.problems += _tokenizer_problems(folder, tokenizer, text)
     return finding
 
@@ -114,7 +117,7 @@ def compare(
             f"{folder}: transformers' logits differ by {difference:.3g} where the largest is {largest:.3g}; it is left "
             "there for a look, and must not be used"
         )
-    finding.lines.append(f"greedy: {text}[...]{opened_tokenizer(folder).decode(theirs.written)}")
+    finding.lines.append(f"greedy: {text}[...]{read_codec(folder).decode(theirs.written)}")
 
 
 @dataclass(frozen=True)
@@ -180,15 +183,11 @@ def multiplied_out(folder: Path) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in found.items()}
 
 
-def opened_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer as transformers opens it."""
-    transformers: Any = importlib.import_module("transformers")
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def _tokenizer_problems(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
     """Of the text alone: whether it is begun by a token is a habit of each."""
-    (ours,), theirs = tokenizer.encode([text]), opened_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+    transformers: Any = importlib.import_module("transformers")
+    opened = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    (ours,), theirs = tokenizer.encode([text]), opened(text, add_special_tokens=False)["input_ids"]
     if theirs == ours.tolist():
         return []
     return [f"{folder}: transformers' tokenizer makes {theirs[:8]}... of the text, the run's {ours.tolist()[:8]}..."]
