@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,18 +19,23 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 import launch
 from src.distributed.fsdp.gradient_norm import Gradients
+from src.distributed.init_weights import initialise
+from src.distributed.mesh import Mesh
 from src.distributed.process.rank_context import RankContext as Process
 from src.errors import PlanError, VerdictError
+from src.models.moe.moe import MoE
+from src.models.moe.moe import balance as right
 from src.planning.plan import one_device_problems, plan
 from src.run import Run
 from src.runs.folder import attempts
-from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
+from src.tasks.verify.certificate import SMALL, TOLERANCES, Certificate, Gradient, LayerRouting, Trace, compare
 from src.tasks.verify.config import Verify
 from src.tasks.verify.rank import certify, rows
 from src.train.step.stepper import Stepper
-from tests.models.shapes import tiny_llama
+from tests.distributed.layouts import rows as batch_of
+from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool
-from tests.train.runs import Here, make_run, section
+from tests.train.runs import Here, changed, make_run, section
 
 HOME = Path(__file__).resolve().parents[2]
 TASK = Verify(steps=2, seq_len=32, global_batch=8, micro_batch=1)
@@ -84,7 +90,33 @@ ON_GPUS = [
     for layout in ("single", "fsdp4", "tp2_fsdp2", "tp4", "cp2_fsdp2", "pp2_fsdp2", "hsdp2x2")
     if section("parallel", layout).world <= GPUS
 ]
-BREAKS = {"averaged": averaged, "unreduced": unreduced, "own_mean": own_mean}
+
+
+@contextmanager
+def own_counts() -> Iterator[None]:
+    """Each rank balances by the tokens that it saw itself."""
+    with patch.object(Mesh, "sum_over_tokens", lambda _mesh, counts: counts):
+        yield
+
+
+@contextmanager
+def away_from_balance() -> Iterator[None]:
+    """Experts with many tokens are made easier to choose, in the layout and on the single device."""
+
+    def balance(layers: list[MoE], summed: Any, applied: torch.Tensor) -> None:
+        right(layers, summed, -applied)
+
+    with patch("src.models.decoder.balance", balance):
+        yield
+
+
+BREAKS = {
+    "averaged": averaged,
+    "unreduced": unreduced,
+    "own_mean": own_mean,
+    "own_counts": own_counts,
+    "away_from_balance": away_from_balance,
+}
 
 
 def certified(run: Run, broken: str | None = None) -> Certificate:
@@ -153,6 +185,56 @@ def test_a_mean_of_means_is_seen(ranks: RankPool) -> None:
     assert len(found["direction"]) > len(tiny_llama().weights()) / 2
 
 
+EXPERTS = {f"layers.{layer}" for layer in (1, 2)}
+
+
+def routed(layout: str, **choices: Any) -> Run:
+    return replace(run_of(layout, **choices), model=tiny_deepseek())
+
+
+def test_loads_and_biases_of_experts_are_certified(ranks: RankPool) -> None:
+    """Whole numbers and a rule: in fp32 they are the same."""
+    certificate = ranks(4, certified, routed("tp2_fsdp2_ep2"))[0]
+    assert certificate.failed == []
+    for kind in ("load", "bias"):
+        found = [each for each in certificate.differences if each.kind == kind]
+        assert {each.name for each in found} == EXPERTS
+        assert certificate.worst(kind) < 1e-4
+        assert any(each.expected for each in found), "something was counted, and learned"
+    assert {"load", "bias"} <= certificate.to_dict()["largest_error"].keys()
+    assert len(certificate.tables()) == 3
+
+
+def test_biases_of_one_ranks_tokens_are_seen(ranks: RankPool) -> None:
+    """Losses and gradients agree: only the loads tell."""
+    found = culprits(ranks(2, certified, routed("fsdp2"), "own_counts")[0])
+    assert found == {"load": EXPERTS}
+
+
+def test_a_wrong_rule_is_seen_though_one_device_has_it_too(ranks: RankPool) -> None:
+    found = culprits(ranks(2, certified, routed("fsdp2"), "away_from_balance")[0])
+    assert found == {"bias": EXPERTS}
+
+
+def test_the_furthest_rank_speaks_for_a_layer() -> None:
+    """Two experts, rate 0.1, two steps: the first expert has too many tokens twice, once none has."""
+    right = LayerRouting(((6, 2), (4, 4)), (-0.1, 0.1), 0.1)
+
+    def failed(*layer: LayerRouting) -> dict[str, float]:
+        trace = Trace([1.0], [1.0], {"a": Gradient(1.0, 0.5)}, {"layers.3": layer})
+        alone = replace(trace, routing={"layers.3": [right]})
+        return {each.kind: each.error for each in compare(trace, alone, TOLERANCES["float32"]) if not each.passed}
+
+    assert failed(right, right) == {}
+    moved = replace(right, loads=((5, 3), (4, 4)))
+    assert failed(right, moved) == {"load": pytest.approx(1 / 8)}
+    assert failed(right, replace(right, loads=((3, 1), (4, 4)))) == {"load": 1.0}  # half of the choices
+    assert failed(right, replace(right, bias=(-0.1, 0.0))) == {"bias": pytest.approx(1.0)}
+    assert failed(right, replace(right, rate=None, bias=(0.0, 0.0))) == {}
+    assert failed(right, replace(right, rate=None)) == {"bias": pytest.approx(0.1)}
+    assert failed(right, replace(right, bias=(float("nan"), 0.1))) == {"bias": float("inf")}
+
+
 def test_rows_are_the_same_whoever_reads_them() -> None:
     run = run_of("fsdp2", {"attention": "flex", "mask": "block_causal"})
     alone = rows(TASK, run, rank=0, ranks=1)
@@ -168,6 +250,31 @@ def test_rows_are_the_same_whoever_reads_them() -> None:
         for place, document in enumerate(batch.documents[0].tolist()):
             begins = batch.documents[0].tolist().index(document)
             assert batch.positions[0, place] == place - begins
+
+
+def gradients(recipe: str | None) -> dict[str, torch.Tensor]:
+    """Of a Llama 3 in bf16, with the matrices of its blocks in float8 if there is a recipe."""
+    model = tiny_llama(dim=128, n_heads=4, n_kv_heads=1, head_dim=32).build()
+    initialise(model, 0)
+    model.bfloat16().reset_buffers()
+    if recipe is not None:
+        float8 = changed(section("precision", "fp8").float8, recipe=recipe, emulate=True)
+        float8.convert(model, 1, "cpu")
+    batch = batch_of(4, 64, model.config.vocab_size)
+    model(batch.tokens, labels=batch.labels).backward()
+    return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("recipe", "rounding"), [("tensorwise", 9.3e-2), ("rowwise", 6.7e-2)])
+def test_the_tolerances_of_float8_follow_from_its_rounding(recipe: str, rounding: float) -> None:
+    right, rounded = gradients(None), gradients(recipe)
+    least = SMALL * sqrt(sum(float(each.norm()) ** 2 for each in right.values()) / len(right))
+    scales = {name: max(float(each.norm()), least) for name, each in right.items()}
+    worst = max(float((rounded[name] - right[name]).norm()) / scales[name] for name in right)
+    assert worst == pytest.approx(rounding, rel=0.1)
+    assert 4.5 * sqrt(2) * worst < TOLERANCES["float8"].direction * 1.05
+    norms = max(abs(float(rounded[name].norm() - right[name].norm())) / scales[name] for name in right)
+    assert norms < 2e-2 < TOLERANCES["float8"].gradient
 
 
 def test_what_is_not_a_number_fails() -> None:

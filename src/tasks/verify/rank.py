@@ -9,6 +9,7 @@ import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from src.data.batches import Batch
 from src.distributed.collectives import world_sum
 from src.distributed.init_weights import seed_of
 from src.distributed.mesh import Mesh
-from src.distributed.model_stages import forward_loss
+from src.distributed.model_stages import ModelStages, forward_loss
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
 from src.models.cross_entropy import IGNORED
+from src.models.moe.moe import MoE
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.storage.atomic_write import atomic_write
-from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, Trace, compare
+from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, LayerRouting, Trace, compare
 from src.tasks.verify.config import Verify
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
 
@@ -127,7 +129,7 @@ def _train_alone(task: Verify, run: Run, ranks: RankContext, mesh: Mesh) -> Trac
     batches = rows(task, run, rank=0, ranks=1)
     tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     optimizer.found_inf = torch.zeros((), device=ranks.device)  # type: ignore[attr-defined]
-    losses, grad_norms, gradients = [], [], {}
+    losses, grad_norms, gradients, loads = [], [], {}, _Loads(training.network)
     for step in range(task.steps):
         losses.append(0.0)
         weights.before_backward(len(batches))
@@ -144,7 +146,8 @@ def _train_alone(task: Verify, run: Run, ranks: RankContext, mesh: Mesh) -> Trac
         optimizer.step()
         optimizer.zero_grad()
         model.post_optimizer_step(lambda counts: counts, torch.ones((), device=ranks.device))
-    return Trace(losses, grad_norms, gradients)
+        loads.read()
+    return Trace(losses, grad_norms, gradients, {name: [layer] for name, layer in loads.layers().items()})
 
 
 def _whole_norm(model: nn.Module) -> float:
@@ -158,13 +161,45 @@ def _train_together(task: Verify, run: Run, ranks: RankContext) -> Trace:
     training = build_training(run, ranks, skips=0)
     names = _names(run)
     batches = rows(task, run, training.mesh.data_rank, training.mesh.data_ranks)
-    outcomes = []
+    outcomes, loads = [], _Loads(training.network)
     held = training.network.named_parameters
     with _first_gradients(training, lambda: _measure(names, held(), run.seed, ranks.device)) as measured:
         for _ in range(task.steps):
             outcomes.append(training.stepper(batches, stop=False))
+            loads.read()
     losses, grad_norms = ([float(outcome[name]) for outcome in outcomes] for name in ("loss", "grad_norm"))
-    return Trace(losses, grad_norms, _read(names, world_sum(measured[0])))
+    return Trace(losses, grad_norms, _read(names, world_sum(measured[0])), _of_all_ranks(loads.layers()))
+
+
+class _Loads:
+    """What a rank counts and learns of the experts of its layers."""
+
+    def __init__(self, network: ModelStages) -> None:
+        blocks = chain.from_iterable(part.layers.items() for part in network.stages)
+        found = {f"layers.{number}": getattr(block, "moe", None) for number, block in blocks}
+        self._mixtures = {name: moe for name, moe in found.items() if isinstance(moe, MoE)}
+        self._steps: list[dict[str, tuple[int, ...]]] = []
+
+    def read(self) -> None:
+        """After each step; waits for the device."""
+        self._steps.append({name: tuple(moe.load.tolist()) for name, moe in self._mixtures.items()})
+
+    def layers(self) -> dict[str, LayerRouting]:
+        """After the last step, by layer."""
+        return {
+            name: LayerRouting(
+                tuple(step[name] for step in self._steps), tuple(moe.expert_bias.tolist()), moe.load_balance_coeff
+            )
+            for name, moe in self._mixtures.items()
+        }
+
+
+def _of_all_ranks(mine: dict[str, LayerRouting]) -> dict[str, list[LayerRouting]]:
+    """Collective. Of each layer what every rank that holds it has to say, the first layer first."""
+    said: list[dict[str, LayerRouting]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(said, mine)
+    names = sorted({name for each in said for name in each}, key=lambda name: int(name.split(".")[1]))
+    return {name: [each[name] for each in said if name in each] for name in names}
 
 
 @contextmanager
