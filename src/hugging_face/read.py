@@ -1,26 +1,24 @@
 """Slices of safetensors files into the shards that a rank holds: no byte is read that is not its own.
 
-A weight's local shard is a box of the whole tensor. Boxes are read in pieces of a bounded size by a few threads, so the
-host needs some hundred MB whatever the model.
+A weight's local shard is a box of the whole tensor, which the safetensors package maps into memory and cuts out. Boxes
+are copied in pieces of a bounded size by a few threads, so the host needs some hundred MB whatever the model.
 """
 
-import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from src.errors import CheckpointError
 from src.hugging_face.archive import Archive, quantisation
-from src.hugging_face.check import FLOAT8, SCALE
-from src.hugging_face.header import TensorEntry
-from src.hugging_face.tensor_slice import TensorSlice, blocks, byte_ranges, runs
+from src.hugging_face.check import SCALE
+from src.hugging_face.header import opened
+from src.hugging_face.tensor_slice import TensorSlice, blocks, runs
 from src.models.stored import Stored, rotary_row
 
 PIECE_BYTES = 8 * 2**20  # per thread, counted in float32
@@ -38,26 +36,21 @@ class FileSlice:
 
 
 class Reader:
-    """The tensors of an archive; `bytes_read` counts what came from its files."""
+    """The tensors of an archive; `bytes_read` counts what of its files was asked for."""
 
     def __init__(self, archive: Archive, *, piece_bytes: int = PIECE_BYTES, threads: int = THREADS) -> None:
         self.archive, self.block = archive, quantisation(archive.config)
         self.piece_bytes, self.threads = piece_bytes, threads
         self.bytes_read = 0
-        self.scratch_bytes = 0  # of one thread
-        self._files: dict[Path, int] = {}
-        self._own = threading.local()
+        self._files: dict[Path, Any] = {}
 
     def fill(self, tensors: Mapping[str, Tensor], table: Iterable[Stored]) -> None:
         """Read this rank's shard of each tensor, in place; `table` names them all. The archive was checked before."""
         places = {each.name: each for each in table}
         pieces = [piece for name, tensor in tensors.items() for piece in self._pieces(places[name], tensor)]
-        sizes = (piece.box.elements * self.archive.entries[piece.key].item_bytes for piece in pieces)
-        self.scratch_bytes = -(-max(sizes, default=0) // 8) * 8  # for a view of any dtype
         with ExitStack() as stack:
             for path in {entry.file for entry in self.archive.entries.values()}:
-                self._files[path] = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, self._files[path])
+                self._files[path] = stack.enter_context(opened(path, "pt"))
             with ThreadPoolExecutor(self.threads, thread_name_prefix="safetensors") as pool:
                 self.bytes_read += sum(pool.map(self._work, pieces))
 
@@ -75,7 +68,7 @@ class Reader:
             yield from self._cut(FileSlice(stored.keys[0], box, local, stored.heads))
 
     def _cut(self, piece: FileSlice) -> Iterator[FileSlice]:
-        """By rows, so that none needs more than `piece_bytes` of memory."""
+        """By rows, so that none needs more than `piece_bytes` of memory beside the mapped file."""
         row_bytes = piece.box.elements // piece.box.sizes[0] * max(4, self.archive.entries[piece.key].item_bytes)
         step = max(1, self.piece_bytes // max(row_bytes, 1))
         for first in range(0, piece.box.sizes[0], step):
@@ -84,59 +77,34 @@ class Reader:
 
     def _work(self, piece: FileSlice) -> int:
         """Bytes that were read."""
-        entry = self.archive.entries[piece.key]
         if piece.heads is None:
-            values, count = self._read(piece.key, entry, piece.box, self._scratch())
+            values, count = self._read(piece.key, piece.box)
         else:
-            values, count = self._read_rotary(piece, entry, piece.heads)
+            values, count = self._read_rotary(piece, piece.heads)
         piece.out.copy_(values)
         return count
 
-    def _read_rotary(self, piece: FileSlice, entry: TensorEntry, heads: int) -> tuple[Tensor, int]:
+    def _read_rotary(self, piece: FileSlice, heads: int) -> tuple[Tensor, int]:
         """Rows in our order: they lie in runs there, two to a head that is not whole here."""
-        box, scratch = piece.box, self._scratch()
-        there = [rotary_row(box.starts[0] + row, entry.shape[0], heads) for row in range(box.sizes[0])]
-        order, parts, count = torch.tensor(there).argsort(), [], 0
+        box, rows = piece.box, self.archive.entries[piece.key].shape[0]
+        there = [rotary_row(box.starts[0] + row, rows, heads) for row in range(box.sizes[0])]
+        order, parts = torch.tensor(there).argsort(), []
         for start, size in runs(sorted(there)):
-            values, read = self._read(piece.key, entry, box.at(start, size), scratch)
-            scratch = scratch[values.numel() * entry.item_bytes :]
-            parts.append(values)
-            count += read
-        return torch.cat(parts)[order.argsort()], count
+            parts.append(self._read(piece.key, box.at(start, size)))
+        return torch.cat([values for values, _ in parts])[order.argsort()], sum(count for _, count in parts)
 
-    def _read(self, key: str, entry: TensorEntry, box: TensorSlice, scratch: Tensor) -> tuple[Tensor, int]:
+    def _read(self, key: str, box: TensorSlice) -> tuple[Tensor, int]:
         """A box as the file has it, and the bytes that were read; float8 times its scales, in float32."""
-        values = self._bytes(entry, box, scratch)
-        if entry.dtype != FLOAT8 or self.block is None:
+        values = self._mapped(key, box)
+        if values.dtype != torch.float8_e4m3fn or self.block is None:
             return values, values.nbytes
-        scale = self.archive.entries[f"{key}{SCALE}"]
         rows, columns = (blocks(*each) for each in zip(box.starts, box.sizes, self.block, strict=True))
         few = TensorSlice((rows.first, columns.first), (rows.count, columns.count))
-        scales = self._bytes(scale, few, torch.empty(few.elements * scale.item_bytes, dtype=torch.uint8))
+        scales = self._mapped(f"{key}{SCALE}", few)
         return values.float() * scales.float()[rows.of_each][:, columns.of_each], values.nbytes + scales.nbytes
 
-    def _scratch(self) -> Tensor:
-        """This thread's memory: what is made anew for each piece, an allocator keeps for each thread."""
-        if not hasattr(self._own, "scratch"):
-            self._own.scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8)
-        scratch: Tensor = self._own.scratch
-        return scratch
-
-    def _bytes(self, entry: TensorEntry, box: TensorSlice, scratch: Tensor) -> Tensor:
-        """The box by as few reads as its rows allow: one, if they are whole. The result lives in `scratch`."""
-        raw = scratch[: box.elements * entry.item_bytes]
-        into, done = memoryview(raw.numpy().data), 0
-        for start, size in byte_ranges(entry, box):
-            _read_into(self._files[entry.file], entry.file, into[done : done + size], start)
-            done += size
-        return raw.view(getattr(torch, entry.dtype)).view(box.sizes)
-
-
-def _read_into(descriptor: int, path: Path, into: memoryview, start: int) -> None:
-    """All of it, or CheckpointError: the file shrank since its header was read."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], start + done)
-        if count == 0:
-            raise CheckpointError(f"{path}: ends at byte {start + done:,}, more expected; it changed while it was read")
-        done += count
+    def _mapped(self, key: str, box: TensorSlice) -> Tensor:
+        """A view of the file: its bytes are read when they are copied."""
+        ranges = (slice(start, start + size) for start, size in zip(box.starts, box.sizes, strict=True))
+        values: Tensor = self._files[self.archive.entries[key].file].get_slice(key)[tuple(ranges)]
+        return values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from src.hugging_face.header import TensorEntry
+from src.hugging_face.header import PlacedTensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def blocks(start: int, size: int, step: int) -> Blocks:
     return Blocks(first, (start + size - 1) // step + 1 - first, numbers - first)
 
 
-def byte_ranges(entry: TensorEntry, box: TensorSlice) -> Iterator[tuple[int, int]]:
+def byte_ranges(entry: PlacedTensor, box: TensorSlice) -> Iterator[tuple[int, int]]:
     """(start, bytes) in the file of each stretch without a gap, in the order of the box's elements."""
     whole = len(box.sizes)
     while whole > 0 and box.sizes[whole - 1] == entry.shape[whole - 1]:

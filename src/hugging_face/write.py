@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from src.hugging_face.archive import SINGLE
 from src.hugging_face.check import E8M0, FLOAT8, SCALE
-from src.hugging_face.header import DTYPES, NAMES, TensorEntry, make_header
+from src.hugging_face.header import DTYPES, NAMES, PlacedTensor, make_header
 from src.hugging_face.read import PIECE_BYTES, THREADS
 from src.hugging_face.tensor_slice import TensorSlice, blocks, byte_ranges, runs
 from src.models.stored import Stored, rotary_row
@@ -57,7 +57,7 @@ class Files:
     """Files of an export, and the file and byte range of every tensor."""
 
     folder: Path
-    entries: Mapping[str, TensorEntry]
+    entries: Mapping[str, PlacedTensor]
     headers: Mapping[str, bytes]  # by name of file
     sizes: Mapping[str, int]  # bytes of each file
 
@@ -84,7 +84,7 @@ class Files:
             headers[name], starts = make_header(tensors, {"format": "pt"})
             sizes[name] = len(headers[name])
             for (key, (kind, shape)), start in zip(tensors.items(), starts, strict=True):
-                entries[key] = TensorEntry(folder / name, kind, shape, start, DTYPES[NAMES[kind]][1])
+                entries[key] = PlacedTensor(folder / name, kind, shape, start)
                 sizes[name] += entries[key].bytes
         return cls(folder, entries, headers, sizes)
 
@@ -204,7 +204,7 @@ def _write(files: Files, descriptors: Mapping[Path, int], piece: _Piece, scales:
     return done
 
 
-def put(descriptor: int, entry: TensorEntry, box: TensorSlice, values: Tensor) -> int:
+def put(descriptor: int, entry: PlacedTensor, box: TensorSlice, values: Tensor) -> int:
     """A box into its place in the file; the number of bytes."""
     host = values.to(getattr(torch, entry.dtype)).contiguous().cpu()
     raw, done = memoryview(host.flatten().view(torch.uint8).numpy().data), 0

@@ -29,6 +29,8 @@ def grown(folder: Path, piece_bytes: int) -> int:
 
 
 def test_the_host_needs_its_share_and_a_little(tmp_path: Path) -> None:
-    """A piece for each thread; the measure shows it, since pieces of the whole share need it about twice."""
-    assert SHARE_BYTES <= grown(tmp_path, PIECE_BYTES) < SHARE_BYTES + THREADS * PIECE_BYTES
+    """A piece in the file's order for each thread, one in ours, and as much that an allocator keeps of threads; the
+    measure shows pieces of the whole share.
+    """
+    assert SHARE_BYTES <= grown(tmp_path, PIECE_BYTES) < SHARE_BYTES + 3 * THREADS * PIECE_BYTES
     assert grown(tmp_path, 4 * SHARE_BYTES) > 1.9 * SHARE_BYTES
