@@ -92,7 +92,7 @@ def main() -> int:
             raise
         return refused(full)
     if status == "stopped" and "RANK" not in os.environ:
-        print(f"to go on from there: {command}", file=sys.stderr)
+        print(f"to go on: {command}", file=sys.stderr)
     return code
 
 

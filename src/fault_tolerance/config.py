@@ -1,11 +1,12 @@
 """The section fault_tolerance: number of replica groups, and timeouts and restarts when one fails."""
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from src.config.base import Config
 from src.config.bounds import CountFromZero, Groups, Seconds
@@ -13,6 +14,13 @@ from src.config.bounds import CountFromZero, Groups, Seconds
 if TYPE_CHECKING:
     from src.distributed.process.rank_context import RankContext
     from src.fault_tolerance.replica_groups import ReplicaGroups
+
+
+def _address(text: str) -> str:
+    if re.fullmatch(r"https?://[^/\s]+:\d+", text) is None:
+        host = re.search(r"(?:\w+://)?([^/\s:]+)", text)
+        raise ValueError(f"no address of a lighthouse; write http://{'host' if host is None else host[1]}:29510, say")
+    return text
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class TorchFT(FaultTolerance):
     """Groups that must be there; training waits while fewer are."""
     process_group: Literal["gloo", "nccl"] | None
     """Backend of all-reduces over groups; null: nccl between GPUs, gloo else."""
-    lighthouse: Annotated[str, Field(pattern=r"^https?://[^/\s]+:\d+$")] | None
+    lighthouse: Annotated[str, AfterValidator(_address)] | None
     """One that runs already, such as http://host:29510; null: the launcher starts one."""
     heartbeat_seconds: Seconds
     """Seconds of silence after which a group is gone."""

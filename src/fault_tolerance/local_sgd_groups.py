@@ -23,7 +23,9 @@ from src.fault_tolerance.mean import Exchange, Means, sent_bytes
 from src.fault_tolerance.outer import Outer, Place, Rule
 from src.fault_tolerance.replica_groups import StateCallbacks, Taken, Tree
 from src.fault_tolerance.synchronous_groups import SynchronousGroups, SynchronousOptions
-from src.fault_tolerance.table import HISTORY_BITS, share
+from src.fault_tolerance.table import HISTORY_BITS, Quorum, share
+
+REFUSED = "the mean was not finite, or another rank refused it"
 
 
 class LocalSGDOptions(SynchronousOptions, Protocol):
@@ -141,25 +143,73 @@ class LocalSGDGroups(SynchronousGroups):
         if self.rounds.arrives(self._at) and self._sent:
             self._merge()
 
+    def conclude(self) -> int:
+        """The mean over groups of their weights, one fragment after the other, where groups have been apart since they
+        were exchanged: other fragments than the last one, and what was learned while that was on its way.
+        """
+        if not (self.rounds.fragments > 1 or self.rounds.delay or self.method.own_share):
+            return 0
+        last = self._at
+        while (done := max(0, self._left - last)) < len(self.outer):  # further exchanges, as if after further steps
+            if self._gather():
+                self._average(done)
+            elif self.gave_up:
+                self._tell("stopped before the last exchange: groups end with weights of their own")
+                break
+        self._left = last
+        others, self._others = self._others, 0
+        return others
+
+    def _average(self, fragment: int) -> None:
+        """Collective. As an exchange: where it is refused, it comes again."""
+        vector, contributors = self.outer.live(fragment), self._count()
+        members, quorum = self.members, self._quorum
+        assert quorum is not None, "the groups have met"
+        if contributors:  # of copies alone there is nothing to add up
+            if self._copied:
+                vector.zero_()
+            if quorum.size > 1:
+                members.allreduce([vector])
+            vector.div_(contributors)
+        if members.vote(fine=bool(vector.isfinite().all())):
+            self.outer.set(fragment, vector)
+            self._left = self._at + fragment + 1
+        else:
+            self._failures += 1
+            self._tell(f"fragment {fragment} could not be exchanged ({members.error or REFUSED}): once more")
+        self._remember(quorum)
+
     def _send(self) -> None:
         """A group that took over another's state has learned nothing of its own: it does not count in the mean."""
         members, quorum = self.members, self._quorum
         assert quorum is not None, "the groups have met"
         vector = self.outer.outgoing(self._fragment)
+        if self._copied:
+            vector.zero_()
+        if (contributors := self._count()) is not None:
+            self._pending = self.means.start(vector, max(contributors, 1), members.group, quorum.size)
+            self._sent_bytes += sent_bytes(vector.numel(), quorum.size, self.method.exchange)
+        self._left, self._sent = self._at, True
+
+    def _count(self) -> int | None:
+        """Collective. How many groups have learned something since the last exchange; their tokens are added up and
+        their samples audited. None: a group was lost.
+        """
+        members, quorum = self.members, self._quorum
+        assert quorum is not None, "the groups have met"
         taken = (0.0, 0.0, 0.0) if self._taken is None else (1.0, *limbs(self._taken.checksum))
         cells = torch.tensor([1.0, self._unshared, *taken], dtype=torch.float64)
         if self._copied:
-            vector.zero_()
             cells.zero_()
         if quorum.size > 1:
             members.allreduce([cells])
+        contributors = None
         if not any_rank(members.error is not None, torch.device("cpu")):
             contributors, tokens, sharers = (int(value) for value in cells[:3].tolist())
             self._audit(sharers, of_limbs(*cells[3:].tolist()))
             self._others += tokens - self._unshared
-            self._pending = self.means.start(vector, max(contributors, 1), members.group, quorum.size)
-            self._sent_bytes += sent_bytes(vector.numel(), quorum.size, self.method.exchange)
-        self._left, self._unshared, self._sent, self._taken = self._at, 0, True, None
+        self._unshared, self._taken = 0, None
+        return contributors
 
     def _audit(self, sharers: int, found: int) -> None:
         """Whether the groups together took each sample since the last exchange once. Where not all of those that the
@@ -190,9 +240,13 @@ class LocalSGDGroups(SynchronousGroups):
             self.outer.restore(fragment)
             self._failed, self._lost = self._failed + 1, self._lost + self.rounds.interval
             self._failures += 1
-            why = self.members.error or "the mean was not finite, or another rank refused it"
+            why = self.members.error or REFUSED
             self._tell(f"fragment {fragment} could not be exchanged ({why}): it goes back to the outer weights")
-        past = (self._history, quorum.id, quorum.size, self._at, self._merged)
+        self._remember(quorum)
+
+    def _remember(self, quorum: Quorum) -> None:
+        """Make this exchange, and how it ended here, a part of the past that groups must share."""
+        past = (self._history, quorum.id, quorum.size, self._at, self._left, self._merged)
         self._history = hash(past) % 2**HISTORY_BITS
 
     def _received(self) -> Tensor | None:

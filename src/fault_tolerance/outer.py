@@ -161,6 +161,22 @@ class Outer:
             entry.restore()
         self._refresh()
 
+    @torch.no_grad()
+    def live(self, fragment: int) -> Tensor:
+        """The live weights of a fragment, as one float32 vector on their device."""
+        stages = [local(entry.live).float().flatten() for entry in self._fragments[fragment]]
+        return torch.cat(stages) if stages else torch.zeros(0)
+
+    @torch.no_grad()
+    def set(self, fragment: int, weights: Tensor) -> None:
+        """Let these, as `live` gives them, be a fragment's live and outer weights. Collective with `refresh`."""
+        entries = self._fragments[fragment]
+        parts = weights.split([local(entry.live).numel() for entry in entries])
+        for entry, part in zip(entries, parts, strict=True):
+            for tensor in (entry.live, entry.agreed):
+                local(tensor).copy_(part.view(local(tensor).shape))
+        self._refresh()
+
     def tensors(self) -> dict[str, Any]:
         """Outer weights and velocities by name, for checkpoints and healing groups: the tensors themselves, not
         copies.

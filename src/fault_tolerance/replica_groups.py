@@ -96,6 +96,18 @@ class ReplicaGroups(ABC):
         """
         return 0
 
+    def conclude(self) -> int:
+        """After the last step: groups that took steps of their own end with the same weights. Collective.
+
+        Returns the tokens of other groups that are new to this one.
+        """
+        return 0
+
+    def recall(self, lost: int, failures: int) -> None:  # noqa: B027
+        """Steps lost and votes that said no, of all lives before this start of the run. Before the first quorum; the
+        groups that live know better, and who heals takes theirs.
+        """
+
     def watch(  # noqa: B027  groups whose steps are one run's have nothing to exchange
         self, network: "ModelStages", refresh: Sequence[Callable[[], None]]
     ) -> None:

@@ -59,6 +59,9 @@ class SynchronousGroups(ReplicaGroups):
 
         self._own = replace(callbacks, give=give, take=take)
 
+    def recall(self, lost: int, failures: int) -> None:
+        self._tally = Tally(over=(lost, failures))
+
     @property
     def members(self) -> Membership:
         """Connection to the other groups, made at the first quorum, so that nobody waits for a group that still
@@ -78,7 +81,9 @@ class SynchronousGroups(ReplicaGroups):
             return None
         self._quorum = quorum
         so_far = (self._lost, self._failures, members.heal_seconds)
-        row = Row(self.group, self._led, self._leaving, self._history, *so_far, self._fresh, self._awaits())
+        row = Row(
+            self.group, self._led, self._leaving, self._history, *so_far, self._fresh, self._awaits(), quorum.healed
+        )
         table = Table.exchange(row, quorum, lambda rows: members.allreduce(rows, self.options.heal_seconds))
         failed = any_rank(members.error is not None, torch.device("cpu"))
         if failed or table.split:

@@ -34,6 +34,7 @@ class Row:
     heal_seconds: float  # of the last time that it was healed
     fresh: bool  # it has counted no step since it was started, and taken over no state
     awaits: bool  # it is fresh, and a group lives that is not in this quorum
+    healed: bool = False  # in this quorum: of the steps before it knows what others have told
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class Table:
 
     def leader(self) -> int:
         """Number of the group that writes metrics and checkpoints for all: the last leader while it is there, else
-        the first group.
+        the first group that took the steps itself, which it may have to record for a leader that died.
         """
-        return next((row.group for row in self.rows if row.led), self.rows[0].group)
+        order = sorted(self.rows, key=lambda row: (not row.led, row.healed))
+        return order[0].group
 
     def heir(self) -> int | None:
         """Number of the leader once the leaving groups have left; None: all leave."""
@@ -117,9 +119,9 @@ class Tally:
 
 
 def _row(values: list[float]) -> Row:
-    group, led, leaving, history, lost, failures, heal_seconds, fresh, awaits = values
+    group, led, leaving, history, lost, failures, heal_seconds, *flags = values
     counts = int(history), int(lost), int(failures)
-    return Row(int(group), led > 0, leaving > 0, *counts, heal_seconds, fresh > 0, awaits > 0)
+    return Row(int(group), led > 0, leaving > 0, *counts, heal_seconds, *(flag > 0 for flag in flags))
 
 
 def share(rank: int, size: int, micro_batches: int) -> range:

@@ -14,9 +14,9 @@ def problems(
     options, world = run.fault_tolerance, run.parallel.world
     if not options.on:
         return []
+    if not isinstance(run.task, Validates):  # so nothing else matters
+        return ["fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none"]
     found = options.problems(Asked(micro_batches, run.model.n_layers, run.task.steps, run.checkpoint.every))
-    if not isinstance(run.task, Validates):
-        found.append("fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none")
     if devices is not None and devices.count is not None and options.copies * world > devices.count:
         room = devices.count // world
         found.append(

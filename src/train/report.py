@@ -1,5 +1,6 @@
 """Console and log output of rank 0; silent on all other ranks."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from src.metrics.incidents import write_incident
 from src.metrics.trackers.config import Log, Status
 from src.storage.json_lines import METRICS_FILE, Lines
 from src.train.step.stepper import StepOutcome
+
+MOST_UNRECORDED = 1000  # lines, beyond any interval between two meetings of groups
 
 
 class Report:
@@ -20,6 +23,8 @@ class Report:
         """`open_log`: of a rank that may come to speak for other groups too."""
         self._log, self._console, self._folder, self._open_log = log, console, folder, open_log
         self._quiet = False
+        # Of steps that another group was to record: it may have died before it did.
+        self._unrecorded: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=MOST_UNRECORDED)
 
     def lead(self, wanted: bool) -> None:
         """Speak for the run and keep its log from now on, or leave it to another group."""
@@ -29,17 +34,43 @@ class Report:
         if self._log is not None:
             self._log.finish("stopped")
         self._log = self._open_log() if wanted else None
+        self._make_good()
+
+    def forget(self) -> None:
+        """The steps so far were not this run's: another group's state has taken their place."""
+        self._unrecorded.clear()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, to every tracker and to the line that a person watches."""
+        self.measure(step, values)
         if self._log is not None and self._console is not None:
-            self._log.record(step, values)
             self._console.record(step, values)
 
     def measure(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers for the trackers alone."""
         if self._log is not None:
             self._log.record(step, values)
+        elif self._open_log is not None:
+            self._unrecorded.append((step, values))
+
+    def _make_good(self) -> None:
+        """Record what this group knows of steps of which the log has not these numbers."""
+        if self._log is None or not self._unrecorded:
+            return
+        first = min(step for step, _ in self._unrecorded)
+        lines = (line for line in Lines(self._folder / METRICS_FILE).read() if line.get("step", -1) >= first)
+        known = {(line["step"], name) for line in lines for name in line}
+        for step, values in self._unrecorded:
+            if not any((step, name) in known for name in values):
+                self._log.record(step, values)
+        self._unrecorded.clear()
+
+    def newest(self, *names: str) -> list[float]:
+        """The last that the run's log has of each number, of whichever attempt; 0 where it has none."""
+        found = dict.fromkeys(names, 0.0)
+        for line in Lines(self._folder / METRICS_FILE).read():
+            found |= {name: line[name] for name in names if name in line}
+        return [*found.values()]
 
     def lacks(self, name: str, step: int) -> bool:
         """Whether the run's metrics tell of earlier steps, but not of this number after this one; false on ranks that

@@ -160,7 +160,11 @@ def test_a_signal_reaches_every_rank_and_the_run_resumes(code: Path, tmp_path: P
     out, err = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert (launcher.returncode, out.splitlines()[-1]) == (0, "outcome stopped"), err
     assert [(folder / f"seen_{rank}").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
-    assert err.strip().splitlines()[-1].startswith("stopped by SIGTERM; the same command continues")
+    assert (
+        err.strip()
+        .splitlines()[-1]
+        .startswith("stopped by SIGTERM; nothing was saved, so the same command starts anew: ")
+    )
 
     for rank in range(2):
         (folder / f"alive_{rank}").unlink()

@@ -122,6 +122,15 @@ class ByHand:
             for name in names:
                 plain(training)[name].copy_(self.agreed[name])
 
+    @torch.no_grad()
+    def even_out(self, there: Sequence[int]) -> None:
+        """At the end: their mean."""
+        for name in self.agreed:
+            theirs = [plain(self.groups[group])[name] for group in there]
+            mean = sum(theirs[1:], theirs[0]) / len(theirs)
+            for tensor in theirs:
+                tensor.copy_(mean)
+
     def resume(self, count: int) -> None:
         """All groups go on from what the first one has."""
         self.groups = (self.groups + self.others)[:count]
@@ -152,6 +161,8 @@ class ByHand:
             elif step % interval == 0:
                 self.move(sent, share)
                 merges += 1
+        if self.method.fragments > 1 or self.method.delay or self.method.alpha:
+            self.even_out(share)
         for life, training in zip(self.lives, self.groups, strict=False):  # of those that are there in the end
             life.weights = digest(training.network)
         return self.lives

@@ -53,8 +53,8 @@ def test_two_groups_do_what_is_written_out(ranks: RankPool, tmp_path: Path, name
             assert mine.losses == pytest.approx(by_hand[group].losses, rel=1e-6)
             if not method.alpha:  # every bit; what is mixed is rounded in another order
                 assert mine.weights == by_hand[group].weights
-            # What the other group has done since the last meeting is not known.
-            assert last(found.folder, group)["tokens"] == (STEPS - method.delay / 2) * TOKENS
+            assert last(found.folder, group)["tokens"] == STEPS * TOKENS
+        assert lived(found, 0).weights == lived(found, 1).weights
         assert lived(found, 0).losses != pytest.approx(lived(found, 1).losses, rel=1e-6)
         assert told(found, "outer/syncs") == STEPS / method.sync_steps * method.fragments
         assert told(found, "outer/failed_syncs") == 0
@@ -64,18 +64,23 @@ def test_two_groups_do_what_is_written_out(ranks: RankPool, tmp_path: Path, name
             assert told(found, "outer/sent_bytes") == 3 * 2 * 4 * half
 
 
-def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(ranks: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mortal", [1, 0])
+def test_a_group_that_died_between_two_exchanges_counts_again_from_the_next(
+    ranks: RankPool, tmp_path: Path, mortal: int
+) -> None:
+    """The second one, or the one that speaks: what it had not recorded is recorded by the other."""
     method = Method(4)
     with fleet(tmp_path, *ARGV, "checkpoint.every=null", *method.keys(), min_groups=2) as found:
-        found.start(0)
-        found.start(1, troubles=[Trouble(6, "kill")])
-        found.died(1)
-        found.start(1)
+        found.start(1 - mortal)
+        found.start(mortal, troubles=[Trouble(6, "kill")])
+        found.died(mortal)
+        found.start(mortal)
         found.wait()
-        by_hand = ranks(1, simulate, found.folder, method, 2, {1: (6, 8)})[0]
+        by_hand = ranks(1, simulate, found.folder, method, 2, {mortal: (6, 8)})[0]
         assert lived(found, 0) == by_hand[0]
         assert lived(found, 1) == by_hand[1]
         assert told(found, "outer/failed_syncs") == 0
+        assert list(series(found.folder, "loss")) == list(range(1, STEPS + 1))
 
 
 def dying(folder: Path, group: int, lighthouse: str, troubles: Sequence[Trouble], seat: Seat) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.checkpoint.folder import complete
+from tests.end_to_end.lives import records
 from tests.fault_tolerance.life import Trouble
 from tests.fault_tolerance.lives import Fleet, audited, fleet, last, losses, seen
 
@@ -76,6 +77,9 @@ def test_killed_while_it_heals_then_all_killed_then_more_groups(tmp_path: Path, 
         found.start_together(0, 1, 2)
         found.wait()
         check(found, 3, undisturbed)
+        told = [line["groups/commit_failures"] for line in records(found.folder) if "loss" in line]
+        assert told == sorted(told), "totals of the run: the last life knows of the first"
+        assert told[-1] > 0
 
 
 def test_the_group_that_gives_its_state_away_is_killed(tmp_path: Path, undisturbed: dict[int, float]) -> None:

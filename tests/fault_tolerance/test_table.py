@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from src.errors import PlanError
 from src.fault_tolerance.config import TorchFT
@@ -29,6 +30,8 @@ def test_shares_are_neighbours_and_differ_by_one_at_most(size: int, micro_batche
 def test_who_speaks_goes_on_speaking() -> None:
     assert table(group=(1, 2, 3)).leader() == 1
     assert table(group=(0, 1, 2), led=(False, False, True)).leader() == 2
+    assert table(group=(0, 1), healed=(True, False)).leader() == 1, "it knows what the dead leader had not recorded"
+    assert table(group=(0, 1), healed=(True, True)).leader() == 0
 
 
 def test_a_group_with_a_past_of_its_own_is_healed() -> None:
@@ -87,6 +90,8 @@ def test_what_cannot_work_is_told_with_a_way_out() -> None:
     assert "a step is 8 micro-batches of a data rank" in (told := refusal(task=eight, fault_tolerance=groups(9)))
     assert "at most 8 groups" in told
     assert "min_groups=3 of fault_tolerance.groups=2" in refusal(task=eight, fault_tolerance=groups(2, min_groups=3))
+    with pytest.raises(ValidationError, match=r"no address of a lighthouse; write http://myhost:29510, say"):
+        groups(2, lighthouse="myhost:80")
     told = refusal(task=eight, parallel="fsdp2", fault_tolerance=groups(3), devices=Gpus(4, 80.0))
     assert "ask for 6 GPUs, there are 4; at most 2 groups" in told
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options
 from src.cluster.batch_system import batch_system
-from src.cluster.local.signals import record_end, tell
+from src.cluster.local.signals import goes_on, record_end, tell
 from src.cluster.rank import RankJob
 from src.config.base import Config
 from src.config.bounds import CountFromZero, Gibibytes, PerNode, Seconds
@@ -126,14 +126,13 @@ def conclude(
     """Say the end, the failing rank's error first, then record it. `title`: whose rank, where groups share a screen;
     what holds for the whole run is then said once, by who started the groups.
     """
-    goes_on = "" if title else f"; the same command continues: {folder}"
+    then = "" if title else f"; {goes_on(folder)}"
     if supervisor.killed:
-        kept = "" if title else "; the newest complete checkpoint is kept, the same command continues from it"
-        tell(f"{title}killed ({supervisor.killed}){kept}")
+        tell(f"{title}killed ({supervisor.killed}){then}")
         record_end(folder, "killed", supervisor.killed, overrule=True)
         return AttemptOutcome("killed", 130 if supervisor.killed == "Ctrl-C twice" else 137)
     if failure is not None and supervisor.signal is not None and failure.exit_code == 128 + supervisor.sent:
-        tell(f"{title}stopped by {supervisor.signal} before training began or after it ended{goes_on}")
+        tell(f"{title}stopped by {supervisor.signal} before training began or after it ended{then}")
         record_end(folder, "stopped", f"{supervisor.signal} outside of training")
         return AttemptOutcome("stopped", 0)
     if failure is not None:
@@ -148,7 +147,7 @@ def conclude(
     if newest.ended == "finished":
         return AttemptOutcome("finished", 0)
     if newest.ended == "stopped":
-        tell(f"{title}stopped{f' by {supervisor.signal}' if supervisor.signal else ''}{goes_on}")
+        tell(f"{title}stopped{f' by {supervisor.signal}' if supervisor.signal else ''}{then}")
         return AttemptOutcome("stopped", 0)
     tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
     record_end(folder, "failed", "rank 0 left in the middle of its task")

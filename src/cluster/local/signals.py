@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from src.checkpoint.folder import complete, step_of
 from src.runs.folder import Ended, end
 from src.runs.records import ATTEMPTS_FILE
 
@@ -49,6 +50,14 @@ def tell(text: str) -> None:
         os.write(2, f"{text}\n".encode())
     except OSError:  # the terminal is gone
         return
+
+
+def goes_on(folder: Path) -> str:
+    """What the same command does with the run of this folder, after an end that was no failure."""
+    saved = complete(folder / "checkpoints")
+    if not saved:
+        return f"nothing was saved, so the same command starts anew: {folder}"
+    return f"the same command continues from step {step_of(saved[-1])}: {folder}"
 
 
 def record_end(folder: Path, ended: Ended, detail: str, *, overrule: bool = False) -> None:

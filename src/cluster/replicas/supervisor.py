@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from src.cluster.backend import AttemptOutcome, Options
-from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, record_end, tell
+from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, goes_on, record_end, tell
 from src.cluster.replicas.lighthouse import Lighthouse
 from src.errors import SampleError, UserError
 from src.runs.folder import Attempt, RunFolder, attempts
@@ -165,7 +165,7 @@ class Groups:
             record_end(path, "finished", "")
             return AttemptOutcome("finished", 0)
         if self._killed:
-            tell(f"killed ({self._killed}); the newest complete checkpoint is kept, the same command continues from it")
+            tell(f"killed ({self._killed}); {goes_on(path)}")
             record_end(path, "killed", self._killed)
             return AttemptOutcome("killed", 130 if self._killed == "Ctrl-C twice" else 137)
         failed = [group for group in self._groups if group.ended == "given up"]
@@ -173,7 +173,7 @@ class Groups:
             record_end(path, "failed", f"group {failed[0].number}: exit code {failed[0].code}")
             code = failed[0].code
             return AttemptOutcome("failed", 128 - code if code < 0 else code or 1)
-        tell(f"stopped{f' by {self._signal}' if self._signal else ''}; the same command continues: {path}")
+        tell(f"stopped{f' by {self._signal}' if self._signal else ''}; {goes_on(path)}")
         record_end(path, "stopped", self._signal)
         return AttemptOutcome("stopped", 0)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from src.checkpoint.folder import complete, step_of
 from src.checkpoint.store import Store
 from src.config.tree import read
 from src.data.batches import Batches
@@ -153,9 +154,7 @@ def _farewell(
 ) -> None:
     """Collective. What a person wants to see at the end: what the model writes, and the curve."""
     if not finished:
-        saves = run.checkpoint.every is not None
-        then = "the same command goes on from there" if saves else "nothing was saved: checkpoint.every=null"
-        report.say(f"stopped after step {training.state.step}; {then}")
+        report.say(f"stopped after step {training.state.step}; {_kept(run, folder, training.state.step)}")
         return
     if task.sample_prompt is not None:
         report.say(_sample(task, run, corpus, training, task.sample_prompt))
@@ -164,6 +163,21 @@ def _farewell(
             report.say(f"curve: {plot(folder)}")
         except (OSError, FolderError) as error:  # every step is done: no picture is worth a failure
             report.say(f"warning: the curve cannot be drawn: {error}")
+
+
+def _kept(run: Run, folder: Path, step: int) -> str:
+    """What there is of a run that stopped after this step, as its folder has it: other groups may go on with theirs."""
+    saved = complete(folder / "checkpoints")
+    if saved and step_of(saved[-1]) == step:
+        return "saved: the same command goes on from there"
+    newest = f"; the newest checkpoint is of step {step_of(saved[-1])}" if saved else ""
+    if run.fault_tolerance.on and run.checkpoint.every is not None:
+        return f"this group has saved nothing: others have its state{newest}"
+    return (
+        f"nothing was saved: checkpoint.every=null{newest}"
+        if run.checkpoint.every is None
+        else f"nothing was saved{newest}"
+    )
 
 
 def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt: str) -> str:

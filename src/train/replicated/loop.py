@@ -32,6 +32,8 @@ class ReplicatedLoop(Loop):
             checksum=lambda samples: self.batches.checksum(np.arange(samples.start, samples.stop)),
         )
         self.groups.register(callbacks)
+        lost, failures = map(int, self.report.newest("groups/lost_steps", "groups/commit_failures"))
+        self.groups.recall(lost, failures)
         return super().run()
 
     def _step_batches(self) -> Iterator[tuple[list[Batch], float]]:
@@ -48,6 +50,8 @@ class ReplicatedLoop(Loop):
                 self._save_for_the_last_leader()
                 self._share, began = share, time.perf_counter()
                 yield self.batches.step(state.position, share), time.perf_counter() - began
+            elif state.step == self.plan.steps and not self._stopping:  # healed at the others' end
+                state.tokens += self.groups.conclude()
 
     def _save_for_the_last_leader(self) -> None:
         """Collective in the group. A leader that dies in a save leaves no checkpoint: who leads next saves what it
@@ -87,6 +91,9 @@ class ReplicatedLoop(Loop):
         # It may replace the state.
         others = self.groups.outer_step(state.step, self._last.tokens, Taken(samples, self._last.checksum))
         state.tokens += others
+        if state.step == self.plan.steps:
+            state.tokens += self.groups.conclude()
+        self.report.lead(self.groups.leads)  # the one that led may be gone since: this step is recorded, too
         self._stopping = self._stopping or self.groups.gave_up
 
     def _asked(self) -> bool:
@@ -113,6 +120,7 @@ class ReplicatedLoop(Loop):
         return {"state": self.training.state.tree(0.0), "streak": streak}
 
     def _adopt(self, tree: dict[str, Any]) -> None:
+        self.report.forget()
         self.training.state.adopt(tree["state"])
         for act in self.training.stepper.after_update:  # weights are new
             act()
