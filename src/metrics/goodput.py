@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.runs.records import AttemptSpan, asked, spans
+from src.runs.records import submitted as handed_over
 from src.storage.json_lines import METRICS_FILE, Lines
 
 
@@ -18,12 +19,14 @@ class Goodput:
     """Wall seconds of a run by what they were spent on. They add up to the time since the run was submitted."""
 
     useful: float = 0.0  # optimizer steps that the run kept
-    restart: float = 0.0  # from an attempt's start to its first step done, and steps that a later attempt did again
+    start: float = 0.0  # from the first attempt's start to its first step done
+    restart: float = 0.0  # the same of a later attempt, and steps that it did again
     compile: float = 0.0
     checkpoint: float = 0.0  # the loop stood still for a save
     data: float = 0.0  # the loop waited for samples
     other: float = 0.0  # validation, logging, leaving
-    queue: float = 0.0  # nobody worked: before the first attempt and between two
+    queue: float = 0.0  # submitted, and not started, or not started again, yet
+    idle: float = 0.0  # it had ended, and nobody had asked for it again
 
     @property
     def total(self) -> float:
@@ -52,7 +55,7 @@ def goodput(folder: Path, submitted: float | None = None) -> Goodput:
     """Goodput of all attempts of a run folder. `submitted` (seconds since 1970) is used where the folder has no
     record of it.
     """
-    return _sum(_lives(folder), spans(folder), asked(folder, submitted))
+    return _sum(_lives(folder), spans(folder), asked(folder, submitted), handed_over(folder))
 
 
 class Meter:
@@ -63,7 +66,8 @@ class Meter:
         self._folder, self._attempt = folder, attempt
         known = spans(folder)
         self._started = known[-1].started if known else opened
-        self._life = _Life(self._started)
+        self._span = known[-1] if known else AttemptSpan(opened, None)
+        self._life = _Life(self._started, first=len(known) < 2)
         self._before: Goodput | None = None
         self._interruption: float | None = None
 
@@ -89,7 +93,8 @@ class Meter:
         """The attempts before, of which steps from `step` on are done again; and when the newest said its last word."""
         lives = [life for life in _lives(self._folder) if life[0]["attempt"] < self._attempt]
         earlier = [span for span in spans(self._folder) if span.started < self._started]
-        whole = _sum(lives, earlier, asked(self._folder), until=self._started, again=step)
+        asks = handed_over(self._folder)
+        whole = _sum(lives, earlier, asked(self._folder), asks, until=self._span, again=step)
         return whole, lives[-1][-1]["time"] if lives else None
 
 
@@ -105,29 +110,40 @@ def _sum(
     lives: list[list[dict[str, Any]]],
     spans: list[AttemptSpan],
     since: float | None,
+    asks: Sequence[float],
     *,
-    until: float | None = None,
+    until: AttemptSpan | None = None,
     again: float = float("inf"),
 ) -> Goodput:
-    """All attempts, and the waiting from `since` to the first, between two, and up to `until`.
+    """All attempts, and the waiting from `since` to the first, between two, and up to the start of `until`.
+
+    `asks`: when the run was handed to a scheduler.
 
     Steps that a later attempt took, and those from `again` on, were not kept.
     """
     whole, end = Goodput(), since
+    first = True
     for span, lines in _paired(lives, spans):
         later = (_first_step(each) for each in lives if lines and each[0]["attempt"] > lines[-1]["attempt"])
-        life = _Life(span.started, min([*later, again]))
+        life = _Life(span.started, min([*later, again]), first=first)
         for line in lines:
             life.take(line)
         last = max([line["time"] for line in lines], default=span.started)
         ended = max(last, span.ended or last)
-        whole += life.account(ended) + _waited(end, span.started)
-        end = ended
-    return whole + _waited(end, until)
+        whole += life.account(ended) + _waited(end, span, asks, first=first)
+        end, first = ended, False
+    return whole if until is None else whole + _waited(end, until, asks, first=first)
 
 
-def _waited(since: float | None, until: float | None) -> Goodput:
-    return Goodput() if since is None or until is None else Goodput(queue=max(0.0, until - since))
+def _waited(since: float | None, span: AttemptSpan, asks: Sequence[float], *, first: bool) -> Goodput:
+    """Before this attempt: for a person who asks for it again, then for the scheduler."""
+    if since is None or span.started <= since:
+        return Goodput()
+    later = [ask for ask in asks if since < ask <= span.started]
+    if first or not (later or not span.scheduled):
+        return Goodput(queue=span.started - since)
+    asked_again = max(later, default=span.started)
+    return Goodput(queue=span.started - asked_again, idle=asked_again - since)
 
 
 def _paired(
@@ -157,8 +173,8 @@ def _first_step(life: list[dict[str, Any]]) -> float:
 class _Life:
     """Accumulates one attempt line by line. Steps from `kept_until` on were repeated by a later attempt."""
 
-    def __init__(self, started: float, kept_until: float = float("inf")) -> None:
-        self._started, self._kept_until = started, kept_until
+    def __init__(self, started: float, kept_until: float = float("inf"), *, first: bool) -> None:
+        self._started, self._kept_until, self._first = started, kept_until, first
         self._ready: float | None = None  # when the first step was done
         self._step: int | None = None  # the last that was told
         self._compile = self._useful = self._data = self._lost = self._saving = 0.0
@@ -180,11 +196,15 @@ class _Life:
 
     def account(self, ended: float) -> Goodput:
         if self._ready is None:
-            return Goodput(restart=ended - self._started)
+            return self._starting(ended - self._started)
         starting = max(0.0, self._ready - self._started - self._compile)
         known = self._useful + self._data + self._lost + self._saving
         other = max(0.0, ended - self._ready - known)
-        return Goodput(self._useful, starting + self._lost, self._compile, self._saving, self._data, other)
+        took = Goodput(self._useful, 0.0, self._lost, self._compile, self._saving, self._data, other)
+        return took + self._starting(starting)
+
+    def _starting(self, seconds: float) -> Goodput:
+        return Goodput(start=seconds) if self._first else Goodput(restart=seconds)
 
 
 def duration(seconds: float) -> str:

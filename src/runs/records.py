@@ -19,11 +19,12 @@ class AttemptSpan:
 
     started: float
     ended: float | None
+    scheduled: bool = False  # it was in a scheduler's job, which starts again by itself
 
 
 def spans(folder: Path) -> list[AttemptSpan]:
     """Start and end of every attempt, oldest first."""
-    return [AttemptSpan(_seconds(each["started"]), _ended(each)) for each in starts(folder)]
+    return [AttemptSpan(_seconds(each["started"]), _ended(each), bool(each.get("job"))) for each in starts(folder)]
 
 
 def jobs(folder: Path) -> list[str]:
@@ -35,9 +36,12 @@ def asked(folder: Path, otherwise: float | None = None) -> float | None:
     """When the run was first submitted, in seconds since 1970: the folder's record or `otherwise`, whichever is
     earlier.
     """
-    first = next(Lines(folder / SUBMISSIONS_FILE).read(), {})
-    known = [float(each) for each in (first.get("submitted"), otherwise) if each is not None]
-    return min(known, default=None)
+    return min([*submitted(folder)[:1], *([] if otherwise is None else [otherwise])], default=None)
+
+
+def submitted(folder: Path) -> list[float]:
+    """When the run was handed to a scheduler, each time, in seconds since 1970."""
+    return [float(each["submitted"]) for each in Lines(folder / SUBMISSIONS_FILE).read() if "submitted" in each]
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:

@@ -24,12 +24,14 @@ DISTINCT = ("#3366cc", "#e07b39", "#2a9d6f", "#c94f7c", "#8a63d2", "#b8930a", "#
 DASHES = ("", "7 4", "2 4", "10 4 2 4")
 PARTS = {
     "useful": "#2a9d6f",
+    "start": "#e39a9a",
     "restart": "#cf3d3d",
     "compile": "#8a63d2",
     "checkpoint": "#3366cc",
     "data": "#e07b39",
     "other": "#b9bfca",
     "queue": "#e6c34a",
+    "idle": "#e9e4d0",
 }
 FEW = 6  # whole numbers, such as seeds, stand side by side
 LOGARITHMIC = 8.0  # times the smallest: values that far apart were meant so

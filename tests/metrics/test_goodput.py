@@ -48,7 +48,7 @@ def test_one_attempt(tmp_path: Path) -> None:
     write(tmp_path, life(1, 100.0, 1, [steps(1, 130.0, 11), saved]))
     note(tmp_path, (98.0, 140.0), submitted=90.0)
     found = goodput(tmp_path)
-    assert found == Goodput(useful=17.5, restart=9.0, compile=3.0, checkpoint=4.0, data=2.5, other=6.0, queue=8.0)
+    assert found == Goodput(useful=17.5, start=9.0, compile=3.0, checkpoint=4.0, data=2.5, other=6.0, queue=8.0)
     assert (found.total, found.share) == (50.0, 17.5 / 50.0)
 
 
@@ -61,9 +61,10 @@ def test_steps_done_again_are_not_useful(tmp_path: Path) -> None:
     found = goodput(tmp_path, submitted=100.0)
     again = 7  # steps 15 to 21
     assert found.useful == pytest.approx((20 - again + 6) * 1.75)
-    assert found.restart == pytest.approx(7.0 + 7.0 + again * 2.0)
+    assert found.start == 7.0
+    assert found.restart == pytest.approx(7.0 + again * 2.0)
     assert found.data == pytest.approx((20 - again + 6) * 0.25)
-    assert found.queue == 45.0
+    assert (found.queue, found.idle) == (0.0, 45.0), "started by hand, twice"
     assert found.total == pytest.approx(122.0)
 
 
@@ -72,9 +73,23 @@ def test_attempts_that_never_took_a_step_and_those_that_nobody_noted(tmp_path: P
     assert goodput(tmp_path).total == 30.0
     note(tmp_path, (50.0, 60.0), (99.0, None))
     died = goodput(tmp_path, submitted=50.0)
-    assert (died.restart, died.queue, died.total) == (10.0 + 8.0, 39.0, 80.0)
+    assert (died.start, died.restart, died.idle, died.total) == (10.0, 8.0, 39.0, 80.0)
     assert goodput(tmp_path / "nothing") == Goodput()
     assert goodput(tmp_path / "nothing").share is None
+
+
+def test_who_is_waited_for(tmp_path: Path) -> None:
+    """A scheduler, which starts again by itself, then a person, who submits once more, then the scheduler."""
+    lines = [
+        {"number": number, "started": moment(began), "job": job} | {"ended": "failed", "detail": f"{moment(ended)} x"}
+        for number, (began, ended, job) in enumerate([(100, 110, "7"), (130, 140, "7"), (190, 200, "8")], 1)
+    ]
+    (tmp_path / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asks = [{"job": "7", "submitted": 90.0}, {"job": "8", "submitted": 175.0}]
+    (tmp_path / "slurm.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asks))
+    found = goodput(tmp_path)
+    assert (found.queue, found.idle) == (10.0 + 20.0 + 15.0, 35.0)
+    assert (found.start, found.restart, found.total) == (10.0, 20.0, 110.0)
 
 
 def test_the_meter_says_at_every_line_what_the_folder_says(tmp_path: Path) -> None:
@@ -96,7 +111,7 @@ def test_the_meter_says_at_every_line_what_the_folder_says(tmp_path: Path) -> No
             assert told[-1] == {}
     assert told[1]["goodput/interruption_seconds"] == 160.0, "from second 150 to second 310"
     assert "goodput/interruption_seconds" not in told[2]
-    assert told[-1]["goodput/queue_seconds"] == 10.0 + 45.0 + 95.0
+    assert (told[-1]["goodput/queue_seconds"], told[-1]["goodput/idle_seconds"]) == (10.0, 45.0 + 95.0)
     assert meter.last(330.0) == pytest.approx(goodput(tmp_path).metrics())
 
 
