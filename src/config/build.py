@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import cache
 from inspect import isabstract
 from typing import Any, cast
 
@@ -158,12 +159,22 @@ def _whole(value: Any, cls: type[Config] | None) -> Any:
     if isinstance(name := value.get("_target_"), str):
         target = _Builder("src.").target(name, "")
         cls = target
-    fields = {} if cls is None else {field.alias or key: field for key, field in cls.model_fields.items()}
+    kinds = {} if cls is None else _kinds(cls)
     found = {}
     for key, each in value.items():
-        kinds = set(wording.leaves(fields[key].annotation)) if key in fields else set()
+        whole, inner = kinds.get(key, (False, None))
+        found[key] = _integer(each) if whole else _whole(each, inner)
+    return found
+
+
+@cache
+def _kinds(cls: type[Config]) -> dict[str, tuple[bool, type[Config] | None]]:
+    """By key: whether a number there is a whole one, and the config class that stands there; once for all points."""
+    found: dict[str, tuple[bool, type[Config] | None]] = {}
+    for key, field in cls.model_fields.items():
+        kinds = set(wording.leaves(field.annotation))
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)), None)
-        found[key] = _integer(each) if int in kinds and float not in kinds else _whole(each, inner)
+        found[field.alias or key] = (int in kinds and float not in kinds, inner)
     return found
 
 

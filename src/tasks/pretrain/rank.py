@@ -172,12 +172,8 @@ def _kept(run: Run, folder: Path, step: int) -> str:
         return "saved: the same command goes on from there"
     newest = f"; the newest checkpoint is of step {step_of(saved[-1])}" if saved else ""
     if run.fault_tolerance.on and run.checkpoint.every is not None:
-        return f"this group has saved nothing: others have its state{newest}"
-    return (
-        f"nothing was saved: checkpoint.every=null{newest}"
-        if run.checkpoint.every is None
-        else f"nothing was saved{newest}"
-    )
+        return f"this group has saved nothing; the others go on{newest}"
+    return f"nothing was saved{': checkpoint.every=null' * (run.checkpoint.every is None)}{newest}"
 
 
 def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt: str) -> str:
