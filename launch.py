@@ -19,7 +19,7 @@ from src.cluster.rank_log import open_closed_streams
 from src.config.composition.requests import asked
 from src.errors import UserError, VerdictError
 from src.launch.dry_run import scripts
-from src.launch.start import ask_schedulers, checked, start
+from src.launch.start import Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
 from src.sweeps.grid import in_group, names, sweep, title
 from src.sweeps.search import search
@@ -84,7 +84,7 @@ def main() -> int:
         live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
         if question.swept and live:
             return sweep(live, sys.argv[1:])
-        status, code = start(*live[0][:3]) if live else ("shown", 0)
+        status, code = start(*live[0][:3], Shared()) if live else ("shown", 0)
     except UserError as error:
         return refused(error)
     except Exception as error:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import LauncherEnv, joined
 from src.errors import DataError, FolderError, PlanError, UserError
 from src.runs.folder import group_folder, place
+from src.runs.frozen_code import Code
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
 from src.version import VERSION
@@ -47,6 +49,30 @@ class EachOnce:
         fresh = [line for line in dict.fromkeys(lines) if line not in self._told]
         self._told.update(fresh)
         to_stderr(fresh)
+
+
+class Shared:
+    """What the runs have in common that one command prepares: the code and the data are read once."""
+
+    def __init__(self) -> None:
+        self.tell = EachOnce()
+        self._opened: list[tuple[tuple[object, ...], Corpus]] = []
+
+    @cached_property
+    def code(self) -> Code:
+        """As it was when the first of them was opened."""
+        return Code.read()
+
+    def corpus(self, run: "Run") -> "Corpus":
+        """The tokenised data, made now if they are not there yet. DataError."""
+        from src.data.prepare import prepare
+
+        wanted = (run.data, run.tokenizer, run.cache)
+        found = next((corpus for given, corpus in self._opened if given == wanted), None)
+        if found is None:
+            self._opened.append((wanted, found := prepare(*wanted, progress=True)))
+            self.tell(found.preparation.lines())
+        return found
 
 
 def map_collecting_errors(
@@ -161,17 +187,15 @@ def fetched(source: str, run: "Run", tell: Tell = to_stderr) -> "Fetched":
     return found
 
 
-def feed(run: "Run", tell: Tell = to_stderr) -> "Corpus | None":
+def feed(run: "Run", shared: Shared) -> "Corpus | None":
     """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
     from src.data.corpus import check
-    from src.data.prepare import prepare
     from src.run import Evaluates, Validates
 
     task = run.task
     if not task.needs_corpus:
         return None
-    corpus = prepare(run.data, run.tokenizer, run.cache, progress=True)
-    tell(corpus.preparation.lines())
+    corpus = shared.corpus(run)
     problems = check(
         corpus,
         run.data,
@@ -231,10 +255,10 @@ def opening(folder: "RunFolder") -> str:
     return f"resumes {folder.path}" + (f", until now of version {before}" if before != VERSION else "")
 
 
-def prepare(tree: Tree, run: "Run", planned: "Plan", tell: Tell = to_stderr) -> "tuple[RunFolder, Plan]":
+def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[RunFolder, Plan]":
     """The run's folder, held by us, with all that its ranks read: config, code, plan, data and where weights lie.
 
-    Returns the plan with what the data say of it. `tell`: one for all points of a sweep.
+    Returns the plan with what the data say of it. `shared`: one for all points of a sweep.
     """
     from src.hugging_face.load import note
     from src.launch.initial import check_samples
@@ -242,8 +266,9 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", tell: Tell = to_stderr) -> 
     from src.runs.twins import near
 
     source = wanted(tree, run)
+    tell = shared.tell
     weights = None if source is None else fetched(source, run, tell)
-    corpus = feed(run, tell)
+    corpus = feed(run, shared)
     answers = planned if corpus is None else planned.with_data(run, corpus)
     tell(f"warning: {line}" for line in answers.warnings)
     path = place(run.root, run.name, identity(tree), run.folder)
@@ -256,9 +281,8 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", tell: Tell = to_stderr) -> 
             check_same_data(corpus, folder)
             check_samples(run, folder, corpus)
 
-    folder = RunFolder.open(
-        tree, facts, root=run.root, name=run.name, identity=identity(tree), folder=path, scheduler=scheduler, ask=ask
-    )
+    where: dict[str, Any] = {"root": run.root, "name": run.name, "identity": identity(tree), "folder": path}
+    folder = RunFolder.open(tree, facts, **where, scheduler=scheduler, ask=ask, code=shared.code)
     try:
         tell([opening(folder)])
         if not folder.resumed and run.folder is None and (twin := near(folder.path.parent, tree, may_change)):
@@ -273,11 +297,11 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", tell: Tell = to_stderr) -> 
     return folder, answers
 
 
-def start(tree: Tree, run: "Run", planned: "Plan") -> tuple[str, int]:
+def start(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> tuple[str, int]:
     """How the run ended, and the exit code that says so."""
     if joined():
-        return _join(tree, run, planned), 0
-    folder, _ = prepare(tree, run, planned)
+        return _join(tree, run, planned, shared), 0
+    folder, _ = prepare(tree, run, planned, shared)
     with folder:
         cluster, world = backend_of(run.cluster), run.parallel.world
         if isinstance(run.fault_tolerance, Options):
@@ -287,7 +311,7 @@ def start(tree: Tree, run: "Run", planned: "Plan") -> tuple[str, int]:
         return outcome.status, outcome.exit_code
 
 
-def _join(tree: Tree, run: "Run", planned: "Plan") -> str:
+def _join(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> str:
     """Be a rank of an outer launcher."""
     if run.fault_tolerance.on:
         raise PlanError(
@@ -304,7 +328,7 @@ def _join(tree: Tree, run: "Run", planned: "Plan") -> str:
     if outer.rank > 0:  # it meets rank 0, which makes the folder first, in the process group
         job = RankJob(place(run.root, run.name, identity(tree), run.folder), None)
         return "finished" if run_rank(job, tree) else "stopped"
-    folder, _ = prepare(tree, run, planned)
+    folder, _ = prepare(tree, run, planned, shared)
     with folder:
         folder.begin(run.parallel.world)
         return "finished" if run_rank(RankJob(folder.path, None)) else "stopped"

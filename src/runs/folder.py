@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from src.config import tree as trees
 from src.errors import ConfigError, FolderError
-from src.runs.frozen_code import REPOSITORY, Git, freeze
+from src.runs.frozen_code import REPOSITORY, Code, Git
 from src.runs.lock import Lock
 from src.runs.records import ATTEMPTS_FILE, starts
 from src.runs.scheduler import NoScheduler, Scheduler
@@ -91,12 +91,14 @@ class RunFolder:
         identity: str,
         folder: Path | None = None,
         repository: Path = REPOSITORY,
+        code: Code | None = None,
         scheduler: Scheduler | None = None,
         ask: Callable[[Path], None] = lambda _: None,
     ) -> Self:
         """Create, resume or refuse `folder`, or else `<root>/<name>-<identity>`.
 
         `ask` may raise: it is called before anything is written. What is refused leaves the folder as it was, or none.
+        `code`: of the repository, where it has been read already.
 
         FolderError when it is live in another process, holds another run, or cannot be written.
         """
@@ -118,9 +120,10 @@ class RunFolder:
                     raise
                 for part in ("logs", "checkpoints", "code"):
                     (path / part).mkdir(exist_ok=True)
-                code, git = freeze(repository, path / "code"), Git.read(repository)
-                atomic_write(path / "git.json", json.dumps(git.facts(), indent=2) + "\n")
-                atomic_write(path / "git.diff", git.diff)
+                code = code or Code.read(repository)
+                code.freeze(path / "code")
+                atomic_write(path / "git.json", json.dumps(code.git.facts(), indent=2) + "\n")
+                atomic_write(path / "git.diff", code.git.diff)
                 atomic_write(path / "version", f"{VERSION}\n")
                 atomic_write(path / "plan.json", json.dumps(plan, indent=2) + "\n")
                 trees.write(path / "config.yaml", tree)  # last: its presence says that all is there
@@ -130,7 +133,7 @@ class RunFolder:
             except BaseException:
                 lock.release()
                 raise
-        return cls(path, lock, code, git, changed, scheduler)
+        return cls(path, lock, code.digest, code.git, changed, scheduler)
 
     @classmethod
     def rejoin(cls, path: Path, code: str, scheduler: Scheduler | None = None) -> Self:

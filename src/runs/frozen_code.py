@@ -4,9 +4,11 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from src.errors import FolderError, some
 
@@ -50,29 +52,46 @@ class Git:
         return {key: value for key, value in asdict(self).items() if key != "diff"}
 
 
-def freeze(root: Path, into: Path) -> str:
-    """Copy the code below `root` to `into/<hash8>` unless it is there; the hash covers names and contents.
+@dataclass(frozen=True)
+class Code:
+    """The code of a work tree, read once for all runs that a command opens."""
 
-    The caller holds the run's lock. FolderError where somebody has added code to the copy that is there.
-    """
-    for stale in into.glob("*.partial-*"):  # of launchers that were killed
-        shutil.rmtree(stale, ignore_errors=True)
-    files = _files(root)
-    contents = {name: (root / name).read_bytes() for name in files}
-    digest = _digest(contents)
-    target = into / digest
-    refuse_added(target, files, cache=False)
-    if _is_exactly(target, contents):
-        return digest
-    partial = into / f"{digest}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, content in contents.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_bytes(content)
-    (partial / LIST).write_text("".join(f"{name}\n" for name in files))
-    shutil.rmtree(target, ignore_errors=True)  # half removed or edited by hand: the same hash must mean the same code
-    partial.rename(target)
-    return digest
+    contents: Mapping[str, bytes]  # by name, in order
+    git: Git
+
+    @classmethod
+    def read(cls, root: Path = REPOSITORY) -> Self:
+        """As it is now."""
+        return cls({name: (root / name).read_bytes() for name in _files(root)}, Git.read(root))
+
+    @cached_property
+    def digest(self) -> str:
+        """8 hex digits over names and contents."""
+        return _digest(self.contents)
+
+    def freeze(self, into: Path) -> str:
+        """Copy it to `into/<digest>` unless it is there; returns the digest.
+
+        The caller holds the run's lock. FolderError where somebody has added code to the copy that is there.
+        """
+        for stale in into.glob("*.partial-*"):  # of launchers that were killed
+            shutil.rmtree(stale, ignore_errors=True)
+        target = into / self.digest
+        refuse_added(target, self.contents, cache=False)
+        if _is_exactly(target, self.contents):
+            return self.digest
+        partial = into / f"{self.digest}.partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in sorted({(partial / name).parent for name in self.contents}):
+            parent.mkdir(parents=True, exist_ok=True)
+        for name, content in self.contents.items():
+            (partial / name).write_bytes(content)
+        (partial / LIST).write_text("".join(f"{name}\n" for name in self.contents))
+        shutil.rmtree(
+            target, ignore_errors=True
+        )  # half removed or edited by hand: the same hash must mean the same code
+        partial.rename(target)
+        return self.digest
 
 
 def verify(snapshot: Path) -> None:
@@ -91,7 +110,7 @@ def verify(snapshot: Path) -> None:
         )
 
 
-def refuse_added(snapshot: Path, files: list[str], *, cache: bool = True) -> None:
+def refuse_added(snapshot: Path, files: Iterable[str], *, cache: bool = True) -> None:
     """FolderError that names what Python would run of a snapshot beside `files`, and links; `cache`: bytecode too."""
     known = {snapshot / name for name in files}
     found = [
@@ -109,7 +128,7 @@ def refuse_added(snapshot: Path, files: list[str], *, cache: bool = True) -> Non
         )
 
 
-def _is_exactly(snapshot: Path, contents: dict[str, bytes]) -> bool:
+def _is_exactly(snapshot: Path, contents: Mapping[str, bytes]) -> bool:
     """Byte by byte, since 8 digits of a hash can be met on purpose; and no bytecode, which would be run unread."""
     if not snapshot.is_dir() or any(snapshot.rglob(CACHE)):
         return False
@@ -122,7 +141,7 @@ def fingerprint(root: Path, files: list[str]) -> str:
     return _digest(present)
 
 
-def _digest(contents: dict[str, bytes]) -> str:
+def _digest(contents: Mapping[str, bytes]) -> str:
     whole = hashlib.sha256()
     for name in sorted(contents):
         whole.update(f"{name}\0{len(contents[name])}\0".encode())

@@ -15,7 +15,7 @@ from src.config.base import Config
 from src.config.tree import SITE, Tree, difference, identity
 from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
-from src.launch.start import EachOnce, Tell, ask_schedulers, by_cluster, checked, prepare, start
+from src.launch.start import Shared, ask_schedulers, by_cluster, checked, prepare, start
 from src.sweeps.ledger import Ledger, SweepPoint, swept
 from src.sweeps.status import OPEN, State
 
@@ -151,18 +151,18 @@ def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = Fal
     """
     for entry in entries:
         ledger.resumed(entry.point)
-    tell, codes = EachOnce(), list[int]()
+    shared, codes = Shared(), list[int]()
     here = [entry for entry in entries if not isinstance(entry.run.cluster, QueueBackend)]
     waits = list[Callable[[], int]]()
     # One submission per cluster: points may ask for several partitions.
     for same in by_cluster([entry for entry in entries if entry not in here], lambda entry: entry.run.cluster):
         cluster = same[0].run.cluster
         assert isinstance(cluster, QueueBackend), "chosen above"
-        submitted, code = _submit(ledger, cluster, same, tell)
+        submitted, code = _submit(ledger, cluster, same, shared)
         codes.append(code)
         if submitted and (wait or cluster.wait):
             waits.append(partial(_until_ended, submitted, cluster.scheduler))
-    codes.append(_one_by_one(ledger, here))
+    codes.append(_one_by_one(ledger, here, shared))
     codes += [each() for each in waits]
     return next(filter(None, codes), 0)
 
@@ -174,7 +174,7 @@ def _until_ended(submitted: Sequence[Submitted], scheduler: JobScheduler) -> int
 
 
 def _submit(
-    ledger: Ledger, cluster: QueueBackend, entries: Sequence[SweepEntry], tell: Tell
+    ledger: Ledger, cluster: QueueBackend, entries: Sequence[SweepEntry], shared: Shared
 ) -> tuple[list[Submitted], int]:
     """What is in the scheduler's hands, and the code of the first point that is not."""
     opened, codes = list[tuple[SweepEntry, Prepared]](), list[int]()
@@ -183,7 +183,7 @@ def _submit(
             try:
                 if entry.run.fault_tolerance.on:
                     raise PlanError("fault_tolerance: a sweep queues runs of one group; pass none")
-                folder, answers = prepare(entry.tree, entry.run, entry.plan, tell)
+                folder, answers = prepare(entry.tree, entry.run, entry.plan, shared)
                 opened.append((entry, Prepared(folder, answers.to_dict())))
             except UserError as error:
                 codes.append(refused(ledger, entry.point, error))
@@ -205,7 +205,7 @@ def _submit(
     return handed, next(iter(codes), 0)
 
 
-def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
+def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry], shared: Shared) -> int:
     """A point that fails does not stop the later ones; a stop ends all."""
     failed: dict[str, int] = {}
     for count, entry in enumerate(entries, start=1):
@@ -214,7 +214,7 @@ def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry]) -> int:
         print(f"[{count}/{len(entries)}] {_label(entry.point)}", file=sys.stderr)
         ledger.submitted(entry.point)
         try:
-            status, code = start(entry.tree, entry.run, entry.plan)
+            status, code = start(entry.tree, entry.run, entry.plan, shared)
         except UserError as error:
             status, code = "refused", refused(ledger, entry.point, error)
         if code:

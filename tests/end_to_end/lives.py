@@ -21,7 +21,7 @@ from src.config.composition.requests import asked
 from src.distributed.model_stages import SingleStage
 from src.errors import UserError
 from src.hugging_face.load import note
-from src.launch.start import checked, feed, fetched, record, wanted
+from src.launch.start import Shared, checked, feed, fetched, record, wanted
 from src.planning.plan import plan
 from src.runs.folder import RunFolder
 from src.tasks.source import completed
@@ -54,7 +54,7 @@ def opened(*argv: str) -> Path:
         ((tree, run, _),) = checked(asked(list(argv), completed).trees)
     finally:
         sys.argv[:] = before
-    source, corpus = wanted(tree, run), feed(run)
+    source, corpus = wanted(tree, run), feed(run, Shared())
     facts = plan(run, corpus, run.cluster.devices()).to_dict()
     identity = trees.identity(tree)
     with RunFolder.open(tree, facts, root=run.root, name=run.name, identity=identity, folder=run.folder) as folder:

@@ -13,7 +13,7 @@ import pytest
 from src.checkpoint.folder import measure
 from src.config.composition.requests import asked
 from src.errors import UserError
-from src.launch.start import checked, prepare
+from src.launch.start import Shared, checked, prepare
 from src.metrics.history import read as read_metrics
 from src.runs.folder import attempts
 from src.tasks.source import completed
@@ -113,7 +113,7 @@ def knock(folder: Path, same: list[str]) -> list[str]:
         try:
             for tree, run, plan in checked(asked(argv, completed).trees):
                 if not run.dry_run:
-                    prepare(tree, run, plan)[0].close()
+                    prepare(tree, run, plan, Shared())[0].close()
             said.append("")
         except UserError as error:
             said.append("\n".join(error.problems))

@@ -16,7 +16,7 @@ from src.config.build import build
 from src.config.composition.requests import asked
 from src.config.tree import write
 from src.errors import FolderError, UserError
-from src.launch.start import checked, examine, prepare, refuse_queued
+from src.launch.start import Shared, checked, examine, prepare, refuse_queued
 from src.optim.schedule import Schedule
 from src.run import Run
 from src.runs.records import SUBMISSIONS_FILE
@@ -45,7 +45,7 @@ def started(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
     monkeypatch.setattr("sys.argv", ["launch.py"])
     GlobalHydra.instance().clear()
     for tree, run, plan in checked(asked(list(argv), completed).trees):
-        prepare(tree, run, plan)[0].close()
+        prepare(tree, run, plan, Shared())[0].close()
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *argv: str) -> str:

@@ -11,7 +11,7 @@ from src.cluster.slurm.config import Slurm
 from src.cluster.submission import Prepared
 from src.config.composition.requests import asked
 from src.config.tree import identity
-from src.launch.start import checked, feed, record
+from src.launch.start import Shared, checked, feed, record
 from src.planning.plan import plan
 from src.runs.folder import RunFolder
 from tests.slurm.runs import FACTS, HOME, Site
@@ -29,7 +29,7 @@ def prepared(site: Site, *argv: str) -> Prepared:
     GlobalHydra.instance().clear()
     with patch.dict(os.environ, HYDRA_FULL_ERROR="1"), patch.object(sys, "argv", ["launch.py"]):
         ((tree, run, _),) = checked(asked([*site.arguments, *site.site(), *argv]).trees)
-    corpus = feed(run)
+    corpus = feed(run, Shared())
     assert corpus is not None
     facts = plan(run, corpus).to_dict()
     where = {"root": run.root, "name": run.name, "identity": identity(tree)}

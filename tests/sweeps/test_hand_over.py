@@ -12,8 +12,7 @@ from src.cluster.submission import Prepared, Submitted
 from src.config.build import build
 from src.config.tree import write
 from src.errors import DataError, PlanError, UserError
-from src.launch import start
-from src.launch.start import map_collecting_errors
+from src.launch.start import Shared, map_collecting_errors
 from src.sweeps import grid as sweeps
 from src.sweeps.commands import main
 from src.sweeps.ledger import Ledger
@@ -53,8 +52,8 @@ class Refusing(Fake):
 def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
     """Six points, seeds 0 and 1 of three rates; the data of the last rate cannot be prepared."""
 
-    def prepare(given: Any, run: Any, plan: Any, tell: start.Tell) -> tuple[Any, Any]:
-        tell(["warning: the vocabulary is small"])
+    def prepare(given: Any, run: Any, plan: Any, shared: Shared) -> tuple[Any, Any]:
+        shared.tell(["warning: the vocabulary is small"])
         if given["optim"]["lr"] == 1e-3:
             raise DataError("data: no text")
         write(tmp_path / "config.yaml", given)

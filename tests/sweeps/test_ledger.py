@@ -104,7 +104,7 @@ class Starts:
         monkeypatch.setattr(sweeps, "checked", lambda trees: [(each, Here(), None) for each in trees])
         monkeypatch.setattr(sweeps, "ask_schedulers", lambda _: None)
 
-    def __call__(self, tree: Any, run: Any, plan: None) -> tuple[str, int]:
+    def __call__(self, tree: Any, run: Any, plan: None, shared: object) -> tuple[str, int]:
         key = (tree["optim"]["lr"], tree["seed"])
         self.given.append(key)
         end = self.ends.get(key, ("finished", 0))
