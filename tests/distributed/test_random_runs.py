@@ -1,0 +1,101 @@
+"""Random runs, each equal to one device or refused before it starts. RANDOM_RUNS=200 draws so many in the slow test.
+
+A run costs 1 CPU second on one rank, 2 on two, 5 on four and 10 to 15 on six or eight: most of it is DTensor, which
+works out each new shape once. So 20 are drawn in `make test` (40 CPU seconds), 60 more in `make test-all` (3 minutes);
+200 are 9 minutes.
+"""
+
+import gc
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch.distributed import ProcessGroup, new_group
+
+from src.distributed.process.rank_context import RankContext
+from src.errors import PlanError
+from src.planning.plan import plan
+from src.run import Run
+from src.tasks.verify.config import Verify
+from src.tasks.verify.rank import certify
+from tests.distributed.random_runs import random_run, words
+from tests.ranks import RankPool
+
+FEW = range(40, 60)  # with one run on six ranks and none on eight
+MANY = [seed for seed in range(int(os.environ.get("RANDOM_RUNS", "80"))) if seed not in FEW]
+KEY = re.compile(r"\b(model|parallel|precision|recompute|task|data)\.[a-z]")
+CONVINCING = 0.6  # a plan that refused everything would be right as well
+
+
+@contextmanager
+def one_group_for_the_same_ranks() -> Iterator[None]:
+    """Runs of one world share the process groups of their meshes: each has threads that wake 100 times a second."""
+    made: dict[tuple[int, ...], ProcessGroup] = {}
+
+    def once(ranks: Sequence[int], **how: Any) -> ProcessGroup:
+        if (group := made.get(tuple(ranks))) is None:
+            group = made[tuple(ranks)] = new_group(ranks=ranks, **how)
+        return group
+
+    gc.collect()
+    gc.freeze()  # what is here is looked at no more between two runs: a second each
+    with patch("torch.distributed.device_mesh.new_group", once):
+        yield
+    gc.unfreeze()
+
+
+def differences(seeds: Sequence[int]) -> dict[int, str]:
+    """On one rank of the runs' world: what is wrong with each, by seed."""
+    found, ranks = {}, RankContext.join("cpu", random_run(seeds[0]).parallel.world, timeout_seconds=120)
+    with one_group_for_the_same_ranks():
+        for seed in seeds:
+            run = random_run(seed)
+            assert isinstance(run.task, Verify)
+            try:
+                certificate = certify(run.task, run, ranks, {})
+            except Exception as error:
+                raise AssertionError(f"seed {seed}, {words(run)}") from error
+            if certificate.failed:
+                found[seed] = f"{words(run)}: {certificate.problem()}"
+    return found
+
+
+def refusals(run: Run) -> tuple[str, ...]:
+    """The plan's own words; none where it accepts the run."""
+    try:
+        plan(run)
+    except PlanError as error:
+        return error.problems
+    return ()
+
+
+def legal(seeds: Sequence[int]) -> dict[int, list[int]]:
+    """Seeds of the runs that the plan accepts, by world. Of each other one every reason is a line that names a key."""
+    found: dict[int, list[int]] = {}
+    for seed in seeds:
+        run = random_run(seed)
+        lines = refusals(run)
+        assert all(KEY.search(line) and "\n" not in line for line in lines), lines
+        if not lines:
+            found.setdefault(run.parallel.world, []).append(seed)
+    assert sum(map(len, found.values())) > CONVINCING * len(seeds)
+    return found
+
+
+def test_a_seed_is_a_run() -> None:
+    assert random_run(7) == random_run(7)
+    drawn = [random_run(seed) for seed in range(60)]
+    assert {run.parallel.world for run in drawn} == {1, 2, 3, 4, 6, 8}
+    assert {run.model.family for run in drawn} == {"llama3", "deepseek_v3", "qwen3"}
+    for axis in ("pipeline", "replicate", "shard", "context", "tensor", "expert"):
+        assert any(getattr(run.parallel, axis) > 1 for run in drawn), axis
+
+
+@pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_equal_to_one_device_or_refused(ranks: RankPool, seeds: Sequence[int]) -> None:
+    for world, some in sorted(legal(seeds).items()):
+        assert ranks(world, differences, some) == [{}] * world
