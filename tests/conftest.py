@@ -18,6 +18,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import torch
 
 from tests.ranks import RankPool
+from tests.warm.server import serve
+
+os.environ.update(serve())
 
 if TYPE_CHECKING:
     from xdist.remote import Producer

@@ -16,7 +16,7 @@ def forkserver() -> ForkServerContext:
     """One for the whole test session; it starts with its first process."""
     os.environ.setdefault("RUST_LOG", "error")  # read once, when torchft is imported
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm"])
+    context.set_forkserver_preload(["tests.warm.preload"])
     return context
 
 

@@ -100,7 +100,8 @@ class FakeScheduler:
         (self.queue / job).mkdir()
         (self.queue / job / "state").write_text("waits")
         told = json.dumps([str(folder), code, requeues])
-        source = {"PYTHONPATH": str(folder / "code" / code), "FAKE_JOB": job, "CUDA_VISIBLE_DEVICES": ""}
+        paths = [str(folder / "code" / code), *filter(None, [os.environ.get("PYTHONPATH")])]
+        source = {"PYTHONPATH": os.pathsep.join(paths), "FAKE_JOB": job, "CUDA_VISIBLE_DEVICES": ""}
         with (self.queue / job / "log").open("w") as log:
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "src.cluster.fake.config", "job", told],

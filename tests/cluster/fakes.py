@@ -122,6 +122,7 @@ def repository(into: Path) -> Path:
         (into / "src" / name).write_text(text)
     for folder in ("config", "distributed", "train", "tasks"):
         (into / "src" / folder / "__init__.py").write_text("")
+    (into / "launch.py").write_text(LAUNCH)
     (into / "conf").mkdir()
     (into / "conf/config.yaml").write_text("seed: 0\n")
     return into
@@ -136,15 +137,26 @@ def place(root: Path, do: str, world: int) -> Path:
 
 
 def launch(
-    root: Path, code: Path, do: str, world: int, grace_seconds: float = 60, closed: tuple[int, ...] = ()
+    root: Path,
+    code: Path,
+    do: str,
+    world: int,
+    grace_seconds: float = 60,
+    closed: tuple[int, ...] = (),
+    warm: bool = True,
 ) -> "subprocess.Popen[str]":
-    """A launcher in a process and session of its own; its working directory is `root`, where no `src` is."""
+    """A launcher in a process and session of its own; its working directory is `root`, where no `src` is. `warm`: it
+    and its ranks need not import torch (tests/warm).
+    """
     import json
 
     root.mkdir(exist_ok=True)
     given = json.dumps([tree(do, world), str(root), str(code), grace_seconds])
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    if not warm:
+        del environment["WARM"]
+    # The launcher is of this checkout, its ranks are of the code that it freezes.
+    environment |= {"PYTHONPATH": f"{HERE}{os.pathsep}{environment['PYTHONPATH']}", "OMP_NUM_THREADS": "1"}
 
     def enter() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
@@ -152,7 +164,7 @@ def launch(
             os.close(descriptor)
 
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", LAUNCH, given],
+        [sys.executable, "-P", str(code / "launch.py"), given],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,

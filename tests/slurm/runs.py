@@ -15,6 +15,7 @@ from typing import Any
 from src.runs.folder import Attempt, attempts
 from tests.end_to_end.lives import TINY, series, write_text
 from tests.slurm.cluster import TestCluster
+from tests.warm.server import SITE
 
 HOME = Path(__file__).parents[2]
 PARTS = ("src", "conf", "launch.py", "requirements.txt", "pyproject.toml")
@@ -36,6 +37,7 @@ STEPS = 20
 # "once 1 7" (the same, only in the first start), "hang n2 7" (node, step: a rank that forgets the others, who wait
 # 10 s for it), "slow" (the save after a signal).
 BRAKE = """
+import warm_client
 import os, signal, subprocess, sys, time
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
@@ -160,7 +162,7 @@ class Site:
 
     def environment(self) -> dict[str, str]:
         """What a person's shell has, who uses the cluster."""
-        outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
+        outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         return {key: value for key, value in (os.environ | self.cluster.environment).items() if key not in outer}
 
     def submit(self, name: str, *argv: str, fault: str = "") -> "Held":
@@ -169,7 +171,8 @@ class Site:
 
     def named(self, name: str, fault: str = "") -> tuple[str, ...]:
         """Arguments of a run with a brake, and perhaps a fault, of its own."""
-        setup = f'export BRAKE={self.brake(name)} FAULT="{fault}" PYTHONPATH={self.folder / "site"}'
+        path = f"{self.folder / 'site'}:{SITE}"
+        setup = f'export BRAKE={self.brake(name)} FAULT="{fault}" PYTHONPATH={path}'
         return (f"name={name}", f"cluster.setup=['{setup}']", *self.site())
 
     def brake(self, name: str) -> Path:
