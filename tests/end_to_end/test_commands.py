@@ -11,11 +11,11 @@ from pathlib import Path
 
 from src.cluster.local.signals import SAME_SIGNAL_SECONDS
 from tests.cluster.fakes import until_heard
-from tests.end_to_end.commands import command, start, wait_for_step
+from tests.end_to_end.commands import PATIENCE_SECONDS, command, start, wait_for_step
 from tests.end_to_end.lives import live, opened, series
 from tests.ranks import RankPool
 
-LONG = ("task.steps=400", "checkpoint.every=50", "checkpoint.asynchronous=true", "parallel=fsdp2")
+LONG = ("task.steps=160", "checkpoint.every=20", "checkpoint.asynchronous=true", "parallel=fsdp2")
 
 WILD = ("optim.weight_decay=100", "schedule.warmup_steps=0")  # with the largest rate, optim.lr=10
 
@@ -32,18 +32,18 @@ def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ran
     root = Path(text[-1].partition("=")[2])
     argv = (*text, *LONG, "name=command")
     first = start(*argv)
-    folder = wait_for_step(first, root, "command-*", 60)
+    folder = wait_for_step(first, root, "command-*", 25)
     os.killpg(first.pid, signal.SIGINT)
-    _, told = first.communicate(timeout=60)
+    _, told = first.communicate(PATIENCE_SECONDS)
     assert first.returncode == 0, told
     assert "SIGINT: the ranks save and stop" in told
     assert re.search(rf"^stopped by SIGINT; the same command continues from step \d+: {folder}$", told, re.MULTILINE)
     stopped = max(series(folder))
-    assert 60 <= stopped < 400
+    assert 25 <= stopped < 160
     second = start(*argv)
-    wait_for_step(second, root, "command-*", stopped + 60)
+    wait_for_step(second, root, "command-*", stopped + 25)
     second.kill()
-    second.communicate(timeout=60)
+    second.communicate(PATIENCE_SECONDS)
     code, told = command(*argv)
     assert code == 0, told
     assert f"resumes {folder}" in told
@@ -61,7 +61,7 @@ def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
     until_heard(process, "SIGINT")
     time.sleep(SAME_SIGNAL_SECONDS)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(PATIENCE_SECONDS)
     assert process.returncode == 130, told
     assert "killed (Ctrl-C twice)" in told
 

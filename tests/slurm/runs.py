@@ -50,11 +50,14 @@ class Finder(MetaPathFinder):
         original = spec.loader.exec_module
         def exec_module(module):
             original(module)
-            brake(module.Loop)
-            if FAULT[:1] == ["hang"]:
-                module.STEP_TIMEOUT_SECONDS = 10.0
+            mend(module)
         spec.loader.exec_module = exec_module
         return spec
+
+def mend(module):
+    brake(module.Loop)
+    if FAULT[:1] == ["hang"]:
+        module.STEP_TIMEOUT_SECONDS = 10.0
 
 def brake(Loop):
     run = Loop.run
@@ -101,6 +104,8 @@ def deaf(command, **_):
 
 if "SLURM_PROCID" in os.environ and "submitit.core._submit" in sys.orig_argv:
     FAULT = os.environ.get("FAULT", "").split()
+    if "src.train.loop" in sys.modules:
+        mend(sys.modules["src.train.loop"])
     sys.meta_path.insert(0, Finder())
     if FAULT == ["late", os.environ["SLURMD_NODENAME"]]:
         time.sleep(600)
@@ -165,14 +170,14 @@ class Site:
         outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         return {key: value for key, value in (os.environ | self.cluster.environment).items() if key not in outer}
 
-    def submit(self, name: str, *argv: str, fault: str = "") -> "Held":
-        """A run of two ranks on two nodes, which its brake may hold."""
-        return self.told(name, self.launch(*self.named(name, fault), *argv).stderr)
+    def submit(self, name: str, *argv: str, fault: str = "", warm: bool = True) -> "Held":
+        """A run of two ranks on two nodes, which its brake may hold. `warm`: they need not import torch (tests/warm)."""
+        return self.told(name, self.launch(*self.named(name, fault, warm), *argv).stderr)
 
-    def named(self, name: str, fault: str = "") -> tuple[str, ...]:
+    def named(self, name: str, fault: str = "", warm: bool = True) -> tuple[str, ...]:
         """Arguments of a run with a brake, and perhaps a fault, of its own."""
         path = f"{self.folder / 'site'}:{SITE}"
-        setup = f'export BRAKE={self.brake(name)} FAULT="{fault}" PYTHONPATH={path}'
+        setup = f'export BRAKE={self.brake(name)} FAULT="{fault}" PYTHONPATH={path}' + (" WARM=" if not warm else "")
         return (f"name={name}", f"cluster.setup=['{setup}']", *self.site())
 
     def brake(self, name: str) -> Path:

@@ -18,7 +18,7 @@ from tests.slurm.runs import STEPS, Site, told_by, until
 def test_a_run_is_submitted_from_a_frozen_folder(site: Site, straight: dict[int, float]) -> None:
     """Held at step 3, while both conf/ and src/ change under it, and requeued: it ends as it was asked to."""
     site.brake("frozen").write_text("3")
-    run = site.submit("frozen", "checkpoint.every=2")
+    run = site.submit("frozen", "checkpoint.every=2", warm=False)
     assert run.state() in ("PENDING", "CONFIGURING", "RUNNING"), "launch.py returned while the job was still to come"
     loop, defaults = site.repository / "src/train/loop.py", site.repository / "conf/task/pretrain.yaml"
     before = loop.read_text(), defaults.read_text()

@@ -106,7 +106,8 @@ def _live(life: dict[str, Any], ends: dict[int, Connection], root: str, warm: bo
         if name.partition(".")[0] == "src" and not warm:
             del sys.modules[name]
         elif name.partition(".")[0] == "src" and hasattr(module, "__path__"):
-            module.__path__ = [os.path.join(root, *name.split("."))]  # what is not imported yet
+            module.__path__ = [os.path.join(root, *name.split("."))]  # where the rest is, which is not imported yet
+            module.__file__ = os.path.join(module.__path__[0], "__init__.py")
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # which torch has read before the fork

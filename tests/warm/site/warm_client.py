@@ -79,5 +79,5 @@ def hand_over(place: str) -> None:
     os._exit(code)
 
 
-if "WARM" in os.environ and ours(words()):
+if os.environ.get("WARM") and ours(words()):
     hand_over(os.environ["WARM"])
