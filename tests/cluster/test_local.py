@@ -154,7 +154,8 @@ def test_a_signal_reaches_every_rank_and_the_run_resumes(code: Path, tmp_path: P
     _, refusal = second.communicate(timeout=PATIENCE_SECONDS)
     assert second.returncode != 0
     named = re.search(rf"process (\d+) on {os.uname().nodename} .* stop it with: kill -TERM (\d+)", refusal)
-    assert named is not None and named[1] == named[2], refusal
+    assert named is not None, refusal
+    assert named[1] == named[2]
 
     launcher.send_signal(signal.SIGHUP)  # ignored: it was started as by nohup
     os.kill(int(named[1]), signal.SIGTERM)

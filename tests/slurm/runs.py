@@ -171,7 +171,7 @@ class Site:
         return {key: value for key, value in (os.environ | self.cluster.environment).items() if key not in outer}
 
     def submit(self, name: str, *argv: str, fault: str = "", warm: bool = True) -> "Held":
-        """A run of two ranks on two nodes, which its brake may hold. `warm`: they need not import torch (tests/warm)."""
+        """A run of two ranks on two nodes, which its brake may hold. `warm`: none need import torch (tests/warm)."""
         return self.told(name, self.launch(*self.named(name, fault, warm), *argv).stderr)
 
     def named(self, name: str, fault: str = "", warm: bool = True) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ thread or compute: a fork takes neither along.
 import pytest  # noqa: F401
 import torch.distributed.tensor  # noqa: F401
 
-import src.cluster.rank  # noqa: F401
-import src.cluster.replicas.worker  # noqa: F401
-import src.launch.start  # noqa: F401
+import src.cluster.rank
+import src.cluster.replicas.worker
+import src.launch.start
 import src.tasks.pretrain.rank  # noqa: F401
 import tests.fault_tolerance.life  # noqa: F401

@@ -139,7 +139,8 @@ def _enter(life: dict[str, Any], ends: dict[int, Connection]) -> None:
         if number in ends:
             os.dup2(ends[number].fileno(), number)
             buffering, errors = (1, "backslashreplace") if name == "stderr" else (-1, None)
-            setattr(sys, name, open(number, mode, buffering, errors=errors, closefd=False))
+            stream = open(number, mode, buffering, errors=errors, closefd=False)  # noqa: SIM115 (as long as the process)
+            setattr(sys, name, stream)
         else:
             os.close(number)
             setattr(sys, name, None)
@@ -149,7 +150,7 @@ def _enter(life: dict[str, Any], ends: dict[int, Connection]) -> None:
     sys.orig_argv, sys.path[:] = life["argv"], life["path"]
     sys.modules["warm_client"] = ModuleType("warm_client")  # which would ask again
     sys.modules.pop("sitecustomize", None)
-    import sitecustomize  # noqa: F401  (a test's own, perhaps)
+    import sitecustomize  # type: ignore[import-not-found]  # noqa: F401  (a test's own, perhaps)
 
 
 def _run(words: list[str]) -> NoReturn:

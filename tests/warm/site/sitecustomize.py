@@ -1,3 +1,3 @@
 """Python imports this at its start, where PYTHONPATH leads here."""
 
-import warm_client  # noqa: F401
+import warm_client  # type: ignore[import-not-found]  # noqa: F401
