@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,8 +19,6 @@ from benchmarks.faults import lives
 from benchmarks.faults.__main__ import main
 from benchmarks.faults.faults import FAULTS, RUN_FILES, Fault, no_small_disk
 from benchmarks.faults.lives import MARK, STEPS, Process, Round, Starter, future
-from tests.end_to_end.commands import launched
-from tests.forks import Place
 
 NOBODY = 2**22 + 1  # beyond the largest process id that Linux gives
 
@@ -35,24 +32,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-class Forked:
-    """As `lives.popen`, from a process that has imported torch already."""
-
-    def __init__(self, argv: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
-        with log.open("ab") as out:
-            ends = [Connection(os.dup(out.fileno())) for _ in range(2)]
-        self._process = launched(argv, Place(environment, str(lives.HOME), *ends))
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-
 def test_a_small_round(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole drill is for `python -m benchmarks.faults --rounds 40`: minutes."""
     argv = ("--rounds", "2", "--seed", "3", "--layout", "single", "--only", "9 of a rank;metrics")
-    code = main(argv, Forked)
+    code = main(argv)
     said = capsys.readouterr().out
     assert code == 0, said
     assert "2 rounds, nothing lost" in said

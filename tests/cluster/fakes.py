@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from src.config.tree import identity
-from tests.end_to_end.commands import Command
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -175,7 +174,7 @@ def launch(
     )
 
 
-def until_heard(launcher: "subprocess.Popen[str] | Command", name: str) -> None:
+def until_heard(launcher: "subprocess.Popen[str]", name: str) -> None:
     """Until it says that this signal came: two that come at once count once."""
     assert launcher.stderr is not None
     while f"{name}: the ranks save and stop" not in (line := launcher.stderr.readline()):

@@ -17,7 +17,7 @@ from src.checkpoint.folder import complete
 from src.cluster.replicas.supervisor import GroupProcess, Groups
 from src.errors import PlanError, SampleError
 from src.runs.folder import RunFolder, attempts, end
-from tests.end_to_end.commands import Command, command, start
+from tests.end_to_end.commands import command, start
 from tests.end_to_end.lives import TINY, opened, records, series, write_text
 from tests.train.runs import changed, section
 
@@ -28,7 +28,7 @@ QUICK = (
 )
 
 
-def until(true: Callable[[], Any], process: Command) -> Any:
+def until(true: Callable[[], Any], process: "subprocess.Popen[str]") -> Any:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (found := true()):
         if time.monotonic() > deadline or process.poll() is not None:
