@@ -15,6 +15,7 @@ from src.cluster.slurm import client
 from src.cluster.slurm.client import NodeFacts, minutes
 from src.cluster.slurm.config import Slurm, slow_saves
 from src.cluster.slurm.resources import Resources, problems
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.submission import Prepared
 from src.errors import PlanError, UserError
 from src.runs.submissions import submissions
@@ -48,18 +49,20 @@ def test_the_resources_are_the_plans(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "known", "startable", "told"),
     [
-        ("requeue n2", "(null)", True, ["requeue 7", "update JobId=7 ExcNodeList=n2"]),
-        ("requeue n2", "n[3-5],n9", True, ["requeue 7", "update JobId=7 ExcNodeList=n[3-5],n9,n2"]),
-        ("requeue n2", "n1", False, ["requeue 7"]),
-        ("requeue", "n9", True, ["requeue 7"]),
+        ("requeue n2", "(null)", True, ["requeue JOB", "update JobId=JOB ExcNodeList=n2"]),
+        ("requeue n2", "n[3-5],n9", True, ["requeue JOB", "update JobId=JOB ExcNodeList=n[3-5],n9,n2"]),
+        ("requeue n2", "n1", False, ["requeue JOB"]),
+        ("requeue", "n9", True, ["requeue JOB"]),
         ("stop", "n9", True, []),
     ],
 )
+@pytest.mark.parametrize("job", ["7", "7_1"])
 def test_the_batch_script_does_what_the_verdict_says(
-    tmp_path: Path, answer: str, known: str, startable: bool, told: list[str]
+    tmp_path: Path, job: str, answer: str, known: str, startable: bool, told: list[str]
 ) -> None:
     """Its last part, with stand-ins for the verdict, scontrol and sbatch; a bad node joins those that are left out,
-    unless SLURM says that the job could then not start.
+    unless SLURM says that the job could then not start. What is requeued is an element of an array, not the array,
+    whose id the last element has.
     """
     for name, does in {
         "judge": f'echo "{answer}"',
@@ -71,10 +74,12 @@ def test_the_batch_script_does_what_the_verdict_says(
     script = site(python=str(tmp_path / "judge")).script([(tmp_path / "run", PART_OF_ONE)])
     last = "false\n" + script.partition("# teardown\n")[2]
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    array, _, index = job.partition("_")
+    environment |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": index} if index else {}
     done = subprocess.run(["bash", "-c", last, "the script"], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     lines = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
-    assert lines == told
+    assert lines == [line.replace("JOB", job) for line in told]
     assert done.stderr == (
         "" if startable else "node n2 is not left out: without n1,n2 too few nodes are left for this job\n"
     )
@@ -310,3 +315,11 @@ def test_a_grace_that_hardly_holds_a_save_is_told(tmp_path: Path) -> None:
     assert warning is not None
     assert "a save took 41 s" in warning
     assert warning.endswith("pass at least 82")
+
+
+def test_an_element_of_an_array_goes_by_its_own_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert SlurmScheduler().own_job() == "7"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert SlurmScheduler().own_job() == "7_1"

@@ -41,10 +41,10 @@ def assert_whole(run: Held, straight: dict[int, float]) -> None:
     assert {attempt.job for attempt in attempts(run.folder)} == {run.job}, "one job for ever"
 
 
-def held(site: Site, name: str, *argv: str, fault: str = "") -> Held:
+def held(site: Site, name: str, *argv: str, fault: str = "", warm: bool = True) -> Held:
     """A run that waits after step 7, with a checkpoint of step 5."""
     site.brake(name).write_text("7")
-    run = site.submit(name, "checkpoint.every=5", *argv, fault=fault)
+    run = site.submit(name, "checkpoint.every=5", *argv, fault=fault, warm=warm)
     run.until_held()
     return run
 
@@ -133,7 +133,7 @@ def test_a_signal_sent_by_hand(site: Site, straight: dict[int, float]) -> None:
 
 
 def test_a_dead_node_is_left_out(site: Site, straight: dict[int, float]) -> None:
-    run = held(site, "killed")
+    run = held(site, "killed", warm=False)  # so that a rank's parent is its step daemon
     nodes = re.findall(r"n\d", site.cluster.run("scontrol", "show", "hostnames", run.fact("NodeList")))
     rank = run.until_held()[1]
     daemon = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])

@@ -56,10 +56,10 @@ class PackedJob:
     @staticmethod
     def _ours(share: PackedRun) -> bool:
         """Whether it has still to run, in this job: it may have been handed over again meanwhile, or cancelled."""
-        job = os.environ["SLURM_JOB_ID"]
+        job = SlurmScheduler().own_job()
         handed, tried = submissions(share.folder), attempts(share.folder)
         ended = tried[-1].ended if tried and tried[-1].job == job else None
-        if handed[-1]["job"].partition("_")[0] != job or ended in ("finished", "failed"):
+        if handed[-1]["job"] != job or ended in ("finished", "failed"):
             return False
         cancelled = (share.folder / CANCEL_FILE).exists()
         (share.folder / CANCEL_FILE).unlink(missing_ok=True)
@@ -70,7 +70,7 @@ class PackedJob:
         if code <= 128:
             return False
         words = f"{ADVICE['died']}: {signal.strsignal(code - 128)}"
-        job = os.environ["SLURM_JOB_ID"]
+        job = SlurmScheduler().own_job()
         verdict = settle(share.folder, job, Verdict("died", "requeue", None, words), self.requeues)
         print(f"{share.folder.name}: {verdict.words}", file=sys.stderr, flush=True)
         return verdict.action == "requeue"
@@ -78,7 +78,7 @@ class PackedJob:
     @staticmethod
     def _go_on_later(requeue: Any) -> None:
         """All have saved. At preemption SLURM requeues by itself; at the time limit submitit does."""
-        if SlurmScheduler().is_ending(os.environ["SLURM_JOB_ID"]):
+        if SlurmScheduler().is_ending(SlurmScheduler().own_job()):
             time.sleep(3600)  # whoever leaves now counts as done, and would not be requeued
         try:
             requeue(signal.SIGUSR2, None)

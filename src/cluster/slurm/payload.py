@@ -99,7 +99,7 @@ class QueuedJob:
         from submitit.core.utils import UncompletedJobError
 
         released = rank_failure.place(self.folder, SlurmScheduler().current_start()) / "released"
-        if rank == 0 and not SlurmScheduler().is_ending(os.environ["SLURM_JOB_ID"]):
+        if rank == 0 and not SlurmScheduler().is_ending(SlurmScheduler().own_job()):
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit sets its handler before it calls us"
             try:

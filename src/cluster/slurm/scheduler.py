@@ -22,8 +22,17 @@ class SlurmScheduler:
     """The SLURM of this machine."""
 
     def current_job(self) -> str | None:
-        """Id of the job that this process runs in."""
-        return os.environ.get("SLURM_JOB_ID")
+        """Id of the job that this process runs in, as SLURM's commands take it: <array>_<index> for an element of an
+        array. SLURM_JOB_ID of the last element is the id of the whole array, and a requeue of that is one of all.
+        """
+        array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
+
+    def own_job(self) -> str:
+        """The same, where there is one."""
+        job = self.current_job()
+        assert job is not None, "this process is part of a job"
+        return job
 
     def is_live(self, job: str) -> bool:
         """Whether the job is queued or running; also true when squeue cannot say."""
@@ -52,11 +61,11 @@ class SlurmScheduler:
         subprocess.run(["scontrol", "requeue", job], check=False)
 
     def current_start(self) -> JobStart:
-        """From SLURM_JOB_ID and SLURM_RESTART_COUNT, with submitit's reading of the list of nodes."""
+        """With SLURM_RESTART_COUNT, and submitit's reading of the list of nodes."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
-        job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return JobStart(job, restarts, tuple(SlurmJobEnvironment().hostnames))
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return JobStart(self.own_job(), restarts, tuple(SlurmJobEnvironment().hostnames))
 
     def is_ending(self, job: str) -> bool:
         """Cancelled, preempted, at its time limit or requeued already; false when squeue does not answer."""

@@ -32,7 +32,7 @@ class Deadline:
     def __init__(self, folder: Path, requeues: int, grace_seconds: float) -> None:
         self._folder, self._requeues = folder, requeues
         self._margin = margin(grace_seconds)
-        self._job = os.environ["SLURM_JOB_ID"]
+        self._job = SlurmScheduler().own_job()
         self._before = newest(folder)
         self._over = threading.Event()
 
