@@ -25,19 +25,23 @@ class Cache:
 
     def __init__(self, config: ModelConfig, padding: Sequence[int], columns: int, device: torch.device) -> None:
         self.padding = torch.tensor(padding, device=device).unsqueeze(1)  # (batch, 1)
-        self.last_position, self.fixed_block = config.max_seq_len - 1, config.fixed_block
-        self.columns, self.filled = columns, 0
+        self.fixed_block, self.columns, self.filled = config.fixed_block, columns, 0
+        # Made once: of a step of one token they would be a tenth of the kernels.
+        every = torch.arange(columns, device=device)
+        self._positions = (every - self.padding).clamp(0, config.max_seq_len - 1)  # (batch, columns)
+        self._text = None if not any(padding) else (every >= self.padding).view(-1, 1, 1, columns)
 
     def positions(self, length: int) -> Tensor:
         """(batch, length): of the next columns. Padding on either side gets one that exists: nobody looks at it."""
-        columns = torch.arange(self.filled, self.filled + length, device=self.padding.device)
-        return (columns - self.padding).clamp(0, self.last_position)
+        return self._positions[:, self.filled : self.filled + length]
 
-    def mask(self, length: int) -> Tensor:
-        """(batch, 1, length, filled + length), true where the next columns (queries) see a column (key).
+    def mask(self, length: int) -> Tensor | None:
+        """(batch, 1, length, filled + length), true where the next columns (queries) see a column (key); None: all do.
 
         Padding sees itself: a softmax over nothing would be no number, and spread.
         """
+        if length == 1 and self.fixed_block is None and self.filled:  # a token after the prompts sees all of its text
+            return None if self._text is None else self._text[..., : self.filled + 1]
         keys = torch.arange(self.filled + length, device=self.padding.device)
         queries = keys[self.filled :].unsqueeze(1)
         seen = (keys <= queries) & (keys >= self.padding.unsqueeze(1))  # (batch, length, keys)
@@ -61,7 +65,7 @@ class CachedAttention(nn.Module):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
         keys, values = self._room(k, v)
         end = self.cache.filled + k.shape[2]
         keys[:, :, self.cache.filled : end] = k

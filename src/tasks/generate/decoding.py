@@ -81,7 +81,8 @@ class DecodingGroup:
                 stack.enter_context(attending(part, self.cache))
             logits = self._read(self.tokens)
             for written in range(1, self.count + 1):
-                ids = sample(logits, rule, self._uniforms().to(logits.device)).cpu()
+                uniforms = self._uniforms() if rule.temperature else torch.empty(0)
+                ids = sample(logits, rule, uniforms.to(logits.device)).cpu()
                 for number, chosen in zip(self.numbers, ids.tolist(), strict=False):
                     if number in writing and chosen != end:
                         texts[number].append(chosen)
@@ -101,7 +102,8 @@ class DecodingGroup:
         at_once = max(TOKENS_AT_ONCE // len(tokens) // self.multiple, 1) * self.multiple
         for piece in tokens.to(self.network.device).split(at_once, dim=1):
             length = piece.shape[1]
-            piece = F.pad(piece, (0, -length % self.multiple))
+            if length % self.multiple:
+                piece = F.pad(piece, (0, -length % self.multiple))
             positions, mask = self.cache.positions(piece.shape[1]), self.cache.mask(piece.shape[1])
             logits = self.network.logits(piece, length - 1, positions, mask)
             self.cache.filled += length
