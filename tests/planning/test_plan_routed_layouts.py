@@ -39,8 +39,8 @@ REFUSALS: dict[str, tuple[Run, str]] = {
     ),
     "nobody can be dealt an expert": (
         run_of(moe={"num_experts": 6, "hidden_dim": 248}, shard=64, expert=2),
-        "FSDP cannot deal 3 experts out to the 32 ranks that share them, nor cut 248 x 256 features by as many; pass "
-        "another parallel.expert, or more ranks as parallel.replicate",
+        "parallel.shard * context * tensor / (expert * expert_tensor) is 32: FSDP cannot deal 3 experts out to as many "
+        "ranks, nor cut 248 x 256 features so often; pass another parallel.expert, or more ranks as parallel.replicate",
     ),
     "heads": (
         run_of(tensor=32),

@@ -125,9 +125,9 @@ class MixtureOfExperts(Config):
             )
         if not found and grid.cuts_inside(self.num_experts) and (width % grid.expert_shard or dim % grid.expert_shard):
             found.append(
-                f"FSDP cannot deal {self.num_experts // grid.expert} experts out to the {grid.expert_shard} ranks that "
-                f"share them, nor cut {width} x {dim} features by as many; pass another parallel.expert, or more ranks "
-                "as parallel.replicate"
+                f"parallel.shard * context * tensor / (expert * expert_tensor) is {grid.expert_shard}: FSDP cannot "
+                f"deal {self.num_experts // grid.expert} experts out to as many ranks, nor cut {width} x {dim} "
+                "features so often; pass another parallel.expert, or more ranks as parallel.replicate"
             )
         return found
 
