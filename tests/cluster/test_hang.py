@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from src.cluster.diagnosis import hang
+from src.distributed.process import flight_recorder
 from src.distributed.process.rank_context import host_store
 
 RANK = """
@@ -105,3 +106,9 @@ def start(traces: Path, rank: int, port: int, *, code: str = RANK, world: int = 
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     environment = os.environ | shared | {key: str(value) for key, value in facts.items()}
     return subprocess.Popen([sys.executable, "-c", code, str(traces), "1"], env=environment)
+
+
+def test_a_rank_leaves_the_run_folder_to_rank_0(tmp_path: Path) -> None:
+    """Under an outer launcher it may come first, and what it made would be taken for somebody else's folder."""
+    flight_recorder.watch(tmp_path / "run/traces", 1)
+    assert not (tmp_path / "run").exists()

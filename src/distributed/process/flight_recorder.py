@@ -22,7 +22,6 @@ PATIENCE_SECONDS = 5.0  # for ranks that are dead, or stuck where no thread can 
 
 def watch(traces: Path, rank: int) -> None:
     """Write `traces/rank_<rank>` whenever somebody asks, from a thread that ends with the process."""
-    traces.mkdir(parents=True, exist_ok=True)
     (traces / f"rank_{rank}").unlink(missing_ok=True)  # of an earlier attempt
     arguments = (traces, rank, _asked(traces), threading.get_ident())
     threading.Thread(target=_watch, args=arguments, name="recorder", daemon=True).start()

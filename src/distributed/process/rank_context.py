@@ -138,6 +138,10 @@ class RankContext:
             watch(traces, facts.rank)
         if owner:
             _initialise(facts, device, timedelta(seconds=timeout_seconds))
+        if (
+            traces is not None and facts.world > 1
+        ):  # not earlier: by now rank 0 of an outer launcher has made the folder
+            traces.mkdir(parents=True, exist_ok=True)
         return cls(facts.rank, facts.world, facts.local_rank, facts.local_world, device, owner)
 
     def set_timeout(self, seconds: float, groups: "list[dist.ProcessGroup]") -> None:
