@@ -17,6 +17,7 @@ from src.checkpoint.folder import complete
 from src.cluster.replicas.supervisor import GroupProcess, Groups
 from src.errors import PlanError, SampleError
 from src.runs.folder import RunFolder, attempts, end
+from src.runs.lock import Lock
 from tests.end_to_end.commands import command, start
 from tests.end_to_end.lives import TINY, opened, records, series, write_text
 from tests.train.runs import changed, section
@@ -68,7 +69,9 @@ def test_a_dead_rank_and_a_dead_lighthouse_are_started_again(tmp_path: Path) -> 
     os.kill(pids("src.cluster.rank", f"{folder}/groups/1")[0], signal.SIGKILL)
     until(lambda: 1 in there(folder)[there(folder).index(2) :], process)
     until(lambda: there(folder)[-1] == 2, process)
-    (lighthouse,) = (pid for pid in pids("src.fault_tolerance.lighthouse") if _parent(pid) == process.pid)
+    owner = Lock(folder / "lock").owner()
+    assert owner is not None
+    (lighthouse,) = (pid for pid in pids("src.fault_tolerance.lighthouse") if _parent(pid) == owner["pid"])
     os.kill(lighthouse, signal.SIGKILL)
     before = len(there(folder))
     until(lambda: len(there(folder)) > before + 5, process)
