@@ -121,6 +121,7 @@ def test_a_signal_sent_by_hand(site: Site, straight: dict[int, float]) -> None:
     """To the ranks alone, then to the batch script and srun, too."""
     run = held(site, "signalled")
     site.cluster.run("scancel", "--signal=USR2", run.job)
+    until(lambda: attempts(run.folder)[0].ended is not None, run.story)  # before the brake lets go by itself
     run.hold(13)
     run.until_restarted(2)
     run.until_held()
