@@ -213,6 +213,8 @@ class Round:
         self.result.orphans += len(left)
         for process in left:
             os.kill(process, signal.SIGKILL)
+        while any(process in processes(self.folder) for process in left):  # or they would be counted once more
+            time.sleep(0.05)
 
 
 def processes(folder: Path) -> list[int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def _address(text: str) -> str:
     if re.fullmatch(r"https?://[^/\s]+:\d+", text) is None:
-        host = re.search(r"(?:\w+://)?([^/\s:]+)", text)
+        host = re.search(r"(?:\w+://)?([\w.-]+)", text)
         raise ValueError(f"no address of a lighthouse; write http://{'host' if host is None else host[1]}:29510, say")
     return text
 
