@@ -9,16 +9,13 @@ import numpy as np
 
 from src.data.tokenizer_formats.base import Ids, Marks, TextCodec
 from src.data.tokenizer_formats.hub_files import SHORT, HubFiles, read_facts
+from src.data.tokenizer_formats.tiktoken_form import QWEN
 from src.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-# How Qwen2 splits words before BPE; GPT-2's own rule is built into the library.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class JsonCodec(TextCodec):
@@ -115,7 +112,7 @@ def read_word_lists(words: Path, files: HubFiles) -> JsonCodec:
     prefix = bool(files.tokenizer_config.get("add_prefix_space", False))
     if kind == "Qwen2Tokenizer":
         backend.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+        split = pre_tokenizers.Split(Regex(QWEN.pattern), behavior="isolated")
         letters = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     else:
