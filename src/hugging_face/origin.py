@@ -5,6 +5,7 @@ Files byte for byte where the tokens are the same, the keys of config.json that 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,16 @@ class Origin:
 
     def config(self) -> Mapping[str, Any]:
         """The keys of its config.json that change no logit and that an export does not say of itself."""
-        if not (self.folder / "config.json").is_file():
-            return {}
-        values = read_json(self.folder / "config.json")
-        return {key: value for key, value in values.items() if key in NEUTRAL - _OWN}
+        return {key: value for key, value in self._config_json.items() if key in NEUTRAL - _OWN}
 
     def end_ids(self) -> Any:
         """eos_token_id of its config.json, which may be a list; None where it says none."""
+        return self._config_json.get("eos_token_id")
+
+    @cached_property
+    def _config_json(self) -> Mapping[str, Any]:
         path = self.folder / "config.json"
-        return read_json(path).get("eos_token_id") if path.is_file() else None
+        return read_json(path) if path.is_file() else {}
 
     def legal(self) -> dict[str, bytes]:
         """The files of its licence."""
