@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +27,6 @@ from tests.forks import forkserver
 HOME = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
 LONGEST = 2**20  # bytes of one message
-
-_kinds: dict[str, Literal["warm", "own", "no"]] = {}
 
 
 def serve() -> dict[str, str]:
@@ -76,16 +75,16 @@ def _answer(asking: socket.socket) -> None:
             process.join()
 
 
+@cache
 def _kind(root: str) -> Literal["warm", "own", "no"]:
     """Of the `src` below a folder: "warm", that of this checkout, to which others may have added modules; "own", a
     stand-in that a fork imports; "no", another that only a process of its own can import: operators cannot be defined
     twice.
     """
-    if root not in _kinds:
-        names = [str(file.relative_to(HOME)) for file in HOME.glob("src/**/*.py")]
-        same = filecmp.cmpfiles(HOME, root, names, shallow=False)[1:] == ([], [])
-        _kinds[root] = "warm" if same else "no" if Path(root, "src/models").is_dir() else "own"
-    return _kinds[root]
+    names = [str(file.relative_to(HOME)) for file in HOME.glob("src/**/*.py")]
+    if filecmp.cmpfiles(HOME, root, names, shallow=False)[1:] == ([], []):
+        return "warm"
+    return "no" if Path(root, "src/models").is_dir() else "own"
 
 
 def _live(life: dict[str, Any], ends: dict[int, Connection], root: str, warm: bool) -> NoReturn:
