@@ -87,9 +87,8 @@ class Code:
         for name, content in self.contents.items():
             (partial / name).write_bytes(content)
         (partial / LIST).write_text("".join(f"{name}\n" for name in self.contents))
-        shutil.rmtree(
-            target, ignore_errors=True
-        )  # half removed or edited by hand: the same hash must mean the same code
+        # Half removed or edited by hand: the same hash must mean the same code.
+        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         return self.digest
 

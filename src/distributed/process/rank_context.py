@@ -138,9 +138,8 @@ class RankContext:
             watch(traces, facts.rank)
         if owner:
             _initialise(facts, device, timedelta(seconds=timeout_seconds))
-        if (
-            traces is not None and facts.world > 1
-        ):  # not earlier: by now rank 0 of an outer launcher has made the folder
+        if traces is not None and facts.world > 1:
+            # Not earlier: by now rank 0 of an outer launcher has made the run folder.
             traces.mkdir(parents=True, exist_ok=True)
         return cls(facts.rank, facts.world, facts.local_rank, facts.local_world, device, owner)
 
