@@ -58,7 +58,7 @@ class Compile(Config):
                 setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, **how))
         if self.loss and model.output is not None:
             model.output.statistics = torch.compile(model.output.statistics, fullgraph=True)
-            model.output.gradient = torch.compile(model.output.gradient, fullgraph=True)
+            model.output.gradient_ = torch.compile(model.output.gradient_, fullgraph=True)
 
 
 def _inductor(options: dict[str, Any]) -> Compiler:

@@ -47,14 +47,14 @@ def statistics(logits: Tensor, labels: Tensor, offset: int) -> tuple[Tensor, Ten
     return torch.logsumexp(logits.float(), dim=-1), target * held
 
 
-def gradient(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) -> Tensor:
-    """d(summed cross entropy) / d(logits): softmax minus one-hot, 0 in ignored rows; (rows, words) in the logits'
-    dtype.
+def gradient_(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) -> Tensor:
+    """d(summed cross entropy) / d(logits): softmax minus one-hot, 0 in ignored rows; (rows, words), written in the
+    place of the logits: a chunk is 1 GiB, there where memory is fullest.
     """
     words = torch.arange(logits.shape[-1], device=logits.device)
     hit = words == (labels - offset).unsqueeze(-1)
     probability = (logits.float() - normalizer.unsqueeze(-1)).exp()
-    return ((probability - hit.float()) * (labels != IGNORED).unsqueeze(-1)).to(logits.dtype)
+    return logits.copy_((probability - hit.float()) * (labels != IGNORED).unsqueeze(-1))
 
 
 class Output(nn.Linear):
@@ -66,7 +66,7 @@ class Output(nn.Linear):
         super().__init__(dim, vocab_size, bias=False)
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
-        self.gradient: Callable[..., Tensor] = gradient
+        self.gradient_: Callable[..., Tensor] = gradient_
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -104,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             normalizer, target = vocabulary.logsumexp(normalizer), vocabulary.sum(target)
             loss += ((normalizer - target) * (labels[rows] != IGNORED)).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = output.gradient(logits, labels[rows], normalizer, vocabulary.offset)
+                grad_logits = output.gradient_(logits, labels[rows], normalizer, vocabulary.offset)
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:

@@ -62,7 +62,7 @@ class Memory:
     reducing: int  # the gradient of the largest unit while ranks add it up
     activations: int  # kept for the backward, all blocks and micro-batches in flight
     working: int  # of one block's backward, beyond what was kept: its gradients, and what it computes again
-    loss: int  # a chunk of logits, its gradient, and both gradients of the head
+    loss: int  # a chunk of logits or their gradient, and both gradients of the head
     at_loss: int
     at_backward: int
     at_update: int
@@ -248,8 +248,8 @@ def _waiting_heads(load: Load, share: StageShare, weights: _Weights) -> int:
 def _loss(load: Load, weights: _Weights) -> int:
     cut = _slice(load)
     words = load.model.vocab_size / cut.tensor
-    # Logits and their gradient, both in the compute dtype; eager arithmetic makes three fp32 copies on its way.
-    logit_bytes = 2 * cut.element_bytes + (0 if load.compiled_loss else 3 * 4)
+    # Logits, then their gradient in the same place; eager arithmetic makes three fp32 copies on its way.
+    logit_bytes = cut.element_bytes + (0 if load.compiled_loss else 3 * 4)
     chunk = min(cut.tokens, HEAD_CHUNK_ROWS) * words * logit_bytes
     # The final norm's input, its output, and the gradient of that; the head's own gradient is made in the forward.
     hidden = cut.tokens * load.model.dim * (2 + 1 / cut.tensor) * cut.element_bytes
