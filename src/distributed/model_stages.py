@@ -123,10 +123,8 @@ def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:
 def ready(model: Decoder, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
     """The batch on the device, as arguments of `Decoder.forward`: what is embedded, and what every stage must know."""
     tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
-    positions, documents = (
-        None if x is None else x.to(device, non_blocking=True) for x in (batch.positions, batch.documents)
-    )
-    mask = model.attention_mask(documents, *tokens.shape)
+    positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+    mask = model.attention_mask(batch.documents, *tokens.shape)
     return tokens, {"labels": labels, "positions": positions, "mask": mask}
 
 

@@ -28,6 +28,7 @@ KEPT = (
     "aten._scaled_dot_product_attention_math",
     "aten._scaled_dot_product_fused_attention_overrideable",
     "flash_attention_4.forward",
+    "flash_attention_4.varlen_forward",
     "context_parallel.attention",  # of a cut sequence: src/distributed/context/ring_attention.py
     "aten._grouped_mm",
     "aten._scaled_grouped_mm",

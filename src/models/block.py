@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+    from src.models.attention.cores import Mask
 
 
 class FeedForward(nn.Module):
@@ -41,7 +41,7 @@ class Block(nn.Module):
         else:
             self.moe = moe
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: "BlockMask | None") -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rotary: Tensor, mask: "Mask | None") -> tuple[Tensor, Tensor | None]:
         """The hidden state, and how many tokens each expert got."""
         x, normed = self.attend(x, rotary, mask)
         if self.dense:
@@ -49,7 +49,7 @@ class Block(nn.Module):
         routed, counts = self.moe(normed)
         return x + routed, counts
 
-    def attend(self, x: Tensor, rotary: Tensor, mask: "BlockMask | None") -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, rotary: Tensor, mask: "Mask | None") -> tuple[Tensor, Tensor]:
         """The stream behind the attention, and its norm: all that comes before the tokens part."""
         x = x + self.attention(self.attention_norm(x), rotary, mask)
         return x, self.ffn_norm(x)

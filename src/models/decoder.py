@@ -7,20 +7,17 @@ its experts, if any, are `moe`, and then its `attend` is all that comes before t
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from src.models.attention.cores import block_mask
+from src.models.attention.cores import Mask, block_mask
+from src.models.attention.flash_attention import document_starts
 from src.models.base import ModelConfig
 from src.models.cross_entropy import Output
 from src.models.init import Constant, Initializer, Normal
 from src.models.moe.moe import MoE, balance
 from src.models.rope import rotary_table
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Decoder(nn.Module):
@@ -37,6 +34,7 @@ class Decoder(nn.Module):
     layers: nn.ModuleDict  # keys are global layer numbers
     norm: nn.RMSNorm | None
     output: Output | None
+    by_starts = False  # `attention_mask` may say where documents start, instead of which key each query sees
 
     def __init__(self, config: ModelConfig, blocks: Iterable[nn.Module], rotary_width: int) -> None:
         """`rotary_width`: elements of a head that turn with the position."""
@@ -98,11 +96,20 @@ class Decoder(nn.Module):
         for moe in self.mixtures():
             moe.reset_buffers()
 
-    def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> "BlockMask | None":
-        """The mask argument of `forward` for one batch; None where the kernel is causal by itself."""
+    def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> Mask | None:
+        """The mask argument of `forward` for one batch; None where the kernel is causal by itself.
+
+        `documents`: (batch, length), where the loader put them: on the CPU they can be counted without a wait.
+        """
         if self.config.attention == "sdpa":
             return None
-        return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, self.rotary.device)
+        device = self.rotary.device
+        if self.by_starts and documents is not None and documents.is_cpu:
+            starts = document_starts(documents)
+            if starts is not None:
+                return starts.to(device, non_blocking=True)
+        documents = None if documents is None else documents.to(device, non_blocking=True)
+        return block_mask(self.config.mask, documents, self.config.fixed_block, batch, length, device)
 
     def mixtures(self) -> list[MoE]:
         """The mixtures of experts of this part, first to last."""
@@ -128,7 +135,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
-        mask: "BlockMask | None" = None,
+        mask: Mask | None = None,
     ) -> Tensor:
         hidden = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         rotary = self.rotary if positions is None else self.rotary[positions]

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from src.models.attention import flash_attention
 
 MaskKind = Literal["causal", "block_causal"]
+Mask = BlockMask | Tensor  # or the starts of documents, where a model was told to make those: `Decoder.by_starts`
 
 # On Hopper at 8192 tokens cuDNN runs 555 / 484 TFLOP/s forward / backward and flash v2 299 / 258 (benchmarks/).
 # With queries of 192 and values of 128 features it runs 523 / 395, memory-efficient attention 141 / 38, flash refuses.
@@ -48,12 +49,15 @@ class CausalAttention(nn.Module):
 
 
 class FlexAttention(nn.Module):
-    """torch's FlexAttention with the block mask of this batch (arXiv 2412.05496); compiled on CUDA.
+    """torch's FlexAttention with the block mask of this batch (arXiv 2412.05496); compiled on CUDA. Documents alone:
+    flash-attn-4's kernel where it is installed.
 
     On the CPU, where it has no backward, the same predicate becomes a dense mask: slow, but it trains.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
+        if isinstance(mask, Tensor):
+            return flash_attention.within_documents(q, k, v, mask, scale)
         if not q.is_cuda:
             batch, _, queries, keys = mask.shape
             dense = create_mask(mask.mask_mod, batch, 1, queries, keys, device=q.device)

@@ -16,6 +16,9 @@ from torch import Tensor
 # (width of q and k, width of v) at which the kernels were measured to be faster, on Hopper.
 FASTER = ((64, 64), (128, 128), (192, 128))
 HOPPER = (9, 0)
+# Tokens of a document on average, at least, for `within_documents`: the backward pass pads its sums in fp32 by up to
+# one tile of 128 rows a document, and would need ever more memory.
+SHORTEST = 128
 
 
 @cache
@@ -31,6 +34,11 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.is_cuda and half and (q.shape[-1], v.shape[-1]) in FASTER
 
 
+def attends_within_documents(head_widths: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether `within_documents` is the fastest way here for such heads, in this dtype of q, k and v."""
+    return here() and dtype in (torch.bfloat16, torch.float16) and head_widths in FASTER
+
+
 def version() -> str | None:
     """Of the package, for the record of a measurement; None where its kernels are not used."""
     return metadata.version("flash-attn-4") if here() else None
@@ -40,6 +48,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Causal, with shapes as in src/models/attention/cores.py."""
     out: Tensor
     out, _ = forward(q, k, v, scale, causal=True)
+    return out
+
+
+def document_starts(documents: Tensor) -> Tensor | None:
+    """Where each document of (batch, length) begins in the flattened rows, and how many tokens there are: int32.
+
+    Always batch * length // SHORTEST + 1 long, so that no kernel is compiled twice: behind the last document there are
+    empty ones. None where there are more documents than that. On the CPU, or it would wait for the device.
+    """
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    found = starts.flatten().nonzero().squeeze(1).to(torch.int32)
+    most, total = documents.numel() // SHORTEST, documents.numel()
+    return None if len(found) > most else torch.cat((found, found.new_full((most + 1 - len(found),), total)))
+
+
+def within_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None) -> Tensor:
+    """Causal within each document of `document_starts`, with shapes as in src/models/attention/cores.py."""
+    out: Tensor
+    out, _ = varlen_forward(q, k, v, starts, scale)
     return out
 
 
@@ -86,11 +114,76 @@ def _(
     scale: float | None,  # noqa: ARG001
     causal: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (
-        torch.empty_like(each.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        for each in (q, k, v)
+    return _like(q), _like(k), _like(v)
+
+
+@torch.library.custom_op("flash_attention_4::varlen_forward", mutates_args=())
+def varlen_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The result (batch, heads, length, v width) and its log sum exp (heads, batch * length), natural, fp32."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    flat = (_flat(each) for each in (q, k, v))
+    out, lse, *_ = _flash_attn_fwd(
+        *flat, cu_seqlens_q=starts, cu_seqlens_k=starts, softmax_scale=scale, causal=True, return_lse=True
     )
+    return _rows(out, q), lse
+
+
+@varlen_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    batch, heads, length, _ = q.shape
+    out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(heads, batch * length, dtype=torch.float32)
+
+
+@torch.library.custom_op("flash_attention_4::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    flat = (_packed(_flat(each)) for each in (q, k, v, out, grad))
+    grads = _flash_attn_bwd(
+        *flat,
+        lse,
+        scale,
+        causal=True,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    grad_q, grad_k, grad_v = (_rows(each, like) for each, like in zip(grads[:3], (q, k, v), strict=True))
     return grad_q, grad_k, grad_v
+
+
+@varlen_backward.register_fake
+def _(
+    grad: Tensor,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,  # noqa: ARG001
+    lse: Tensor,  # noqa: ARG001
+    starts: Tensor,  # noqa: ARG001
+    scale: float | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Empty, (batch, heads, length, width) as the kernels lay it out: by token, then by head."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(batch, heads, length, width) -> (batch * length, heads, width)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """(batch * length, heads, width) -> (batch, heads, length, width)."""
+    return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -108,3 +201,16 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _keep_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, starts)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_varlen(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*varlen_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+varlen_forward.register_autograd(_differentiate_varlen, setup_context=_keep_varlen)

@@ -6,9 +6,8 @@ weights. Layouts live in src/distributed.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention.cores import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention, Mask
 from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config
@@ -41,7 +40,7 @@ class LatentAttention(nn.Module):
         self.wo = nn.Linear(config.n_heads * self.value, config.dim, bias=False)
         self.core = CausalAttention() if config.attention == "sdpa" else FlexAttention()
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: BlockMask | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Mask | None) -> Tensor:
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.low_rank_queries else self.wq(x)
         # -1: as many heads as this rank holds.
         q_nope, q_rope = q.unflatten(-1, (-1, self.nope + self.rope)).split([self.nope, self.rope], dim=-1)

@@ -6,9 +6,8 @@ which is the released weights' own order (Hugging Face permutes them). Layouts l
 """
 
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention.cores import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention, Mask
 from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.llama3.config import Llama3Config
@@ -27,7 +26,7 @@ class Llama3Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * self.head_width, config.dim, bias=False)
         self.core = CausalAttention() if config.attention == "sdpa" else FlexAttention()
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: BlockMask | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Mask | None) -> Tensor:
         # -1: as many heads as this rank holds.
         q = self.wq(x).unflatten(-1, (-1, self.head_width))  # (batch, length, heads, width)
         k = self.wk(x).unflatten(-1, (-1, self.head_width))  # (batch, length, kv heads, width)

@@ -4,9 +4,8 @@ Weights are [out, in] without biases; rotary pairs are interleaved (transformers
 """
 
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from src.models.attention.cores import CausalAttention, FlexAttention
+from src.models.attention.cores import CausalAttention, FlexAttention, Mask
 from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.moe.moe import MoE
@@ -28,7 +27,7 @@ class Qwen3Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.core = CausalAttention() if config.attention == "sdpa" else FlexAttention()
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: BlockMask | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Mask | None) -> Tensor:
         # (batch, length, heads, head_dim) each; -1: as many heads as this rank holds.
         q, k, v = (matrix(x).unflatten(-1, (-1, self.head_dim)) for matrix in (self.wq, self.wk, self.wv))
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)

@@ -58,7 +58,7 @@ def _random(planned: Plan, seq_len: int, run: Run, training: Training, index: in
     generators = (torch.Generator().manual_seed(first + row) for row in range(planned.micro_batch))
     window = torch.stack([torch.randint(run.model.vocab_size, (seq_len + 1,), generator=one) for one in generators])
     window = window.to(training.ranks.device)
-    documents = torch.zeros_like(window[:, 1:], dtype=torch.int32)
+    documents = torch.zeros(window[:, 1:].shape, dtype=torch.int32)  # one a row; where the loader has them
     return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None, documents, ())
 
 
