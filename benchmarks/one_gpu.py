@@ -52,15 +52,22 @@ SMALL_PEER = (
 )
 EIGHT_B = "model=llama3_8b model.n_layers=16"
 ROWS = {
-    "8b_bf16": row("Llama 3 8B, 16 layers, bf16", 8192, 2, EIGHT_B, "llama3 8B model_args.n_layers=16"),
+    "8b_bf16": row(
+        "Llama 3 8B, 16 layers, bf16", 8192, 2, f"{EIGHT_B} compile=graph", "llama3 8B model_args.n_layers=16"
+    ),
     "8b_fp8": row(
         "the same, fp8", 8192, 2, f"{EIGHT_B} precision=fp8", f"llama3 8B model_args.n_layers=16 {FP8}"
+    ),
+    "8b_documents": row(
+        "the same, bf16, documents masked", 8192, 2,
+        f"{EIGHT_B} model.attention=flex model.mask=block_causal data.document_masks=true",
+        "llama3 8B_flex model_args.n_layers=16",
     ),
     "16b": row(
         "DeepSeek-V3 16B, 9 layers, bf16", 4096, 4, "model=deepseek_v3_16b model.n_layers=9",
         "deepseek_v3 16B model_args.n_layers=9",
     ),
-    "1b": row("Llama 3.2 1B untied, bf16", 8192, 2, ONE_B, ONE_B_PEER),
+    "1b": row("Llama 3.2 1B untied, bf16", 8192, 2, f"{ONE_B} compile=graph", ONE_B_PEER),
     "small_32": row("124M Llama, bf16", 1024, 32, SMALL, SMALL_PEER),
     "small_4": row("124M Llama, bf16", 1024, 4, SMALL, SMALL_PEER),
 }  # fmt: skip
