@@ -121,7 +121,8 @@ def test_the_next_leader_saves_what_a_dead_one_could_not(tmp_path: Path, undistu
 
 
 def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, float]) -> None:
-    with fleet(tmp_path, *ARGV, groups=3) as found:
+    """A starved group that misses heartbeats for so long counts as dead, and the next would not wait for it."""
+    with fleet(tmp_path, *ARGV, groups=3, heartbeat_seconds=2.0) as found:
         found.start(1, troubles=[Trouble(step, "hold") for step in (1, 4, 11, 14)])
         kill = (Trouble(8, "kill"),)
         for held, group, troubles in ((1, 0, kill), (4, 2, kill), (11, 0, ()), (14, 2, ())):
