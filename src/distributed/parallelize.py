@@ -13,8 +13,7 @@ from src.distributed.mesh import Mesh
 from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
 from src.distributed.tensor.tensor_parallel import split_tensor
-from src.models.attention import flash_attention
-from src.models.base import ModelConfig
+from src.models.attention.flash_attention import attends_within_documents
 from src.models.decoder import Decoder
 
 
@@ -30,7 +29,7 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         mesh.spread_experts()  # by all ranks, also where a stage of a pipeline has no expert
         split_experts(model, mesh)
     split_context(model, mesh.context, mesh.degrees)
-    model.by_starts = mesh.degrees.context == 1 and not compile.graph and by_starts(model.config, precision)
+    model.by_starts = mesh.degrees.context == 1 and not compile.graph and by_starts(model, precision)
     experts_apart = mesh.degrees.expert > 1
     recompute.apply_within(model, experts_apart=experts_apart)
     compile.apply(
@@ -46,8 +45,8 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
     watch(model, mesh)
 
 
-def by_starts(config: ModelConfig, precision: Precision) -> bool:
+def by_starts(model: Decoder, precision: Precision) -> bool:
     """Whether the fastest attention here wants to know where documents start, and needs no block mask."""
+    config, dtype = model.config, getattr(torch, precision.compute)
     documents_alone = config.within_documents and config.fixed_block is None
-    dtype = getattr(torch, precision.compute)
-    return documents_alone and flash_attention.attends_within_documents(config.head_widths, dtype)
+    return documents_alone and attends_within_documents(config.head_widths, dtype)

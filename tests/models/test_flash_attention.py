@@ -111,70 +111,73 @@ def test_documents_as_near_to_fp32_as_the_device_own_kernel(shape: tuple[int, ..
             assert (ours.float() - wide).abs().max() <= 2 * (theirs.float() - wide).abs().max() + 1e-3
 
 
+def plain_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    return_lse: bool,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, None]:
+    assert return_lse
+    if cu_seqlens_q is not None:
+        assert cu_seqlens_k is cu_seqlens_q
+        parts = [
+            plain_forward(*(x[one:two].unsqueeze(0) for x in (q, k, v)), softmax_scale=softmax_scale, **HOW)
+            for one, two in pairwise(cu_seqlens_q.tolist())
+            if two > one
+        ]
+        return torch.cat([out[0] for out, *_ in parts]), torch.cat([lse[0] for _, lse, _ in parts], 1), None
+    by_head = (each.transpose(1, 2) for each in (q, k, v))
+    out, lse = PlainKernel.forward(*by_head, causal=causal, scale=softmax_scale)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.squeeze(-1), None
+
+
+def plain_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    causal: bool,
+    *,
+    deterministic: bool,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> list[Tensor]:
+    assert not deterministic
+    if cu_seqlens_q is not None:
+        assert cu_seqlens_k is cu_seqlens_q
+        parts = [
+            plain_backward(
+                *(x[one:two].unsqueeze(0) for x in (q, k, v, out, grad)),
+                lse[:, one:two].unsqueeze(0),
+                scale,
+                causal,
+                deterministic=deterministic,
+            )
+            for one, two in pairwise(cu_seqlens_q.tolist())
+            if two > one
+        ]
+        return [torch.cat([each[0] for each in column]) for column in zip(*parts, strict=True)]
+    q, k, v, out, grad = (each.transpose(1, 2) for each in (q, k, v, out, grad))
+    found = PlainKernel.backward(grad, q, k, v, out, lse.unsqueeze(-1), causal=causal, scale=scale)
+    return [each.transpose(1, 2).to(q.dtype).contiguous() for each in found]
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's two functions by plain matrices, so that all around them is tried on a CPU too."""
-
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float | None,
-        causal: bool,
-        return_lse: bool,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, None]:
-        assert return_lse
-        if cu_seqlens_q is not None:
-            assert cu_seqlens_k is cu_seqlens_q
-            parts = [
-                forward(*(x[one:two].unsqueeze(0) for x in (q, k, v)), softmax_scale=softmax_scale, **HOW)
-                for one, two in pairwise(cu_seqlens_q.tolist())
-                if two > one
-            ]
-            return torch.cat([out[0] for out, *_ in parts]), torch.cat([lse[0] for _, lse, _ in parts], 1), None
-        by_head = (each.transpose(1, 2) for each in (q, k, v))
-        out, lse = PlainKernel.forward(*by_head, causal=causal, scale=softmax_scale)
-        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.squeeze(-1), None
-
-    def backward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        grad: Tensor,
-        lse: Tensor,
-        scale: float | None,
-        causal: bool,
-        *,
-        deterministic: bool,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-    ) -> list[Tensor]:
-        assert not deterministic
-        if cu_seqlens_q is not None:
-            assert cu_seqlens_k is cu_seqlens_q
-            parts = [
-                backward(
-                    *(x[one:two].unsqueeze(0) for x in (q, k, v, out, grad)),
-                    lse[:, one:two].unsqueeze(0),
-                    scale,
-                    causal,
-                    deterministic=deterministic,
-                )
-                for one, two in pairwise(cu_seqlens_q.tolist())
-                if two > one
-            ]
-            return [torch.cat([each[0] for each in column]) for column in zip(*parts, strict=True)]
-        q, k, v, out, grad = (each.transpose(1, 2) for each in (q, k, v, out, grad))
-        found = PlainKernel.backward(grad, q, k, v, out, lse.unsqueeze(-1), causal=causal, scale=scale)
-        return [each.transpose(1, 2).to(q.dtype).contiguous() for each in found]
-
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["flash_attn.cute.interface"].__dict__.update(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    sys.modules["flash_attn.cute.interface"].__dict__.update(
+        _flash_attn_fwd=plain_forward, _flash_attn_bwd=plain_backward
+    )
 
 
 @pytest.mark.usefixtures("stand_in")
