@@ -31,8 +31,8 @@ from omegaconf import open_dict
 
 from benchmarks import history
 from src.config.build import build
+from src.config.composition.resolution import resolve
 from src.config.groups import CONF, options
-from src.config.tree import resolve
 from src.distributed.pipeline.stages import SCHEDULES
 from src.distributed.process.rank_context import RankContext as Process
 from src.errors import UserError

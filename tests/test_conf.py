@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from src.config.build import Top, build
 from src.config.composition.command_line import arguments
 from src.config.composition.composer import Composer, composer
+from src.config.composition.resolution import resolve
 from src.config.groups import CONF, EXPERIMENT, GROUPS, SECTIONS, options
-from src.config.tree import Tree, resolve
+from src.config.tree import Tree
 
 CHOICES = [f"{group}={option}" for group in SECTIONS for option in options(group)]
 EXPERIMENTS = options(EXPERIMENT)

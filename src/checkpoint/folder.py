@@ -16,6 +16,7 @@ from src.errors import CheckpointError
 from src.storage.atomic_write import atomic_write, sync_folder
 
 MARKER = "COMPLETE.json"
+VALUES = "values.json"  # of a step folder: all of the state that is no tensor
 ASIDE = ".replaced"  # an older complete checkpoint of the same step, kept until the new one is complete
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 BLOCK_BYTES = 16 * 2**20

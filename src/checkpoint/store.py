@@ -23,14 +23,13 @@ from torch.futures import Future
 from src.checkpoint import folder as files
 from src.checkpoint.background import BackgroundTask
 from src.checkpoint.config import Checkpoint
-from src.checkpoint.folder import CheckpointFile, Marker
+from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
 from src.checkpoint.metadata import RestrictedReader
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
 from src.errors import CheckpointError, DiskFullError, some
 from src.storage.space import room
 
-VALUES = "values.json"
 log = logging.getLogger(__name__)
 
 

@@ -1,20 +1,32 @@
-"""A run's config as plain data: resolved once, hashed, compared, written to and read from its folder."""
+"""A run's config as plain data: hashed, compared, written to and read from its folder."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from src.config.upgrades import Tree, upgraded, without_neutral
 from src.errors import ConfigError
 from src.storage.atomic_write import atomic_write
 
-__all__ = ["SITE", "STEERING", "Tree", "difference", "identity", "leaves", "read", "resolve", "steers", "write"]
+__all__ = [
+    "SITE",
+    "STEERING",
+    "Tree",
+    "difference",
+    "every_leaf",
+    "identity",
+    "leaves",
+    "leaves_of",
+    "read",
+    "read_section",
+    "steers",
+    "write",
+]
 
 # Where and how a run is watched, not what it computes: these may differ between two starts of one run.
 SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker", "sweep"})
@@ -54,34 +66,6 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-def resolve(cfg: DictConfig) -> Tree:
-    """The composed config as a plain dict; every missing value and dangling reference in one ConfigError."""
-    raw = OmegaConf.to_container(cfg, resolve=False, throw_on_missing=False)
-    problems = [problem for path, value in _leaves(raw) if (problem := _unresolved(cfg, path, value))]
-    if problems:
-        raise ConfigError(problems)
-    tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
-
-
-def _unresolved(cfg: DictConfig, path: str, value: object) -> str | None:
-    if value == "???":
-        return f"{path}: missing; pass {path}=..."
-    if not (isinstance(value, str) and "${" in value):
-        return None
-    try:
-        OmegaConf.to_container(OmegaConf.create([_selected(cfg, path)]), resolve=True)
-    except OmegaConfBaseException as error:
-        return f"{path}: {value} cannot be resolved ({str(error).splitlines()[0]})"
-    return None
-
-
-def _selected(cfg: DictConfig, path: str) -> object:
-    chosen = OmegaConf.select(cfg, path, throw_on_resolution_failure=True, throw_on_missing=True)
-    return OmegaConf.to_container(chosen, resolve=True) if isinstance(chosen, DictConfig | ListConfig) else chosen
-
-
 def identity(tree: Mapping[str, Any]) -> str:
     """8 hex digits over the canonical JSON of all that decides numbers: neither SITE nor STEERING, and no key that a
     later version added and that has its neutral value.
@@ -117,10 +101,19 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, steering: bool
 def leaves(tree: Mapping[str, Any]) -> dict[str, str]:
     """Every value beside those of SITE as JSON, by its dotted path, without neutral ones that a later version added."""
     kept = without_neutral({key: value for key, value in tree.items() if key not in SITE})
-    return {path: json.dumps(value, default=str) for path, value in _leaves(kept)}
+    return {path: json.dumps(value, default=str) for path, value in every_leaf(kept)}
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value of a section that is no filled dict, by its dotted path: a list is one value, as it is when typed."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = leaves_of(value) if isinstance(value, Mapping) and value else None
+        found |= {key: value} if inner is None else {f"{key}.{path}": each for path, each in inner.items()}
+    return found
+
+
+def every_leaf(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value that is no filled dict or list, by its dotted path."""
     if isinstance(value, Mapping) and value:
         inner = [(str(key), each) for key, each in value.items()]
@@ -130,18 +123,38 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
         return
     for key, each in inner:
-        yield from _leaves(each, f"{path}.{key}" if path else key)
+        yield from every_leaf(each, f"{path}.{key}" if path else key)
 
 
 def read(path: Path) -> Tree:
     """The tree that `write` wrote, in this version or an older one, with the names of this one."""
+    return upgraded(_loaded(path, _text(path)))
+
+
+def read_section(path: Path, section: str) -> Any:
+    """One section, or one value at the top, of such a tree, in a tenth of the time: only its lines are parsed. None
+    where the tree has no such section.
+    """
+    text = _text(path)
+    lines = re.search(rf"^{re.escape(section)}:.*\n?(?: .*\n?|- .*\n?|\n)*", text, re.MULTILINE)
+    return upgraded(_loaded(path, text if lines is None else lines[0])).get(section)
+
+
+def _text(path: Path) -> str:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config ({error})") from error
+
+
+def _loaded(path: Path, text: str) -> Tree:
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: cannot be read as a config ({error})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no config")
-    return upgraded(tree)
+    return tree
 
 
 def write(path: Path, tree: Tree) -> None:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.checkpoint.folder import complete, fault, read_initial, read_marker, step_of
+from src.checkpoint.folder import VALUES, complete, fault, read_initial, read_marker, step_of
+from src.checkpoint.stored import shapes
 from src.config.tree import read
 from src.errors import CheckpointError, UserError, some
 from src.optim.schedule import Schedule
@@ -91,10 +92,10 @@ def check_samples(run: "Run", folder: Path, corpus: "Corpus") -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads((path / "values.json").read_text())
+        values: dict[str, Any] = json.loads((path / VALUES).read_text())
         assert {"step", "position", "digest", "rng.seed"} <= values.keys()
     except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"checkpoint.initial={path}: values.json is not what a run writes ({error})") from error
+        raise CheckpointError(f"checkpoint.initial={path}: {VALUES} is not what a run writes ({error})") from error
     return values
 
 
@@ -112,8 +113,6 @@ def _values(run: "Run", path: Path) -> list[str]:
 
 def _tensors(run: "Run", path: Path) -> list[str]:
     """Weights and moments of another name, shape or dtype than the run's."""
-    from src.checkpoint.metadata import shapes
-
     if run.checkpoint.trusted:
         return []  # torch reads it, on the ranks
     there = shapes(path)

@@ -38,6 +38,11 @@ class Schedule(Config):
         _, decay, total = self._lengths(steps)
         return decay > 0 and step >= total + 1 - decay
 
+    def decay_span(self, steps: int) -> tuple[int, int] | None:
+        """The first step of the decay and the last one, counted from 1; None without a decay."""
+        _, decay, total = self._lengths(steps)
+        return (total + 1 - decay, total) if decay > 0 else None
+
     def rests(self, steps: int) -> bool:
         """Whether steps behind the decay have a learning rate of 0."""
         _, decay, total = self._lengths(steps)

@@ -245,6 +245,16 @@ def end(path: Path, ended: Ended, detail: str = "", *, overrule: bool = False) -
         Lines(path / ATTEMPTS_FILE).append(record)
 
 
+def reopen(path: Path, why: str) -> None:
+    """The run is no longer finished: every attempt that ran to the end of the task has merely stopped, when it did."""
+    for folder in [path, *sorted(path.glob("groups/*"))]:
+        for attempt in attempts(folder):
+            if attempt.ended == "finished":
+                when = attempt.detail.partition(" ")[0]
+                record = {"number": attempt.number, "ended": "stopped", "detail": f"{when} {why}".strip()}
+                Lines(folder / ATTEMPTS_FILE).append(record)
+
+
 def _make(path: Path) -> list[Path]:
     """The folders that were not there before, innermost first."""
     new = [each for each in (path, *path.parents) if not each.exists()]

@@ -53,9 +53,11 @@ class Lock:
             self._file = None
 
     def held(self) -> bool:
-        """Whether another process holds it, as `take` would find; takes nothing."""
+        """Whether another process holds it, as `take` would find; takes nothing. A lock that this person may only read
+        will do.
+        """
         try:
-            file = os.open(self.path, os.O_RDWR)
+            file = os.open(self.path, os.O_RDWR if os.access(self.path, os.W_OK) else os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:

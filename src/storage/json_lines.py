@@ -38,12 +38,41 @@ class Lines:
 
     def last(self) -> dict[str, Any] | None:
         """The last whole record, without reading a long file from its start."""
-        if not self.path.exists():
-            return None
-        with open(self.path, "rb") as file:
-            file.seek(max(0, self.path.stat().st_size - TAIL_BYTES))
-            found = list(_records(file))
-        return found[-1] if found else None
+        return next(self.recent(), None)
+
+    def recent(self) -> Iterator[dict[str, Any]]:
+        """Whole records of the last 64 KiB, newest first."""
+        return _records(reversed(self._tail().splitlines()))
+
+    def newest(self, *names: str) -> dict[str, Any]:
+        """The newest value of each name, as far as the last 64 KiB have it: one small read of however long a file."""
+        tail = self._tail()
+        found: dict[str, Any] = {}
+        for name in names:
+            lines = (tail[_line_at(tail, place)] for place in _places(tail, json.dumps(name).encode() + b":"))
+            found |= next(({name: each[name]} for each in _records(lines) if name in each), {})
+        return found
+
+    def _tail(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+                return file.read()
+        except FileNotFoundError:
+            return b""
+
+
+def _places(tail: bytes, key: bytes) -> Iterator[int]:
+    """Where this text stands, the last place first."""
+    place = tail.rfind(key)
+    while place >= 0:
+        yield place
+        place = tail.rfind(key, 0, place)
+
+
+def _line_at(tail: bytes, place: int) -> slice:
+    end = tail.find(b"\n", place)
+    return slice(tail.rfind(b"\n", 0, place) + 1, len(tail) if end < 0 else end)
 
 
 def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

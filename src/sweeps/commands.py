@@ -49,7 +49,7 @@ def status(ledger: Ledger) -> int:
         step = "" if now.step is None else str(now.step)
         facts = (point.folder.name, step, loss, str(now.attempts), now.job or "", now.detail)
         table.add_row(str(point.number), state, *values, *facts)
-    console = _console()
+    console = terminal()
     console.print(table)
     states = [now.state for _, now in rows]
     console.print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)), highlight=False)
@@ -69,7 +69,7 @@ def table(ledger: Ledger) -> int:
         rest = " ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items())
         loss = "" if now.loss is None else f"{now.loss:.4f}"
         shown.add_row(str(point.number), now.state, *values, loss, rate, share, rest)
-    _console().print(shown)
+    terminal().print(shown)
     print(f"written: {write_csv(ledger, rows)}", file=sys.stderr)
     return 0
 
@@ -167,7 +167,7 @@ def report(ledger: Ledger) -> int:
     return 0
 
 
-def _console() -> Console:
+def terminal() -> Console:
     """As wide as the terminal; a file or a pipe wraps nothing."""
     width = None if sys.stdout.isatty() else WIDEST
     return Console(width=width, markup=False, emoji=False)

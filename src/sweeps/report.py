@@ -53,14 +53,20 @@ class Shown:
 
 def write(ledger: Ledger, rows: Sequence[tuple[SweepPoint, RunStatus]]) -> Path:
     """report.html of the sweep folder."""
-    swept = ledger.swept()
+    command = shlex.join(["python", "launch.py", *ledger.argv])
+    return write_page(ledger.path / REPORT_FILE, ledger.path.name, command, rows, ledger.swept())
+
+
+def write_page(
+    path: Path, name: str, command: str, rows: Sequence[tuple[SweepPoint, RunStatus]], swept: Sequence[str]
+) -> Path:
+    """The page of these runs, at `path`. `command`: shown below its name; `swept`: keys in which the runs differ."""
     colours = [_by_value(swept[:1], rows, DISTINCT), _by_value(swept[1:2], rows, DASHES)]
     shown = [
         Shown(point, now, read(point.folder), colour, dash, _title(point, now, swept))
         for (point, now), colour, dash in zip(rows, *colours, strict=True)
     ]
-    path = ledger.path / REPORT_FILE
-    atomic_write(path, _page(ledger, shown, swept))
+    atomic_write(path, _page(escape(name), escape(command), shown, swept))
     return path
 
 
@@ -103,9 +109,7 @@ def _title(point: SweepPoint, now: RunStatus, swept: Sequence[str]) -> str:
     return f"{values}\n{now.state}" + ("" if now.loss is None else f", loss {now.loss:.4f}")
 
 
-def _page(ledger: Ledger, shown: Sequence[Shown], swept: Sequence[str]) -> str:
-    name = escape(ledger.path.name)
-    command = escape(shlex.join(["python", "launch.py", *ledger.argv]))
+def _page(name: str, command: str, shown: Sequence[Shown], swept: Sequence[str]) -> str:
     plots = [_losses(shown), *(_against(key, shown) for key in swept), _speeds(shown, swept), _times(shown, swept)]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'

@@ -78,9 +78,8 @@ def job_states(points: Iterable[Submission]) -> dict[Path, JobState]:
 
 def status_of(point: Submission, newest: JobState | None) -> RunStatus:
     """`newest`: of its newest job, as `job_states` gives it."""
-    tried, handed = attempts(point.folder), submissions(point.folder)
-    job = handed[-1]["job"] if handed else None
-    state, detail = _state(point, tried, job, newest)
+    tried, job = attempts(point.folder), _job(point)
+    state, detail = state_of(point, tried, newest)
     history = read(point.folder)
     return RunStatus(
         state,
@@ -102,7 +101,8 @@ def score(history: History) -> float | None:
     return None
 
 
-def _state(point: Submission, tried: list[Attempt], job: str | None, newest: JobState | None) -> tuple[State, str]:
+def state_of(point: Submission, tried: list[Attempt], newest: JobState | None) -> tuple[State, str]:
+    """The state and what is known of it, from the run's attempts and its newest job."""
     if any(each.ended == "finished" for each in tried):
         return "finished", ""
     if newest is not None and newest.live and not ended_in_shared_job(point.folder):
@@ -112,12 +112,17 @@ def _state(point: Submission, tried: list[Attempt], job: str | None, newest: Job
     if point.cancelled:
         return "cancelled", ""
     if newest is _SILENT:
-        return "queued", f"{newest.word}; job {job} may live"
+        return "queued", f"{newest.word}; job {_job(point)} may live"
     if not tried:
         if point.refused is not None:
             return "refused", point.refused
-        return ("missing", "") if job is None else _never_began(point, job, newest)
+        return ("missing", "") if (job := _job(point)) is None else _never_began(point, job, newest)
     return _ending(tried[-1])
+
+
+def _job(point: Submission) -> str | None:
+    handed = submissions(point.folder)
+    return handed[-1]["job"] if handed else None
 
 
 def _never_began(point: Submission, job: str, newest: JobState | None) -> tuple[State, str]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from src.config.tree import SITE, difference, identity, read, resolve, write
+from src.config.composition.resolution import resolve
+from src.config.tree import SITE, difference, identity, read, read_section, write
 from src.errors import ConfigError
 
 
@@ -88,3 +89,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
         read(file)
     with pytest.raises(ConfigError, match="gone"):
         read(tmp_path / "gone.yaml")
+
+
+def test_a_section_is_read_as_the_whole_tree_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    written = tree(
+        task={"text": "a\nb: c\n\n d", "files": ["x", "y"]}, names=["p", "q"], after={"n": None}, last="z: 'é"
+    )
+    write(file, written)
+    assert {key: read_section(file, key) for key in written} == read(file) == written
+    assert read_section(file, "optim.lr") is None
+    file.write_text("model: {tied_embeddings: true, moe: null}\n")
+    assert read_section(file, "model") == read(file)["model"] == {"tie_word_embeddings": True, "moe": None}
+    with pytest.raises(ConfigError, match="cannot be read as a config"):
+        read_section(tmp_path / "gone.yaml", "model")

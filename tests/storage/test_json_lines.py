@@ -32,3 +32,18 @@ def test_concurrent_writers_keep_their_lines_apart(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lines.append, records))
     assert sorted(record["a"] for record in lines.read()) == list(range(64))
+
+
+def test_the_newest_values_are_read_from_the_end(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "a.jsonl")
+    assert lines.newest("step") == {}
+    assert list(lines.recent()) == []
+    for step in range(4000):
+        lines.append({"step": step, "loss": float("nan") if step == 3998 else 4000.0 - step, "other": "loss"})
+    lines.append({"step": 4000, "validation_loss": 2.0, "said": '"loss": 7'})
+    with lines.path.open("a") as file:
+        file.write('{"step": 5000, "loss": 1')  # a kill in the middle of a write
+    found = lines.newest("step", "loss", "validation_loss", "absent")
+    assert found == {"step": 4000, "loss": 1.0, "validation_loss": 2.0}
+    assert next(lines.recent())["step"] == 4000
+    assert len(list(lines.recent())) < 4000

@@ -4,8 +4,9 @@ Hydra stops at the first unknown key and names no near one. So plain assignments
 add), and `build`, which knows every legal name, tells all mistakes of files and command line together.
 """
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any, get_type_hints
@@ -23,6 +24,8 @@ from src.errors import ConfigError
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
 _FUNCTION = re.compile(r"(choice|range|sort|shuffle|glob|tag)\(.*\)")
 _NO_NAME = re.compile(r"(?i)true|false|yes|no|on|-?\d[\d_.e+-]*|nan|-?inf")
+_BARE = re.compile(r"[A-Za-z_./][\w./:@+-]*")  # means itself in Hydra's grammar, unless it is a word of YAML
+_WORD = re.compile(r"(?i)null|true|false|yes|no|on|off|nan|inf")
 OFF = ("off", "none")  # options that choose nothing
 SWEEP_FLAGS = ("-m", "--multirun")
 MOST_BRACKETS = 50  # of one argument; Python's own stack ends Hydra's grammar soon after
@@ -90,6 +93,17 @@ def _in_hydras_words(argument: str) -> bool:
     except COMPOSITION_ERRORS:
         return False
     return True
+
+
+def typed(key: str, value: Any) -> str:
+    """A resolved value as it is typed behind `key=`, before a shell's own quotes; `arguments` understands it."""
+    if isinstance(value, str):
+        return value if key in TEXTS or (_BARE.fullmatch(value) and not _WORD.fullmatch(value)) else _literal(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{typed('', each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(typed("", each) for each in value) + "]"
+    return json.dumps(value)
 
 
 def _literal(text: str) -> str:

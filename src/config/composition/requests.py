@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from src.config.build import whole_numbers
 from src.config.composition.command_line import SWEEP_FLAGS, arguments, former, problem
 from src.config.composition.composer import COMPOSITION_ERRORS, UNEXPECTED, Composer, composer, parsed
+from src.config.composition.resolution import resolve
 from src.config.groups import CONF, SHORT
-from src.config.tree import Tree, resolve
+from src.config.tree import Tree
 from src.errors import ConfigError, UserError
 
 # From a resolved tree and what was typed to the tree that is meant, where a key stands for a file elsewhere.

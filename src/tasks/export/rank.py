@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.checkpoint.config import FOREIGN
-from src.checkpoint.folder import is_complete, read_marker, step_of
+from src.checkpoint.folder import VALUES, is_complete, read_marker, step_of
 from src.checkpoint.host_group import HostGroup
-from src.checkpoint.store import VALUES
 from src.config.tree import read
 from src.data.tokenizer import Tokenizer
 from src.distributed.mesh import Mesh

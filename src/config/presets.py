@@ -1,0 +1,70 @@
+"""The options of conf/ as plain data, without Hydra: which one a section of a config is, and in what it differs."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import yaml
+
+from src.config.groups import CONF, options
+from src.config.tree import Tree, leaves_of
+from src.errors import ConfigError
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@cache
+def defaults() -> Mapping[str, str]:
+    """The option of each group that a command gets which names none."""
+    chosen = _file("config")["defaults"]
+    return {group: str(option) for each in chosen if isinstance(each, dict) for group, option in each.items()}
+
+
+def nearest_option(group: str, section: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The option of conf/<group> that differs from a section in the fewest keys, and those keys with the section's
+    values; another class is farther away than any key. Of several the default, then the first by name.
+    """
+    ours = leaves_of(section)
+    kin = [option for option in options(group) if _leaves(group, option).get("_target_") == ours.get("_target_")]
+    found = []
+    for option in kin or options(group):
+        theirs = _leaves(group, option)
+        away = {key: value for key, value in ours.items() if key not in theirs or theirs[key] != value}
+        absent = len(theirs.keys() - ours.keys())
+        found.append((len(away) + absent, option != defaults().get(group), option, away))
+    _, _, option, away = min(found, key=lambda each: each[:3])
+    return option, away
+
+
+@cache
+def _leaves(group: str, option: str) -> dict[str, Any]:
+    return leaves_of(section_of(group, option))
+
+
+def section_of(group: str, option: str) -> Tree:
+    """An option of a group: what its file and those of its group that it builds on say. ConfigError."""
+    if option not in options(group) and "/" not in option:
+        raise ConfigError(f"{group}={option}: no such option; there are: {', '.join(options(group))}")
+    file = _file(f"{group}/{option}")
+    merged: Tree = {}
+    for each in file.pop("defaults", ["_self_"]):
+        name, _, package = str(each).partition("@")
+        part = file if name == "_self_" else section_of(group, name)
+        for key in reversed(package.split(".") if package not in ("", "_here_") else []):
+            part = {key: part}
+        merged = _merged(merged, part)
+    return merged
+
+
+def _merged(below: Tree, above: Mapping[str, Any]) -> Tree:
+    found = deepcopy(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else deepcopy(value)
+    return found
+
+
+def _file(name: str) -> Tree:
+    found: Tree = yaml.load((CONF / f"{name}.yaml").read_text(encoding="utf-8"), _Loader) or {}
+    return found
