@@ -18,12 +18,12 @@ from src.cluster.local.signals import keep_interrupts
 from src.cluster.rank_log import open_closed_streams
 from src.config.composition.requests import asked
 from src.errors import UserError, VerdictError
+from src.launch.as_it_was import completed
 from src.launch.dry_run import scripts
 from src.launch.start import Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
 from src.sweeps.grid import in_group, names, sweep, title
 from src.sweeps.search import search
-from src.tasks.source import completed
 from src.version import VERSION
 
 if TYPE_CHECKING:
