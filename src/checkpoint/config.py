@@ -32,6 +32,10 @@ class Checkpoint(Config):
     """Newest checkpoints to keep; null: all."""
     keep_every: Steps | None
     """Keep those of every so many optimizer steps for ever, a multiple of `every`; null: none beyond `keep`."""
+    keep_best: Annotated[int, Field(ge=1)] | None
+    """Keep those with the lowest validation loss, so many, beside the newest; a checkpoint has one if its step was
+    validated; null: none.
+    """
     asynchronous: bool
     """True: copy to host memory, train on, write meanwhile; false: training waits for the disk."""
     verify: Literal["full", "size"]

@@ -8,6 +8,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ def expendable(
     for_ever = set(protected)
     for_ever.update(path for path in found if keep_every is not None and (step_of(path) or 0) % keep_every == 0)
     return [path for path in found[:-keep] if path not in for_ever]
+
+
+def best(found: list[Path], count: int | None) -> list[Path]:
+    """Those of `found` whose markers have the lowest validation loss, at most `count`; the earlier one of two alike."""
+    if count is None:
+        return []
+    losses: list[tuple[float, Path]] = []
+    for path in found:
+        with suppress(CheckpointError):  # one that cannot be read is no reason to keep it or to stop
+            loss = read_marker(path).facts.get("validation_loss")
+            losses += [(float(loss), path)] if isinstance(loss, int | float) else []
+    return [path for _, path in sorted(losses)[:count]]
 
 
 def remove(path: Path) -> None:

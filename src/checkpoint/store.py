@@ -183,6 +183,7 @@ class Store:
         """Rank 0: what is surplus once this save is done goes before it; false where that is nothing."""
         found, keep = files.complete(self.folder), self.options.keep
         protected = [each for each in (*found[-1:], self._loaded) if each is not None]
+        protected += files.best(found, self.options.keep_best)
         surplus = files.expendable(found, keep and keep - 1, self.options.keep_every, protected=protected)
         for old in surplus:
             log.warning("%s: the disk is full; %s goes before the save", path, old.name)
@@ -235,6 +236,7 @@ class Store:
             files.publish(place, path)
         protected = [path] if self._loaded is None else [path, self._loaded]
         found = files.complete(self.folder)
+        protected += files.best(found, self.options.keep_best)
         try:
             files.clean(self.folder, self._writer)
             for old in files.expendable(found, self.options.keep, self.options.keep_every, protected=protected):

@@ -47,6 +47,7 @@ STEERING: Mapping[str, str] = {
     "checkpoint.every": "when state is kept, not what it is",
     "checkpoint.keep": "when state is removed",
     "checkpoint.keep_every": "when state is removed",
+    "checkpoint.keep_best": "when state is removed",
     "checkpoint.asynchronous": "who writes, not what",
     "checkpoint.verify": "what is read again before it is believed",
     "checkpoint.export_every": "a copy for others",

@@ -326,6 +326,11 @@ def _section_problems(run: Run) -> list[str]:
             f"task.steps={run.task.steps}; pass schedule.total_steps=null, at least {run.task.steps}, or a "
             "schedule.min_factor above 0"
         )
+    if run.checkpoint.keep_best is not None and isinstance(run.task, Validates) and not run.task.validate_every:
+        found.append(
+            f"checkpoint.keep_best={run.checkpoint.keep_best} goes by the validation loss, and task.validate_every=0; "
+            "pass task.validate_every, or checkpoint.keep_best=null"
+        )
     if run.compile.blocks and run.model.routed and run.precision.compute != "bfloat16":
         found.append(
             f"compile.blocks=true with precision.compute={run.precision.compute}: grouped products of experts are "

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -69,7 +70,7 @@ class Loop:
     startup: Startup
     report: Report
     stop: Stop
-    facts: dict[str, Any]  # of the run, for each checkpoint's marker
+    facts: dict[str, Any]  # of the run, for each checkpoint's marker, beside its tokens and losses
     grace_seconds: float  # between a stop signal and the end of ranks that still save
 
     def run(self) -> bool:
@@ -77,6 +78,7 @@ class Loop:
         state, steps = self.training.state, self.plan.steps
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
         self._first: int | None = None  # step of this attempt, once it is done
+        self._losses: dict[str, tuple[int, float]] = {}  # the newest of each kind, with its step
         self._reported, self._warned, self._validated = self.store.last, False, 0
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
@@ -156,6 +158,7 @@ class Loop:
         """Learn what steps did; every rank learns the same at the same step, so all take the same branch."""
         for outcome in outcomes:
             self._last = outcome
+            self._losses["loss"] = (outcome.step, outcome.loss)
             self._audit.summed(outcome.step, outcome.checksum)
             self.training.state.tokens += outcome.tokens
             self._stopping = self._stopping or self._may_stop(outcome.stop)
@@ -255,7 +258,7 @@ class Loop:
         if loss is None:
             self._stopping = self._may_stop(asked=True)
             return
-        self._validated = step
+        self._validated, self._losses["validation_loss"] = step, (step, loss)
         self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
         self.report.say(format_validation(step, loss))
         if self._first is not None:  # before the first step no token was routed
@@ -272,7 +275,8 @@ class Loop:
         state = self.training.state
         state.digest = self.batches.digest(state.position)
         tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
-        self.store.save(state.step, tree, self.facts, wait=last)
+        losses = {name: loss for name, (step, loss) in self._losses.items() if step == state.step and isfinite(loss)}
+        self.store.save(state.step, tree, self.facts | {"tokens": state.tokens, **losses}, wait=last)
 
     def _tell_save(self) -> None:
         """What the last save cost, once it is on the disk: at the step that it holds."""

@@ -69,6 +69,20 @@ def test_expendable_is_what_no_rule_keeps() -> None:
         assert {folder.step_of(path) for path in gone} == set(steps) - kept
 
 
+def test_the_best_are_those_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+    losses = {10: 3.0, 20: None, 30: 2.0, 40: 2.5, 50: 2.0}
+    for step, loss in losses.items():
+        path = folder.step_folder(tmp_path, step)
+        path.mkdir()
+        facts = {"tokens": step} | ({} if loss is None else {"validation_loss": loss})
+        folder.write_marker(path, Marker(step, "2.13.0", facts, {}))
+    found = folder.complete(tmp_path)
+    assert [folder.step_of(path) for path in folder.best(found, 3)] == [30, 50, 40]
+    assert folder.best(found, None) == []
+    (folder.step_folder(tmp_path, 30) / folder.MARKER).write_text("{")  # one that cannot be read stops nothing
+    assert [folder.step_of(path) for path in folder.best(found, 1)] == [50]
+
+
 def test_measure_equals_zlib_over_several_blocks(tmp_path: Path) -> None:
     content = random.Random(1).randbytes(folder.BLOCK_BYTES * 2 + 12345)
     (tmp_path / "file").write_bytes(content)
