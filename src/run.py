@@ -15,6 +15,7 @@ from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
 from src.errors import ConfigError
 from src.fault_tolerance.config import FaultTolerance
+from src.metrics.alerts.config import Alerts
 from src.metrics.trackers.config import Tracker
 from src.models.base import ModelConfig
 from src.optim.base import Optimizer
@@ -115,6 +116,7 @@ class Run:
     schedule: Schedule
     checkpoint: Checkpoint
     tracker: Tracker
+    alert: Alerts
     fault_tolerance: FaultTolerance
     cluster: Cluster
     name: str

@@ -43,6 +43,7 @@ FENCES = {
     "os.environ": (
         "src.distributed.process.rank_context",
         "src.metrics.trackers.wandb_address",
+        "src.metrics.alerts.send",
         "src.cluster",
         "src.launch",
         "src.sweeps",

@@ -13,7 +13,9 @@ from src.config import synonyms, wording
 from src.config.base import Config, PathField
 from src.config.bounds import Seed
 from src.config.groups import EXPERIMENT, SECTIONS, SHORT, options, tasks_with
+from src.config.presets import section_of
 from src.config.tree import Tree
+from src.config.upgrades import ADDED_SECTIONS
 from src.errors import ConfigError
 
 LONGEST_NAME_BYTES = 160  # of the 255 that a file may have: hashes, steps and job numbers are added to it
@@ -57,10 +59,15 @@ def build(tree: Tree, *, within: str = "src.", sections: Sequence[str] = SECTION
         builder.problems.append(f"{EXPERIMENT}: no such section; begin the file with '# @package _global_'")
     built = dict(builder.construct(Top, top, "") or {})
     for name in sections:
-        built[name] = builder.section(name, tree.get(name))
+        built[name] = builder.section(name, tree.get(name, _neutral(name)))
     if builder.problems:
         raise ConfigError(builder.problems)
     return built
+
+
+def _neutral(name: str) -> Tree | None:
+    """A section that a recorded config cannot have, since its version had none: it does what that version did."""
+    return section_of(name, ADDED_SECTIONS[name]) if name in ADDED_SECTIONS else None
 
 
 def target_class(tree: Tree, section: str, *, within: str = "src.") -> type[Config]:

@@ -19,6 +19,7 @@ SECTIONS = (
     "schedule",
     "checkpoint",
     "tracker",
+    "alert",
     "fault_tolerance",
     "cluster",
     "sweep",

@@ -66,6 +66,12 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.tasks.export.config.Export": {"fp8_scales": "float32"},
 }
 
+# Section that an earlier version had not -> the option of its group that does what that version did.
+ADDED_SECTIONS: Mapping[str, str] = {
+    # 0.1 -> 0.2
+    "alert": "none",
+}
+
 _ABSENT = object()
 
 

@@ -16,6 +16,7 @@ from src.config.build import build
 from src.config.tree import Tree, identity
 from src.distributed.process.rank_context import LauncherEnv, joined
 from src.errors import DataError, FolderError, PlanError, UserError
+from src.metrics.alerts.send import tell_end
 from src.runs.folder import group_folder, place
 from src.runs.frozen_code import Code
 from src.runs.submissions import ended_in_shared_job, submissions
@@ -271,6 +272,7 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     corpus = feed(run, shared)
     answers = planned if corpus is None else planned.with_data(run, corpus)
     tell(f"warning: {line}" for line in answers.warnings)
+    tell(f"warning: {line}" for line in run.alert.unheard(os.environ))
     path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
     scheduler = backend_of(run.cluster).scheduler
@@ -308,6 +310,8 @@ def start(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> tuple[str,
             outcome = cluster.submit_groups(folder, world, run.fault_tolerance)
         else:
             outcome = cluster.submit(folder, world)
+        if outcome.status != "submitted":
+            tell_end(folder.path, run.alert)
         return outcome.status, outcome.exit_code
 
 
@@ -331,4 +335,7 @@ def _join(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> str:
     folder, _ = prepare(tree, run, planned, shared)
     with folder:
         folder.begin(run.parallel.world)
-        return "finished" if run_rank(RankJob(folder.path, None)) else "stopped"
+        try:
+            return "finished" if run_rank(RankJob(folder.path, None)) else "stopped"
+        finally:
+            tell_end(folder.path, run.alert)

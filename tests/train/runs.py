@@ -102,6 +102,7 @@ CHOICE = {
     "schedule": "wsd",
     "checkpoint": "every_500",
     "tracker": "jsonl",
+    "alert": "none",
     "fault_tolerance": "none",
 }
 

@@ -20,6 +20,7 @@ from src.cluster.backend import JobScheduler, JobStart, LogFindings
 from src.cluster.batch_system import scheduler_of
 from src.cluster.diagnosis import hang, rank_failure
 from src.config import tree as trees
+from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import attempts, end
 from src.runs.submissions import submissions
 from src.storage.json_lines import Lines
@@ -163,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = settle(given.folder, start.job, judge(gather(given.folder, start, scheduler)), given.requeues)
     if verdict.kind != "saved" and attempts(given.folder):
         end(given.folder, "failed", verdict.words.partition("\n")[0], overrule=True)
+    if verdict.action == "stop" and (options := options_of(given.folder)) is not None:
+        tell_end(given.folder, options)
     leaving = f", without node {verdict.node} if enough others are there"
     leaving = leaving if verdict.node and verdict.action == "requeue" else ""
     print(f"verdict: {verdict.words}\n{verdict.action}{leaving}", file=sys.stderr, flush=True)

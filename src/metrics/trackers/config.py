@@ -30,9 +30,11 @@ class Tracker(Config):
     tensorboard: EventFiles | None
     """Event files for TensorBoard; null: none; tracker=tensorboard and tracker=all have the keys."""
 
-    def open(self, folder: Path, facts: Mapping[str, Any]) -> "Log":
-        """The log of one attempt at the run in this folder; `facts` are shown with it. For rank 0 alone."""
-        sinks: list[Sink] = []
+    def open(self, folder: Path, facts: Mapping[str, Any], beside: Iterable[Sink] = ()) -> "Log":
+        """The log of one attempt at the run in this folder; `facts` are shown with it. For rank 0 alone. `beside`: what
+        else is fed.
+        """
+        sinks = list(beside)
         if self.wandb is not None:
             sinks.append(self.wandb.sink(folder, facts, self.finish_seconds))
         if self.tensorboard is not None:

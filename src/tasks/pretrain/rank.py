@@ -18,6 +18,7 @@ from src.hugging_face.companions import Sources, companions
 from src.hugging_face.load import noted
 from src.hugging_face.origin import origin_of
 from src.hugging_face.save import Form
+from src.metrics.alerts.watcher import AlertSink
 from src.metrics.console import Console
 from src.metrics.curve import plot
 from src.metrics.startup import Startup
@@ -76,7 +77,8 @@ def _report(task: Pretrain, run: Run, folder: Path, ranks: RankContext, groups: 
     """Rank 0 speaks for all, and rank 0 of one group for all groups."""
     if ranks.rank != 0:
         return Report(None, None, folder)
-    open_log = partial(run.tracker.open, folder, read(folder / "config.yaml"))
+    watchers = [AlertSink(folder, run.alert)] if run.alert.wanted else []
+    open_log = partial(run.tracker.open, folder, read(folder / "config.yaml"), watchers)
     if groups is None:
         return Report(open_log(), Console(task.steps), folder)
     return Report(None, Console(task.steps, title=f"group {groups.group}: "), folder, open_log)
