@@ -65,7 +65,7 @@ WRITERS = {
     "src.data.shards": "streams more than fits into memory, then renames",
     "src.cluster.rank_log": "appends what a process says",
     "src.cluster.replicas.lighthouse": "appends what a process says",
-    "src.cluster.slurm.pack": "appends what a process says",
+    "src.cluster.local.side_by_side": "appends what a process says",
 }
 
 # SLURM's commands and variables, which only its room names, not even in a comment; elsewhere a comment may say SLURM.

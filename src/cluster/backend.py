@@ -5,7 +5,7 @@
 imports go downward; nothing else is asked of a backend. tests/cluster/fake_backend.py is the smallest one.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -146,6 +146,20 @@ class QueueBackend(Backend, Protocol):
     def submit_many(self, points: "Sequence[Prepared]") -> "list[Submitted | UserError]":
         """In the order of `points`; an error for each that the scheduler refused, which keeps no other from being
         queued. The locks of the folders of those that are queued are released.
+        """
+
+
+@runtime_checkable
+class SharedBackend(Backend, Protocol):
+    """A backend of this machine that may run several points of a sweep at once."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether it shall."""
+
+    def submit_side_by_side(self, points: "Sequence[Prepared]", begin: Callable[[Path], bool]) -> dict[Path, int]:
+        """Returns when all have ended, with the exit code of each that was started; the folders are closed. `begin`:
+        asked before each start, whether it still shall.
         """
 
 

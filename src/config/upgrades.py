@@ -54,6 +54,7 @@ RENAMED: Mapping[str, str] = {
 ADDED: Mapping[str, Mapping[str, Any]] = {
     # 0.1 -> 0.2
     "src.checkpoint.config.Checkpoint": {"keep_best": None},
+    "src.cluster.local.config.Local": {"at_once": None},
     "src.data.config.Hub": {"bad_rows": "refuse"},
     "src.data.config.Text": {"bad_rows": "refuse"},
     "src.data.hub.HubSource": {"bad_rows": "refuse"},

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.cluster.backend import JobScheduler, QueueBackend
+from src.cluster.backend import JobScheduler, QueueBackend, SharedBackend
 from src.cluster.submission import Prepared, Submitted
 from src.config.base import Config
 from src.config.tree import SITE, Tree, difference, identity
 from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
 from src.launch.start import Shared, ask_schedulers, by_cluster, checked, prepare, start
+from src.runs.folder import attempts
 from src.sweeps.ledger import Ledger, SweepPoint, swept
 from src.sweeps.status import OPEN, State
 
@@ -145,7 +147,8 @@ def ready(ledger: Ledger, points: Sequence[SweepPoint]) -> tuple[list[SweepEntry
 
 
 def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = False) -> int:
-    """A scheduler takes all at once; this machine one after the other. `wait`: until queued ones have ended, too.
+    """A scheduler takes all at once; this machine one after the other, or side by side where cluster.at_once says so.
+    `wait`: until queued ones have ended, too.
 
     The first code that is not 0; nothing that is refused keeps others from being handed over.
     """
@@ -162,7 +165,9 @@ def hand_over(ledger: Ledger, entries: Sequence[SweepEntry], *, wait: bool = Fal
         codes.append(code)
         if submitted and (wait or cluster.wait):
             waits.append(partial(_until_ended, submitted, cluster.scheduler))
-    codes.append(_one_by_one(ledger, here, shared))
+    together, alone = _by_sharing(here)
+    codes += [_side_by_side(ledger, same, shared) for same in together]
+    codes.append(_one_by_one(ledger, alone, shared))
     codes += [each() for each in waits]
     return next(filter(None, codes), 0)
 
@@ -203,6 +208,49 @@ def _submit(
         print(f"{_label(entry.point)}\n{each.text()}", file=sys.stderr)
         handed.append(each)
     return handed, next(iter(codes), 0)
+
+
+def _by_sharing(entries: Sequence[SweepEntry]) -> tuple[list[list[SweepEntry]], list[SweepEntry]]:
+    """Those of each cluster that share this machine, and those that have it for themselves."""
+    together = [
+        same
+        for same in by_cluster(entries, lambda entry: entry.run.cluster)
+        if isinstance(same[0].run.cluster, SharedBackend) and same[0].run.cluster.shared
+    ]
+    groups = [[entry for entry in same if not entry.run.fault_tolerance.on] for same in together]
+    sharing = {entry.point.identity for same in groups for entry in same}
+    return [same for same in groups if same], [entry for entry in entries if entry.point.identity not in sharing]
+
+
+def _side_by_side(ledger: Ledger, entries: Sequence[SweepEntry], shared: Shared) -> int:
+    """The first code that is not 0; a point that fails stops no other, and a stop ends all."""
+    cluster = entries[0].run.cluster
+    assert isinstance(cluster, SharedBackend), "chosen above"
+    opened, codes = list[tuple[SweepEntry, Prepared]](), list[int]()
+    try:
+        for entry in entries:
+            try:
+                folder, answers = prepare(entry.tree, entry.run, entry.plan, shared)
+                opened.append((entry, Prepared(folder, answers.to_dict())))
+            except UserError as error:
+                codes.append(refused(ledger, entry.point, error))
+        points = {prepared.folder.path: entry.point for entry, prepared in opened}
+
+        def begin(folder: Path) -> bool:
+            if _cancelled(ledger, points[folder]):  # meanwhile, from another terminal
+                return False
+            ledger.submitted(points[folder])
+            return True
+
+        found = cluster.submit_side_by_side([prepared for _, prepared in opened], begin) if opened else {}
+    finally:
+        for _, prepared in opened:
+            prepared.folder.close()
+    failed = [(points[folder], code) for folder, code in found.items() if code]
+    for point, code in failed:
+        why = attempts(point.folder)[-1].detail.partition(" ")[2] if attempts(point.folder) else ""
+        print(f"{_label(point)} ended with code {code}: {why}", file=sys.stderr)
+    return next(iter([*codes, *(code for _, code in failed)]), 0)
 
 
 def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry], shared: Shared) -> int:

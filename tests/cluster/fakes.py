@@ -99,7 +99,7 @@ from src.config.tree import identity
 from src.cluster.rank_log import open_closed_streams
 open_closed_streams()
 tree, root, repository, grace = json.loads(sys.argv[1])
-cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace))
+cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace), at_once=None)
 with RunFolder.open(tree, {"world": tree["task"]["world"]}, root=Path(root), name=tree["name"],
                     identity=identity(tree), repository=Path(repository)) as folder:
     outcome = cluster.submit(folder, tree["task"]["world"])

@@ -162,7 +162,7 @@ def test_a_lock_asks_the_backend_whether_its_owner_lives(tmp_path: Path, monkeyp
 
 def test_every_backend_has_the_whole_protocol() -> None:
     made = Fake(gpu_memory_gib=None, gpus_per_node=1, grace_seconds=60, requeues=3, wait=False)
-    here = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=60)
+    here = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=60, at_once=None)
     assert isinstance(made, QueueBackend)
     assert isinstance(here, Backend)
     assert not isinstance(here, QueueBackend)

@@ -3,14 +3,17 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from src.cluster.slurm.pack import Node, Pack, PackedRun
+from src.cluster.local.board import Board
+from src.cluster.local.config import Local, LocalDevices
+from src.cluster.local.side_by_side import Node, Pack, PackedRun
 from src.cluster.slurm.packing import PackedJob, filled, whole_node
-from src.cluster.slurm.scheduler import CANCEL_FILE
-from src.runs.records import SUBMISSIONS_FILE
+from src.errors import PlanError
+from src.runs.records import CANCEL_FILE, SUBMISSIONS_FILE
 from src.storage.json_lines import Lines
 
 NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
@@ -141,3 +144,66 @@ def test_a_run_that_was_cancelled_while_it_waited_does_not_begin(
     (shares[0].folder / CANCEL_FILE).touch()
     assert [PackedJob._ours(share) for share in shares] == [False, True]
     assert not (shares[0].folder / CANCEL_FILE).exists()
+
+
+def test_memory_and_a_limit_hold_back_what_would_fit_by_cores(tmp_path: Path) -> None:
+    lines = dict.fromkeys("abc", "pass")
+    pack = programs(tmp_path, lines, {})
+    runs = [PackedRun(tmp_path / name, "c", 1, host_bytes=each) for name, each in zip("abc", (60, 50, 30), strict=True)]
+
+    def most_alive(node: Node) -> int:
+        pack.node, pack.waiting, pack.live, alive = node, list(runs), {}, list[int]()
+        pack.run(lambda _: None, never, lambda: alive.append(len(pack.live)))
+        return max(alive)
+
+    assert most_alive(replace(NODE, cpu=True)) == 3
+    assert most_alive(replace(NODE, cpu=True, host_bytes=100)) == 2  # b and c, once a has ended
+    assert most_alive(replace(NODE, cpu=True, most=1)) == 1
+    assert most_alive(replace(NODE, cpu=True, host_bytes=10)) == 1  # alone it may try
+
+
+def test_a_run_that_shall_not_begin_any_more_is_passed_over(tmp_path: Path) -> None:
+    pack = programs(tmp_path, {"a": "pass", "b": "pass"}, {})
+    pack.begin = lambda run: run.folder.name != "a"
+    assert {folder.name: code for folder, code in pack.run(lambda _: None, never).items()} == {"b": 0}
+
+
+def test_a_second_stop_ends_what_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = f"import signal, time\nsignal.signal(15, signal.SIG_IGN)\nopen('{tmp_path}/deaf', 'w')\ntime.sleep(600)"
+    pack, now = programs(tmp_path, {"a": deaf}, {}), 0.0
+    monkeypatch.setattr("src.cluster.local.side_by_side.time.monotonic", lambda: now)
+
+    def look() -> None:
+        nonlocal now
+        if (tmp_path / "deaf").exists():
+            pack.stop()
+            now += 0.8  # the second within a second of the first is the same
+
+    assert list(pack.run(lambda _: None, never, look).values()) == [-9]
+
+
+def test_the_table_shows_every_run(tmp_path: Path) -> None:
+    pack = Pack(NODE, [])
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    Lines(tmp_path / "a" / "metrics.jsonl").append({"attempt": 1, "step": 7, "loss": 2.5})
+    pack.live[tmp_path / "a"] = (None, None, (2, 3))  # type: ignore[assignment]
+    pack.codes[tmp_path / "b"] = 3
+    table = Board(pack, [tmp_path / name for name in "abc"]).table()
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert cells[1] == ["running", "code 3", "waiting"]
+    assert [cells[3][0], cells[4][0], cells[5][0]] == ["7", "2.5000", "2,3"]
+
+
+def test_what_a_machine_gives_to_the_points_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=5.0, at_once=2)
+    node = local._node(LocalDevices("cpu", None, None, "CPU", host_gib=1.0), largest=1)
+    assert (len(node.gpus), node.cpu, node.host_bytes, node.most) == (len(node.cores), True, 2**30, 2)
+    assert len(local._node(LocalDevices("cpu", None, None, "CPU"), largest=1000).gpus) == 1000
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    here = Local(gpus=2, gpu_memory_gib=None, threads=None, grace_seconds=5.0, at_once="auto")
+    node = here._node(LocalDevices("cuda", 2, 80.0, "GPU"), largest=2)
+    assert (node.gpus, node.cpu, node.host_bytes, node.most) == (("3", "5"), False, None, None)
+    with pytest.raises(PlanError, match="4 ranks need a GPU each, but 2 are visible here"):
+        here._node(LocalDevices("cuda", 2, 80.0, "GPU"), largest=4)
+    assert [each.shared for each in (local, here, local.model_copy(update={"at_once": None}))] == [True, True, False]

@@ -1,6 +1,6 @@
 """Points of a sweep in the hands of a scheduler that refuses some, and what a person is told of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,3 +183,52 @@ def test_points_with_the_same_data_open_them_once(tmp_path: Path, monkeypatch: p
     assert found[0] is found[2] is not found[1]
     assert opened == [("a", "bytes", tmp_path), ("b", "bytes", tmp_path)]
     assert shared.code is shared.code
+
+
+class Sharing:
+    """cluster=local, cluster.at_once=auto: what it starts ends as told."""
+
+    shared, gpu_memory_gib, gpus_per_node, grace_seconds, scheduler = True, None, None, 60.0, None
+
+    def __init__(self, codes: Mapping[int, int]) -> None:
+        self.codes, self.began = codes, list[list[int]]()
+
+    def submit_side_by_side(self, points: Sequence[Prepared], begin: Callable[[Path], bool]) -> dict[Path, int]:
+        started = [point for point in points if begin(point.folder.path)]
+        self.began.append([point.plan["number"] for point in started])
+        return {point.folder.path: self.codes.get(point.plan["number"], 0) for point in started}
+
+    def devices(self) -> None: ...
+    def check(self, points: object, *, dry: bool) -> None: ...
+    def script(self, points: object) -> str: ...  # type: ignore[empty-body]
+    def submit(self, folder: object, world: int) -> None: ...
+    def submit_groups(self, folder: object, world: int, options: object) -> None: ...
+
+
+def test_points_that_share_this_machine_are_handed_over_together(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster, off, closed = Sharing({2: 3}), SimpleNamespace(on=False), list[Path]()
+    given = []
+    for point in ledger.points():
+        run: Any = SimpleNamespace(cluster=cluster, fault_tolerance=off)
+        given.append(sweeps.SweepEntry(point, ledger.tree(point), run, plan=None))  # type: ignore[arg-type]
+
+    def prepare(tree: Any, run: Any, plan: Any, shared: Shared) -> tuple[Any, Any]:
+        (point,) = [each.point for each in given if each.tree == tree]
+        if point.number == 1:
+            raise DataError("data: no text")
+        folder = SimpleNamespace(path=point.folder, close=lambda: closed.append(point.folder))
+        return folder, SimpleNamespace(to_dict=lambda: {"number": point.number})
+
+    monkeypatch.setattr(sweeps, "prepare", prepare)
+    monkeypatch.setattr(sweeps, "_cancelled", lambda _, point: point.number == 4)
+    assert sweeps.hand_over(ledger, given) == 2
+    assert cluster.began == [[2, 3, 5, 6]]
+    assert closed == [point.folder for point in ledger.points()[1:]]
+    assert [point.submitted is not None for point in ledger.points()] == [False, True, True, False, True, True]
+    told = capsys.readouterr().err
+    assert f"1: {ledger.points()[0].folder.name} refused\ndata: no text" in told
+    assert f"2: {ledger.points()[1].folder.name} ended with code 3" in told
+    cluster.shared = False
+    assert sweeps._by_sharing(given) == ([], given)

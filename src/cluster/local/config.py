@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,14 +18,16 @@ from src.cluster.batch_system import batch_system
 from src.cluster.local.signals import goes_on, record_end, tell
 from src.cluster.rank import RankJob
 from src.config.base import Config
-from src.config.bounds import CountFromZero, Gibibytes, PerNode, Seconds
+from src.config.bounds import Count, CountFromZero, Gibibytes, PerNode, Seconds
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts, log_folder
 from src.runs.frozen_code import NO_BYTECODE
 from src.runs.records import ATTEMPTS_FILE
 
 if TYPE_CHECKING:
+    from src.cluster.local.side_by_side import Node
     from src.cluster.local.supervisor import FirstFailure, RankSupervisor
+    from src.cluster.submission import Prepared
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Local(Config):
     """CPU threads per rank; null: cores divided by ranks."""
     grace_seconds: Seconds
     """Seconds between a stop signal and the end of ranks that do not follow it."""
+    at_once: Literal["auto"] | Count | None
+    """Points of a sweep that share this machine; auto: as many as its GPUs, or its cores and its memory, hold; null:
+    one after the other.
+    """
 
     @property
     def gpus_per_node(self) -> None:
@@ -91,6 +97,46 @@ class Local(Config):
             job, folder.begin(world), self._environment(job, world, devices), self.grace_seconds
         )
         return conclude(supervisor, supervisor.run(), folder.path)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the points of a sweep run side by side."""
+        return self.at_once not in (None, 1)
+
+    def submit_side_by_side(self, points: "Sequence[Prepared]", begin: Callable[[Path], bool]) -> dict[Path, int]:
+        """Start what fits, and the next when one has ended, each as a process of its own with its own GPUs and cores;
+        the folders are closed here and taken by those. The exit code of each that was started.
+
+        `begin`: asked before a run starts, whether it still shall.
+        """
+        from src.cluster.local.side_by_side import PackedRun, run_here
+
+        devices, worlds = self.devices(), [int(each.plan["world"]) for each in points]
+        host = devices.kind == "cpu"
+        runs = [
+            PackedRun(each.folder.path, each.folder.code, world, _host_bytes(each.plan, world) if host else 0)
+            for each, world in zip(points, worlds, strict=True)
+        ]
+        for each in points:
+            each.folder.close()
+        return run_here(self._node(devices, max(worlds, default=1)), runs, lambda run: begin(run.folder))
+
+    def _node(self, devices: LocalDevices, largest: int) -> "Node":
+        """What the points may be given. On the CPU a slot is a core; a run of more ranks than cores has them all."""
+        from src.cluster.local.side_by_side import Node
+
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        most = self.at_once if isinstance(self.at_once, int) else None
+        if devices.kind == "cpu":
+            slots = tuple(map(str, range(max(len(cores), largest))))
+            host_bytes = None if devices.host_gib is None else int(devices.host_gib * 2**30)
+            return Node(slots, cores, cpu=True, grace_seconds=self.grace_seconds, host_bytes=host_bytes, most=most)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(_visible_gpus())]
+        names = names[: devices.count]
+        if len(names) < largest:
+            raise PlanError(f"{largest} ranks need a GPU each, but {len(names)} are visible here")
+        return Node(tuple(names), cores, cpu=False, grace_seconds=self.grace_seconds, most=most)
 
     def submit_groups(self, folder: RunFolder, world: int, options: Options) -> AttemptOutcome:
         """The same for replica groups of `world` ranks each, on GPUs of its own; one that fails is started again."""
@@ -152,6 +198,11 @@ def conclude(
     tell(f"rank 0 left in the middle of its task\n\nlog: {log_folder(folder, newest.number) / 'rank_0.log'}")
     record_end(folder, "failed", "rank 0 left in the middle of its task")
     return AttemptOutcome("failed", 1)
+
+
+def _host_bytes(plan: Mapping[str, Any], world: int) -> int:
+    """Of all ranks of a run on the CPU, as planned."""
+    return int(plan["memory"]["peak"]) * world
 
 
 def _cores() -> int:

@@ -16,20 +16,20 @@ from pydantic import Field, field_validator, model_validator
 
 from src.checkpoint.config import hardly_fits
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
+from src.cluster.local.side_by_side import PackedRun
 from src.cluster.slurm import client
 from src.cluster.slurm.batch_script import Flag, flags, job_folder, job_name, kept, setup, teardown
-from src.cluster.slurm.pack import PackedRun
 from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
-from src.cluster.slurm.scheduler import CANCEL_FILE, SlurmScheduler
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.submission import Prepared, Submitted, all_submitted
 from src.config.base import Config, Line, Names, printable
 from src.config.bounds import Count, CountFromZero, Gibibytes, Minutes, PerNode, Seconds
 from src.distributed.process.rank_context import joined
 from src.errors import FolderError, PlanError, UserError
 from src.runs.folder import RunFolder
-from src.runs.records import SUBMISSIONS_FILE
+from src.runs.records import CANCEL_FILE, SUBMISSIONS_FILE
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE, Lines

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.cluster.diagnosis.verdict import ADVICE, Verdict, settle
-from src.cluster.slurm.pack import Node, Pack, PackedRun
+from src.cluster.local.side_by_side import Node, Pack, PackedRun
 from src.cluster.slurm.resources import Resources
-from src.cluster.slurm.scheduler import CANCEL_FILE, SlurmScheduler
+from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import margin
 from src.runs.folder import attempts
+from src.runs.records import CANCEL_FILE
 from src.runs.submissions import submissions
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster.diagnosis import rank_failure
+from src.cluster.local.side_by_side import SAVED
 from src.cluster.rank import RankJob, end_with, run_rank
 from src.cluster.slurm.replica_groups import introduce
 from src.cluster.slurm.scheduler import SlurmScheduler
@@ -20,12 +21,12 @@ from src.cluster.slurm.time_limit import Deadline
 from src.config import tree as trees
 from src.distributed.process.rank_context import LauncherEnv
 from src.errors import FolderError, UserError
+from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
-SAVED_NOT_REQUEUED = 75  # what sendmail calls a temporary failure: the batch script sees to the requeue
 LOCK_SECONDS = 60.0  # the launcher holds the folder until sbatch has answered
 # Peers notice a dead rank within moments of each other; the first to leave makes srun end the others.
 LAST_WORDS_SECONDS = 3.0
@@ -78,7 +79,10 @@ class QueuedJob:
             print(f"attempt {attempt.number} of {self.folder} as job {attempt.job}", flush=True)
             site = tree["cluster"]
             with Deadline(self.folder, site["requeues"], site["grace_seconds"]):
-                return self._run(facts, nodes)
+                finished = self._run(facts, nodes)
+            if (options := options_of(self.folder)) is not None:
+                tell_end(self.folder, options)
+            return finished
 
     def _run(self, facts: LauncherEnv, nodes: list[str]) -> bool:
         from src.distributed.process.preflight import preflight, table
@@ -114,7 +118,7 @@ class QueuedJob:
                 print(f"requeue failed: {error}", file=sys.stderr, flush=True)
                 _release(released)
                 time.sleep(4 * _POLL_SECONDS)  # srun ends by force whoever is still there when this rank has left
-                os._exit(SAVED_NOT_REQUEUED)
+                os._exit(SAVED)  # the batch script sees to the requeue
         if rank == 0:
             _release(released)
         while not released.exists():

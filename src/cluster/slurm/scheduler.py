@@ -10,9 +10,9 @@ from pathlib import Path
 
 from src.cluster.backend import JobStart, JobState, LogFindings, SilentError
 from src.cluster.slurm import client, job_log
+from src.runs.records import CANCEL_FILE
 from src.runs.submissions import submissions
 
-CANCEL_FILE = "cancel"  # in a run folder: end this run, not its neighbours
 # squeue's words for a job that has nodes; any other that has not ended waits for them.
 _RUNNING = frozenset(("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING"))
 
