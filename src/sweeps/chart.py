@@ -1,7 +1,7 @@
 """Charts as SVG text: sharp at any size, readable by a browser alone, in the page's own fonts and colours."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -15,13 +15,14 @@ FEW_DECADES = 1.5  # below it a logarithmic axis has ticks between the powers of
 
 @dataclass(frozen=True)
 class Curve:
-    """`title` is shown when a pointer rests on it."""
+    """`title` is shown when a pointer rests on it; `marks`: each point is drawn, as of few measurements."""
 
     xs: Sequence[float]
     ys: Sequence[float]
     colour: str
     dash: str
     title: str
+    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,45 +83,72 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def lines(curves: Sequence[Curve], *, x: str, y: str, y_range: tuple[float, float]) -> str:
-    """Curves over a linear axis from 0, as wide as the page; what leaves `y_range` is cut off."""
-    right = 2 * WIDTH - RIGHT
+def lines(
+    curves: Sequence[Curve], *, name: str, x: str, y: str, y_range: tuple[float, float], wide: bool = True
+) -> str:
+    """Curves over a linear axis from 0; what leaves `y_range` is cut off. `name`: of its own on the page; `wide`: as
+    the page, else half of it. The attributes `data-...` are what report.js reads.
+    """
+    width = 2 * WIDTH if wide else WIDTH
+    right, bottom = width - RIGHT, HEIGHT - BOTTOM
     across = Axis(0.0, max((each.xs[-1] for each in curves), default=1.0), LEFT, right)
-    upward = Axis(*y_range, HEIGHT - BOTTOM, TOP)
+    upward = Axis(*y_range, bottom, TOP)
     drawn = [_curve(each, across, upward) for each in curves]
-    clip = f'<clipPath id="plot"><rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" '
-    clip += f'height="{HEIGHT - TOP - BOTTOM}"/></clipPath>'
-    body = f'{clip}<g clip-path="url(#plot)">{"".join(drawn)}</g>'
-    return _framed(_grid(across, upward, number, x, y) + body, 2 * WIDTH, HEIGHT)
+    frame = f'<rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"/>'
+    body = f'<clipPath id="{name}">{frame}</clipPath><g clip-path="url(#{name})">{"".join(drawn)}</g>'
+    facts = {"x": x, "y": y, "frame": f"{LEFT} {right} {TOP} {bottom}"}
+    facts["range"] = " ".join(map(_exact, (across.low, across.high, *y_range)))
+    return _framed(_grid(across, upward, number, x, y) + body, width, HEIGHT, "lines", facts)
 
 
 def _curve(curve: Curve, across: Axis, upward: Axis) -> str:
-    points = " ".join(
-        f"{across.at(x):.1f},{upward.at(y):.1f}" for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(y)
-    )
+    pairs = [(x, y) for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(y)]
+    places = [(across.at(x), upward.at(y)) for x, y in pairs]
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dash = f' stroke-dasharray="{curve.dash}"' if curve.dash else ""
+    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{curve.colour}"/>' for x, y in places)
+    values = (" ".join(map(_exact, column)) for column in zip(*pairs, strict=True)) if pairs else ("", "")
+    xs, ys = values
     # A wide invisible line under the thin one is what the pointer finds.
     return (
-        f'<g class="curve"><title>{escape(curve.title)}</title><polyline class="reach" points="{points}"/>'
-        f'<polyline points="{points}" stroke="{curve.colour}"{dash}/></g>'
+        f'<g class="curve" data-x="{xs}" data-y="{ys}"><title>{escape(curve.title)}</title>'
+        f'<polyline class="reach" points="{points}"/><polyline points="{points}" stroke="{curve.colour}"{dash}/>'
+        f"{marks if curve.marks else ''}</g>"
     )
 
 
-def dots(found: Sequence[Dot], *, x: str, y: str, log: bool, names: Sequence[str]) -> str:
-    """One dot per run, the means of equal `x` joined; `names`, if any, are the categories of the axis."""
+def _exact(value: float) -> str:
+    """As much of it as a person reads off a curve."""
+    return f"{value:.6g}"
+
+
+def dots(
+    found: Sequence[Dot], *, x: str, y: str, log: bool, names: Sequence[str], line: Sequence[tuple[float, float]]
+) -> str:
+    """One dot per run and a thin line; `names`, if any, are the categories of the axis. Dots in one place are one,
+    that has the titles of all.
+    """
     xs, ys = [each.x for each in found], [each.y for each in found]
     room = (max(ys) - min(ys)) * 0.1 or abs(ys[0]) * 0.05 or 1.0
     upward = Axis(min(ys) - room, max(ys) + room, HEIGHT - BOTTOM, TOP)
     across = Axis(*_widened(xs, log, len(names)), LEFT, WIDTH - RIGHT, log)
-    means = [(at, [each.y for each in found if each.x == at]) for at in sorted(set(xs))]
-    path = " ".join(f"{across.at(at):.1f},{upward.at(sum(each) / len(each)):.1f}" for at, each in means)
+    path = " ".join(f"{across.at(at):.1f},{upward.at(value):.1f}" for at, value in line)
+    places: dict[tuple[float, float], list[Dot]] = {}
+    for each in found:
+        places.setdefault((each.x, each.y), []).append(each)
     marks = "".join(
-        f'<circle cx="{across.at(each.x):.1f}" cy="{upward.at(each.y):.1f}" r="6" fill="{each.colour}">'
-        f"<title>{escape(each.title)}</title></circle>"
-        for each in found
+        f'<circle cx="{across.at(at):.1f}" cy="{upward.at(value):.1f}" r="{6 + 2 * (len(same) > 1)}" '
+        f'fill="{same[0].colour}"><title>{escape(chr(10).join(each.title for each in same))}</title></circle>'
+        for (at, value), same in places.items()
     )
     grid = _grid(across, upward, number, x, y, names)
     return _framed(f'{grid}<polyline class="mean" points="{path}"/>{marks}', WIDTH, HEIGHT)
+
+
+def means(found: Sequence[Dot]) -> list[tuple[float, float]]:
+    """The mean of the dots of equal `x`, from left to right."""
+    columns = {at: [each.y for each in found if each.x == at] for at in sorted({each.x for each in found})}
+    return [(at, sum(each) / len(each)) for at, each in columns.items()]
 
 
 def _widened(xs: Sequence[float], log: bool, categories: int) -> tuple[float, float]:
@@ -147,7 +175,7 @@ def bars(rows: Sequence[Bar], *, x: str) -> str:
     height = TOP + len(rows) * (BAR + GAP) + BOTTOM
     longest = max((sum(part[0] for part in row.parts) for row in rows), default=1.0) or 1.0
     across = Axis(0.0, longest, LABELS, WIDTH - 62)
-    body = [_across(across, height - BOTTOM, number, x, ())]
+    body = [_across(across, height - BOTTOM, number, ()), _label(across, height - BOTTOM, x)]
     for index, row in enumerate(rows):
         top, left = TOP + index * (BAR + GAP), 0.0
         body.append(
@@ -166,17 +194,21 @@ def bars(rows: Sequence[Bar], *, x: str) -> str:
 
 
 def _grid(across: Axis, upward: Axis, label: Callable[[float], str], x: str, y: str, names: Sequence[str] = ()) -> str:
-    body = [_across(across, HEIGHT - BOTTOM, label, x, names)]
+    body = [_across(across, HEIGHT - BOTTOM, label, names)]
     for value in upward.ticks():
         at = upward.at(value)
         body.append(f'<line x1="{across.first}" x2="{across.last}" y1="{at:.1f}" y2="{at:.1f}"/>')
         body.append(f'<text class="left" x="{LEFT - 7}" y="{at + 4:.1f}">{label(value)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    body.append(f'<text class="axis" transform="translate(13 {middle}) rotate(-90)">{escape(y)}</text>')
-    return "".join(body)
+    upright = f'<text class="axis" transform="translate(13 {middle}) rotate(-90)">{escape(y)}</text>'
+    return f'<g class="grid">{"".join(body)}</g>{_label(across, HEIGHT - BOTTOM, x)}{upright}'
 
 
-def _across(across: Axis, bottom: float, label: Callable[[float], str], x: str, names: Sequence[str]) -> str:
+def _label(across: Axis, bottom: float, x: str) -> str:
+    return f'<text class="axis" x="{(across.first + across.last) / 2}" y="{bottom + 37}">{escape(x)}</text>'
+
+
+def _across(across: Axis, bottom: float, label: Callable[[float], str], names: Sequence[str]) -> str:
     ticks = [(float(place), name) for place, name in enumerate(names)]
     count = round((across.last - across.first) / TICK_PIXELS)
     ticks = ticks or [(value, label(value)) for value in across.ticks(count)]
@@ -185,10 +217,10 @@ def _across(across: Axis, bottom: float, label: Callable[[float], str], x: str, 
         at = across.at(value)
         body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}"/>')
         body.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 17}">{escape(text)}</text>')
-    middle = (across.first + across.last) / 2
-    body.append(f'<text class="axis" x="{middle}" y="{bottom + 37}">{escape(x)}</text>')
     return "".join(body)
 
 
-def _framed(body: str, width: int, height: int) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">{body}</svg>'
+def _framed(body: str, width: int, height: int, kind: str = "", facts: Mapping[str, str] | None = None) -> str:
+    named = f' class="{kind}"' if kind else ""
+    named += "".join(f' data-{key}="{escape(text)}"' for key, text in (facts or {}).items())
+    return f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg"{named}>{body}</svg>'

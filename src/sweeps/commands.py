@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -158,12 +159,17 @@ def extend(ledger: Ledger, more: Sequence[str]) -> int:
     return enter(ledger, [(*checked_point, point.overrides) for checked_point, point in given])
 
 
-def report(ledger: Ledger) -> int:
+def report(ledger: Ledger, every_seconds: float | None = None) -> int:
     """A page with plots that needs nothing but a browser."""
     from src.sweeps.report import write
 
-    write_csv(ledger, rows := ledger.standings())
-    print(write(ledger, rows))
+    while True:
+        write_csv(ledger, rows := ledger.standings())
+        page = write(ledger, rows)
+        if every_seconds is None or not any(now.state in LIVE for _, now in rows):
+            break
+        time.sleep(every_seconds)
+    print(page)
     return 0
 
 
@@ -200,9 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.choices["extend"].add_argument(
         "overrides", nargs="+", help="such as optim.lr=3e-3,1e-2 or sweep.trials=40"
     )
+    commands.choices["report"].add_argument(
+        "--every", type=float, metavar="SECONDS", help="write it again so often, until no point is queued or running"
+    )
     given = parser.parse_args(arguments)
     try:
         ledger = Ledger.open(given.folder)
+        if given.command == "report":
+            return report(ledger, given.every)
         if given.command in some:
             return some[given.command](ledger, given.numbers)
         return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)
