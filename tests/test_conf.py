@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from pydantic import BaseModel
 
@@ -27,7 +26,6 @@ KEYWORDS = {"override", "optional"}
 def composed(*overrides: str) -> Tree:
     """The tree that launch.py would get; what a user must pass is "x". Tests that ask for the same share one."""
     cfg = shared().compose(arguments(overrides))
-    HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     for key in OmegaConf.missing_keys(cfg):

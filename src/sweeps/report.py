@@ -19,7 +19,7 @@ from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import LIVE, RunStatus
 
 REPORT_FILE = "report.html"
-Config = Callable[[SweepPoint], trees.Tree]
+ConfigOf = Callable[[SweepPoint], trees.Tree]
 STYLE, SCRIPT = (Path(__file__).with_suffix(suffix) for suffix in (".css", ".js"))
 # From cold to warm with rising values, legible on white and on black; and colours that the colour-blind tell apart.
 RAMP = ("#6b4fc3", "#3f78c8", "#1f97a6", "#22a884", "#5cb85c", "#b5b827")
@@ -44,7 +44,7 @@ def write_page(
     command: str,
     rows: Sequence[tuple[SweepPoint, RunStatus]],
     swept: Sequence[str],
-    config: Config = _recorded,
+    config: ConfigOf = _recorded,
 ) -> Path:
     """The page of these runs, at `path`. `command`: shown below its name; `swept`: keys in which the runs differ;
     `config`: of a point.
@@ -83,7 +83,7 @@ def _title(point: SweepPoint, now: RunStatus, swept: Sequence[str]) -> str:
     return f"{values}\n{now.state}" + ("" if now.loss is None else f", loss {now.loss:.4f}")
 
 
-def _page(home: Path, name: str, command: str, shown: Sequence[Shown], swept: Sequence[str], config: Config) -> str:
+def _page(home: Path, name: str, command: str, shown: Sequence[Shown], swept: Sequence[str], config: ConfigOf) -> str:
     """`home`: the folder of the page, from which its links count."""
     live = any(each.now.state in LIVE for each in shown)
     again = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if live else ""
@@ -140,7 +140,7 @@ def _commit(folder: Path) -> str:
         return ""
 
 
-def _configs(shown: Sequence[Shown], swept: Sequence[str], config: Config) -> tuple[str, dict[int, str]]:
+def _configs(shown: Sequence[Shown], swept: Sequence[str], config: ConfigOf) -> tuple[str, dict[int, str]]:
     """A section with the keys that all points have alike, and of each point, by number, the values of keys that differ
     and were not swept, as after `extend`.
     """

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import yaml
@@ -19,12 +20,13 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
@@ -42,33 +44,46 @@ class Composer:
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
         self._loader = loader
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
 
     def compose(self, given: Sequence[str], number: int | None = None) -> DictConfig:
-        """With its node `hydra`. `number`: of the point in a sweep. One of COMPOSITION_ERRORS for what is wrong."""
+        """With its node `hydra`. `number`: of the point in a sweep. One of COMPOSITION_ERRORS for what is wrong.
+
+        All that have the same groups share one node `hydra`, whose job and overrides are those of the newest: of that
+        one, too, ${hydra:...} is resolved.
+        """
         overrides = [parsed(each) for each in given]
         values = [each for each in overrides if _sets_a_value(each)]
         others = [each for each in overrides if not _sets_a_value(each)]
         if not all(_chooses(each) for each in others):  # such as +a.b=1 or ~a.b, which need their place in the order
             values, others = [], overrides
-        cfg = copy.deepcopy(self._shared(tuple(str(each.input_line) for each in others)))
+        shared, hydra = self._shared(tuple(str(each.input_line) for each in others))
+        cfg = copy.deepcopy(shared)
+        with open_dict(cfg), flag_override(cfg, "no_deepcopy_set_nodes", values=True):
+            cfg.hydra = hydra  # half of all nodes, and copied it would be the slower half
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-        job = cfg.hydra.job
+        job = hydra.job
         tasks = [each for each in overrides if not each.is_hydra_override()]
-        cfg.hydra.overrides.task = [each.input_line for each in tasks]
+        hydra.overrides.task = [each.input_line for each in tasks]
         dirname = job.config.override_dirname
         job.override_dirname = get_overrides_dirname(tasks, dirname.exclude_keys, dirname.item_sep, dirname.kv_sep)
         if number is not None:
             job.num, job.id = number, str(number)
+        HydraConfig.instance().cfg = SimpleNamespace(hydra=hydra)  # type: ignore[assignment]  # its setter copies
         return cfg
 
     def parsed(self, argument: str) -> Override:
         """One that knows the options of groups, for glob(...)."""
         return OverridesParser.create(config_loader=self._loader).parse_overrides([argument])[0]
 
-    def _shared(self, given: tuple[str, ...]) -> DictConfig:
+    def _shared(self, given: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+        """What is composed of groups alone, and its node `hydra`."""
         if given not in self._composed:
-            self._composed[given] = self._loader.load_configuration("config", list(given), run_mode=RunMode.RUN)
+            cfg = self._loader.load_configuration("config", list(given), run_mode=RunMode.RUN)
+            hydra = cfg.hydra
+            with open_dict(cfg):
+                del cfg["hydra"]
+            self._composed[given] = cfg, hydra
         return self._composed[given]
 
 

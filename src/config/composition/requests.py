@@ -136,7 +136,6 @@ class _Points:
         self.errors: list[UserError] = []
 
     def add(self, cfg: DictConfig) -> None:
-        HydraConfig.instance().set_config(cfg)  # ${hydra:...} asks it
         overrides = dict(_pair(str(each)) for each in _plain(cfg.hydra.overrides.task))
         with open_dict(cfg):
             del cfg["hydra"]
