@@ -1,6 +1,7 @@
 """Every option of every group composes, names a class and fills it; every experiment is well formed."""
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ KEYWORDS = {"override", "optional"}
 @cache
 def composed(*overrides: str) -> Tree:
     """The tree that launch.py would get; what a user must pass is "x". Tests that ask for the same share one."""
-    cfg = shared().compose(arguments(overrides))
+    cfg = deepcopy(shared().compose(arguments(overrides)))
     with open_dict(cfg):
         del cfg["hydra"]
     for key in OmegaConf.missing_keys(cfg):

@@ -4,10 +4,12 @@ Of torch.distributed.elastic only the process layer is used: the agent above it 
 save may take longer. The rendezvous store lives in the launcher, as the agent's does.
 """
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,10 +220,26 @@ def _host_gib() -> float | None:
 
 
 def _visible_gpus() -> int:
-    """Counted without making a CUDA context, which would take some 500 MB of the first GPU from its rank."""
+    """Counted without making a CUDA context, which would take some 500 MB of the first GPU from its rank.
+
+    Without a driver there is none, and 2 s of importing torch are spared a plan that needs nothing else of it.
+    """
+    if not _has_driver():
+        return 0
     import torch
 
     return torch.cuda.device_count()
+
+
+def _has_driver() -> bool:
+    """Whether torch could find a GPU here: NVIDIA's driver is a library, AMD's a device."""
+    if Path("/dev/kfd").exists():
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return sys.platform != "linux"  # elsewhere it has another name
+    return True
 
 
 def _first_gpu() -> tuple[str, float | None, tuple[int, int] | None]:

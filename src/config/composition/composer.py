@@ -6,7 +6,7 @@ Here it composes each choice of groups once; what only sets values is applied to
 
 import copy
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from src.config.groups import CONF, GROUPS
+from src.config.groups import CONF, GROUPS, SHORT
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, MarkedYAMLError)
 # What Hydra raises besides at what it does not expect; none of these says more than its words.
@@ -44,23 +44,21 @@ class Composer:
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
         self._loader = loader
-        self._composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, given: Sequence[str], number: int | None = None) -> DictConfig:
         """With its node `hydra`. `number`: of the point in a sweep. One of COMPOSITION_ERRORS for what is wrong.
 
-        All that have the same groups share one node `hydra`, whose job and overrides are those of the newest: of that
-        one, too, ${hydra:...} is resolved.
+        It is good until the next one is composed: the sections that no value is set in, and the node `hydra` with its
+        job and overrides, belong to the newest, which is what ${...} in them refers to.
         """
         overrides = [parsed(each) for each in given]
         values = [each for each in overrides if _sets_a_value(each)]
         others = [each for each in overrides if not _sets_a_value(each)]
         if not all(_chooses(each) for each in others):  # such as +a.b=1 or ~a.b, which need their place in the order
             values, others = [], overrides
-        shared, hydra = self._shared(tuple(str(each.input_line) for each in others))
-        cfg = copy.deepcopy(shared)
-        with open_dict(cfg), flag_override(cfg, "no_deepcopy_set_nodes", values=True):
-            cfg.hydra = hydra  # half of all nodes, and copied it would be the slower half
+        shared = self._shared(tuple(str(each.input_line) for each in others))
+        cfg, hydra = _own(shared, {_section(each) for each in values}), shared.hydra
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
         job = hydra.job
         tasks = [each for each in overrides if not each.is_hydra_override()]
@@ -76,14 +74,10 @@ class Composer:
         """One that knows the options of groups, for glob(...)."""
         return OverridesParser.create(config_loader=self._loader).parse_overrides([argument])[0]
 
-    def _shared(self, given: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
-        """What is composed of groups alone, and its node `hydra`."""
+    def _shared(self, given: tuple[str, ...]) -> DictConfig:
+        """What is composed of groups alone."""
         if given not in self._composed:
-            cfg = self._loader.load_configuration("config", list(given), run_mode=RunMode.RUN)
-            hydra = cfg.hydra
-            with open_dict(cfg):
-                del cfg["hydra"]
-            self._composed[given] = cfg, hydra
+            self._composed[given] = self._loader.load_configuration("config", list(given), run_mode=RunMode.RUN)
         return self._composed[given]
 
 
@@ -101,6 +95,22 @@ def composer() -> Iterator[Composer]:
 def parsed(argument: str) -> Override:
     """OverrideParseException for what is no argument of Hydra's grammar."""
     return OverridesParser.create().parse_overrides([argument])[0]
+
+
+def _own(shared: DictConfig, sections: Collection[str]) -> DictConfig:
+    """The same config with `sections` of its own, the others' nodes: copied they would be most of a point."""
+    cfg = OmegaConf.create({}, flags={"struct": True})
+    with open_dict(cfg), flag_override(cfg, "no_deepcopy_set_nodes", values=True):
+        for key in shared:
+            node = shared._get_node(key)
+            cfg[key] = copy.deepcopy(node) if key in sections else node
+    return cfg
+
+
+def _section(override: Override) -> str:
+    """The key at the top that a value is set below, or moved to."""
+    key = override.key_or_group.partition(".")[0]
+    return "task" if key in SHORT else key
 
 
 def _sets_a_value(override: Override) -> bool:
