@@ -67,12 +67,16 @@ class CachedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
         keys, values = self._room(k, v)
-        end = self.cache.filled + k.shape[2]
-        keys[:, :, self.cache.filled : end] = k
-        values[:, :, self.cache.filled : end] = v
-        return F.scaled_dot_product_attention(
-            q, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=True
-        )
+        first, length = self.cache.filled, k.shape[2]
+        keys.narrow(2, first, length).copy_(k)
+        values.narrow(2, first, length).copy_(v)
+        keys, values = keys.narrow(2, 0, first + length), values.narrow(2, 0, first + length)
+        if length > 1 or q.is_cuda or q.shape[1] == k.shape[1]:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        # A CPU's kernel would copy all keys for each query head: those of a group read them as rows of one head.
+        grouped = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (batch, kv heads, heads of a group, width)
+        result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        return result.flatten(1, 2).unsqueeze(2)
 
     def _room(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, kv heads, columns, width) each, made when the first pass shows how many heads are here."""

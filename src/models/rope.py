@@ -53,6 +53,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     position beyond 256.
     """
     table = table[: x.shape[1]].unsqueeze(0) if table.dim() == 3 else table
+    if not (x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        # One kernel for seven, and the same bits: of a token that is generated on a CPU, launches are the price.
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        turned = pairs * torch.view_as_complex(table.contiguous()).unsqueeze(2)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     cosine, sine = table.unsqueeze(2).unbind(-1)  # (1 or batch, length, 1, width/2)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)

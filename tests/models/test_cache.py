@@ -88,6 +88,12 @@ def test_a_cache_holds_the_heads_that_are_here() -> None:
     assert core.values is not None
     assert core.keys.shape == (2, 2, 8, 8)
     assert core.values.shape == (2, 2, 8, 6)
+    core.cache.filled = 3
+    q, more, last = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 6)
+    k, v = torch.cat([k, more], dim=2), torch.cat([v, last], dim=2)
+    seen = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.bool).view(2, 1, 1, 4)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(core(q, more, last, seen), expected)
 
 
 @pytest.mark.gpu

@@ -124,6 +124,16 @@ def test_rotation_is_complex_multiplication() -> None:
     torch.testing.assert_close(rotate(x, rotary_table(frequencies, 16)), torch.view_as_real(turned).flatten(-2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_has_the_same_bits_without_gradients(dtype: torch.dtype) -> None:
+    x, table = torch.randn(3, 40, 5, 16, dtype=dtype), rotary_table(inverse_frequencies(16, 1e4), 64)
+    rows = table[torch.randint(64, (3, 40))]
+    for known in (table, rows):
+        trained = rotate(x, known)
+        with torch.no_grad():
+            assert torch.equal(rotate(x, known), trained)
+
+
 def test_positions_gather_rows_of_the_rotary_table() -> None:
     """A second document whose positions restart gives the logits it gives alone."""
     config = tiny_llama(attention="flex", mask="block_causal")
