@@ -58,8 +58,10 @@ def gradient_(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) -
 
 
 class Output(nn.Linear):
-    """(batch, length, dim) -> logits (batch, length, vocabulary); with labels, the summed cross entropy, fp32
-    scalar.
+    """(batch, length, dim) -> logits (batch, length, vocabulary); with labels (batch, length), the summed cross
+    entropy, fp32 scalar.
+
+    Labels (parts, batch, length) ask for a sum of each part, (parts), of hidden states (parts * batch, length, dim).
     """
 
     def __init__(self, dim: int, vocab_size: int) -> None:
@@ -75,6 +77,12 @@ class Output(nn.Linear):
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """The sum over all rows whose label is not -100; `weight` holds the words from `vocabulary.offset` on."""
+        if labels.ndim == 2:
+            return self._summed(hidden, weight, labels)
+        parts = zip(hidden.chunk(len(labels)), labels, strict=True)
+        return torch.stack([self._summed(part, weight, each) for part, each in parts])
+
+    def _summed(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         forward: Callable[..., tuple[Tensor, Tensor]] = _LinearCrossEntropy.apply
         loss, grad_weight = forward(hidden.flatten(0, -2), weight.detach(), labels.flatten(), self, learns)
