@@ -30,7 +30,10 @@ WIDTH = 120
 # Keys of a section that belong to no field: Hydra's own, and the class.
 _SILENT = frozenset({"_target_", "defaults", "hydra"})
 # A field that is a plain dict because any subset of a class's keys may be in it.
-_SUBSETS = {("src.models.families.Auto", "moe"): "src.models.moe.config.MixtureOfExperts"}
+_SUBSETS = {
+    ("src.models.families.Auto", "moe"): "src.models.moe.config.MixtureOfExperts",
+    ("src.models.families.Auto", "mtp"): "src.models.mtp.config.MultiTokenPrediction",
+}
 _LOW, _HIGH = ("gt", "ge"), ("lt", "le")
 _CLOSED, _STEP = {"gt": "ge", "lt": "le"}, {"gt": 1, "lt": -1}
 _WORD = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

@@ -62,6 +62,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.distributed.compile.Compile": {"graph": False},
     "src.models.deepseek_v3.config.DeepseekV3Config": {
         "latent_norm_eps": None,
+        "mtp": {"depths": 0, "weight": 0.3, "later_weight": 0.1, "later_from": 0.676},
         "rope_scaling.attention_factor": 1.0,
     },
     "src.tasks.export.config.Export": {"fp8_scales": "float32"},

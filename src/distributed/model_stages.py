@@ -52,6 +52,11 @@ class ModelStages(ABC):
                     if isinstance(module, FSDPModule):
                         module.reshard()
 
+    def before_step(self, step: int, steps: int) -> None:
+        """Set what follows a schedule besides the learning rate; `step` is counted from 0, of `steps`."""
+        for part in self.stages:
+            part.before_step(step, steps)
+
     def _weights_in_place(self) -> AbstractContextManager[None]:
         return nullcontext() if self.weights is None else self.weights.in_place()
 
@@ -114,7 +119,7 @@ class SingleStage(ModelStages):
 
 
 def forward_loss(model: Decoder, batch: Batch, device: torch.device) -> Tensor:
-    """The summed cross entropy of one micro-batch through a whole model."""
+    """The summed cross entropy of one micro-batch through a whole model; its gradient is of all that is trained on."""
     tokens, inputs = ready(model, batch, device)
     loss: Tensor = model(tokens, **inputs)
     return loss
@@ -125,7 +130,9 @@ def ready(model: Decoder, batch: Batch, device: torch.device) -> tuple[Tensor, d
     tokens, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels))
     positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
     mask = model.attention_mask(batch.documents, *tokens.shape)
-    return tokens, {"labels": labels, "positions": positions, "mask": mask}
+    inputs = {"labels": labels, "positions": positions, "mask": mask}
+    ahead = model.look_ahead(tokens, labels)
+    return tokens, inputs if ahead is None else inputs | {"ahead": ahead}
 
 
 def _unshared(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

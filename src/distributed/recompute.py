@@ -89,9 +89,9 @@ class Recompute(Config):
         """
         if self.mode not in ("full", "every"):
             return
-        for name, block in model.layers.items():
-            # By the layer's number in the whole model: each part of a pipeline and each rebuild wraps the same blocks.
-            if self.every is None or (int(name) + 1) % self.every == 0:
+        for number, block in model.numbered_blocks().items():
+            # By the block's number in the whole model: each part of a pipeline and each rebuild wraps the same blocks.
+            if self.every is None or (number + 1) % self.every == 0:
                 _repeat(block, "forward")
 
 

@@ -19,7 +19,7 @@ E8M0 = "float8_e8m0fnu"  # an exponent alone: 2^-127 to 2^127
 def check(archive: Archive, config: ModelConfig) -> list[str]:
     """Lines for people about what is there and not read. CheckpointError with everything that does not fit."""
     table = stored(config)
-    wanted = {key for each in table for key in each.keys}
+    wanted = {key for each in table for key in (*each.keys, *each.copies)}
     needed = {key for each in table if not each.optional for key in each.keys}
     known = wanted | {f"{key}{SCALE}" for key in wanted}
     unused = {key: skipped(config, key, archive.config) for key in sorted(archive.entries.keys() - known)}
@@ -33,7 +33,7 @@ def check(archive: Archive, config: ModelConfig) -> list[str]:
         )
     block = quantisation(archive.config)
     for each in table:
-        there = (key for key in each.keys if key in archive.entries)
+        there = (key for key in (*each.keys, *each.copies) if key in archive.entries)
         problems += [problem for key in there for problem in _misfits(archive.entries, each, key, block)]
     if problems:
         raise CheckpointError(_shortened(problems))

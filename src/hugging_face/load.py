@@ -20,7 +20,7 @@ FILE = "initial.json"
 # Keys of a model that a run may choose anew, and those that another form of the same numbers would change.
 OURS = frozenset(
     {
-        *("max_seq_len", "attention", "mask", "fixed_block", "depth_init", "moe.load_balance_coeff"),
+        *("max_seq_len", "attention", "mask", "fixed_block", "depth_init", "mtp", "moe.load_balance_coeff"),
         *("multiple_of", "ffn_dim_multiplier", "head_dim"),
     }
 )

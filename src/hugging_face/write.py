@@ -115,7 +115,7 @@ def _tensors(
 ) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     """Key, dtype and shape; linear weights in float8 where there are `scales`."""
     for stored in table:
-        for key in stored.keys:
+        for key in (*stored.keys, *stored.copies):
             if scales is not None and stored.linear:
                 yield key, (FLOAT8, stored.key_shape)
                 yield f"{key}{SCALE}", (scales, grid_shape(stored.key_shape))
@@ -156,7 +156,8 @@ def _whole(stored: Stored, part: Held) -> Iterator[_Piece]:
     if part.box.elements == 0:
         return
     if not stored.stacked:
-        yield _Piece(stored.keys[0], part.box, part.local, stored.shape[0], stored.heads)
+        for key in (*stored.keys, *stored.copies):
+            yield _Piece(key, part.box, part.local, stored.shape[0], stored.heads)
         return
     for place in range(part.box.sizes[0]):
         key = stored.keys[part.box.starts[0] + place]

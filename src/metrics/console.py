@@ -16,6 +16,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("mfu_causal_percent", "({:.1f}% causal)"),
     ("groups/participants", "{:.0f} groups"),
     ("grad_norm", "grad norm {:.3f}"),
+    ("mtp_loss", "mtp loss {:.4f}"),
     ("lr", "lr {:.2e}"),
     ("experts/load_max_over_mean", "busiest expert {:.1f}x"),
     ("data_seconds", "data {:.3f} s"),

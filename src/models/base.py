@@ -94,8 +94,13 @@ class ModelConfig(Config):
         return self.n_heads
 
     def attention_width(self) -> int:
-        """Sum over layers of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
-        return self.n_layers * self.n_heads * sum(self.head_widths)
+        """Sum over blocks of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
+        return (self.n_layers + self.prediction_depths) * self.n_heads * sum(self.head_widths)
+
+    @property
+    def prediction_depths(self) -> int:
+        """Modules of multi-token prediction, each with a block; their weights are `mtp.0...` and live with `output`."""
+        return 0
 
     @property
     def within_documents(self) -> bool:

@@ -17,6 +17,7 @@ from src.models.base import ModelConfig
 from src.models.cross_entropy import Output
 from src.models.init import Constant, Initializer, Normal
 from src.models.moe.moe import MoE, balance
+from src.models.mtp.module import Ahead, MultiTokenPredictor, PredictionModule, look_ahead
 from src.models.rope import rotary_table
 
 
@@ -25,24 +26,34 @@ class Decoder(nn.Module):
 
     A part of a pipeline has some of its modules set to None: without `tok_embeddings` the input is a hidden state,
     without `output` so is the result. `positions` (batch, length) restart at documents; `mask` comes from
-    `attention_mask`.
+    `attention_mask`. `ahead` is for training with multi-token prediction, and comes from `look_ahead`: hidden states
+    between parts are then followed by the embeddings of the tokens ahead, ((1 + depths) * batch, length, dim), which so
+    reach the last part with an exact gradient.
     """
 
     config: ModelConfig
     rotary: Tensor  # (max_seq_len, rotated width / 2, 2) fp32: cosines and sines
     tok_embeddings: nn.Embedding | None
     layers: nn.ModuleDict  # keys are global layer numbers
+    mtp: MultiTokenPredictor | None  # where `output` is, if the model has it
     norm: nn.RMSNorm | None
     output: Output | None
     by_starts = False  # `attention_mask` may say where documents start, instead of which key each query sees
 
-    def __init__(self, config: ModelConfig, blocks: Iterable[nn.Module], rotary_width: int) -> None:
-        """`rotary_width`: elements of a head that turn with the position."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: Iterable[nn.Module],
+        rotary_width: int,
+        mtp: MultiTokenPredictor | None = None,
+    ) -> None:
+        """`rotary_width`: elements of a head that turn with the position; `mtp`: multi-token prediction."""
         super().__init__()
         self.config = config
         # Not nn.Embedding(...): its own start would import torch._dynamo, 1.6 s of every rank's start.
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleDict({str(layer): block for layer, block in enumerate(blocks)})
+        self.mtp = mtp
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = Output(config.dim, config.vocab_size)
         self.register_buffer("rotary", torch.empty(config.max_seq_len, rotary_width // 2, 2), persistent=False)
@@ -78,10 +89,15 @@ class Decoder(nn.Module):
             elif "norm" in matrix:
                 plan[name] = Constant(1.0)
             elif matrix in ("wo", "w2", "w3", "gate"):
-                plan[name] = Normal(0.02 / (2 * self.depth(int(name.split(".")[1]))) ** 0.5)
+                plan[name] = Normal(0.02 / (2 * self.depth(self._number(name))) ** 0.5)
             else:
                 plan[name] = Normal(0.02)
         return plan
+
+    def _number(self, weight: str) -> int:
+        """The number of the block that a weight belongs to."""
+        kind, number, *_ = weight.split(".")
+        return int(number) + (self.config.n_layers if kind == "mtp" else 0)
 
     def tie_weights(self) -> None:
         """Make the head the embedding again, after anything that made new parameters of them."""
@@ -96,6 +112,8 @@ class Decoder(nn.Module):
             self.rotary = rotary_table(self.frequencies(), self.config.max_seq_len) * self.rotary_factor
         for moe in self.mixtures():
             moe.reset_buffers()
+        if self.mtp is not None:
+            self.mtp.reset_buffers()
 
     def attention_mask(self, documents: Tensor | None, batch: int, length: int) -> Mask | None:
         """The mask argument of `forward` for one batch; None where the kernel is causal by itself.
@@ -114,14 +132,25 @@ class Decoder(nn.Module):
 
     def mixtures(self) -> list[MoE]:
         """The mixtures of experts of this part, first to last."""
-        found = (getattr(block, "moe", None) for block in self.layers.values())
+        found = (getattr(block, "moe", None) for block in self.blocks())
         return [moe for moe in found if isinstance(moe, MoE)]
 
-    def expert_counts(self) -> list[Tensor]:
-        """Tokens of each expert on this rank since the last `post_optimizer_step`, which sums them over ranks and
-        resets them.
+    def look_ahead(self, tokens: Tensor, labels: Tensor) -> Ahead | None:
+        """The argument `ahead` of `forward` for whole rows; None in validation, and without multi-token prediction."""
+        depths = self.config.prediction_depths
+        return look_ahead(tokens, labels, depths) if depths and self.training else None
+
+    def step_sums(self) -> list[Tensor]:
+        """What this rank added up since the last `post_optimizer_step`, which resets it: tokens of each expert, and the
+        loss of multi-token prediction.
         """
-        return [moe.tokens_per_expert for moe in self.mixtures()]
+        counts = [moe.tokens_per_expert for moe in self.mixtures()]
+        return counts if self.mtp is None else [*counts, self.mtp.nats]
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Set what follows a schedule besides the learning rate; `step` is counted from 0, of `steps`."""
+        if self.mtp is not None:
+            self.mtp.before_step(step, steps)
 
     def post_optimizer_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         """Collective, once per optimizer step: move the biases that balance experts.
@@ -130,6 +159,8 @@ class Decoder(nn.Module):
         0 where the step was skipped and must leave no trace.
         """
         balance(self.mixtures(), summed, applied)
+        if self.mtp is not None:
+            self.mtp.nats.zero_()
 
     def forward(
         self,
@@ -137,16 +168,35 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Mask | None = None,
+        ahead: Ahead | None = None,
     ) -> Tensor:
-        hidden = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        hidden = self._enter(tokens, ahead)
         rotary = self.rotary if positions is None else self.rotary[positions]
+        # Behind the hidden states, if asked to look ahead: one embedding for each depth.
+        parts = (hidden,) if ahead is None else hidden.chunk(1 + self.config.prediction_depths)
+        hidden, embeddings = parts[0], parts[1:]
         for layer in self.layers.values():
             hidden, counts = layer(hidden, rotary, mask)
             # Counted here, where nothing runs a second time for the backward; not in validation, nor in sampling.
             if self.training and counts is not None:
                 layer.get_buffer("moe.tokens_per_expert").add_(counts)
+        if self.output is None:
+            hidden = hidden if self.norm is None else self.norm(hidden)
+            return torch.cat([hidden, *embeddings]) if embeddings else hidden
+        if ahead is None or self.mtp is None or labels is None:
+            return self.output(hidden if self.norm is None else self.norm(hidden), labels=labels)
+        further = self.mtp(hidden, embeddings, rotary, mask)
         hidden = hidden if self.norm is None else self.norm(hidden)
-        return hidden if self.output is None else self.output(hidden, labels=labels)
+        # The head is called once, since FSDP gathers it for one call.
+        together = torch.cat([labels, ahead.labels]).unflatten(0, (1 + len(further), -1))
+        return self.mtp.added(self.output(torch.cat([hidden, *further]), labels=together))
+
+    def _enter(self, tokens: Tensor, ahead: Ahead | None) -> Tensor:
+        """Embeddings, or the hidden state that another part of a pipeline sent."""
+        if self.tok_embeddings is None:
+            return tokens
+        embedded: Tensor = self.tok_embeddings(tokens if ahead is None else torch.cat([tokens, ahead.tokens]))
+        return embedded
 
     def compile_regions(self, *, experts_apart: bool) -> list[tuple[nn.Module, str]]:
         """What a compiler may make one graph of: a module and the name of its method.
@@ -154,7 +204,7 @@ class Decoder(nn.Module):
         `experts_apart`: routed experts cannot be traced together with what surrounds them.
         """
         found: list[tuple[nn.Module, str]] = []
-        for block in self.layers.values():
+        for block in self.blocks():
             moe = getattr(block, "moe", None)
             if moe is None or not experts_apart:
                 found.append((block, "forward"))
@@ -163,6 +213,20 @@ class Decoder(nn.Module):
             found += [(moe.shared_experts, "forward")] if moe.shared_experts is not None else []
         return found
 
+    def numbered_blocks(self) -> dict[int, nn.Module]:
+        """The transformer blocks of this part by their number in the model; those of multi-token prediction follow the
+        last layer.
+        """
+        found = {int(layer): block for layer, block in self.layers.items()}
+        return found | {self.config.n_layers + depth: module.block for depth, module in enumerate(self._predictions())}
+
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of this part, first to last."""
-        return list(self.layers.values())
+        return list(self.numbered_blocks().values())
+
+    def gathered_apart(self) -> list[nn.Module]:
+        """The modules between embedding and head whose weights are gathered together, first to last."""
+        return [*self.layers.values(), *self._predictions()]
+
+    def _predictions(self) -> list[PredictionModule]:
+        return [] if self.mtp is None else [module for module in self.mtp if isinstance(module, PredictionModule)]

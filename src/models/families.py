@@ -83,5 +83,7 @@ class Auto(Config):
     """What a token attends to; causal: all before it; block_causal: of these its document's (flex)."""
     fixed_block: Tokens | None
     """Tokens of a block; attention stays inside of one (flex); null: no such limit."""
+    mtp: dict[str, Any]
+    """Multi-token prediction of a DeepSeek-V3; its released weights are read where depths is above 0."""
     moe: dict[str, Any]
     """Of a model with experts; one of type deepseek_v2 is not balanced, since it has no biases."""

@@ -5,6 +5,7 @@ file.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from src.errors import CheckpointError
@@ -46,6 +47,7 @@ class Stored:
     optional: bool = False  # may be absent there: zeros
     linear: bool = False  # may be float8 there, with one scale for each block of 128 x 128
     precise: bool = False  # float32 whatever the weights are
+    copies: tuple[str, ...] = ()  # keys that have the same content once more: written, and not read
 
     @property
     def key_shape(self) -> tuple[int, ...]:
@@ -61,14 +63,21 @@ OUTSIDE = {
 }
 
 
-def by_block(weights: Iterable[Weight], inside: Callable[[Weight, str, str], Stored]) -> Iterator[Stored]:
-    """In the model's order; `inside` gets a weight of a block, the block's name there, and the weight's name in it."""
+def by_block(
+    weights: Iterable[Weight],
+    inside: Callable[[Weight, str, str], Stored],
+    places: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Stored]:
+    """In the model's order; `inside` gets a weight of a block, the block's name there, and the weight's name in it.
+
+    `places`: names there of what is no block here, such as {"mtp.0": "model.layers.61"}.
+    """
     for weight in weights:
         if weight.name in OUTSIDE:
             yield Stored(weight.name, weight.shape, (OUTSIDE[weight.name],))
         else:
-            _, layer, inner = weight.name.split(".", 2)
-            yield inside(weight, f"model.layers.{layer}", inner)
+            kind, number, inner = weight.name.split(".", 2)
+            yield inside(weight, places.get(f"{kind}.{number}", f"model.layers.{number}"), inner)
 
 
 # Of a SwiGLU, dense or of an expert.
@@ -82,10 +91,12 @@ def experts(weight: Weight, block: str, inner: str) -> Stored:
     return Stored(weight.name, weight.shape, keys, stacked=True, linear=True)
 
 
-def router_bias(layer: int, num_experts: int, *, optional: bool) -> Stored:
-    """The biases by which a router balances its experts, by DeepSeek-V3's name; `optional`: transformers has none."""
+def router_bias(block: str, layer: int, num_experts: int, *, optional: bool) -> Stored:
+    """The biases by which a router balances its experts, by DeepSeek-V3's name; `block`: its name here, `layer`: its
+    number there; `optional`: transformers has none.
+    """
     key = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
-    return Stored(f"layers.{layer}.moe.expert_bias", (num_experts,), (key,), optional=optional, precise=True)
+    return Stored(f"{block}.moe.expert_bias", (num_experts,), (key,), optional=optional, precise=True)
 
 
 def rotary_row(row: int, rows: int, heads: int) -> int:

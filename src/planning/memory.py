@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from src.distributed.parallel_dims import ParallelDims
-from src.distributed.pipeline.stages import StageShare, module_of, shares
+from src.distributed.pipeline.stages import PREDICTION, StageShare, module_of, shares
 from src.distributed.precision.config import BYTES, Precision
 from src.distributed.recompute import Recompute
 from src.models.accounting import HEAD_CHUNK_ROWS, SavedActivations, Slice
 from src.models.base import ModelConfig
+from src.models.mtp.config import saved_outside
 from src.optim.base import Optimizer
 
 GIB = 2**30
@@ -100,7 +101,7 @@ def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
         parameters = optimizer = outer = gradients = 0
     gathered, reducing = _traffic(load, weights)
     activations, working = _activations(load, share)
-    activations += _travelling(load, share) + _waiting_heads(load, share, weights)
+    activations += _travelling(load, share) + _waiting_heads(load, share, weights) + _looking_ahead(load, share)
     if load.forward_only:  # one block at a time, and nothing is kept for a backward
         optimizer = gradients = accumulated = reducing = activations = 0
     loss = _loss(load, weights) if share.has_head else 0
@@ -140,7 +141,7 @@ class _Weights:
             if module in share.modules:
                 self.local += local
                 self.units[unit] = self.units.get(unit, 0) + whole
-        blocks = [elements for unit, elements in self.units.items() if unit.startswith("layers.")]
+        blocks = [elements for unit, elements in self.units.items() if unit.startswith(("layers.", f"{PREDICTION}."))]
         self.largest_block = max(blocks, default=0)
         self.largest = max(self.units.values())
         self.blocks = sum(blocks)
@@ -210,18 +211,37 @@ def _slice(load: Load) -> Slice:
 def _activations(load: Load, share: StageShare) -> tuple[int, int]:
     """Bytes that blocks keep, of all micro-batches in flight, and those of one block's backward."""
     saved: SavedActivations = load.model.saved_by_block(_slice(load))
-    layers, recompute = len(share.layers), load.recompute
+    layers, recompute = _numbers(load, share), load.recompute
     if recompute.mode == "every":
         every = recompute.every
         assert every is not None
-        again = sum((layer + 1) % every == 0 for layer in share.layers)
-        kept_by_all = (layers - again) * saved.whole + again * saved.input
+        again = sum((layer + 1) % every == 0 for layer in layers)
+        kept_by_all = (len(layers) - again) * saved.whole + again * saved.input
         return int(share.in_flight * kept_by_all), saved.whole - saved.input + saved.working
     kept = {"none": saved.whole, "full": saved.input, "selective": saved.selective}.get(recompute.mode)
     if kept is None:
         assert recompute.budget is not None, "auto is settled before"
         kept = saved.input + int(recompute.budget * (saved.whole - saved.input))
-    return int(share.in_flight * layers * kept), max(0, saved.whole - kept) + saved.working
+    return int(share.in_flight * len(layers) * kept), max(0, saved.whole - kept) + saved.working
+
+
+def _numbers(load: Load, share: StageShare) -> list[int]:
+    """Of the blocks of a rank; those of multi-token prediction follow the last layer."""
+    first, depths = load.model.n_layers, load.model.prediction_depths if share.has_head else 0
+    return [*share.layers, *range(first, first + depths)]
+
+
+def _looking_ahead(load: Load, share: StageShare) -> int:
+    """What multi-token prediction keeps outside of its blocks, and the embeddings that reach it through all stages."""
+    cut, depths = _slice(load), load.model.prediction_depths
+    passing = 0 if share.stages == 1 and share.borders == 0 else depths * _hidden(load, cut)
+    own = depths * saved_outside(load.model.dim, cut) if share.has_head else 0
+    return int(share.in_flight * share.stages * passing + max(1, share.heads_in_flight) * own)
+
+
+def _hidden(load: Load, cut: Slice) -> int:
+    """Bytes of a hidden state between two blocks."""
+    return int(cut.tokens * load.model.dim / cut.tensor * cut.element_bytes)
 
 
 def _cache(load: Load, share: StageShare) -> int:
@@ -233,15 +253,15 @@ def _cache(load: Load, share: StageShare) -> int:
 
 def _travelling(load: Load, share: StageShare) -> int:
     """torch's stages keep a buffer for what each micro-batch brings: a hidden state or its gradient."""
-    cut = _slice(load)
-    hidden = int(cut.tokens * load.model.dim / cut.tensor * cut.element_bytes)
-    return share.borders * load.micro_batches * hidden
+    states = 1 + load.model.prediction_depths  # with the embeddings of tokens ahead
+    return share.borders * load.micro_batches * states * _hidden(load, _slice(load))
 
 
 def _waiting_heads(load: Load, share: StageShare, weights: _Weights) -> int:
     """Gradients of the head and of its input, made in the forward, of micro-batches whose backward comes later."""
     cut = _slice(load)
     each = weights.head + int(cut.tokens * load.model.dim * (1 + 1 / cut.tensor))
+    each *= 1 + load.model.prediction_depths
     return max(0, share.heads_in_flight - 1) * each * cut.element_bytes
 
 
@@ -253,4 +273,6 @@ def _loss(load: Load, weights: _Weights) -> int:
     chunk = min(cut.tokens, HEAD_CHUNK_ROWS) * words * logit_bytes
     # The final norm's input, its output, and the gradient of that; the head's own gradient is made in the forward.
     hidden = cut.tokens * load.model.dim * (2 + 1 / cut.tensor) * cut.element_bytes
-    return int(chunk + hidden + weights.head * cut.element_bytes)
+    # Each depth of multi-token prediction has a hidden state and a gradient of the head of its own.
+    times = 1 if load.forward_only else 1 + load.model.prediction_depths
+    return int(chunk + times * (hidden + weights.head * cut.element_bytes))

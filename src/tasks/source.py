@@ -103,10 +103,11 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
     there, unread = model_section(folder)
     ours = tree["model"]
     merged = ours | there | {"max_seq_len": ours["max_seq_len"] or there["max_seq_len"]}
-    if isinstance(mixture := there.get("moe"), dict):
-        merged["moe"] = ours["moe"] | mixture
-    elif "moe" not in there:
-        merged.pop("moe")  # a family without experts has no such key; a dense model of one that has may say null
+    for group in ("moe", "mtp"):
+        if isinstance(said := there.get(group), dict):
+            merged[group] = ours[group] | said
+        elif group not in there:
+            merged.pop(group)  # a family without it has no such key; a dense model of one with experts may say null
     model = _overlaid("model", merged, tree, typed)
     size = ", ".join(f"{key}={model[key]}" for key in ("n_layers", "dim", "vocab_size") if key in model)
     print(f"model=auto: {folder / 'config.json'}: {model['_target_'].rpartition('.')[2]} of {size}", file=sys.stderr)

@@ -30,7 +30,7 @@ def expert_load(network: ModelStages, tokens: int) -> ExpertLoad | None:
 
 def _layers(network: ModelStages) -> dict[int, LayerLoad]:
     """Those of this rank."""
-    named = [(int(number), block) for part in network.stages for number, block in part.layers.items()]
+    named = [pair for part in network.stages for pair in part.numbered_blocks().items()]
     mixtures = {number: moe for number, block in named if isinstance(moe := getattr(block, "moe", None), MoE)}
     if not mixtures:
         return {}

@@ -99,6 +99,7 @@ class Loop:
             if self._stopping:
                 break
             scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
+            self.training.network.before_step(state.step, steps)
             self._audit.feed(state.step + 1, state.position, batches, share=self._share, summed=self._summed())
             self._advance(self.training.stepper(batches, stop=self._asked()), waited)
         self._process_outcomes(self._readback.flush())

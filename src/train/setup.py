@@ -59,7 +59,8 @@ def build_training(
         network.any_gradient_dtype, optimizer.copies = True, network.weights.beside()
         after_update.insert(0, network.weights.written)
     state = TrainState(network, optimizer, run.seed, more=groups)
-    arguments = (network, optimizer, run.optim.max_norm, skips, after_update, step_metrics.STEP_METRICS)
+    metrics = step_metrics.STEP_METRICS + (step_metrics.PREDICTION_METRICS if run.model.prediction_depths else ())
+    arguments = (network, optimizer, run.optim.max_norm, skips, after_update, metrics)
     if groups is None:
         stepper = (GraphedStepper if run.compile.graph else Stepper)(*arguments)
         return Training(ranks, mesh, network, state, stepper)

@@ -32,6 +32,7 @@ def random_run(seed: int) -> Run:
     precision, axes = _precision(draw), _axes(draw)
     multiple = 1 if precision.float8 is None else FLOAT8_MULTIPLE
     model, documents = _masked(draw, _model(draw, axes, multiple))
+    model = _predicting(Random(f"{seed} predicts"), model)
     layout = _layout(draw, axes, model)
     run = make_run(
         model=model,
@@ -138,6 +139,13 @@ def _mixture(draw: Random, mixture: Any, tensor: int, shared: int) -> Any:
         load_balance_coeff=draw.choice((None, 0.01)),
         unbalanced_layers=(),
     )
+
+
+def _predicting(draw: Random, model: ModelConfig) -> ModelConfig:
+    """Further tokens, of a family that can."""
+    if (mtp := getattr(model, "mtp", None)) is None:
+        return model
+    return changed(model, mtp=changed(mtp, depths=draw.choice((0, 0, 1, 2)), weight=draw.choice((0.3, 1.0))))
 
 
 def _masked(draw: Random, model: ModelConfig) -> tuple[ModelConfig, bool]:

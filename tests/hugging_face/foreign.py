@@ -11,6 +11,7 @@ from torch import nn
 from src.config.build import build
 from src.hugging_face.load import model_section
 from src.models.base import ModelConfig
+from tests.models.shapes import NO_MTP
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 96,
@@ -132,6 +133,8 @@ def config_of(folder: Path, **changes: Any) -> ModelConfig:
     if section.get("moe") is not None:
         mixture = {"load_balance_coeff": 1e-3, "unbalanced_layers": [], "force_load_balance": False}
         section["moe"] = mixture | section["moe"]  # type: ignore[operator]
+    if "mtp" in section:
+        section["mtp"] = NO_MTP | section["mtp"]  # type: ignore[operator]
     top = {"name": "x", "seed": 0, "root": "runs", "folder": None, "dry_run": True}
     built = build({**top, "model": {**section, **rest, **changes}}, sections=("model",))["model"]
     assert isinstance(built, ModelConfig)

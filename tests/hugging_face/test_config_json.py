@@ -17,6 +17,7 @@ from src.models.hugging_face import section
 from tests.checkpoint.options import problems
 from tests.hugging_face.foreign import config_of
 from tests.hugging_face.test_import import imported
+from tests.models.shapes import NO_MTP
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,
@@ -246,6 +247,8 @@ def lines(values: dict[str, Any]) -> tuple[str, ...]:
         if keys.get("moe") is not None:
             mixture = {"load_balance_coeff": 1e-3, "unbalanced_layers": [], "force_load_balance": False}
             keys["moe"] = mixture | keys["moe"]
+        if "mtp" in keys:
+            keys["mtp"] = NO_MTP | keys["mtp"]
         top = {"name": "x", "seed": 0, "root": "runs", "folder": None, "dry_run": True}
         build({**top, "model": {**keys, **rest}}, sections=("model",))
     except UserError as error:

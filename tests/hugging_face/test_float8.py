@@ -122,7 +122,8 @@ def test_a_released_form_is_read_whole(tmp_path: Path) -> None:
             assert torch.equal(found[f"layers.{layer}.moe.experts.{ours}"], torch.stack(expected))
     kv = "kv_a_proj_with_mqa"
     assert torch.equal(found["layers.0.attention.wkv_a.weight"], meant[f"model.layers.0.self_attn.{kv}.weight"])
-    assert examine(tmp_path, config_of(tmp_path)) == ["3 keys are not read: multi-token prediction, which is not built"]
+    told = "3 keys are not read: multi-token prediction; model.mtp.depths=1 reads it"
+    assert examine(tmp_path, config_of(tmp_path)) == [told]
 
 
 def odd(folder: Path) -> None:

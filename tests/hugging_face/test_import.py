@@ -78,7 +78,7 @@ def test_layers_that_predict_further_tokens_are_told_and_left_out(tmp_path: Path
         "2 keys that model.family=deepseek_v3 of this shape has no place for" in problems(examine, tmp_path, config)[0]
     )
     edit(tmp_path / "config.json", num_nextn_predict_layers=1)
-    assert examine(tmp_path, config) == ["2 keys are not read: multi-token prediction, which is not built"]
+    assert examine(tmp_path, config) == ["2 keys are not read: multi-token prediction; model.mtp.depths=1 reads it"]
     imported(tmp_path, config)
 
 

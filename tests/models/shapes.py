@@ -50,6 +50,7 @@ TINY_MOE: dict[str, Any] = {
     "unbalanced_layers": (),
     "force_load_balance": False,
 }
+NO_MTP: dict[str, Any] = {"depths": 0, "weight": 0.3, "later_weight": 0.1, "later_from": 0.676}
 TINY_DEEPSEEK: dict[str, Any] = {
     "dim": 64,
     "n_layers": 3,
@@ -67,6 +68,7 @@ TINY_DEEPSEEK: dict[str, Any] = {
     "rope_scaling": None,
     "norm_eps": 1e-6,
     "latent_norm_eps": None,
+    "mtp": NO_MTP,
     "attention": "sdpa",
     "mask": "causal",
     "fixed_block": None,

@@ -82,6 +82,12 @@ def test_what_is_counted_is_what_is_built(option: str) -> None:
     assert config.routed == bool(model.mixtures())
 
 
+def whole(option: str) -> Any:
+    """With what a preset may leave out."""
+    config = changed(preset("model", option), n_layers=4)
+    return changed(config, mtp=changed(config.mtp, depths=1)) if hasattr(config, "mtp") else config
+
+
 @pytest.mark.parametrize("option", PRESETS)
 def test_every_role_is_of_a_module_that_some_preset_has(option: str) -> None:
     family, names = of_config(preset("model", option)), set[str]()
@@ -89,7 +95,7 @@ def test_every_role_is_of_a_module_that_some_preset_has(option: str) -> None:
     for other in PRESETS:
         if other.startswith(f"{family.name}_"):
             with torch.device("meta"):
-                model = changed(preset("model", other), n_layers=4).build()
+                model = whole(other).build()
             names |= {
                 ".".join("*" if part.isdecimal() else part for part in name.split("."))
                 for name, _ in model.named_modules()
@@ -225,6 +231,8 @@ def test_config_json_says_the_same_model(option: str) -> None:
     assert keys.pop("_target_") == family.target
     if isinstance(keys.get("moe"), dict):
         keys["moe"] = changed(config.moe, **keys["moe"])
+    if "mtp" in keys:
+        keys["mtp"] = changed(config.mtp, **keys["mtp"])
     assert changed(config, **keys).weights() == config.weights()
     shapes = {each.name: each.shape for each in stored(config)}
     assert {weight.name: weight.shape for weight in config.weights()}.items() <= shapes.items()

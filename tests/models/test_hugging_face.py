@@ -11,7 +11,7 @@ from src.models.base import ModelConfig
 from src.models.hugging_face import config_json, export_problems, section, stored
 from src.models.stored import rotary_row
 from tests.models.released import PRESETS, RELEASED
-from tests.models.shapes import tiny_deepseek, tiny_llama
+from tests.models.shapes import NO_MTP, tiny_deepseek, tiny_llama
 from tests.train.runs import section as preset
 
 # What a config.json cannot say, or says by another number of the same result.
@@ -25,6 +25,8 @@ def read(values: dict[str, Any]) -> ModelConfig:
     module, _, name = str(keys.pop("_target_")).rpartition(".")
     if keys.get("moe") is not None:
         keys["moe"] = {"load_balance_coeff": 1e-3, "unbalanced_layers": (), "force_load_balance": False} | keys["moe"]
+    if "mtp" in keys:
+        keys["mtp"] = NO_MTP | keys["mtp"]
     found = getattr(import_module(module), name)(**keys, attention="sdpa", mask="causal", fixed_block=None)
     assert isinstance(found, ModelConfig)
     return found

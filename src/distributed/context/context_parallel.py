@@ -20,6 +20,8 @@ from src.distributed.context.ring_attention import attention, cut, gather
 from src.distributed.parallel_dims import ParallelDims
 from src.models.decoder import Decoder
 
+ARGUMENTS = ("tokens", "labels", "positions", "mask", "ahead")  # of `Decoder.forward`
+
 
 class SharedAttention(nn.Module):
     """Attention over a sequence that is cut over ranks. Replaces the attention core: local queries, keys and values
@@ -51,8 +53,8 @@ class Border:
         self, model: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Cut what describes the sequence; without positions, say which ones these are."""
-        given = dict(zip(("tokens", "labels", "positions", "mask"), args, strict=False)) | kwargs
-        tokens, labels, positions, mask = (given.get(name) for name in ("tokens", "labels", "positions", "mask"))
+        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        tokens, labels, positions, mask, ahead = (given.get(name) for name in ARGUMENTS)
         assert tokens is not None
         first = model.tok_embeddings is not None
         length = tokens.shape[1] if first else tokens.shape[1] * self.ranks * self.tensor
@@ -61,6 +63,7 @@ class Border:
             "labels": None if labels is None else self._mine(labels),
             "positions": places if positions is None else self._mine(positions),
             "mask": None if mask is None else rows_of(mask, places[0]),
+            "ahead": None if ahead is None else ahead._make(map(self._mine, ahead)),
         }
 
     def leave(self, model: Decoder, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Tensor:

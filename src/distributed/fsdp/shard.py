@@ -21,7 +21,8 @@ from src.models.moe.experts import Experts
 
 
 def shard(model: Decoder, mesh: Mesh, precision: Precision) -> None:
-    """Cut parameters: the embedding, each block, and norm with head are gathered as units of their own.
+    """Cut parameters: the embedding, each block, each module of multi-token prediction, and norm with head are gathered
+    as units of their own.
 
     So are a block's routed experts where they lie on a grid of their own.
     """
@@ -37,7 +38,7 @@ def shard(model: Decoder, mesh: Mesh, precision: Precision) -> None:
     wrap = partial(_wrap, grid=mesh.fsdp, mp_policy=policy, offload_policy=offload)
     always = degrees.reshard == "always"
     reshard = degrees.reshards_after_forward
-    blocks = model.blocks()
+    blocks = model.gathered_apart()
     units: list[list[Any]] = []
     for block in blocks:
         # The last block is the first that the backward pass needs: letting go of it would gather it twice in a row.

@@ -18,7 +18,7 @@ from src.distributed.fsdp.one_device import ComputeWeights
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages, SingleStage, ready
 from src.distributed.parallel_dims import ParallelDims
-from src.distributed.pipeline.stages import SCHEDULES, owned, split, stage_count
+from src.distributed.pipeline.stages import SCHEDULES, module_of, owned, split, stage_count
 from src.distributed.precision.config import Precision
 from src.models.decoder import Decoder
 
@@ -40,13 +40,13 @@ def build(make: Callable[[], Decoder], n_layers: int, degrees: ParallelDims, ran
 
 
 def keep(model: Decoder, modules: Sequence[str]) -> None:
-    """Drop every module of `model` that is not named; the others keep their names."""
+    """Drop every module of `model` that is not named, nor is where a named one is; the others keep their names."""
     for name, _ in list(model.named_children()):
         if name == "layers":
             for layer in list(model.layers):
                 if f"layers.{layer}" not in modules:
                     del model.layers[layer]
-        elif name not in modules:
+        elif module_of(name) not in modules:
             setattr(model, name, None)
 
 
@@ -118,7 +118,9 @@ class Pipeline(ModelStages):
         return (tokens if part.tok_embeddings is not None else args[0],), inputs
 
     def _travelling(self, batch: int, length: int) -> tuple[int, int, int]:
-        """Shape of a hidden state between two stages, where its sequence stays cut."""
+        """Shape of what travels between two stages, where sequences stay cut: hidden states, `batch` rows of them with
+        all that comes along.
+        """
         degrees = self.degrees
         return batch, length // (degrees.context * degrees.tensor), self.stages[0].config.dim
 
@@ -126,7 +128,8 @@ class Pipeline(ModelStages):
         """Made at the first step, when the shapes are known; it keeps a buffer to receive each micro-batch."""
         shape = (micro_batches, batch, length)
         if self._shape != shape:
-            self._shape, self._made = shape, self._make(micro_batches, self._travelling(batch, length))
+            rows = (1 + self.stages[0].config.prediction_depths) * batch  # with the embeddings of tokens ahead
+            self._shape, self._made = shape, self._make(micro_batches, self._travelling(rows, length))
         return self._made
 
     def _make(self, micro_batches: int, shape: tuple[int, int, int]) -> "Schedule":

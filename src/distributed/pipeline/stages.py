@@ -7,6 +7,7 @@ from src.distributed.parallel_dims import ParallelDims, ScheduleName
 
 EMBEDDING = "tok_embeddings"
 HEAD = ("norm", "output")
+PREDICTION = "mtp"  # modules of multi-token prediction, which are where the head is
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ def modules(n_layers: int) -> tuple[str, ...]:
 
 
 def module_of(weight: str) -> str:
-    """The module of `modules` that owns the parameter of this name."""
+    """The module of `modules` that owns the parameter of this name: multi-token prediction is the head's."""
     words = weight.split(".")
-    return ".".join(words[:2]) if words[0] == "layers" else words[0]
+    if words[0] == "layers":
+        return ".".join(words[:2])
+    return HEAD[-1] if words[0] == PREDICTION else words[0]
 
 
 def stage_count(degrees: ParallelDims, n_layers: int) -> int:

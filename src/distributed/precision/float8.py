@@ -31,6 +31,8 @@ SPLITS_BACKWARD_SINCE = (
     2,
     13,
 )  # torch; 2.11 fails at a product of torchao when it asks for the weight's gradient alone
+# Weights of blocks by their names; what joins two vectors in front of a block stays wide, as in released weights.
+IN_BLOCK = re.compile(r"layers\.\d+\.|mtp\.\d+\.block\.")
 EXPERT_KERNELS = "prototype/moe_training/fp8_grouped_mm.py"
 NO_GPU = "precision.float8: the CPU has no float8 products; pass precision.float8.emulate=true, or precision=bf16"
 
@@ -291,7 +293,7 @@ def _too_old(capability: tuple[int, int], needed: tuple[int, int]) -> str:
 
 def _linears(weights: Iterable[Matrix]) -> dict[str, Matrix]:
     """The matrices of the blocks, by the name of their module; routers choose experts in float32."""
-    matrices = (weight for weight in weights if len(weight.shape) == 2 and weight.name.startswith("layers."))
+    matrices = (weight for weight in weights if len(weight.shape) == 2 and IN_BLOCK.match(weight.name))
     return {weight.name.removesuffix(".weight"): weight for weight in matrices if not _within("router", weight.name)}
 
 

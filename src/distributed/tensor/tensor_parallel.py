@@ -10,6 +10,7 @@ rank of the axis `tensor` holds 1/t of each sharded weight, and 1/t of the seque
 | `vocabulary`             | the head: vocabulary sharded, and so its   | hidden state: reduce-scatter     | 1/t    |
 |                          | cross entropy; no rank holds all logits    |                                  |        |
 | `sequence_parallel`      | a norm on this rank's part of the sequence | weight: all-reduce               | all    |
+| `sequence_parallel_local`| the same; the result is a plain tensor     | weight: all-reduce               | all    |
 | `gather_sequence`        | all-gather of the sequence before a module | reduce-scatter, once for all     | none   |
 |                          | of `colwise` and `rowwise` matrices        | matrices inside                  |        |
 | `gather_sequence_local`  | the same before `*_local`, `replicated`    | the same: Partial behind it      | none   |
@@ -128,6 +129,8 @@ def _style(role: str, divided: bool) -> ParallelStyle:
             return _Embedding()
         case "sequence_parallel":
             return SequenceParallel()
+        case "sequence_parallel_local":
+            return SequenceParallel(use_local_output=True)
         case "gather_sequence":
             return _Gather()
         case "colwise":

@@ -1,6 +1,7 @@
 """The shape of a DeepSeek-V3, or of a V2: conf/model/deepseek_v3_*.yaml hold the numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import log, sqrt
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -23,6 +24,7 @@ from src.models.accounting import (
 from src.models.base import ModelConfig
 from src.models.moe.config import MixtureOfExperts, aligned
 from src.models.moe.saved import ends_bytes, mixture_bytes, router_width, selective_bytes, working_elements
+from src.models.mtp.config import MultiTokenPrediction
 
 if TYPE_CHECKING:
     from src.models.deepseek_v3.model import DeepseekV3
@@ -58,33 +60,44 @@ class Yarn(Config):
         return (0.1 * self.mscale * log(self.factor) + 1.0) ** 2
 
 
+# How tensor parallelism cuts the modules of a block.
+BLOCK_ROLES: Mapping[str, str] = {
+    "attention_norm": "sequence_parallel",
+    "attention": "gather_sequence_local",
+    "attention.wq": "colwise_local",
+    "attention.wq_a": "replicated",
+    "attention.q_norm": "replicated",
+    "attention.wq_b": "colwise_local",
+    "attention.wkv_a": "replicated",
+    "attention.kv_norm": "replicated",
+    "attention.wkv_b": "colwise_local",
+    "attention.wo": "rowwise_local",
+    "ffn_norm": "sequence_parallel",
+    "feed_forward": "gather_sequence_local",
+    "feed_forward.w1": "colwise_local",
+    "feed_forward.w3": "colwise_local",
+    "feed_forward.w2": "rowwise_local",
+    "moe": "moe",
+    "moe.router.gate": "replicated",
+    "moe.shared_experts": "shared_experts",
+    "moe.shared_experts.w1": "colwise_local",
+    "moe.shared_experts.w3": "colwise_local",
+    "moe.shared_experts.w2": "shared_experts_rowwise",
+}
+
+
 class DeepseekV3Config(ModelConfig):
     """Every number of a DeepSeek-V3; `build` makes the module."""
 
     family: ClassVar[str] = "deepseek_v3"
     roles: ClassVar[Mapping[str, str]] = {
         "tok_embeddings": "embedding",
-        "layers.*.attention_norm": "sequence_parallel",
-        "layers.*.attention": "gather_sequence_local",
-        "layers.*.attention.wq": "colwise_local",
-        "layers.*.attention.wq_a": "replicated",
-        "layers.*.attention.q_norm": "replicated",
-        "layers.*.attention.wq_b": "colwise_local",
-        "layers.*.attention.wkv_a": "replicated",
-        "layers.*.attention.kv_norm": "replicated",
-        "layers.*.attention.wkv_b": "colwise_local",
-        "layers.*.attention.wo": "rowwise_local",
-        "layers.*.ffn_norm": "sequence_parallel",
-        "layers.*.feed_forward": "gather_sequence_local",
-        "layers.*.feed_forward.w1": "colwise_local",
-        "layers.*.feed_forward.w3": "colwise_local",
-        "layers.*.feed_forward.w2": "rowwise_local",
-        "layers.*.moe": "moe",
-        "layers.*.moe.router.gate": "replicated",
-        "layers.*.moe.shared_experts": "shared_experts",
-        "layers.*.moe.shared_experts.w1": "colwise_local",
-        "layers.*.moe.shared_experts.w3": "colwise_local",
-        "layers.*.moe.shared_experts.w2": "shared_experts_rowwise",
+        **{f"layers.*.{name}": role for name, role in BLOCK_ROLES.items()},
+        "mtp.*.embedding_norm": "sequence_parallel_local",
+        "mtp.*.hidden_norm": "sequence_parallel_local",
+        "mtp.*.projection": "replicated",
+        **{f"mtp.*.block.{name}": role for name, role in BLOCK_ROLES.items() if not name.startswith("feed_forward")},
+        "mtp.*.norm": "sequence_parallel",
         "norm": "sequence_parallel",
         "output": "vocabulary",
     }
@@ -109,6 +122,8 @@ class DeepseekV3Config(ModelConfig):
     """Stretch of the context by YaRN, which released weights need at every length; null: none."""
     latent_norm_eps: NormEpsilon | None
     """Added under the root of the two norms inside of attention; null: norm_eps."""
+    mtp: MultiTokenPrediction
+    """Multi-token prediction, for training alone; its blocks have experts, and are numbered from n_layers on."""
     moe: MixtureOfExperts
     """Router and experts of the other layers."""
 
@@ -137,8 +152,9 @@ class DeepseekV3Config(ModelConfig):
     @field_validator("moe")
     @classmethod
     def _unbalanced_layers_have_experts(cls, moe: MixtureOfExperts, info: ValidationInfo) -> MixtureOfExperts:
-        first, end = info.data.get("n_dense_layers"), info.data.get("n_layers")
-        if first is not None and end is not None:
+        first, end, mtp = (info.data.get(key) for key in ("n_dense_layers", "n_layers", "mtp"))
+        if first is not None and end is not None and mtp is not None:
+            end += mtp.depths
             wrong = [layer for layer in moe.unbalanced_layers if not first <= layer < end]
             if wrong:
                 raise ValueError(f"unbalanced_layers={wrong}: layers with experts are {first} to {end - 1}")
@@ -166,11 +182,22 @@ class DeepseekV3Config(ModelConfig):
         return DeepseekV3(self)
 
     def weights(self) -> tuple[Weight, ...]:
-        first, last = around_blocks(self.vocab_size, self.dim, tied=self.tied)
-        return (first, *(weight for layer in range(self.n_layers) for weight in self._block(layer)), *last)
+        embedding, (norm, head) = around_blocks(self.vocab_size, self.dim, tied=False)
+        return (
+            embedding,
+            *(weight for layer in range(self.n_layers) for weight in self._block(f"layers.{layer}", layer)),
+            *(weight for depth in range(self.mtp.depths) for weight in self._prediction(depth)),
+            norm,
+            replace(head, multiplications=1 + self.mtp.depths),
+        )
 
-    def _block(self, layer: int) -> tuple[Weight, ...]:
-        unit = f"layers.{layer}"
+    def _prediction(self, depth: int) -> Iterator[Weight]:
+        unit = f"mtp.{depth}"
+        yield from self.mtp.weights(unit, self.dim)
+        for weight in self._block(f"{unit}.block", self.n_layers + depth):
+            yield replace(weight, unit=unit)
+
+    def _block(self, unit: str, layer: int) -> tuple[Weight, ...]:
         norms = tuple(Weight(f"{unit}.{name}.weight", (self.dim,), unit) for name in ("attention_norm", "ffn_norm"))
         if layer < self.n_dense_layers:
             return (*norms, *self._attention(unit), *swiglu(unit, "feed_forward", self.dim, self.ffn_dim))
@@ -201,6 +228,10 @@ class DeepseekV3Config(ModelConfig):
     def mixture(self) -> MixtureOfExperts:
         return self.moe
 
+    @property
+    def prediction_depths(self) -> int:
+        return self.mtp.depths
+
     def cut_by_tensor(self) -> dict[str, int]:
         sizes = {"n_heads": self.n_heads, "vocab_size": self.vocab_size, "ffn_dim": self.ffn_dim}
         return sizes | (
@@ -210,14 +241,17 @@ class DeepseekV3Config(ModelConfig):
         )
 
     def saved_by_block(self, cut: Slice) -> SavedActivations:
-        """The mean over dense blocks and those with experts, right when times n_layers; `working`: the larger one's."""
-        dense, experts, moe = self.n_dense_layers, self.n_layers - self.n_dense_layers, self.moe
+        """The mean over dense blocks and those with experts, right when times their number; `working`: the larger
+        one's.
+        """
+        blocks, moe = self.n_layers + self.mtp.depths, self.moe
+        dense, experts = self.n_dense_layers, blocks - self.n_dense_layers
         element, attention = cut.element_bytes, self._attention_bytes(cut) + norm_bytes(self.dim, cut)
         first = element * self.dim / cut.tensor  # the block's input
-        once = ends_bytes(moe) * experts // self.n_layers
+        once = ends_bytes(moe) * experts // blocks
 
         def mean(of_dense: float, of_experts: float) -> int:
-            return int(cut.tokens * (first + (dense * of_dense + experts * of_experts) / self.n_layers))
+            return int(cut.tokens * (first + (dense * of_dense + experts * of_experts) / blocks))
 
         feed_forward = element * self.dim + swiglu_bytes(self.ffn_dim / cut.tensor, cut)
         working = max(

@@ -1,6 +1,7 @@
 """DeepSeek-V3 and V2 as transformers stores them: names, one key for each expert, config.json."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import isclose, log
 from typing import Any
 
@@ -29,22 +30,39 @@ IN_BLOCK = {
     **{f"feed_forward.{here}.weight": f"mlp.{there}.weight" for here, there in MATRIX.items()},
     **{f"moe.shared_experts.{here}.weight": f"mlp.shared_experts.{there}.weight" for here, there in MATRIX.items()},
 }
+# A module of multi-token prediction is a layer more there.
+IN_MODULE = {
+    "embedding_norm.weight": "enorm.weight",
+    "hidden_norm.weight": "hnorm.weight",
+    "projection.weight": "eh_proj.weight",
+    "norm.weight": "shared_head.norm.weight",
+}
+# It has the embedding and the head of the model once more, by these names in the layer.
+SHARED = {"tok_embeddings.weight": "embed_tokens.weight", "output.weight": "shared_head.head.weight"}
+# Matrices that are never float8 there.
+WIDE = ("moe.router.gate.weight", "projection.weight")
 
 
 def stored(config: DeepseekV3Config) -> Iterator[Stored]:
     """Every tensor of the model: the parameters, and the biases of the routers."""
-    yield from by_block(config.weights(), _inside)
+    depths = range(config.mtp.depths)
+    further = [f"model.layers.{config.n_layers + depth}" for depth in depths]
+    for each in by_block(config.weights(), _inside, {f"mtp.{depth}": further[depth] for depth in depths}):
+        copy = SHARED.get(each.name)
+        yield each if copy is None else replace(each, copies=tuple(f"{layer}.{copy}" for layer in further))
     # A router with sigmoid scores always has them there, one with softmax scores never.
     absent = config.moe.score_func == "softmax"
-    for layer in range(config.n_dense_layers, config.n_layers):
-        yield router_bias(layer, config.moe.num_experts, optional=absent)
+    layers = {f"layers.{layer}": layer for layer in range(config.n_dense_layers, config.n_layers)}
+    for unit, layer in (layers | {f"mtp.{depth}.block": config.n_layers + depth for depth in depths}).items():
+        yield router_bias(unit, layer, config.moe.num_experts, optional=absent)
 
 
 def _inside(weight: Weight, block: str, inner: str) -> Stored:
+    inner = inner.removeprefix("block.")  # of multi-token prediction, which is a layer there
     if weight.experts:
         return experts(weight, block, inner)
-    linear = len(weight.shape) == 2 and inner != "moe.router.gate.weight"
-    return Stored(weight.name, weight.shape, (f"{block}.{IN_BLOCK[inner]}",), linear=linear)
+    linear = len(weight.shape) == 2 and inner not in WIDE
+    return Stored(weight.name, weight.shape, (f"{block}.{(IN_BLOCK | IN_MODULE)[inner]}",), linear=linear)
 
 
 def skipped(_config: DeepseekV3Config, key: str, facts: ConfigReader) -> str | None:
@@ -55,7 +73,7 @@ def skipped(_config: DeepseekV3Config, key: str, facts: ConfigReader) -> str | N
     named = facts.get("num_mtp_layers", 0)  # as transformers calls them
     first, count = facts.whole("num_hidden_layers"), facts.whole("num_nextn_predict_layers", named, least=0)
     if parts[:2] == ["model", "layers"] and parts[2].isdecimal() and first <= int(parts[2]) < first + count:
-        return "multi-token prediction, which is not built"
+        return f"multi-token prediction; model.mtp.depths={count} reads it"
     return None
 
 
@@ -86,6 +104,7 @@ def read(facts: ConfigReader) -> dict[str, Any]:
         "rope_scaling": _yarn(facts, numbers, length) if kind == "yarn" else None,
         "norm_eps": eps,
         "latent_norm_eps": None if eps == LATENT_NORM_EPS else LATENT_NORM_EPS,
+        "mtp": {"depths": 0},  # whatever there is: a run asks for it
         "moe": _mixture(facts, third=third),
     }
 
@@ -166,7 +185,11 @@ def write(config: DeepseekV3Config) -> dict[str, Any]:
     kind = MODEL_TYPES[moe.score_func]
     plain = moe.num_limited_groups == moe.num_expert_groups
     if kind == "deepseek_v3":
-        routing: dict[str, Any] = {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0, "rope_interleave": True}
+        routing: dict[str, Any] = {
+            "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": config.mtp.depths,
+            "rope_interleave": True,
+        }
     else:
         routing = {"topk_method": "greedy" if plain else "group_limited_greedy", "mlp_bias": False}
     return {
@@ -245,6 +268,8 @@ def problems(config: DeepseekV3Config) -> list[str]:
         found.append(
             "model.moe.route_norm=true with model.moe.score_func=softmax: transformers' deepseek_v2 never does"
         )
+    if config.mtp.depths and kind == "deepseek_v2":
+        found.append(f"model.mtp.depths={config.mtp.depths}: transformers' deepseek_v2 has no multi-token prediction")
     wanted = "top2sum" if moe.score_func == "sigmoid" else "max"
     if moe.num_limited_groups < moe.num_expert_groups and moe.group_score != wanted:
         found.append(f"model.moe.group_score={moe.group_score}: transformers' {kind} has {wanted}")

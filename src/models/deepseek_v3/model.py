@@ -12,6 +12,7 @@ from src.models.block import Block
 from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config
 from src.models.moe.moe import MoE
+from src.models.mtp.module import MultiTokenPredictor, PredictionModule
 from src.models.rope import inverse_frequencies, rotate, scale_yarn
 
 
@@ -67,7 +68,12 @@ class DeepseekV3(Decoder):
                 moe = MoE(config.dim, config.moe, balanced=layer not in config.moe.unbalanced_layers)
             return Block(config.dim, config.norm_eps, LatentAttention(config), moe=moe, hidden=config.ffn_dim)
 
-        super().__init__(config, map(block, range(config.n_layers)), config.qk_rope_head_dim)
+        def module(depth: int) -> PredictionModule:
+            return PredictionModule(config.dim, config.norm_eps, block(config.n_layers + depth))
+
+        depths = config.mtp.depths
+        mtp = MultiTokenPredictor(config.mtp, map(module, range(depths))) if depths else None
+        super().__init__(config, map(block, range(config.n_layers)), config.qk_rope_head_dim, mtp)
 
     @property
     def rotary_factor(self) -> float:

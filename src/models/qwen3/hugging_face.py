@@ -52,7 +52,8 @@ def stored(config: Qwen3Config) -> Iterator[Stored]:
 
     yield from by_block(config.weights(), inside)
     if config.moe is not None:  # transformers has no such biases
-        yield from (router_bias(layer, config.moe.num_experts, optional=True) for layer in range(config.n_layers))
+        for layer in range(config.n_layers):
+            yield router_bias(f"layers.{layer}", layer, config.moe.num_experts, optional=True)
 
 
 def skipped(config: Qwen3Config, key: str, _facts: ConfigReader) -> str | None:

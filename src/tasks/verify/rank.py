@@ -175,7 +175,7 @@ class _Loads:
     """What a rank counts and learns of the experts of its layers."""
 
     def __init__(self, network: ModelStages) -> None:
-        blocks = chain.from_iterable(part.layers.items() for part in network.stages)
+        blocks = chain.from_iterable(part.numbered_blocks().items() for part in network.stages)
         found = {f"layers.{number}": getattr(block, "moe", None) for number, block in blocks}
         self._mixtures = {name: moe for name, moe in found.items() if isinstance(moe, MoE)}
         self._steps: list[dict[str, tuple[int, ...]]] = []

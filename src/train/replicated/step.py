@@ -22,7 +22,7 @@ class ReplicatedStepper(Stepper):
         self.groups.allreduce([totals])
         loss = self._backward(batches, totals[0])
         self.groups.allreduce([*self.gradients.local(), loss, *self._counters()])
-        measured = self._measure(batches, loss, self._vote(stop)) | named(totals)
+        measured = self._measure(batches, loss, totals[0], self._vote(stop)) | named(totals)
         return self._update(measured) if self.groups.should_commit(all_finite(measured)) else self._discard(measured)
 
     def _discard(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:

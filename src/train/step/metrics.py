@@ -21,6 +21,7 @@ class AfterBackward:
     """What a metric may look at on this rank, between the backward pass and the update."""
 
     loss: Tensor  # 0-dim: this rank's share of the mean over all valid labels of the step, in nats
+    tokens: Tensor  # 0-dim: those labels, of all ranks, at least 1
     gradients: Gradients  # summed over ranks, not clipped yet
     network: ModelStages
     batches: Sequence[Batch]  # this rank's micro-batches
@@ -51,3 +52,13 @@ STEP_METRICS: tuple[StepMetric, ...] = (
     StepMetric("loss", "sum", lambda now: now.loss / now.network.mesh.loss_copies),
     StepMetric("grad_norm", "sum", lambda now: now.gradients.squares().to(now.network.device), torch.sqrt),
 )
+
+
+def _prediction_loss(now: AfterBackward) -> Tensor:
+    lost = [part.mtp.nats for part in now.network.stages if part.mtp is not None]
+    nats = lost[0] if lost else torch.zeros((), device=now.network.device)
+    return nats / now.tokens / now.network.mesh.loss_copies
+
+
+# Of multi-token prediction, if the model has it: the mean over its depths, unweighted, divided by the labels of `loss`.
+PREDICTION_METRICS = (StepMetric("mtp_loss", "sum", _prediction_loss),)

@@ -77,7 +77,7 @@ class Stepper:
     def _step(self, batches: Sequence[Batch], mine: Tensor, vote: Tensor) -> dict[str, Tensor]:
         totals = self._totals(mine)
         loss = self._backward(batches, totals[0])
-        return self._update(self._measure(batches, loss, vote) | named(totals))
+        return self._update(self._measure(batches, loss, totals[0], vote) | named(totals))
 
     def _vote(self, stop: bool) -> Tensor:
         """1.0 to stop; a tensor that were made from data would wait for the device."""
@@ -87,9 +87,9 @@ class Stepper:
         """Gradients of the mean over `tokens` labels; this rank's share of that mean."""
         return self.network.backward(batches, 1.0 / tokens.clamp(min=1))
 
-    def _measure(self, batches: Sequence[Batch], loss: Tensor, vote: Tensor) -> dict[str, Tensor]:
+    def _measure(self, batches: Sequence[Batch], loss: Tensor, tokens: Tensor, vote: Tensor) -> dict[str, Tensor]:
         """Collective: all metrics and the votes to stop in one sum."""
-        now = AfterBackward(loss, self.gradients, self.network, batches)
+        now = AfterBackward(loss, tokens.clamp(min=1).float(), self.gradients, self.network, batches)
         *sums, votes = world_sum(torch.stack((*(metric.measure(now) for metric in self.metrics), vote))).unbind()
         pairs = zip(self.metrics, sums, strict=True)
         return {metric.name: metric.of_sum(total, self.mesh.world) for metric, total in pairs} | {"stop": votes}
@@ -110,8 +110,8 @@ class Stepper:
         return measured | {"skipped": skipped, "dead": self.dead}
 
     def _counters(self) -> list[Tensor]:
-        """Expert counts of all stages, accumulated until the update."""
-        return [counter for part in self.network.stages for counter in part.expert_counts()]
+        """What all stages add up until the update."""
+        return [counter for part in self.network.stages for counter in part.step_sums()]
 
     def _mine(self, batches: Sequence[Batch]) -> Tensor:
         """This rank's TOTALS, (3,) on the device: labels that count, and limbs of the checksum. All are whole numbers,
