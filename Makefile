@@ -34,7 +34,7 @@ else
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 endif
 
-test-all: $(READY) ## every test: also the largest products of layouts and options, marked slow
+test-all: $(READY) ## every test: also the long programs and the largest products of layouts and options, marked slow
 	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 # A SLURM of three pretend nodes on this machine, until Ctrl-C; it says what to type. Needs root, slurm-wlm and munge.

@@ -32,6 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_small_round(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole drill is for `python -m benchmarks.faults --rounds 40`: minutes."""
     argv = ("--rounds", "2", "--seed", "3", "--layout", "single", "--only", "9 of a rank;metrics")

@@ -87,6 +87,7 @@ def missing(shown: str, printed: str) -> list[str]:
     return lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_tutorial(page: Path, tmp_path: Path) -> None:
     home, printed = copied(tmp_path / "ropewalk"), ""

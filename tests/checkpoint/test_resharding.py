@@ -142,6 +142,7 @@ def world(layout: str) -> int:
     return replicate * shard * tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", list(LAYOUTS))
 def test_every_layout_reads_what_any_layout_wrote(ranks: RankPool, tmp_path: Path, source: str) -> None:
     placements = ranks(world(source), write, tmp_path, source, 3)[0]

@@ -101,6 +101,7 @@ IN_TURN: dict[str, Any] = {"n_layers": 2, "moe": {"hidden_dim": 32, "force_load_
 OTHERS = ["hsdp2x2_ep2", "cp2_fsdp2_ep4", "cp2_tp2_ep2", "cp2_tp2_ep2_etp2"]
 
 
+@pytest.mark.slow
 def test_each_gradient_is_that_of_one_device(ranks: RankPool) -> None:
     for name, found, expected in compared(ranks, [*grid(), *OTHERS], SHAPES["v3"]):
         difference = (found - expected).norm() / expected.norm()
@@ -256,6 +257,7 @@ def carried(folder: Path, source: str, targets: list[str]) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "targets"),
     [
@@ -301,6 +303,7 @@ def compile_regions(layout: str, recompute: str = "none") -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.slow
 def test_all_layers_share_their_graphs(ranks: RankPool) -> None:
     """A dense block, and of a block with experts all of it; or its attention, router, experts, shared experts, and the
     three things that are done between transfers.

@@ -99,6 +99,7 @@ def test_every_schedule_trains_like_one_device(ranks: RankPool, single: dict[str
     assert_like(single, ranks(2, trained, "pp2", {"pipeline_schedule": schedule}, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "keys"),
     [

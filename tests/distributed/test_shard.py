@@ -100,6 +100,7 @@ def test_precision_is_what_it_says(
         assert result["losses"] != fp32["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [

@@ -79,6 +79,7 @@ def test_the_loss_of_an_export_is_that_of_its_run(
     assert theirs["tokens"] == ours["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["llama3"], indirect=True)
 def test_lm_evaluation_harness_runs_on_an_export(run: Path, exported: Path, tmp_path: Path) -> None:
     """A task of three texts, without a network: bits per byte, against a plain model and torch's cross entropy."""

@@ -28,6 +28,7 @@ def straight(text: tuple[str, ...], ranks: RankPool) -> Straight:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
 def test_killed_and_resumed_is_the_straight_run_to_the_last_bit(
     layout: str, text: tuple[str, ...], straight: Straight, ranks: RankPool

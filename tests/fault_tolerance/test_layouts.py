@@ -65,6 +65,7 @@ def test_a_late_group_is_healed_and_both_take_the_steps_of_one_run(
         assert audited(found.folder, STEPS, BATCH, WORLD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), [("llama", "tp2"), ("deepseek", "fsdp2_ep2")])
 def test_groups_apart_do_what_is_written_out(ranks: RankPool, tmp_path: Path, model: str, layout: str) -> None:
     method, tiny = Method(4), MODELS[model]

@@ -120,6 +120,7 @@ def test_the_next_leader_saves_what_a_dead_one_could_not(tmp_path: Path, undistu
         assert losses(found.folder, 2) == pytest.approx(undisturbed, rel=BAND)
 
 
+@pytest.mark.slow
 def test_three_groups_to_one_to_three(tmp_path: Path, undisturbed: dict[int, float]) -> None:
     """A starved group that misses heartbeats for so long counts as dead, and the next would not wait for it."""
     with fleet(tmp_path, *ARGV, groups=3, heartbeat_seconds=2.0) as found:

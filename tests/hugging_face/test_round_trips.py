@@ -114,6 +114,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layout_writes_the_same_files_and_reads_its_own_bytes(ranks: RankPool, tmp_path: Path, name: str) -> None:
     written = {}

@@ -143,6 +143,7 @@ def test_a_block_keeps_what_is_planned(option: str) -> None:
     assert config.saved_by_block(cut).whole == pytest.approx(sum(kept) / len(kept), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", DEBUG)
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_a_compiled_block_keeps_what_is_planned(option: str, mode: str) -> None:

@@ -223,6 +223,7 @@ def test_shards_equal_the_whole(ranks: RankPool, optim: Optimizer) -> None:
 LAYOUTS = [("fsdp2", tiny_llama()), ("tp2", tiny_llama()), ("pp2", tiny_llama()), ("fsdp2_ep2", tiny_deepseek())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "model"), LAYOUTS, ids=[layout for layout, _ in LAYOUTS])
 @pytest.mark.parametrize("optim", [section("optim", "lion"), SGD], ids=["lion", "sgd of this test"])
 def test_a_layout_trains_with_it_like_one_device(ranks: RankPool, optim: Optimizer, layout: str, model: Any) -> None:

@@ -2,8 +2,12 @@
 
 import re
 
+import pytest
+
 from src.runs.folder import attempts
 from tests.slurm.runs import Site, until
+
+pytestmark = pytest.mark.slow
 
 
 def test_an_error_of_the_code_stops_and_the_waiting_launcher_says_so(site: Site) -> None:

@@ -11,6 +11,8 @@ from src.runs.lock import Lock
 from tests.end_to_end.lives import series
 from tests.slurm.runs import Held, Site, told_by, until
 
+pytestmark = pytest.mark.slow
+
 ARGV = (
     *("fault_tolerance=torchft", "fault_tolerance.heartbeat_seconds=2.0", "fault_tolerance.join_seconds=2.0"),
     *("parallel=single", "task.steps=30"),

@@ -6,8 +6,12 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from src.runs.folder import attempts
 from tests.slurm.runs import STEPS, Held, Site, until
+
+pytestmark = pytest.mark.slow
 
 
 def records(run: Held) -> list[dict[str, object]]:

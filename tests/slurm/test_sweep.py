@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from src.runs.folder import attempts
 from src.runs.submissions import submissions
 from src.sweeps.ledger import Ledger
 from tests.slurm.runs import STEPS, Site, until
+
+pytestmark = pytest.mark.slow
 
 WILD = "10.0"  # a learning rate after which no loss is finite, with
 DECAY = "optim.weight_decay=100"

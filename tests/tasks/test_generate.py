@@ -74,6 +74,7 @@ def single(ranks: RankPool) -> Callable[[str, SamplingParams], list[list[int]]]:
     return cache(lambda family, rule: ranks(1, on_layout, "single", family, rule, 5)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "batch"), [("tp2", 2), ("fsdp2", 2), ("cp2", 5), ("pp2", 3), ("tp2_fsdp2", 1), ("cp2_tp2", 4)]
 )
@@ -90,6 +91,7 @@ def test_every_layout_writes_the_same(
     assert ranks(world, on_layout, layout, "llama3", rule, batch) == [single("llama3", rule)] * world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2", "tp2", "cp2", "fsdp2_ep2", "tp2_ep2"])
 def test_experts_write_the_same(
     layout: str, ranks: RankPool, single: Callable[[str, SamplingParams], list[list[int]]]
