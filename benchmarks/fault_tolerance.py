@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 QUIET = (
-    *("task.log_every=1", "task.validate_every=0", "checkpoint=none", "schedule=constant", "schedule.warmup_steps=5"),
-    *("seed=0",),
+    *("recipe=debug", "task.log_every=1", "task.validate_every=0", "checkpoint=none", "schedule=constant"),
+    *("schedule.warmup_steps=5", "seed=0"),
 )
 
 

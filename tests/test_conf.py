@@ -45,7 +45,9 @@ def offered(choice: str) -> Tree:
     """The tree with this option of a group, and with some of the others: one composition serves an option of each."""
     group, _, option = choice.partition("=")
     number = options(group).index(option)
-    return composed(*(f"{each}={options(each)[min(number, len(options(each)) - 1)]}" for each in SECTIONS))
+    chosen = {each: options(each)[min(number, len(options(each)) - 1)] for each in SECTIONS}
+    recipe = "debug" if chosen["task"] == "pretrain" else "none"  # whose values would stand in other options, too
+    return composed(*(f"{each}={name}" for each, name in chosen.items()), f"recipe={recipe}")
 
 
 def made(choice: str) -> BaseModel:
@@ -74,7 +76,11 @@ def defaults(file: Path) -> list[Any]:
 
 def test_the_groups_are_those_of_the_code() -> None:
     listed = [next(iter(entry)) for entry in defaults(CONF / "config.yaml") if isinstance(entry, dict)]
-    assert [each for each in listed if not each.startswith("override")] == list(GROUPS)
+    groups = [each for each in listed if not each.startswith("override")]
+    assert sorted(groups) == sorted(GROUPS)
+    # A task without data chooses recipe=none, else a model its own, which chooses options of the groups before it:
+    # Hydra asks the last of the list first.
+    assert groups[-4:] == ["recipe", "model", "task", "experiment"]
     assert sorted(folder.name for folder in CONF.iterdir() if folder.is_dir()) == sorted(GROUPS)
     assert set(parsed(CONF / "config.yaml")) - {"defaults", "hydra"} == set(Top.model_fields)
 
@@ -127,6 +133,7 @@ def test_defaults_lists_have_only_words_that_hydra_knows(file: Path) -> None:
         key, option = next(iter(entry.items())) if isinstance(entry, dict) else ("", entry)
         *words, group = key.split() or [""]
         assert set(words) <= KEYWORDS, entry
+        group = group.partition("@")[0]
         folder = CONF / group.removeprefix("/") if words or file.parent == CONF else file.parent / group
         if option is not None and not group.startswith("hydra/"):
             assert (folder / f"{option.partition('@')[0]}.yaml").is_file(), entry
@@ -174,3 +181,77 @@ def test_llama3_presets_have_the_published_numbers(option: str) -> None:
     assert (model["rope_scaling"] or {}).get("factor") == factor
     if factor is not None:
         assert model["rope_scaling"] == {"factor": factor, "low": 1.0, "high": 4.0, "original": 8192}
+
+
+def chosen(*overrides: str) -> dict[str, str]:
+    """Option of each group."""
+    return dict(shared().compose(arguments(overrides)).hydra.runtime.choices)
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_a_released_model_has_a_recipe_of_its_own_and_tasks_with_own_sizes_have_none(option: str) -> None:
+    own = option not in ("auto", "llama3_debug", "deepseek_v3_debug", "qwen3_debug", "qwen3_moe_debug")
+    assert chosen(f"model={option}")["recipe"] == (option if own else "debug")
+    assert chosen(f"model={option}", "task=bench")["recipe"] == "none"
+    if own:
+        first = (CONF / f"recipe/{option}.yaml").read_text().splitlines()
+        assert first[0] == "# @package _global_"
+
+
+@pytest.mark.parametrize("task", [each for each in options("task") if each != "pretrain"])
+def test_without_data_a_task_is_what_it_was_before_there_were_recipes(task: str) -> None:
+    plain, large = composed(f"task={task}"), composed(f"task={task}", "model=llama3_8b")
+    assert {key for key in plain if plain[key] != large[key]} == {"model", "name"}
+
+
+RECIPES = {  # tokens of a step, of a sequence, of all steps in 10^12, peak learning rate, steps of warm-up
+    "llama3_1b": (512 * 8192, 8192, 9.0, 3e-4, 8000),
+    "llama3_8b": (512 * 8192, 8192, 15.0, 3e-4, 8000),
+    "llama3_70b": (512 * 8192, 8192, 15.0, 1.5e-4, 8000),
+    "llama3_405b": (2048 * 8192, 8192, 15.6, 8e-5, 8000),
+    "deepseek_v3_16b": (4608 * 4096, 4096, 5.7, 4.2e-4, 2000),
+    "deepseek_v3_236b": (9216 * 4096, 4096, 8.1, 2.4e-4, 2000),
+    "deepseek_v3_671b": (15360 * 4096, 4096, 14.8, 2.2e-4, 2000),
+    "qwen3_0_6b": (1024 * 4096, 4096, 30.0, 3e-4, 2000),
+    "qwen3_8b": (1024 * 4096, 4096, 30.0, 3e-4, 2000),
+    "qwen3_30b_a3b": (1024 * 4096, 4096, 30.0, 3e-4, 2000),
+}
+
+
+@pytest.mark.parametrize("option", RECIPES)
+def test_recipes_have_the_published_numbers(option: str) -> None:
+    tree = composed(f"model={option}")
+    task, optim = tree["task"], tree["optim"]
+    tokens = task["global_batch"] * task["seq_len"]
+    assert (tokens, task["seq_len"], round(task["steps"] * tokens / 1e12, 1), optim["lr"]) == RECIPES[option][:4]
+    assert tree["schedule"]["warmup_steps"] == RECIPES[option][4]
+    assert (optim["weight_decay"], optim["max_norm"], optim["beta2"]) == (0.1, 1.0, 0.95)
+    assert (tree["precision"]["compute"], tree["compile"]["blocks"], tree["recompute"]["mode"]) == (
+        "bfloat16", True, "auto",
+    )  # fmt: skip
+    build(tree)
+
+
+def test_the_command_line_beats_an_experiment_that_a_recipe_that_the_defaults() -> None:
+    keys = ("task.seq_len", "task.global_batch", "optim.lr", "schedule.warmup_steps", "recompute.mode")
+
+    def told(*overrides: str) -> list[object]:
+        return [composed(*overrides)[section][key] for section, key in (each.split(".") for each in keys)]
+
+    assert told() == [256, 16, 8e-4, 20, "none"]
+    assert told("model=llama3_8b") == [8192, 512, 3e-4, 8000, "auto"]
+    assert told("experiment=moe_16b") == [4096, 64, 4.2e-4, 200, "auto"]
+    assert told("experiment=moe_16b", "optim.lr=1e-4", "recompute=full") == [4096, 64, 1e-4, 200, "full"]
+    assert composed("model=llama3_8b", "schedule=constant")["schedule"]["decay_ratio"] == 0.0
+    assert composed("model=llama3_8b", "recipe=debug")["task"] == composed()["task"]
+
+
+@pytest.mark.parametrize("option", options("recipe"))
+def test_a_recipe_sets_no_key_by_which_options_differ_whose_group_it_chooses(option: str) -> None:
+    """It would beat the option that a command line chooses. The learning rate may: it goes with the model."""
+    content = parsed(CONF / f"recipe/{option}.yaml")
+    for group in ("schedule", "precision", "compile", "recompute"):
+        base = {"schedule": "wsd", "precision": "fp32", "compile": "off", "recompute": "none"}[group]
+        others = [each for each in options(group) if each not in (base, "decay")]  # decay is for from=, without recipes
+        varied = {key for each in others for key in parsed(CONF / group / f"{each}.yaml")}
+        assert not set(content.get(group, {})) & varied

@@ -286,8 +286,8 @@ def test_an_outer_launcher_with_another_number_of_ranks_is_refused(somewhere: Pa
     assert list(somewhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["llama3_debug", "llama3_405b"])
-def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "tokens"), [("llama3_debug", 16 * 256), ("llama3_405b", 2048 * 8192)])
+def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str, tokens: int) -> None:
     result = subprocess.run(
         [sys.executable, HOME / "launch.py", "dry_run=true", f"model={model}", "cluster.gpus=0"],
         cwd=somewhere,
@@ -297,8 +297,12 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str
     )
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert (answer["world"], answer["tokens_per_step"]) == (1, 16 * 256)
+    assert (answer["world"], answer["tokens_per_step"]) == (1, tokens)
     assert "tokens per step" in result.stderr
+    assert answer["origins"]["cluster.gpus"] == "command line"
+    large = model == "llama3_405b"
+    assert ("warning: recipe llama3_405b is for GPUs, and there is none here" in result.stderr) == large
+    assert ("warning: tokenizer: 258 ids under model.vocab_size=128256" in result.stderr) == large
     assert list(somewhere.iterdir()) == []
 
 

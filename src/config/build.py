@@ -12,7 +12,7 @@ from pydantic import ValidationError, field_validator
 from src.config import synonyms, wording
 from src.config.base import Config, PathField
 from src.config.bounds import Seed
-from src.config.groups import EXPERIMENT, SECTIONS, SHORT, options, tasks_with
+from src.config.groups import EXPERIMENT, RECIPE, SECTIONS, SHORT, options, tasks_with
 from src.config.presets import section_of
 from src.config.tree import Tree
 from src.config.upgrades import ADDED_SECTIONS
@@ -52,11 +52,12 @@ def build(tree: Tree, *, within: str = "src.", sections: Sequence[str] = SECTION
     A target must be a Config class of a module whose name starts with `within`.
     """
     builder = _Builder(within)
-    top = {key: value for key, value in tree.items() if key not in sections and key != EXPERIMENT}
+    top = {key: value for key, value in tree.items() if key not in (*sections, RECIPE, EXPERIMENT)}
     strangers = {key: top.pop(key) for key in list(top) if key not in Top.model_fields}
     builder.problems += [_stranger(key, value, tree) for key, value in strangers.items()]
-    if EXPERIMENT in tree and tree[EXPERIMENT] is not None:
-        builder.problems.append(f"{EXPERIMENT}: no such section; begin the file with '# @package _global_'")
+    for group in (RECIPE, EXPERIMENT):
+        if tree.get(group) is not None:
+            builder.problems.append(f"{group}: no such section; begin the file with '# @package _global_'")
     built = dict(builder.construct(Top, top, "") or {})
     for name in sections:
         built[name] = builder.section(name, tree.get(name, _neutral(name)))

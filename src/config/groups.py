@@ -24,9 +24,12 @@ SECTIONS = (
     "cluster",
     "sweep",
 )
-# A group whose files change the other sections and leave none of their own.
+# Groups whose files change the other sections and leave none of their own.
+RECIPE = "recipe"
 EXPERIMENT = "experiment"
-GROUPS = (*SECTIONS, EXPERIMENT)
+GROUPS = (*SECTIONS, RECIPE, EXPERIMENT)
+# `from=<run>[@step]` stands for a run's config and `checkpoint.initial`; src/tasks/from_run.py spells it out.
+FROM = "from"
 # Keys that a task which has them takes without its section: `run=...` is `task.run=...`.
 SHORT = (
     "run",

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from src.config.groups import CONF, options
+from src.config.groups import CONF, RECIPE, options
 from src.config.tree import Tree, leaves_of
 from src.errors import ConfigError
 
@@ -47,14 +47,28 @@ def section_of(group: str, option: str) -> Tree:
     if option not in options(group) and "/" not in option:
         raise ConfigError(f"{group}={option}: no such option; there are: {', '.join(options(group))}")
     file = _file(f"{group}/{option}")
-    merged: Tree = {}
+    recipe = recipe_of(group, option) or defaults()[RECIPE]
+    merged: Tree = _file(f"{RECIPE}/{recipe}").get(group, {}) if group == "task" else {}
     for each in file.pop("defaults", ["_self_"]):
+        if isinstance(each, dict):  # chooses an option of another group
+            continue
         name, _, package = str(each).partition("@")
         part = file if name == "_self_" else section_of(group, name)
         for key in reversed(package.split(".") if package not in ("", "_here_") else []):
             part = {key: part}
         merged = _merged(merged, part)
     return merged
+
+
+def recipe_of(group: str, option: str) -> str | None:
+    """The recipe that an option chooses, or one that it builds on; None: whatever stands in config.yaml."""
+    listed = _file(f"{group}/{option}").get("defaults", [])
+    for each in (each for each in listed if isinstance(each, dict)):
+        for key, chosen in each.items():
+            if key.partition("@")[0] == f"override /{RECIPE}":
+                return str(chosen)
+    built_on = (str(each).partition("@")[0] for each in listed if isinstance(each, str) and each != "_self_")
+    return next((found for each in built_on if (found := recipe_of(group, each)) is not None), None)
 
 
 def _merged(below: Tree, above: Mapping[str, Any]) -> Tree:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+PADDING_IDS = 10_000  # so many that a model has beyond its tokenizer are a choice: special tokens, a round number
 
 
 class Tokenizer(ABC):
@@ -240,6 +241,19 @@ def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> li
     return [
         f"model.vocab_size={model_vocab_size} is less than the tokenizer's {needed}: ids beyond it have no embedding; "
         f"use model.vocab_size={needed} or more"
+    ]
+
+
+def vocabulary_warnings(tokenizer: TokenizerConfig, model_vocab_size: int) -> list[str]:
+    """Where most rows of the model's embedding and head belong to no token: its own tokenizer was probably meant."""
+    needed = tokenizer.vocabulary()
+    unused = model_vocab_size - needed
+    if unused <= max(needed, PADDING_IDS):
+        return []
+    return [
+        f"tokenizer: {needed:,} ids under model.vocab_size={model_vocab_size}: {unused:,} rows of the embedding and of "
+        "the head stand for no token and cost memory and time; pass tokenizer=file tokenizer.path=<tokenizer.json of "
+        f"the model>, or model.vocab_size={needed}"
     ]
 
 

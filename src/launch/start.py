@@ -158,10 +158,13 @@ def unfit(run: "Run") -> list[str]:
 
 def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
     """Whether what the run starts from fits it: a checkpoint, or weights in Hugging Face layout on this machine."""
+    from src.data.tokenizer import vocabulary_warnings
     from src.hugging_face.hub import is_local
     from src.launch.initial import check_initial, rewarming
 
     folder = place(run.root, run.name, identity(tree), run.folder)
+    if run.task.needs_corpus:
+        tell(f"warning: {line}" for line in vocabulary_warnings(run.tokenizer, run.model.vocab_size))
     check_initial(run, folder)
     if (line := rewarming(run, folder)) is not None:
         tell([f"warning: {line}"])

@@ -3,11 +3,12 @@
 import pytest
 
 from src.config.composition.command_line import typed
+from src.config.composition.overrides import overrides
 from src.config.groups import SECTIONS, options
 from src.config.presets import defaults, nearest_option, section_of
-from src.config.tree import leaves_of
+from src.config.tree import identity, leaves_of
 from src.errors import ConfigError
-from tests.test_conf import offered
+from tests.test_conf import composed, offered
 
 MUST_BE_GIVEN = "???"
 
@@ -51,3 +52,14 @@ def test_what_differs_from_an_option_is_told_with_its_key() -> None:
 )
 def test_a_value_as_it_is_typed(key: str, value: object, text: str) -> None:
     assert typed(key, value) == text
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("model=llama3_8b",), ("model=qwen3_8b", "optim.lr=8e-4"), ("experiment=moe_16b",)]
+)
+def test_a_config_with_a_recipe_is_typed_without_it(words: tuple[str, ...]) -> None:
+    """Every value that a recipe decides stands in the command, so that the command is as good as the config."""
+    tree = composed(*words)
+    again = composed(*(f"{key}={text}" for key, text in overrides(tree).items()), f"name={tree['name']}")
+    assert identity(again) == identity(tree)
+    assert overrides(tree).get("recipe") == ("debug" if words else None)

@@ -23,7 +23,7 @@ def test_a_run_is_submitted_from_a_frozen_folder(site: Site, straight: dict[int,
     loop, defaults = site.repository / "src/train/loop.py", site.repository / "conf/task/pretrain.yaml"
     before = loop.read_text(), defaults.read_text()
     loop.write_text("raise SystemExit('this is not the code that was submitted')\n")
-    defaults.write_text(before[1].replace("seq_len", "sequence"))
+    defaults.write_text(before[1].replace("log_every", "logs_every"))
     try:
         run.until_held()
         site.cluster.run("scontrol", "requeue", run.job)

@@ -16,7 +16,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from yaml import MarkedYAMLError
 
 from src.config.composition.composer import COMPOSITION_ERRORS, parsed
-from src.config.groups import GROUPS, SECTIONS, options
+from src.config.groups import EXPERIMENT, FROM, GROUPS, options
 from src.config.upgrades import renamed
 from src.config.wording import nearest, unknown
 from src.errors import ConfigError
@@ -36,7 +36,7 @@ TEXTS = (
 )
 # Paths and words: =, spaces, ~ and brackets are part of the value; a comma parts the values of a sweep, as everywhere.
 PLACES = (
-    *("root", "folder", "run", "task.run", "to", "task.to", "prompts", "task.prompts", "checkpoint.initial"),
+    *("root", "folder", FROM, "run", "task.run", "to", "task.to", "prompts", "task.prompts", "checkpoint.initial"),
     *("data.files", "data.path", "data.separator", "tokenizer.path", "tokenizer.bos", "tokenizer.eos"),
     *("cluster.account", "cluster.qos", "cluster.python", "tracker.wandb.project", "tracker.wandb.entity"),
 )
@@ -52,6 +52,11 @@ def arguments(argv: Sequence[str]) -> list[str]:
     for before, each in pairwise(["", *argv]):
         (flags if _of_a_flag(before, each) else others).append(each)
     return flags + [_settable(_current(each)) for each in others]  # Hydra wants all assignments in one place
+
+
+def assignments(given: Sequence[str]) -> list[str]:
+    """Of what `arguments` returns, all but the flags and their words."""
+    return [each for before, each in pairwise(["", *given]) if not _of_a_flag(before, each)]
 
 
 def former(argv: Sequence[str]) -> list[str]:
@@ -117,9 +122,10 @@ def _refused(key: str, value: str | None = None) -> str | None:
         return f"={value}: a value without a key; write key=value"
     if key in GROUPS and (value or "").lstrip().startswith("{"):
         return f"{key}={value}: a group takes the name of an option; set single keys as {key}.<key>=..."
-    if key in SECTIONS and value in ("", "null"):
+    needs_option = key in GROUPS and key != EXPERIMENT
+    if needs_option and value in ("", "null"):
         return f"{key}={value}: a group needs an option; there are: {', '.join(options(key))}"
-    if key in SECTIONS and value is not None and (found := _no_option(key, value)):
+    if needs_option and value is not None and (found := _no_option(key, value)):
         return found
     return _hydra_key(key)
 

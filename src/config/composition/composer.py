@@ -6,9 +6,9 @@ Here it composes each choice of groups once; what only sets values is applied to
 
 import copy
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
+from src.config.composition.origins import ValueOrigin, ValueOrigins, file_origins
 from src.config.groups import CONF, GROUPS, SHORT
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, MarkedYAMLError)
@@ -45,6 +46,7 @@ class Composer:
     def __init__(self, loader: ConfigLoaderImpl) -> None:
         self._loader = loader
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._origins: dict[tuple[str, ...], Mapping[str, ValueOrigin]] = {}
 
     def compose(self, given: Sequence[str], number: int | None = None) -> DictConfig:
         """With its node `hydra`. `number`: of the point in a sweep. One of COMPOSITION_ERRORS for what is wrong.
@@ -53,10 +55,7 @@ class Composer:
         job and overrides, belong to the newest, which is what ${...} in them refers to.
         """
         overrides = [parsed(each) for each in given]
-        values = [each for each in overrides if _sets_a_value(each)]
-        others = [each for each in overrides if not _sets_a_value(each)]
-        if not all(_chooses(each) for each in others):  # such as +a.b=1 or ~a.b, which need their place in the order
-            values, others = [], overrides
+        values, others = _parted(overrides)
         shared = self._shared(tuple(str(each.input_line) for each in others))
         cfg, hydra = _own(shared, {_section(each) for each in values}), shared.hydra
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
@@ -70,9 +69,21 @@ class Composer:
         HydraConfig.instance().cfg = SimpleNamespace(hydra=hydra)  # type: ignore[assignment]  # its setter copies
         return cfg
 
+    def origins(self, given: Sequence[str]) -> ValueOrigins:
+        """Of the values of `compose(given)`."""
+        overrides = [parsed(each) for each in given]
+        choices = tuple(str(each.input_line) for each in _parted(overrides)[1])
+        typed = [each.key_or_group for each in overrides if each.key_or_group not in GROUPS]
+        return ValueOrigins(partial(self._files, choices), typed)
+
     def parsed(self, argument: str) -> Override:
         """One that knows the options of groups, for glob(...)."""
         return OverridesParser.create(config_loader=self._loader).parse_overrides([argument])[0]
+
+    def _files(self, choices: tuple[str, ...]) -> Mapping[str, ValueOrigin]:
+        if choices not in self._origins:
+            self._origins[choices] = file_origins(self._loader, choices)
+        return self._origins[choices]
 
     def _shared(self, given: tuple[str, ...]) -> DictConfig:
         """What is composed of groups alone."""
@@ -111,6 +122,15 @@ def _section(override: Override) -> str:
     """The key at the top that a value is set below, or moved to."""
     key = override.key_or_group.partition(".")[0]
     return "task" if key in SHORT else key
+
+
+def _parted(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
+    """Those that set a value, and those that choose options, which decide the files; all are of the second kind where
+    one needs its place in the order, such as +a.b=1 or ~a.b.
+    """
+    values = [each for each in overrides if _sets_a_value(each)]
+    others = [each for each in overrides if not _sets_a_value(each)]
+    return (values, others) if all(_chooses(each) for each in others) else ([], overrides)
 
 
 def _sets_a_value(override: Override) -> bool:

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping
 
 from src.config.composition.command_line import typed
-from src.config.groups import SECTIONS
-from src.config.presets import defaults, nearest_option
+from src.config.groups import RECIPE, SECTIONS
+from src.config.presets import defaults, nearest_option, recipe_of
 from src.config.tree import SITE, Tree
 
 
@@ -19,6 +19,9 @@ def overrides(tree: Tree, *, site: bool = False) -> dict[str, str]:
         if option != defaults().get(group):
             found[group] = option
         found |= {f"{group}.{key}": typed(f"{group}.{key}", value) for key, value in away.items()}
+    model, task = (found.get(group, defaults()[group]) for group in ("model", "task"))
+    if recipe_of("model", model) is not None and recipe_of("task", task) is None:
+        found[RECIPE] = defaults()[RECIPE]  # the keys above are all that differs from it
     return found | ({"seed": str(tree["seed"])} if tree.get("seed") else {})
 
 

@@ -1,8 +1,10 @@
 """What a command line asks for: one run, the points of a sweep, or a space to search. Hydra begins and ends here."""
 
+import io
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from math import prod
 from tempfile import TemporaryDirectory
@@ -15,10 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.build import whole_numbers
-from src.config.composition.command_line import SWEEP_FLAGS, arguments, former, problem
+from src.config.composition.command_line import SWEEP_FLAGS, arguments, assignments, former, problem
 from src.config.composition.composer import COMPOSITION_ERRORS, UNEXPECTED, Composer, composer, parsed
+from src.config.composition.origins import ValueOrigin, ValueOrigins, annotated
 from src.config.composition.resolution import resolve
-from src.config.groups import CONF, SHORT
+from src.config.groups import CONF, FROM, SHORT
 from src.config.tree import Tree
 from src.errors import ConfigError, UserError
 
@@ -33,6 +36,7 @@ class ConfigPoint:
 
     tree: Tree
     overrides: dict[str, str]
+    origins: ValueOrigins = field(default_factory=ValueOrigins, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,13 @@ def asked(argv: Sequence[str], complete: Complete = as_typed) -> Request:
                 _composed(hydras, plain)  # Hydra says that these are several values
             if space:
                 raise ConfigError("hydra.sweeper.params without hydra.mode: MULTIRUN; write both, or pass -m")
-            points.add(base)
+            points.add(base, hydras.origins(fixed))
         else:
             ours = [each for each in plain if each.lstrip("+~").startswith("hydra")]
             params = arguments([f"{key}={text}" for key, text in space.items() if key not in ranges])
             chosen = {_pair(each)[0]: each for each in [*params, *plain] if each not in ours}  # the last of a key
             for number, each in enumerate(_product(hydras, list(chosen.values()))):
-                points.add(_composed(hydras, [*ours, *each], number))
+                points.add(_composed(hydras, [*ours, *each], number), hydras.origins([*ours, *each]))
         return Request(points.resolved(), swept=flagged)
 
 
@@ -97,7 +101,8 @@ def point(fixed: Sequence[str], chosen: dict[str, str], complete: Complete = as_
     """One point of a searched space."""
     points = _Points(complete)
     with composer() as hydras:
-        points.add(_composed(hydras, [*fixed, *arguments([f"{key}={text}" for key, text in chosen.items()])]))
+        given = [*fixed, *arguments([f"{key}={text}" for key, text in chosen.items()])]
+        points.add(_composed(hydras, given), hydras.origins(given))
     return points.resolved()[0]
 
 
@@ -115,16 +120,22 @@ def _by_hydra(given: Sequence[str], points: "_Points") -> None:
     def take(cfg: DictConfig) -> None:
         with open_dict(cfg):
             cfg.hydra = HydraConfig.get()
-        points.add(cfg)
+        points.add(cfg, ValueOrigins())
 
+    shows = any(each in ("--cfg", "-c") or each.startswith("--cfg=") for each in given)
     with TemporaryDirectory() as scratch:  # for the multirun.yaml that Hydra's sweeper insists on
         before, sys.argv = sys.argv, [sys.argv[0], *given, f"hydra.sweep.dir={scratch}"]
+        printed = io.StringIO()
         try:
-            take()
+            with redirect_stdout(printed) if shows else nullcontext():
+                take()
         except COMPOSITION_ERRORS as error:
             raise UserError(problem(error, given)) from error
         finally:
             sys.argv = before
+    if shows:
+        with composer() as hydras:
+            print(annotated(printed.getvalue(), hydras.origins(assignments(given))), end="")
 
 
 class _Points:
@@ -135,14 +146,19 @@ class _Points:
         self.found: list[ConfigPoint] = []
         self.errors: list[UserError] = []
 
-    def add(self, cfg: DictConfig) -> None:
+    def add(self, cfg: DictConfig, origins: ValueOrigins) -> None:
         overrides = dict(_pair(str(each)) for each in _plain(cfg.hydra.overrides.task))
         with open_dict(cfg):
             del cfg["hydra"]
         try:
             spell_out(cfg, overrides)
             tree = whole_numbers(resolve(cfg))
-            self.found.append(ConfigPoint(self.complete(tree, overrides), overrides))
+            if FROM in tree:  # the run's values stand behind those of an experiment, too
+                found = self.complete(tree, overrides | origins.of_experiment(tree))
+                origins = origins.beside(tree, found, ValueOrigin(f"{FROM} {tree[FROM]}"))
+            else:
+                found = self.complete(tree, overrides)
+            self.found.append(ConfigPoint(found, overrides, origins))
         except UserError as error:
             self.errors.append(error)
 

@@ -1,0 +1,67 @@
+"""What a person is told of where the values of a run come from: a dry run's table, and a line about its recipe."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from rich.table import Table
+
+from src.config.composition.origins import DEFAULT, ValueOrigin, ValueOrigins, values
+from src.config.groups import RECIPE
+from src.planning.machines import has_gpu
+
+if TYPE_CHECKING:
+    from src.run import Run
+
+SHOWN = 60  # letters of a value
+RECIPES_OPTIMIZER = "AdamW"  # of all recipes of conf/
+
+
+def render(tree: Mapping[str, Any], origins: ValueOrigins) -> Table:
+    """What is no default, by key; for a terminal."""
+    table = Table(title="values that are no defaults", title_justify="left")
+    for heading in ("key", "value", "from"):
+        table.add_column(heading, overflow="fold")
+    for key, value, origin in origins.listed(tree):
+        table.add_row(key, shown(value), str(origin))
+    return table
+
+
+def by_key(tree: Mapping[str, Any], origins: ValueOrigins) -> dict[str, str]:
+    """Dotted key -> origin of what is no default; for machines."""
+    return {key: str(origin) for key, _ in values(tree) if (origin := origins.of(key)) != DEFAULT}
+
+
+def recipe_lines(tree: Mapping[str, Any], origins: ValueOrigins, run: "Run") -> list[str]:
+    """What the model's published recipe decides of this run, and what that means where there is no GPU."""
+    listed = [(key, value, origin) for key, value, origin in origins.listed(tree) if _of_recipe(origin)]
+    if not listed:
+        return []
+    name = listed[0][2].source
+    chosen = " ".join(f"{key}={shown(value)}" for key, value, _ in listed)
+    lines = [f"{name}: {chosen} (conf/{name.replace(' ', '/')}.yaml says where from; {RECIPE}=debug leaves it out)"]
+    optimizer = type(run.optim).__name__
+    if optimizer != RECIPES_OPTIMIZER and _of_recipe(origins.of("optim.lr")):
+        lines.append(
+            f"warning: optim.lr={run.optim.lr:g} is that of {name}, for {RECIPES_OPTIMIZER}; pass one for {optimizer}"
+        )
+    if not has_gpu(run, run.cluster.devices()):
+        lines.append(
+            f"warning: {name} is for GPUs, and there is none here: bfloat16 and compiled blocks run on the CPU, "
+            "slowly, and recompute=auto keeps all activations, since no memory limit is known; a trial on a CPU is "
+            f"{RECIPE}=debug"
+        )
+    return lines
+
+
+def shown(value: object) -> str:
+    """A value as one would type it, cut where it is long."""
+    text = {None: "null", True: "true", False: "false"}[value] if _is_word(value) else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _is_word(value: object) -> TypeGuard[bool | None]:
+    return value is None or isinstance(value, bool)
+
+
+def _of_recipe(origin: ValueOrigin) -> bool:
+    return origin.source.startswith(f"{RECIPE} ")
