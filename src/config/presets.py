@@ -26,15 +26,20 @@ def nearest_option(group: str, section: Mapping[str, Any]) -> tuple[str, dict[st
     values; another class is farther away than any key. Of several the default, then the first by name.
     """
     ours = leaves_of(section)
-    kin = [option for option in options(group) if _leaves(group, option).get("_target_") == ours.get("_target_")]
+    kin = [option for option in _options(group) if _leaves(group, option).get("_target_") == ours.get("_target_")]
     found = []
-    for option in kin or options(group):
+    for option in kin or _options(group):
         theirs = _leaves(group, option)
         away = {key: value for key, value in ours.items() if key not in theirs or theirs[key] != value}
         absent = len(theirs.keys() - ours.keys())
         found.append((len(away) + absent, option != defaults().get(group), option, away))
     _, _, option, away = min(found, key=lambda each: each[:3])
     return option, away
+
+
+@cache
+def _options(group: str) -> list[str]:
+    return options(group)
 
 
 @cache

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,17 @@ def read(path: Path) -> Tree:
 
 
 def read_section(path: Path, section: str) -> Any:
-    """One section, or one value at the top, of such a tree, in a tenth of the time: only its lines are parsed. None
-    where the tree has no such section.
+    """One section, or one value at the top, of such a tree, in a tenth of the time: only its lines are parsed, once
+    for all runs that have the same. Not to be changed. None where the tree has no such section.
     """
     text = _text(path)
     lines = re.search(rf"^{re.escape(section)}:.*\n?(?: .*\n?|- .*\n?|\n)*", text, re.MULTILINE)
-    return upgraded(_loaded(path, text if lines is None else lines[0])).get(section)
+    return _section(text if lines is None else lines[0], section, path if lines is None else None)
+
+
+@lru_cache(maxsize=1024)
+def _section(text: str, section: str, path: Path | None) -> Any:
+    return upgraded(_loaded(path or Path(section), text)).get(section)
 
 
 def _text(path: Path) -> str:

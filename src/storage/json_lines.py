@@ -47,10 +47,16 @@ class Lines:
     def newest(self, *names: str) -> dict[str, Any]:
         """The newest value of each name, as far as the last 64 KiB have it: one small read of however long a file."""
         tail = self._tail()
+        known: dict[int, dict[str, Any]] = {}  # by the end of the line: one line has most of the names
         found: dict[str, Any] = {}
         for name in names:
-            lines = (tail[_line_at(tail, place)] for place in _places(tail, json.dumps(name).encode() + b":"))
-            found |= next(({name: each[name]} for each in _records(lines) if name in each), {})
+            for place in _places(tail, json.dumps(name).encode() + b":"):
+                line = _line_at(tail, place)
+                if line.stop not in known:
+                    known[line.stop] = next(_records([tail[line]]), {})
+                if name in known[line.stop]:
+                    found[name] = known[line.stop][name]
+                    break
         return found
 
     def _tail(self) -> bytes:

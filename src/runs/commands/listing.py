@@ -5,8 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from src.metrics.goodput import duration
@@ -38,19 +36,25 @@ def show_list(runs: Sequence[Summary], *, as_json: bool) -> int:
     if not runs:
         print("no such run", file=sys.stderr)
         return 1
-    terminal().print(table(runs))
+    terminal().print(table(runs), no_wrap=True, overflow="ellipsis")
     states = [run.state for run in runs]
     terminal().print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)), highlight=False)
     return 0
 
 
-def table(runs: Sequence[Summary]) -> Table:
-    """One row a run, without columns that none of them fills."""
-    kept = [(name, cell) for name, cell in COLUMNS if any(cell(run) for run in runs)]
-    found = Table(*(name for name, _ in kept), box=box.SIMPLE)
-    for run in runs:
-        found.add_row(*(Text(cell(run), style=COLOURS[run.state] if name == "state" else "") for name, cell in kept))
-    return found
+def table(runs: Sequence[Summary]) -> Text:
+    """One line a run, without columns that none of them fills. Not a table of rich, which takes 2 s for 1,000 rows."""
+    columns = [(name, [cell(run) for run in runs]) for name, cell in COLUMNS]
+    kept = [(name, cells, max(map(len, (name, *cells)))) for name, cells in columns if any(cells)]
+    found = Text("  ".join(name.ljust(width) for name, _, width in kept).rstrip(), style="bold", end="")
+    lines = [found]
+    for number, run in enumerate(runs):
+        line = Text()
+        for name, cells, width in kept:
+            line.append(f"{cells[number]:<{width}}  ", COLOURS[run.state] if name == "state" else None)
+        line.rstrip()
+        lines.append(line)
+    return Text("\n").join(lines)
 
 
 def ordered(runs: Sequence[Summary], key: str | None) -> list[Summary]:
