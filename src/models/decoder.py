@@ -184,10 +184,11 @@ class Decoder(nn.Module):
             hidden = hidden if self.norm is None else self.norm(hidden)
             return torch.cat([hidden, *embeddings]) if embeddings else hidden
         if ahead is None or self.mtp is None or labels is None:
-            return self.output(hidden if self.norm is None else self.norm(hidden), labels=labels)
+            result: Tensor = self.output(hidden if self.norm is None else self.norm(hidden), labels=labels)
+            return result
+        # In this order, and the head once: FSDP gathers norm and head together, for one call of each.
         further = self.mtp(hidden, embeddings, rotary, mask)
         hidden = hidden if self.norm is None else self.norm(hidden)
-        # The head is called once, since FSDP gathers it for one call.
         together = torch.cat([labels, ahead.labels]).unflatten(0, (1 + len(further), -1))
         return self.mtp.added(self.output(torch.cat([hidden, *further]), labels=together))
 
