@@ -84,6 +84,6 @@ class Auto(Config):
     fixed_block: Tokens | None
     """Tokens of a block; attention stays inside of one (flex); null: no such limit."""
     mtp: dict[str, Any]
-    """Multi-token prediction of a DeepSeek-V3; its released weights are read where depths is above 0."""
+    """Multi-token prediction of a DeepSeek-V3; its released modules are read where depths asks for them."""
     moe: dict[str, Any]
     """Of a model with experts; one of type deepseek_v2 is not balanced, since it has no biases."""
