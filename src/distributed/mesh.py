@@ -33,6 +33,7 @@ class Mesh:
             joined = {axis: size for axis, size in axes.items() if axis != "context"} | {"shard": degrees.fsdp}
             self.weights = init_device_mesh(device_type, tuple(joined.values()), mesh_dim_names=tuple(joined))
         self._spread: DeviceMesh | None = None
+        self._stage: DeviceMesh | None = None
 
     def spread_experts(self) -> None:
         """Collective. Make the grid of routed experts, where they lie otherwise than all other weights.
@@ -90,6 +91,18 @@ class Mesh:
             mesh_sum(counts, mesh)
         return counts
 
+    def stage_group(self) -> dist.ProcessGroup:
+        """Collective. All ranks that hold this rank's stages between them, shards, parts and copies alike."""
+        sizes = {name: self.whole[name].size() for name in self.whole.mesh_dim_names or ()}
+        inner = [name for name, size in sizes.items() if size > 1 and name not in ("copy", "pipeline")]
+        if len(inner) == 1:
+            return self.whole[inner[0]].get_group()
+        if self._stage is None:
+            ranks = self.world // self.degrees.pipeline
+            shape = (dist.get_world_size() // ranks, ranks)
+            self._stage = init_device_mesh(self.whole.device_type, shape, mesh_dim_names=("stages", "stage"))
+        return self._stage["stage"].get_group()
+
     @property
     def pipeline(self) -> DeviceMesh:
         """The ranks that hold the stages of one model, in the order of `stages.owned`."""
@@ -118,5 +131,5 @@ class Mesh:
     def groups(self) -> list[dist.ProcessGroup]:
         """This rank's process group of every axis."""
         meshes = [self.whole] if self.weights is self.whole else [self.whole, self.weights]
-        meshes += [] if self._spread is None else [self._spread]
+        meshes += [each for each in (self._spread, self._stage) if each is not None]
         return [group for mesh in meshes for group in mesh.get_all_groups()]

@@ -118,8 +118,8 @@ def _tensors(run: "Run", path: Path) -> list[str]:
     there = shapes(path)
     here = {f"model.{each.name}": (tuple(each.shape), run.precision.storage) for each in run.model.weights()}
     for each in run.model.weights():
-        for name, dtype in run.optim.state.items():
-            here[f"optimizer.{each.name}.{name}"] = (tuple(each.shape), dtype)
+        for name, kept in run.optim.state(each.name, each.shape).items():
+            here[f"optimizer.{each.name}.{name}"] = (kept.shape, kept.dtype)
     missing = here.keys() - there.keys()
     # Beside weights and moments there are each parameter's count of updates, and buffers, which the ranks look at.
     more = {each for each in there.keys() - here.keys() if each.startswith(("model.", "optimizer."))}

@@ -17,6 +17,7 @@ from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import module_of, owned, split
 from src.distributed.precision.config import BYTES
 from src.planning.advice import told
+from src.planning.memory import local_state_bytes
 from src.run import Run
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def build(run: Run, rank: int) -> Rehearsal:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from src.distributed.mesh import Mesh
-    from src.train.setup import build_stages
+    from src.train.setup import build_stages, owners_of
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=run.parallel.world)
     mesh = Mesh(run.parallel, "cpu")
@@ -93,8 +94,9 @@ def build(run: Run, rank: int) -> Rehearsal:
     named = [pair for part in stages.values() for pair in part.named_parameters()]
     for _, parameter in named:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = run.optim.build(named, torch.device("cpu"))
-    kept = [state[name] for state in optimizer.state.values() for name in run.optim.state]
+    device = torch.device("cpu")
+    optimizer = run.optim.build(named, device, owners_of(run, mesh, device))
+    kept = [each for state in optimizer.state.values() for name, each in state.items() if name != "step"]
     built = RehearsedBytes(
         parameters=_bytes(parameter for _, parameter in named),
         gradients=_bytes(parameter.grad for _, parameter in named if parameter.grad is not None),
@@ -119,10 +121,10 @@ def planned(run: Run, stage_rank: int) -> RehearsedBytes:
     stages = split(degrees, run.model.n_layers)
     mine = owned(stage_rank, degrees.pipeline, len(stages), degrees.pipeline_schedule) if len(stages) > 1 else (0,)
     modules = {module for stage in mine for module in stages[stage]}
-    weights = (weight for weight in run.model.weights() if module_of(weight.name) in modules)
-    elements = sum(weight.local_elements(degrees) for weight in weights)
-    stored = elements * BYTES[run.precision.storage]
-    return RehearsedBytes(parameters=stored, gradients=stored, optimizer=elements * run.optim.state_bytes())
+    weights = [weight for weight in run.model.weights() if module_of(weight.name) in modules]
+    stored = sum(weight.local_elements(degrees) for weight in weights) * BYTES[run.precision.storage]
+    state = sum(local_state_bytes(run.optim, weight, degrees) for weight in weights)
+    return RehearsedBytes(parameters=stored, gradients=stored, optimizer=state)
 
 
 def render(rehearsals: list[Rehearsal]) -> Table:

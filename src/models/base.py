@@ -93,6 +93,16 @@ class ModelConfig(Config):
         """Heads of the keys and values that a core is given."""
         return self.n_heads
 
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Of each matrix of attention that heads cut, by name: how many, and whether its rows (0) or columns (1)."""
+        found = {}
+        for weight in self.weights():
+            words = weight.name.split(".")
+            if "attention" in words and weight.tensor_dim is not None:
+                keys = {"wk", "wv"} & {*words}
+                found[weight.name] = (self.kv_heads if keys else self.n_heads, weight.tensor_dim)
+        return found
+
     def attention_width(self) -> int:
         """Sum over blocks of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
         return (self.n_layers + self.prediction_depths) * self.n_heads * sum(self.head_widths)

@@ -8,11 +8,13 @@ from pydantic import model_validator
 
 from src.config.bounds import Beta, Epsilon
 from src.errors import ConfigError
-from src.optim.base import Optimizer, StateDtype, bfloat16_problem
+from src.optim.base import Optimizer, StateDtype, StateTensor, bfloat16_problem
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from src.optim.owners import Owners
 
 
 class AdamW(Optimizer):
@@ -39,16 +41,18 @@ class AdamW(Optimizer):
             raise ValueError(problem)
         return self
 
-    @property
-    def state(self) -> Mapping[str, StateDtype]:
-        return {"exp_avg": self.moments, "exp_avg_sq": self.moments}
+    def state(self, name: str, shape: Sequence[int]) -> Mapping[str, StateTensor]:
+        moment = StateTensor(self.moments, tuple(shape))
+        return {"exp_avg": moment, "exp_avg_sq": moment}
 
     def smaller_state(self) -> tuple[str, Self] | None:
         if self.moments == "bfloat16" or bfloat16_problem(beta1=self.beta1, beta2=self.beta2) is not None:
             return None
         return "optim=adamw_bf16", self.model_copy(update={"moments": "bfloat16", "fused": False})
 
-    def from_groups(self, groups: list[dict[str, Any]], device: "torch.device") -> "torch.optim.Optimizer":
+    def from_groups(
+        self, groups: list[dict[str, Any]], device: "torch.device", owners: "Owners | None"
+    ) -> "torch.optim.Optimizer":
         import torch
 
         from src.optim.elementwise import Elementwise

@@ -1,8 +1,9 @@
 """`Optimizer`, the interface of the section `optim`: builds a torch optimizer, and knows the bytes of its state."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from src.config.base import Config
 from src.config.bounds import GradientNorm, LearningRate, WeightDecay
@@ -11,13 +12,28 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from src.optim.owners import Owners
+
 StateDtype = Literal["float32", "bfloat16"]
 # What an update of one number reads besides its own gradient and state.
 Reads = Literal["elements", "rows", "matrices"]
 
+Heads = tuple[int, int]  # how many, and which axis of the matrix they cut: 0 its rows, 1 its columns
+
 STATE_BYTES: dict[StateDtype, int] = {"float32": 4, "bfloat16": 2}
 # bfloat16 keeps 8 bits: a value that shrinks by less than 2**-8 in a step can round back to itself and never fall.
 SLOWEST_BFLOAT16_BETA = 1.0 - 2.0**-8
+
+
+class StateTensor(NamedTuple):
+    """One tensor that is kept for a parameter, and sharded as the parameter is."""
+
+    dtype: StateDtype
+    shape: tuple[int, ...]  # the parameter's, or that with 1 in the place of its last: a number for each row
+
+    @property
+    def bytes(self) -> int:
+        return STATE_BYTES[self.dtype] * prod(self.shape)
 
 
 class Optimizer(Config):
@@ -40,17 +56,20 @@ class Optimizer(Config):
     max_norm: GradientNorm | None
     """Global gradient norm that gradients are clipped to; null: never clip."""
 
-    @property
     @abstractmethod
-    def state(self) -> Mapping[str, StateDtype]:
-        """Name and type of each tensor that is kept for a parameter, of the parameter's shape and sharding.
+    def state(self, name: str, shape: Sequence[int]) -> Mapping[str, StateTensor]:
+        """By name, each tensor that is kept for the parameter of this name and whole shape.
 
         Beside them each parameter has `step`, a float32 scalar: the updates so far, without those that were skipped.
         """
 
     @abstractmethod
-    def from_groups(self, groups: list[dict[str, Any]], device: "torch.device") -> "torch.optim.Optimizer":
+    def from_groups(
+        self, groups: list[dict[str, Any]], device: "torch.device", owners: "Owners | None"
+    ) -> "torch.optim.Optimizer":
         """The torch optimizer of these parameter groups; each has lr and weight_decay of its own.
+
+        `owners`: where matrices are sharded, what brings each of them together on one rank.
 
         `step()` reads two attributes of it, 0-dim float32 tensors on the device, and the host never waits to know:
         where `found_inf` is 1 weights and state stay as they are; gradients are divided by `grad_scale` as they are
@@ -61,9 +80,14 @@ class Optimizer(Config):
         """Peak learning rate of one parameter."""
         return self.lr
 
-    def decays(self, name: str, parameter: "nn.Parameter") -> bool:
-        """Whether weight decay acts on it."""
-        return self.decay_norms_and_embeddings or (parameter.ndim > 1 and "tok_embeddings" not in name.split("."))
+    def decay(self, name: str, parameter: "nn.Parameter") -> float:
+        """Weight decay of one parameter."""
+        decays = self.decay_norms_and_embeddings or (parameter.ndim > 1 and "tok_embeddings" not in name.split("."))
+        return self.weight_decay if decays else 0.0
+
+    def options(self, name: str, parameter: "nn.Parameter", heads: Mapping[str, Heads]) -> dict[str, Any]:
+        """What else the group of a parameter has, hashable; `heads` as in `build`."""
+        return {}
 
     def smaller_state(self) -> tuple[str, Self] | None:
         """The command-line words of a variant with fewer bytes of state, and that variant; None: there is none."""
@@ -87,41 +111,46 @@ class Optimizer(Config):
             )
         return found
 
-    def state_bytes(self) -> int:
-        """Bytes of state for each element of a parameter."""
-        return sum(STATE_BYTES[dtype] for dtype in self.state.values())
+    def working_bytes(self, shapes: Mapping[str, Sequence[int]], *, ranks: int, copies: int) -> int:
+        """Bytes on the fullest of `ranks` that an update needs for a while, beside gradients and state.
+
+        `shapes`: of the whole parameters that these ranks hold between them, by name; `copies`: ranks that hold each
+        shard.
+        """
+        return 0
 
     def build(
-        self, named_parameters: "Iterable[tuple[str, nn.Parameter]]", device: "torch.device"
+        self,
+        named_parameters: "Iterable[tuple[str, nn.Parameter]]",
+        device: "torch.device",
+        owners: "Owners | None" = None,
+        heads: Mapping[str, Heads] | None = None,
     ) -> "torch.optim.Optimizer":
         """The optimizer of the parameters that ask for gradients, with zero state in place: a checkpoint loads into it.
 
-        Raises ConfigError where the device has no such optimizer.
+        `owners`: as in `from_groups`. `heads`: of each matrix of attention, by name, the heads that cut its rows (0) or
+        columns (1). Raises ConfigError where the device has no such optimizer.
         """
-        import torch
-
         from src.optim.state import materialise
 
-        optimizer = self.from_groups(self._groups(named_parameters), device)
-        materialise(optimizer, {name: getattr(torch, dtype) for name, dtype in self.state.items()})
+        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        optimizer = self.from_groups(self._groups(named, heads or {}), device, owners)
+        materialise(optimizer, {parameter: self.state(name, parameter.shape) for name, parameter in named}, owners)
         return optimizer
 
-    def _groups(self, named_parameters: "Iterable[tuple[str, nn.Parameter]]") -> list[dict[str, Any]]:
-        """One group for each learning rate, with and without decay, on each device mesh: torch's kernels take one."""
-        groups: dict[tuple[float, bool, object], list[nn.Parameter]] = {}
+    def _groups(
+        self, named_parameters: "Sequence[tuple[str, nn.Parameter]]", heads: Mapping[str, Heads]
+    ) -> list[dict[str, Any]]:
+        """One group for each learning rate, decay and option, on each device mesh: torch's kernels take one."""
+        groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for name, parameter in named_parameters:
-            if parameter.requires_grad:
-                mesh = getattr(parameter, "device_mesh", None)
-                key = (self.learning_rate(name, parameter), self.decays(name, parameter), mesh)
-                groups.setdefault(key, []).append(parameter)
+            mesh = getattr(parameter, "device_mesh", None)
+            options = tuple(self.options(name, parameter, heads).items())
+            key = (self.learning_rate(name, parameter), self.decay(name, parameter), options, mesh)
+            groups.setdefault(key, []).append(parameter)
         return [
-            {
-                "params": parameters,
-                "lr": lr,
-                "peak_lr": lr,
-                "weight_decay": self.weight_decay if decays else 0.0,
-            }
-            for (lr, decays, _), parameters in groups.items()
+            {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay, **dict(options)}
+            for (lr, decay, options, _), parameters in groups.items()
         ]
 
 

@@ -80,11 +80,15 @@ class Elementwise(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        self._step_groups(range(len(self.param_groups)))
+        return loss
+
+    def _step_groups(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            group = self.param_groups[number]
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self._step_all(parameters, self._learning_rate(number, parameters[0].device), group["weight_decay"])
-        return loss
 
     def _learning_rate(self, number: int, device: torch.device) -> Tensor:
         """0-dim, float64: of the group with this number."""
@@ -93,10 +97,8 @@ class Elementwise(Optimizer):
         return torch.full((), self.param_groups[number]["lr"], dtype=torch.float64, device=device)
 
     def _step_all(self, parameters: list[Tensor], lr: Tensor, weight_decay: float) -> None:
-        found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
-        steps = [self.state[parameter]["step"] for parameter in parameters]
-        torch._foreach_add_(steps, [1.0 - found_inf] * len(steps))  # one tensor for all would be read by the host
-        skip, factors = found_inf > 0, self._factors(torch.stack(steps), lr, weight_decay)
+        steps, skip = self._count(parameters)
+        factors = self._factors(torch.stack(steps), lr, weight_decay)
         if self._launches is not None and self._launch(self._launches, parameters, factors, skip):
             return
         for parameter, row in zip(parameters, factors, strict=True):
@@ -108,6 +110,13 @@ class Elementwise(Optimizer):
             run(self._update, rows(weight), rows(local(parameter.grad)), state, row, skip, self._options)
             if (copy := self.copies.get(parameter)) is not None:
                 copy.copy_(weight)
+
+    def _count(self, parameters: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The updates of each parameter with this one, and whether it is none."""
+        found_inf = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_add_(steps, [1.0 - found_inf] * len(steps))  # one tensor for all would be read by the host
+        return steps, found_inf > 0
 
     def _state(self, parameter: Tensor) -> list[Tensor]:
         return [local(each) for name, each in self.state[parameter].items() if name != "step"]

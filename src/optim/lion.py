@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import model_validator
 
 from src.config.bounds import Beta
-from src.optim.base import Optimizer, StateDtype, bfloat16_problem
+from src.optim.base import Optimizer, StateDtype, StateTensor, bfloat16_problem
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from src.optim.owners import Owners
 
 
 class Lion(Optimizer):
@@ -29,16 +31,17 @@ class Lion(Optimizer):
             raise ValueError(problem)
         return self
 
-    @property
-    def state(self) -> Mapping[str, StateDtype]:
-        return {"exp_avg": self.moments}
+    def state(self, name: str, shape: Sequence[int]) -> Mapping[str, StateTensor]:
+        return {"exp_avg": StateTensor(self.moments, tuple(shape))}
 
     def smaller_state(self) -> tuple[str, Self] | None:
         if self.moments == "bfloat16" or bfloat16_problem(beta2=self.beta2) is not None:
             return None
         return "optim.moments=bfloat16", self.model_copy(update={"moments": "bfloat16"})
 
-    def from_groups(self, groups: list[dict[str, Any]], device: "torch.device") -> "torch.optim.Optimizer":
+    def from_groups(
+        self, groups: list[dict[str, Any]], device: "torch.device", owners: "Owners | None"
+    ) -> "torch.optim.Optimizer":
         from src.optim.elementwise import Elementwise, learning_rate
 
         return Elementwise(groups, update, learning_rate, (self.beta1, self.beta2))

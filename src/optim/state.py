@@ -6,21 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from src.optim.base import StateTensor
+from src.optim.owners import Owners
 
-def materialise(optimizer: Optimizer, state: Mapping[str, torch.dtype]) -> None:
-    """Zeros of each parameter's own shape and sharding, so that a checkpoint loads in place before the first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            mine = optimizer.state[parameter]
-            mine["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for name, dtype in state.items():
-                mine[name] = torch.zeros_like(parameter, dtype=dtype)
+
+def materialise(
+    optimizer: Optimizer, state: Mapping[nn.Parameter, Mapping[str, StateTensor]], owners: Owners | None = None
+) -> None:
+    """Zeros with each parameter's own sharding, so that a checkpoint loads in place before the first step."""
+    for parameter, kept in state.items():
+        mine = optimizer.state[parameter]
+        mine["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name, each in kept.items():
+            mine[name] = _zeros(parameter, each, owners)
+
+
+def _zeros(parameter: nn.Parameter, kept: StateTensor, owners: Owners | None) -> Tensor:
+    dtype: torch.dtype = getattr(torch, kept.dtype)
+    if kept.shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=dtype)
+    if owners is not None:
+        return owners.zeros_of_rows(parameter, dtype)
+    return torch.zeros(kept.shape, dtype=dtype, device=parameter.device)
 
 
 def optimizer_state(
     optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {step, and the names of the config's `state`}}, live: loading into them loads the optimizer."""
+    """{parameter name: {step, and the names of its `state`}}, live: loading into them loads the optimizer."""
     return {name: dict(optimizer.state[parameter]) for name, parameter in named_parameters if parameter.requires_grad}
 
 

@@ -11,10 +11,10 @@ from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import PREDICTION, StageShare, module_of, shares
 from src.distributed.precision.config import BYTES, Precision
 from src.distributed.recompute import Recompute
-from src.models.accounting import HEAD_CHUNK_ROWS, SavedActivations, Slice
+from src.models.accounting import HEAD_CHUNK_ROWS, SavedActivations, Slice, Weight
 from src.models.base import ModelConfig
 from src.models.mtp.config import saved_outside
-from src.optim.base import Optimizer
+from src.optim.base import STATE_BYTES, Optimizer
 
 GIB = 2**30
 MIB = 2**20
@@ -67,6 +67,7 @@ class Memory:
     at_loss: int
     at_backward: int
     at_update: int
+    updating: int  # of the update while it runs, such as whole matrices
     runtime: int
     fragmentation: int
 
@@ -85,16 +86,28 @@ def estimate(load: Load) -> Memory:
     """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
     degrees = load.degrees
     parts = [
-        (module_of(weight.name), weight.unit, weight.local_elements(degrees), prod(weight.gathered_shape(degrees)))
+        _LocalWeight(
+            weight,
+            module_of(weight.name),
+            weight.local_elements(degrees),
+            prod(weight.gathered_shape(degrees)),
+            local_state_bytes(load.optim, weight, degrees),
+        )
         for weight in load.model.weights()
     ]
     ranks = shares(degrees, load.model.n_layers, load.micro_batches)
     return max((_of_rank(load, share, _Weights(parts, share)) for share in ranks), key=lambda memory: memory.peak)
 
 
+def local_state_bytes(optim: Optimizer, weight: Weight, degrees: ParallelDims) -> int:
+    """Bytes that an optimizer keeps for a weight on the fullest rank; its state is cut as the weight is."""
+    kept = optim.state(weight.name, weight.shape).values()
+    return sum(replace(weight, shape=each.shape).local_elements(degrees) * STATE_BYTES[each.dtype] for each in kept)
+
+
 def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
-    optimizer = weights.local * load.optim.state_bytes()
+    optimizer = weights.state
     outer = weights.local * load.outer_bytes
     gradients, accumulated = _gradients(load, weights)
     if load.degrees.cpu_offload:  # what rests, rests in the host
@@ -110,7 +123,8 @@ def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
     held = _held(load, share, activations, accumulated)
     at_loss = resident + gathered + held + loss
     at_backward = resident + gathered + held + reducing + working
-    at_update = resident + gradients
+    updating = 0 if load.forward_only else _updating(load, weights)
+    at_update = resident + gradients + updating
     return Memory(
         parameters=parameters,
         gradients=max(gradients, accumulated),
@@ -125,28 +139,44 @@ def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
         at_loss=at_loss,
         at_backward=at_backward,
         at_update=at_update,
+        updating=updating,
         runtime=RUNTIME_BYTES,
         fragmentation=int(FRAGMENTATION * max(at_loss, at_backward, at_update)),
     )
 
 
+@dataclass(frozen=True)
+class _LocalWeight:
+    """A weight on the fullest rank."""
+
+    weight: Weight
+    module: str
+    local: int  # elements at rest
+    gathered: int  # elements while it computes
+    state: int  # bytes of the optimizer
+
+
 class _Weights:
     """Elements on one rank: its share, and each FSDP unit when gathered."""
 
-    def __init__(self, parts: list[tuple[str, str, int, int]], share: StageShare) -> None:
-        """`parts`: module, unit, share and gathered elements of each weight."""
-        self.local = 0
+    def __init__(self, parts: list[_LocalWeight], share: StageShare) -> None:
+        here = [each for each in parts if each.module in share.modules]
+        self.local, self.state = sum(each.local for each in here), sum(each.state for each in here)
+        self.shapes = {each.weight.name: each.weight.shape for each in here}
         self.units: dict[str, int] = {}
-        for module, unit, local, whole in parts:
-            if module in share.modules:
-                self.local += local
-                self.units[unit] = self.units.get(unit, 0) + whole
+        for each in here:
+            self.units[each.weight.unit] = self.units.get(each.weight.unit, 0) + each.gathered
         blocks = [elements for unit, elements in self.units.items() if unit.startswith(("layers.", f"{PREDICTION}."))]
         self.largest_block = max(blocks, default=0)
         self.largest = max(self.units.values())
         self.blocks = sum(blocks)
         self.whole = sum(self.units.values())
         self.head = self.units.get("head", self.units.get("embedding", 0)) if share.has_head else 0  # tied: one unit
+
+
+def _updating(load: Load, weights: _Weights) -> int:
+    degrees = load.degrees
+    return load.optim.working_bytes(weights.shapes, ranks=degrees.world // degrees.pipeline, copies=degrees.replicate)
 
 
 def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:

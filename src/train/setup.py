@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from src.distributed.init_weights import initialise, materialise
+from src.distributed.matrix_owners import MatrixOwners
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.distributed.parallelize import parallelize
@@ -50,7 +51,9 @@ def build_training(
     network = build_uninitialized(run, ranks, mesh)
     for part in network.stages:
         initialise(part, run.seed)
-    optimizer = run.optim.build(network.named_parameters(), ranks.device)
+    optimizer = run.optim.build(
+        network.named_parameters(), ranks.device, owners_of(run, mesh, ranks.device), run.model.heads()
+    )
     float8 = run.precision.float8
     after_update: list[Callable[[], None]] = (
         [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
@@ -66,6 +69,13 @@ def build_training(
         return Training(ranks, mesh, network, state, stepper)
     groups.watch(network, after_update)
     return Training(ranks, mesh, network, state, ReplicatedStepper(*arguments, groups=groups))
+
+
+def owners_of(run: Run, mesh: Mesh, device: torch.device) -> MatrixOwners | None:
+    """Collective. Where an optimizer reads whole matrices and ranks have shards: who brings them together."""
+    if run.optim.reads != "matrices" or run.parallel.on_one_device:
+        return None
+    return MatrixOwners(mesh.stage_group(), device)
 
 
 def build_uninitialized(run: Run, ranks: RankContext, mesh: Mesh) -> ModelStages:

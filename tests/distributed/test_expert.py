@@ -21,7 +21,6 @@ from src.distributed.mesh import Mesh
 from src.distributed.precision.config import Precision
 from src.models.moe.experts import grouped_product
 from src.models.moe.moe import MoE
-from src.optim.state import materialise
 from src.train.state import TrainState
 from src.train.step.stepper import Stepper
 from tests.checkpoint.options import options
@@ -29,6 +28,7 @@ from tests.distributed.layouts import FP32, degrees, parallel_network, rows, sha
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek, tiny_moe
 from tests.ranks import RankPool
+from tests.train.runs import changed, section
 
 BF16 = Precision(storage="float32", compute="bfloat16", reduce="float32", float8=None)
 
@@ -225,8 +225,7 @@ def tree_of(layout: str, seed: int, steps: int) -> dict[str, Any]:
     """What a checkpoint holds before or after some steps."""
     config = tiny_deepseek(n_layers=2)
     network = parallel_network(config, degrees(layout), seed=seed)
-    optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
-    materialise(optimizer, dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32))
+    optimizer = changed(section("optim", "adamw"), lr=1e-2).build(network.named_parameters(), torch.device("cpu"))
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     for _ in range(steps):
         stepper(share(rows(8, 16, config.vocab_size, seed=seed), network.mesh, 1), stop=False)

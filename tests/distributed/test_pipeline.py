@@ -11,7 +11,6 @@ from src.checkpoint.store import Store
 from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import ModelStages
 from src.models.cache import Cache, attending
-from src.optim.state import materialise
 from src.train.state import TrainState
 from src.train.step.stepper import Stepper
 from tests.checkpoint.options import options
@@ -19,6 +18,7 @@ from tests.distributed.layouts import Rows, degrees, parallel_network, rows, sha
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
+from tests.train.runs import changed, section
 
 STEPS = 3
 LAYERS = 6
@@ -183,8 +183,7 @@ def checkpointed(layout: str, keys: dict[str, Any], source: Path | None, target:
     """Load `source`, or take one step; then save to `target`. Weights and moments of this rank by name."""
     config = tiny_llama(n_layers=LAYERS)
     network = parallel_network(config, degrees(layout, **keys), seed=0 if source is None else 1)
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
-    materialise(optimizer, dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32))
+    optimizer = changed(section("optim", "adamw"), lr=1e-2).build(network.named_parameters(), torch.device("cpu"))
     state = TrainState(network, optimizer, seed=0)
     store = Store(target, options(asynchronous=False))
     if source is None:
