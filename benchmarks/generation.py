@@ -56,7 +56,7 @@ def measure(option: str, precision: str, count: int, rounds: int, folder: Path) 
 
         def ours(rows: Any = rows) -> Texts:
             rule = SamplingParams(0.0)
-            return generate(network, rows.tolist(), count=count, rule=rule, seed=0, end=None, batch=len(rows))
+            return generate(network, rows.tolist(), count=count, rule=rule, seed=0, ends=(), batch=len(rows))
 
         def reference(rows: Any = rows) -> Texts:
             written: Any = theirs.generate(

@@ -77,6 +77,9 @@ class Infers(Protocol):
     @property
     def forward_only(self) -> bool: ...
 
+    def computed(self, run: "Run") -> "Run":
+        """The run as its ranks build it: in the dtypes and with the options that this task needs of the sections."""
+
 
 @runtime_checkable
 class Remembers(Protocol):
@@ -149,10 +152,18 @@ class Run:
             compile=self.compile.model_copy(update={"blocks": False, "loss": False, "graph": False}),
         )
 
-    def holding_weights(self) -> Self:
-        """This run with parallel.reshard=never where every rank holds all of its matrices: they stay cast to the
-        compute dtype.
+    def resting_in_compute_dtype(self) -> Self:
+        """This run with its weights held once, in the compute dtype: nothing updates them, and passes read no other.
+
+        float8 products round from the storage dtype, which stays with them.
         """
+        precision = self.precision
+        if precision.float8 is not None:
+            return self
+        return replace(self, precision=precision.model_copy(update={"storage": precision.compute}))
+
+    def holding_weights(self) -> Self:
+        """This run with parallel.reshard=never where every rank holds all of its matrices: they stay gathered."""
         if self.parallel.fsdp > 1 or self.parallel.reshard != "default":
             return self
         return replace(self, parallel=self.parallel.model_copy(update={"reshard": "never"}))

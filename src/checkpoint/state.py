@@ -152,10 +152,13 @@ def _copy_to_host(shards: dict[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-def difference(flat: Flat, saved: Metadata, values: dict[str, Any]) -> tuple[set[str], set[str], list[str]]:
+def difference(
+    flat: Flat, saved: Metadata, values: dict[str, Any], *, rounds: bool = False
+) -> tuple[set[str], set[str], list[str]]:
     """(missing in the checkpoint, unexpected in it, tensors of another shape or dtype) for what this rank has.
 
-    Sections (first words of names) that `flat` does not have at all were not asked for.
+    Sections (first words of names) that `flat` does not have at all were not asked for. `rounds`: another floating
+    dtype is no difference.
     """
     entries = {n: e for n, e in saved.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
     there = {**dict.fromkeys(entries, "tensor"), **dict.fromkeys(values, "value")}
@@ -167,8 +170,10 @@ def difference(flat: Flat, saved: Metadata, values: dict[str, Any]) -> tuple[set
     for name, tensor in flat.tensors.items():
         if name in missing:
             continue
-        expected = _describe(tensor.shape, tensor.dtype)
-        found = _describe(entries[name].size, entries[name].properties.dtype)
+        shape, dtype = entries[name].size, entries[name].properties.dtype
+        if rounds and tensor.is_floating_point() and dtype.is_floating_point:
+            dtype = tensor.dtype
+        expected, found = _describe(tensor.shape, tensor.dtype), _describe(shape, dtype)
         if expected != found:
             misfits.append(f"{name}: expected {expected}, found {found}")
     return missing, unexpected, misfits

@@ -13,13 +13,12 @@ from src.data.tokenizer_files import transformers_config
 from src.data.tokenizer_formats.json_form import JsonCodec
 from src.errors import DataError
 from src.hugging_face.check import E8M0
-from src.hugging_face.origin import Origin
+from src.hugging_face.origin import GENERATION, Origin
 from src.hugging_face.save import Form
 from src.hugging_face.write import BLOCK
 from src.models.base import ModelConfig
 from src.models.hugging_face import config_json
 
-GENERATION = "generation_config.json"
 # As released tokenizers come; the folder that a run was given may have any of them.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

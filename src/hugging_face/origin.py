@@ -11,12 +11,14 @@ from typing import Any
 
 import yaml
 
+from src.data.tokenizer import StoredTokenizer, Tokenizer
 from src.hugging_face.archive import read_json
 from src.hugging_face.hub import is_local
 from src.hugging_face.load import begun_from
 from src.models.stored import NEUTRAL
 
 CARD = "README.md"
+GENERATION = "generation_config.json"
 LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # Of a card's head: what the next model's card must say too.
 _LICENCE = ("license", "license_name", "license_link", "language")
@@ -44,6 +46,13 @@ class Origin:
         """eos_token_id of its config.json, which may be a list; None where it says none."""
         return self._config_json.get("eos_token_id")
 
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated text: of generation_config.json, else of config.json, as transformers has it."""
+        path = self.folder / GENERATION
+        said = read_json(path).get("eos_token_id") if path.is_file() else None
+        said = self.end_ids() if said is None else said
+        return tuple(each for each in (said if isinstance(said, list) else [said]) if type(each) is int)
+
     @cached_property
     def _config_json(self) -> Mapping[str, Any]:
         path = self.folder / "config.json"
@@ -67,6 +76,18 @@ def origin_of(folder: Path) -> Origin | None:
     if fetched is None or not Path(fetched.folder).is_dir():
         return None
     return Origin(Path(fetched.folder), fetched.source)
+
+
+def ends_of(tokenizer: Tokenizer, origin: Origin | None) -> frozenset[int]:
+    """Ids that end a generated text: the tokenizer's end of a document and, where the weights came with several ends
+    and it is one of them, the others that are special tokens of it, such as the end of a turn.
+    """
+    own = frozenset() if tokenizer.eos_id is None else frozenset((tokenizer.eos_id,))
+    stops = () if origin is None else origin.stop_ids()
+    if not isinstance(tokenizer, StoredTokenizer) or tokenizer.eos_id not in stops:
+        return own  # of other tokens than those that the weights came with
+    special = set(tokenizer.codec.special_tokens())
+    return own | {each for each in stops if tokenizer.codec.id_to_token(each) in special}
 
 
 def lost(folder: Path) -> list[str]:

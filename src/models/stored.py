@@ -106,6 +106,10 @@ def rotary_row(row: int, rows: int, heads: int) -> int:
     return head * width + place % 2 * (width // 2) + place // 2
 
 
+# What a config.json with a sliding window needs.
+WINDOWS = "attention to no more than the last tokens of a window, which no attention here has"
+
+
 @dataclass
 class ConfigReader:
     """A config.json, or an object inside of one, while it is read.
@@ -155,8 +159,10 @@ class ConfigReader:
             self.problems.append(f"{self.where}: {key}={_shown(value)} is not a number")
         return 1.0
 
-    def only(self, key: str, *, legal: tuple[Any, ...], absent: Any = MISSING) -> Any:
-        """One of the values that can be represented; a missing key means `absent`, or the first."""
+    def only(self, key: str, *, legal: tuple[Any, ...], absent: Any = MISSING, needs: str | None = None) -> Any:
+        """One of the values that can be represented; a missing key means `absent`, or the first. `needs`: what any
+        other value asks for that is not here.
+        """
         there = key in self.values or absent is MISSING
         value = self.get(key, legal[0]) if there else self.get(key, absent)
         for each in legal:
@@ -164,7 +170,8 @@ class ConfigReader:
                 return each
         words = " or ".join(json.dumps(each) for each in legal)
         meant = _shown(value) if there else f"{_shown(value)} (as it is absent)"
-        self.problems.append(f"{self.where}: {key}={meant} has no form here, only {key}={words}")
+        wanted = "" if needs is None else f"; it needs {needs}"
+        self.problems.append(f"{self.where}: {key}={meant} has no form here, only {key}={words}{wanted}")
         return legal[0]
 
     def object(self, key: str) -> "ConfigReader":

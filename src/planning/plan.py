@@ -133,7 +133,8 @@ def load_of(run: Run) -> Load:
     texts, columns = 0, 0
     if isinstance(run.task, Remembers):
         texts, columns = run.task.remembered(run)
-        run = run.holding_weights()
+    if isinstance(run.task, Infers):
+        run = run.task.computed(run)
     micro_batch = batch.micro_batch(run)
     sequences_per_pass = micro_batch * run.parallel.data_ranks
     micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))

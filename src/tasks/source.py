@@ -152,10 +152,11 @@ def find(folder: Path, step: object) -> Path:
     return wanted
 
 
-def load(task: Reads, run: "Run", network: "ModelStages", folder: Path) -> Path:
+def load(task: Reads, run: "Run", network: "ModelStages", folder: Path, *, rounds: bool) -> Path:
     """Collective. Fill the network with the weights that the task names; `folder`: of this run. Returns where they lie.
 
-    The launcher has settled the step, and where a hub id lies on this machine.
+    `rounds`: weights that a run saved in another dtype than the network's are rounded to it, as those in Hugging Face
+    layout always are. The launcher has settled the step, and where a hub id lies on this machine.
     """
     from src.checkpoint.store import Store
     from src.train.resume import adopt
@@ -166,7 +167,7 @@ def load(task: Reads, run: "Run", network: "ModelStages", folder: Path) -> Path:
         adopt(network, path)
         return path
     path = find(Path(task.source), task.step)
-    Store(folder / "checkpoints", run.checkpoint).load(path, {"model": network.tensors()})
+    Store(folder / "checkpoints", run.checkpoint).load(path, {"model": network.tensors()}, rounds=rounds)
     return path
 
 

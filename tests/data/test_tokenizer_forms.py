@@ -15,6 +15,7 @@ from src.data.tokenizer import Kept, StoredTokenizer, open_kept
 from src.data.tokenizer_formats.tiktoken_form import LONGEST_RUN
 from src.errors import DataError
 from src.hugging_face.companions import tokenizer_files
+from src.tasks.export.self_check import tokenizer_problems
 from tests.data.corpora import synthetic
 from tests.data.tokenizer_folders import mixed_lines, opened, ranks_file, sentencepiece_model, split_by, trained_ranks
 
@@ -167,6 +168,8 @@ def test_sentencepiece_ids_are_the_library_s(tmp_path: Path) -> None:
     reference: Any = AutoTokenizer.from_pretrained(path)
     plain = ["def return naïve", "HTTPServer ABCdef", "Привет, как дела?", "中文字符和English混合 text"]
     assert [made.prompt(text) for text in plain] == reference(plain)["input_ids"]
+    assert made.prompt("  def") != reference("  def")["input_ids"], "the library puts one more space before a text"
+    assert tokenizer_problems(path, made, "  def") == [], "which is no fault of an export"
     (document,) = made.documents(["<s> a </s>"])
     assert [document.tolist().count(mark) for mark in (1, 2)] == [1, 1], "a text cannot end itself"
 

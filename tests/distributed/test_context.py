@@ -111,7 +111,7 @@ def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> di
         "tokens": [outcome["tokens"].item() for outcome in outcomes],
         "weights": {name: whole(parameter) for name, parameter in network.named_parameters()},
         "validation": validate(network, held, 4, lambda: False),
-        "sample": generate(network, [[5, 7, 11]], count=3, rule=SamplingParams(0.0), seed=0, end=None, batch=1),
+        "sample": generate(network, [[5, 7, 11]], count=3, rule=SamplingParams(0.0), seed=0, ends=(), batch=1),
     }
 
 

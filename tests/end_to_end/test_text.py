@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,16 @@ def test_text_is_what_the_weights_find_likeliest(layout: str, straight: Straight
     run = straight("single")
     folder = asked(ranks, "generate", run, f"prompt={PROMPT}", "temperature=0", "max_tokens=12", layout=layout)
     assert texts(folder) == [read_again(run, 20, PROMPT, 12)]
+
+
+def test_weights_rest_in_the_dtype_that_is_asked_for(straight: Straight, ranks: RankPool) -> None:
+    """Weights that were saved in float32 are rounded as they are read: the same text as by copies in bfloat16."""
+    run, options = straight("single"), (f"prompt={PROMPT}", "temperature=0", "max_tokens=12")
+    full = asked(ranks, "generate", run, *options, "precision=bf16_full")
+    assert texts(full) == texts(asked(ranks, "generate", run, *options, "precision=bf16", "name=copies"))
+    line = f"precision.storage=bfloat16: {run} has saved float32, and an export reads weights as they are; leave"
+    with pytest.raises(UserError, match=re.escape(line)):
+        opened("task=export", f"run={run}", f"root={run.parent}", "cluster.gpus=0", "precision=bf16_full")
 
 
 def test_an_earlier_step_writes_something_else(straight: Straight, ranks: RankPool) -> None:

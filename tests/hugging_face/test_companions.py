@@ -15,7 +15,7 @@ from src.data.tokenizer import Bytes, ByteTokenizer, File
 from src.hugging_face.companions import Sources, card, companions
 from src.hugging_face.hub import Fetched
 from src.hugging_face.load import note
-from src.hugging_face.origin import card_head, lost, origin_of
+from src.hugging_face.origin import card_head, ends_of, lost, origin_of
 from src.hugging_face.save import Form, save
 from src.hugging_face.write import held
 from tests.hugging_face.foreign import MODELS, config_of, edit, saved
@@ -97,6 +97,22 @@ def test_other_tokens_have_their_own_files(tmp_path: Path) -> None:
     assert json.loads(files["generation_config.json"]) == {"bos_token_id": 256, "eos_token_id": 257}
     (tmp_path / "card.md").write_bytes(card("x", {}, origin))
     assert card_head(tmp_path / "card.md")["base_model"] == "me/older", "a folder has no id of its own"
+
+
+def test_a_text_ends_at_every_end_that_came_with_the_weights(tmp_path: Path) -> None:
+    """As long as the tokens are theirs: what was typed, or other tokens, have one end; 5 is a letter, no mark."""
+    theirs = instruct(tmp_path / "theirs")
+    origin = begun(tmp_path / "run", theirs, str(theirs))
+    cache = tmp_path / "cache"
+    same, typed = (File(path=theirs, bos=None, eos=eos).open(cache, NO_DATA) for eos in (None, "<|begin|>"))
+    assert ends_of(same, origin) == {257, 258, 259}
+    assert ends_of(typed, origin) == {256}
+    assert ends_of(same, None) == {257} == ends_of(ByteTokenizer(), origin)
+    edit(theirs / "generation_config.json", eos_token_id=[5, 257, 259])
+    assert ends_of(same, origin_of(tmp_path / "run")) == {257, 259}
+    (theirs / "generation_config.json").unlink()
+    edit(theirs / "config.json", eos_token_id=[257, 258])
+    assert ends_of(same, origin_of(tmp_path / "run")) == {257, 258}
 
 
 def test_a_place_that_is_gone_is_told(tmp_path: Path) -> None:

@@ -196,7 +196,10 @@ def test_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"attention_bias": True}, "attention_bias=true has no form here, only attention_bias=false"),
-        ({"sliding_window": 4096}, "sliding_window=4096 has no form here, only sliding_window=null"),
+        (
+            {"sliding_window": 4096},
+            "only sliding_window=null; it needs attention to no more than the last tokens of a window",
+        ),
         ({"hidden_act": "gelu"}, 'hidden_act="gelu" has no form here, only hidden_act="silu"'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type=longrope has no form here, only rope_type=default"),

@@ -44,7 +44,7 @@ def alone(model: Any) -> ModelStages:
 def written(family: str, at_once: int) -> list[list[int]]:
     model = FAMILIES[family].randomised(MODELS[family])
     with patch.object(generation, "TOKENS_AT_ONCE", at_once):
-        return generate(alone(model), PROMPTS, count=12, rule=GREEDY, seed=0, end=None, batch=3)
+        return generate(alone(model), PROMPTS, count=12, rule=GREEDY, seed=0, ends=(), batch=3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +65,7 @@ def test_greedy_text_is_that_of_transformers(family: str, at_once: int, ranks: R
 
 def on_layout(layout: str, family: str, rule: SamplingParams, batch: int) -> list[list[int]]:
     network = parallel_network(MODELS[family], degrees(layout))
-    return generate(network, PROMPTS, count=8, rule=rule, seed=3, end=None, batch=batch)
+    return generate(network, PROMPTS, count=8, rule=rule, seed=3, ends=(), batch=batch)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_experts_write_the_same(
     assert ranks(2, on_layout, layout, "deepseek", CHANCE, 2) == [single("deepseek", CHANCE)] * 2
 
 
-def ended(end: int) -> list[list[int]]:
+def ended(*ends: int) -> list[list[int]]:
     return generate(
-        alone(test_llama3.randomised(MODELS["llama3"])), PROMPTS, count=12, rule=GREEDY, seed=0, end=end, batch=5
+        alone(test_llama3.randomised(MODELS["llama3"])), PROMPTS, count=12, rule=GREEDY, seed=0, ends=ends, batch=5
     )
 
 
@@ -110,6 +110,11 @@ def test_a_text_ends_where_it_says(ranks: RankPool) -> None:
     end = whole[2][4]
     cut = [text[: text.index(end)] if end in text else text for text in whole]
     assert ranks(1, ended, end) == [cut]
+    either = [
+        text[: min((place for place, each in enumerate(text) if each in (end, cut[0][-1])), default=12)]
+        for text in whole
+    ]
+    assert ranks(1, ended, end, cut[0][-1]) == [either] != [cut]
     assert any(len(text) < 12 for text in cut)
     assert any(len(text) == 12 for text in cut)
 

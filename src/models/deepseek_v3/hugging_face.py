@@ -7,7 +7,7 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.deepseek_v3.config import DeepseekV3Config, Yarn
-from src.models.stored import MATRIX, MISSING, ConfigReader, Stored, by_block, experts, rope_keys, router_bias
+from src.models.stored import MATRIX, MISSING, WINDOWS, ConfigReader, Stored, by_block, experts, rope_keys, router_bias
 
 # Of what is written; kimi_k2 is read too, a DeepSeek-V3 by another name.
 MODEL_TYPES = {"sigmoid": "deepseek_v3", "softmax": "deepseek_v2"}
@@ -116,7 +116,7 @@ def _refuse(facts: ConfigReader) -> None:
     facts.only("tie_word_embeddings", legal=(False,))
     facts.only("rope_interleave", legal=(True,))
     facts.only("moe_layer_freq", legal=(1,))
-    facts.only("sliding_window", legal=(None,))
+    facts.only("sliding_window", legal=(None,), needs=WINDOWS)
     heads = facts.values.get("num_attention_heads", facts.values.get("num_key_value_heads"))
     facts.only("num_key_value_heads", legal=(None, heads))  # all heads share one latent vector
     facts.get("head_dim", None)  # transformers overwrites it with qk_rope_head_dim

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.models.accounting import Weight
 from src.models.llama3.config import Llama3Config
-from src.models.stored import OUTSIDE, ConfigReader, Stored, by_block, rope_keys
+from src.models.stored import OUTSIDE, WINDOWS, ConfigReader, Stored, by_block, rope_keys
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
@@ -50,7 +50,7 @@ def read(facts: ConfigReader) -> dict[str, Any]:
         facts.only(key, legal=(False,))
     facts.only("hidden_act", legal=("silu",))
     # transformers gives a Mistral without the key a window of 4096 tokens; a Llama has none.
-    facts.only("sliding_window", legal=(None,), absent=4096 if mistral else None)
+    facts.only("sliding_window", legal=(None,), absent=4096 if mistral else None, needs=WINDOWS)
     theta, kind, numbers = facts.rope(10000.0, "default", "llama3")
     dim, heads = facts.whole("hidden_size"), facts.whole("num_attention_heads")
     length = facts.whole("max_position_embeddings", 131072 if mistral else 2048)

@@ -9,6 +9,7 @@ from src.models.stored import (
     MATRIX,
     MISSING,
     OUTSIDE,
+    WINDOWS,
     ConfigReader,
     Stored,
     by_block,
@@ -65,11 +66,13 @@ def read(facts: ConfigReader) -> dict[str, Any]:
     """The keys of Qwen3Config that a config.json says."""
     facts.only("attention_bias", legal=(False,))
     facts.only("hidden_act", legal=("silu",))
-    facts.only("use_sliding_window", legal=(False,))
+    facts.only("use_sliding_window", legal=(False,), needs=WINDOWS)
     routed = facts.get("model_type") == "qwen3_moe"
     facts.seen |= {"sliding_window", "max_window_layers"}  # say nothing without a window
     kinds = facts.values.get("layer_types")
-    facts.only("layer_types", legal=(None, ["full_attention"] * (len(kinds) if isinstance(kinds, list) else 0)))
+    full = ["full_attention"] * (len(kinds) if isinstance(kinds, list) else 0)
+    windows = isinstance(kinds, list) and "sliding_attention" in kinds
+    facts.only("layer_types", legal=(None, full), needs=WINDOWS if windows else None)
     theta, _, _ = facts.rope(10000.0, "default")
     dim, heads = facts.whole("hidden_size"), facts.whole("num_attention_heads")
     width = facts.whole("intermediate_size", 1 if routed else MISSING)

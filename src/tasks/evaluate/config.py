@@ -58,6 +58,10 @@ class Evaluate(Config):
             ]
         return []
 
+    def computed(self, run: "Run") -> "Run":
+        """Weights in the dtype of the products."""
+        return run.resting_in_compute_dtype()
+
     def run(self, run: "Run", folder: Path) -> bool:
         """Run the task on this rank, from joining the process groups to leaving them. Collective."""
         from src.tasks.evaluate.rank import evaluate

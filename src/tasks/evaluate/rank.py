@@ -50,8 +50,9 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
         ranks = RankContext.join(
             device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
         )
+        run = task.computed(run)
         network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
-        origin = load(task, run, network, folder)
+        origin = load(task, run, network, folder, rounds=True)
         corpus = reopen(read_recipe(folder), run.cache)
         scores = _scores(task, run, network, corpus, stop)
         if scores is not None and ranks.rank == 0:

@@ -1,5 +1,6 @@
 """task=export: a checkpoint as a folder in Hugging Face layout."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -8,6 +9,7 @@ from pydantic import Field, field_validator
 from src.checkpoint.config import FOREIGN
 from src.config.base import Config, PathField, Place
 from src.config.bounds import Gibibytes, Steps
+from src.config.tree import read
 from src.data.tokenizer import vocabulary_problems
 from src.errors import CheckpointError, DataError
 
@@ -84,7 +86,7 @@ class Export(Config):
             found.append(f"task.to=null: {self.source} is no run folder to write into; pass to=<folder>")
         if self._scales is not None and not self.fp8:
             found.append(f"task.fp8_scales={self.fp8_scales}: no weight is float8; pass fp8=true, or leave it out")
-        found += export_problems(run.model)
+        found += [*export_problems(run.model), *self._dtype_problems(run)]
         try:
             refuse_foreign(self.target)
         except CheckpointError as error:
@@ -96,6 +98,30 @@ class Export(Config):
         except DataError as error:
             found += error.problems
         return found
+
+    def _dtype_problems(self, run: "Run") -> list[str]:
+        """A typed precision.storage that is not the run's."""
+        if self.source.startswith(FOREIGN):
+            return []
+        saved, storage = read(Path(self.source) / "config.yaml")["precision"]["storage"], run.precision.storage
+        if storage == saved:
+            return []
+        return [
+            f"precision.storage={storage}: {self.source} has saved {saved}, and an export reads weights as they are; "
+            f"leave precision out, and pass dtype={storage} to write them so"
+        ]
+
+    def computed(self, run: "Run") -> "Run":
+        """Weights as they were saved, arithmetic in float32, attention that is causal: what a comparison needs."""
+        precision = run.precision.model_copy(update={"compute": "float32", "reduce": "float32", "float8": None})
+        return replace(
+            run,
+            model=run.model.model_copy(update={"attention": "sdpa", "mask": "causal"}),
+            precision=precision,
+            recompute=run.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
+            compile=run.compile.model_copy(update={"blocks": False, "loss": False}),
+            parallel=run.parallel.model_copy(update={"async_tensor": False}),
+        )
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Run the task on this rank, from joining the process groups to leaving them. Collective. VerdictError when

@@ -1,7 +1,7 @@
 """What each rank of task=export does: fill the layout, write its shards, read them back, compare, send."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ def export(task: Export, run: Run, folder: Path) -> bool:
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
-    run = _precise(run)
+    run = task.computed(run)
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
-    origin = load(task, run, network, folder)
+    origin = load(task, run, network, folder, rounds=False)
     team, tokenizer = HostGroup(), run.tokenizer.open(run.cache, run.data)
     form = _form(task, run, team, network, origin)
     beside = _beside(task, run, tokenizer, form, origin, folder)
@@ -52,7 +52,7 @@ def export(task: Export, run: Run, folder: Path) -> bool:
     stages = held(network.tensors())
     draft = save(team, task.target, stages, run.model, form, beside, _largest, ranks.device)
     if before is not None:
-        finding = _check(task, run, network, team, draft, ids, before, form)
+        finding = _check(task, run, network, team, draft, tokenizer, ids, before, form)
         if ranks.rank == 0:
             _tell(finding, lost(_whose(task, folder)))
         if finding.problems:
@@ -65,20 +65,6 @@ def export(task: Export, run: Run, folder: Path) -> bool:
         team.on_rank_zero(lambda: print(push(task.target, repository, send=task.send), flush=True))
     ranks.leave()
     return True
-
-
-def _precise(run: Run) -> Run:
-    """Weights as they were saved, arithmetic in float32, attention that is causal: what a comparison needs."""
-    precision = run.precision.model_copy(update={"compute": "float32", "reduce": "float32", "float8": None})
-    model = run.model.model_copy(update={"attention": "sdpa", "mask": "causal"})
-    return replace(
-        run,
-        model=model,
-        precision=precision,
-        recompute=run.recompute.model_copy(update={"mode": "none", "every": None, "budget": None}),
-        compile=run.compile.model_copy(update={"blocks": False, "loss": False}),
-        parallel=run.parallel.model_copy(update={"async_tensor": False}),
-    )
 
 
 def _form(task: Export, run: Run, team: HostGroup, network: ModelStages, origin: Path) -> Form:
@@ -160,6 +146,7 @@ def _check(
     network: ModelStages,
     team: HostGroup,
     draft: Path,
+    tokenizer: Tokenizer,
     ids: list[int],
     before: Logits,
     form: Form,
@@ -169,7 +156,7 @@ def _check(
     exact = form.dtype == run.precision.storage and not form.fp8 and task.biases != "drop"
     if form.biases and run.model.routed and task.biases == "keep":
         return Finding([UNCOMPARED])
-    tokenizer, storage = run.tokenizer.open(run.cache, run.data), run.precision.storage
+    storage = run.precision.storage
     return team.on_rank_zero(
         lambda: with_transformers(draft, tokenizer, task.text, before, after, storage, exact=exact)
     )

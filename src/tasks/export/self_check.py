@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.host_group import HostGroup
-from src.data.tokenizer import Tokenizer
+from src.data.tokenizer import StoredTokenizer, Tokenizer
 from src.data.tokenizer_files import needs_vendor_code, read_codec
+from src.data.tokenizer_formats.sentencepiece_form import SentencePieceCodec
 from src.distributed.model_stages import ModelStages
 from src.hugging_face.archive import quantisation, read_json
 from src.hugging_face.check import SCALE
@@ -77,7 +78,7 @@ def with_transformers(
     if needs_vendor_code(folder):
         finding.lines.append("its tokenizer was not compared: transformers opens it with the vendor's code only")
     elif not finding.problems:
-        finding.problems += _tokenizer_problems(folder, tokenizer, text)
+        finding.problems += tokenizer_problems(folder, tokenizer, text)
     return finding
 
 
@@ -191,10 +192,15 @@ def multiplied_out(folder: Path) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in found.items()}
 
 
-def _tokenizer_problems(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
-    """Of the text alone: whether it is begun by a token is a habit of each."""
+def tokenizer_problems(folder: Path, tokenizer: Tokenizer, text: str) -> list[str]:
+    """Of the text alone: whether it is begun by a token is a habit of each.
+
+    So is a leading space with a sentencepiece model: the library puts one more before it, transformers 5 does not.
+    """
     transformers: Any = importlib.import_module("transformers")
     opened = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if isinstance(tokenizer, StoredTokenizer) and isinstance(tokenizer.codec, SentencePieceCodec):
+        text = text.lstrip(" ")
     (ours,), theirs = tokenizer.encode([text]), opened(text, add_special_tokens=False)["input_ids"]
     if theirs == ours.tolist():
         return []

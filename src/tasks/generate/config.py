@@ -113,6 +113,10 @@ class Generate(Config):
         texts = min(self.batch, ceil(len(lengths) / run.parallel.data_ranks))
         return texts, max(lengths) + self.max_tokens + pass_multiple(run.parallel)
 
+    def computed(self, run: "Run") -> "Run":
+        """Weights in the dtype of the products, kept whole where no FSDP cuts them: each token reads them all."""
+        return run.resting_in_compute_dtype().holding_weights()
+
     def run(self, run: "Run", folder: Path) -> bool:
         """Run the task on this rank, from joining the process groups to leaving them. Collective."""
         from src.tasks.generate.rank import write

@@ -1,6 +1,6 @@
 """Text after prompts, a token at a time, under any layout; every rank ends up with all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -26,10 +26,10 @@ def generate(
     count: int,
     rule: SamplingParams,
     seed: int,
-    end: int | None,
+    ends: Collection[int],
     batch: int,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `count` ids, without the `end` that stops it. Collective, with equal
+    """Continue each prompt by at most `count` ids, without the one of `ends` that stops it. Collective, with equal
     arguments.
 
     `batch`: prompts at once on each data rank. Prompt number i draws from a generator of (seed, i), so neither the
@@ -45,7 +45,7 @@ def generate(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for first in range(0, len(prompts), together):
             numbers = range(first, min(first + together, len(prompts)))
-            mine |= DecodingGroup(network, {i: prompts[i] for i in numbers}, count, seed).write(rule, end)
+            mine |= DecodingGroup(network, {i: prompts[i] for i in numbers}, count, seed).write(rule, ends)
     everywhere: list[dict[int, list[int]]] = [{}] * network.mesh.world
     dist.all_gather_object(everywhere, mine)
     merged = {number: ids for part in everywhere for number, ids in part.items()}
@@ -72,7 +72,7 @@ class DecodingGroup:
         self.cache = Cache(config, padding, self.width + count + self.multiple, network.device)
         self.generators = [torch.Generator().manual_seed(seed_of(seed, f"prompt {number}")) for number in rows]
 
-    def write(self, rule: SamplingParams, end: int | None) -> dict[int, list[int]]:
+    def write(self, rule: SamplingParams, ends: Collection[int]) -> dict[int, list[int]]:
         """Decode; returns the new ids of this rank's prompts, by prompt number. Collective."""
         texts: dict[int, list[int]] = {number: [] for number in self.numbers}
         writing = set(self.numbers)
@@ -84,7 +84,7 @@ class DecodingGroup:
                 uniforms = self._uniforms() if rule.temperature else torch.empty(0)
                 ids = sample(logits, rule, uniforms.to(logits.device)).cpu()
                 for number, chosen in zip(self.numbers, ids.tolist(), strict=False):
-                    if number in writing and chosen != end:
+                    if number in writing and chosen not in ends:
                         texts[number].append(chosen)
                     else:
                         writing.discard(number)

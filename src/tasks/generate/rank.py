@@ -6,8 +6,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from src.checkpoint.config import FOREIGN
 from src.distributed.mesh import Mesh
 from src.distributed.process.rank_context import RankContext, device_type
+from src.hugging_face.origin import ends_of, origin_of
 from src.run import Run
 from src.storage.atomic_write import atomic_write
 from src.tasks.generate.config import Generate
@@ -24,9 +26,9 @@ def write(task: Generate, run: Run, folder: Path) -> bool:
     ranks = RankContext.join(
         device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
     )
-    run = run.holding_weights()
+    run = task.computed(run)
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
-    origin = load(task, run, network, folder)
+    origin = load(task, run, network, folder, rounds=True)
     tokenizer, texts = run.tokenizer.open(run.cache, run.data), task.texts()
     written = generate(
         network,
@@ -34,7 +36,7 @@ def write(task: Generate, run: Run, folder: Path) -> bool:
         count=task.max_tokens,
         rule=SamplingParams(task.temperature, task.top_k, task.top_p),
         seed=run.seed,
-        end=tokenizer.eos_id,
+        ends=ends_of(tokenizer, origin_of(folder if task.source.startswith(FOREIGN) else Path(task.source))),
         batch=task.batch,
     )
     if ranks.rank == 0:

@@ -16,7 +16,7 @@ from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.hugging_face.companions import Sources, companions
 from src.hugging_face.load import noted
-from src.hugging_face.origin import origin_of
+from src.hugging_face.origin import ends_of, origin_of
 from src.hugging_face.save import Form
 from src.metrics.alerts.watcher import AlertSink
 from src.metrics.console import Console
@@ -159,7 +159,7 @@ def _farewell(
         report.say(f"stopped after step {training.state.step}; {_kept(run, folder, training.state.step)}")
         return
     if task.sample_prompt is not None:
-        report.say(_sample(task, run, corpus, training, task.sample_prompt))
+        report.say(_sample(task, run, folder, corpus, training, task.sample_prompt))
     if training.ranks.rank == 0:
         try:
             report.say(f"curve: {plot(folder)}")
@@ -178,7 +178,7 @@ def _kept(run: Run, folder: Path, step: int) -> str:
     return f"nothing was saved{': checkpoint.every=null' * (run.checkpoint.every is None)}{newest}"
 
 
-def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt: str) -> str:
+def _sample(task: Pretrain, run: Run, folder: Path, corpus: Corpus, training: Training, prompt: str) -> str:
     """Collective. The prompt and what the model goes on with."""
     ids = corpus.tokenizer.prompt(prompt)
     if (room := run.model.max_seq_len - len(ids)) < 1:
@@ -189,7 +189,7 @@ def _sample(task: Pretrain, run: Run, corpus: Corpus, training: Training, prompt
         count=min(task.sample_tokens, room),
         rule=SamplingParams(task.sample_temperature),
         seed=training.state.seed,
-        end=corpus.eos_id,
+        ends=ends_of(corpus.tokenizer, origin_of(folder)),
         batch=1,
     )
     return f"sample: {corpus.tokenizer.decode([*ids, *written])}"
