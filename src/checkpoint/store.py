@@ -7,6 +7,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -131,12 +132,15 @@ class Store:
         self.finish()
         return self._team.on_rank_zero(lambda: self.options.origin(self.folder))
 
-    def load(self, path: Path, state: dict[str, Any], *, optional: Collection[str] = ()) -> dict[str, Any]:
+    def load(
+        self, path: Path, state: dict[str, Any], *, optional: Collection[str] = (), rounds: bool = False
+    ) -> dict[str, Any]:
         """Fill the tensors of `state` in place, on whatever mesh they are, and return its tree with the saved values.
 
         Nothing is touched before the files are verified and every name, shape and dtype fits. Top-level entries that
         `state` leaves out are not read: {"model": ...} loads the weights alone. Of those that are `optional`, what the
-        checkpoint has no value of is left out of the tree.
+        checkpoint has no value of is left out of the tree. `rounds`: what was saved in another floating dtype is
+        rounded to that of `state` as it is read; false: it is refused.
         """
         self.finish()
         self._verify(path)
@@ -144,7 +148,7 @@ class Store:
         there = {name.partition(".")[0] for name in values}
         state = {key: child for key, child in state.items() if key in there or key not in optional}
         flat = flatten(state)
-        reader = self._check_fit(path, flat, values)
+        reader = self._check_fit(path, flat, values, rounds=rounds)
         self._team.on_all(lambda: self._read_tensors(path, flat, reader))
         if path.resolve().parent == self.folder.resolve():
             self._loaded = self.folder / path.name
@@ -271,11 +275,11 @@ class Store:
             return f"{offer}: set checkpoint.initial={older[-1]}"
         return f"{offer}: to resume from it, `mv {path} {path}.bad` and run the same command again"
 
-    def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any]) -> FileSystemReader:
+    def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any], *, rounds: bool) -> FileSystemReader:
         reader = FileSystemReader(path) if self.options.trusted else RestrictedReader(path)
 
         def look() -> tuple[set[str], set[str], list[str]]:
-            return difference(flat, reader.read_metadata(), values)
+            return difference(flat, reader.read_metadata(), values, rounds=rounds)
 
         looks = self._team.on_all(look)
         missing = set[str]().union(*(one[0] for one in looks))
@@ -308,8 +312,11 @@ def _explained(error: CheckpointException, what: str) -> Exception:
     failures = {rank: failure for rank, (failure, _) in error.failures.items()}
     if full := [failure for failure in failures.values() if isinstance(failure, DiskFullError)]:
         return DiskFullError(dict.fromkeys(problem for each in full for problem in each.problems))
-    if all(isinstance(failure, (OSError, RuntimeError)) for failure in failures.values()):
-        return CheckpointError([f"{what} by rank {rank}: {failure}" for rank, failure in failures.items()])
+    if all(isinstance(failure, (OSError, RuntimeError, UnpicklingError)) for failure in failures.values()):
+        # torch's own words about a pickle advise to run it.
+        foreign = "a tensor's place holds something else; nothing of it was run"
+        said = {rank: foreign if isinstance(each, UnpicklingError) else each for rank, each in failures.items()}
+        return CheckpointError([f"{what} by rank {rank}: {words}" for rank, words in said.items()])
     return RuntimeError(f"{what}: {error}")
 
 

@@ -4,18 +4,23 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from src.checkpoint.folder import measure
-from src.config.composition.requests import asked
+from src.checkpoint.metadata import read as read_metadata
+from src.config.composition import requests
+from src.config.composition.composer import composer
 from src.errors import UserError
 from src.launch.start import Shared, checked, prepare
 from src.metrics.history import read as read_metrics
 from src.runs.folder import attempts
+from src.runs.frozen_code import Code
 from src.tasks.source import completed
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import live, opened
@@ -102,49 +107,83 @@ def test_nothing_is_run(door: str, made: Path, text: tuple[str, ...], tmp_path: 
     assert not mark.exists()
 
 
-def knock(folder: Path, same: list[str]) -> list[str]:
+STEP = "checkpoints/step_00000002"
+TEXTS = frozenset({"config.yaml", "plan.json", "data.json", "git.json", "git.diff", "version", "attempts.jsonl"})
+LINES = frozenset({"metrics.jsonl", "lock", "logs/attempt_1/config.yaml", "loss.png"})
+OF_STEP = frozenset(f"{STEP}/{name}" for name in ("values.json", "COMPLETE.json", ".metadata", "__0_0.distcp"))
+
+
+def knock(folder: Path, same: list[str]) -> dict[str, str]:
     """What the launcher and those who look say at each door of a run folder: a UserError's words, or nothing."""
-    said = []
-    for argv in (
-        ["task=generate", f"run={folder}", "prompt=a", *same[-1:], "cluster.gpus=0", "dry_run=true"],
-        [*same, "name=mine", f"checkpoint.initial={folder}"],
-        [*same, f"folder={folder}"],  # last: it makes data.json and the like anew
-    ):
+    elsewhere = [*same, f"root={folder.parent.parent / 'runs'}"]
+    doors = {
+        "run": ["task=generate", f"run={folder}", "prompt=a", elsewhere[-1], "cluster.gpus=0", "dry_run=true"],
+        "initial": [*elsewhere, "name=mine", f"checkpoint.initial={folder}"],
+        # These two make data.json and the like anew.
+        "folder": [*elsewhere, f"folder={folder}"],
+        "copied": [*same, f"root={folder.parent}"],
+    }
+    said = {}
+    for door, argv in doors.items():
         try:
-            for tree, run, plan in checked(asked(argv, completed).trees):
+            for tree, run, plan in checked(requests.asked(argv, completed).trees):
                 if not run.dry_run:
                     prepare(tree, run, plan, Shared())[0].close()
-            said.append("")
+            said[door] = ""
         except UserError as error:
-            said.append("\n".join(error.problems))
+            said[door] = "\n".join(error.problems)
     attempts(folder)
     read_metrics(folder)
     return said
 
 
-FILES = ("config.yaml", "plan.json", "data.json", "git.json", "attempts.jsonl", "metrics.jsonl", "version", "lock")
-STEP = "checkpoints/step_00000002"
-
-
-@pytest.mark.parametrize("name", [*FILES, f"{STEP}/values.json", f"{STEP}/COMPLETE.json"])
-def test_what_looks_like_text_is_read_as_text(
-    name: str, made: Path, text: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pickle_in_the_place_of_any_file_is_not_run(
+    made: Path, text: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pickle in the place of each JSON or YAML file, and YAML that names a function: no door runs either."""
+    """Every file of a run folder but its code, one after the other, and a config that names a function."""
     mark = tmp_path / "mark"
-    same = [*text[:-1], "task.steps=4", "checkpoint.every=2", "name=theirs", f"root={tmp_path / 'runs'}"]
+    same = [*text[:-1], "task.steps=4", "checkpoint.every=2", "name=theirs"]
     monkeypatch.setattr("sys.argv", ["launch.py"])
-    call = f"!!python/object/apply:os.system ['touch {mark}']\n".encode()
-    for number, content in enumerate([pickle.dumps(Bomb(mark)), *([call] if name == "config.yaml" else [])]):
-        folder = Path(shutil.copytree(made, tmp_path / f"{number}", ignore=shutil.ignore_patterns("code")))
+    with composer() as one:  # these 70 commands share their groups, and the code of this work tree
+        monkeypatch.setattr(requests, "composer", lambda: nullcontext(one))
+    monkeypatch.setattr(Code, "read", cache(Code.read))
+    files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    files = {name for name in files if not name.startswith(("code/", "traces/"))}
+    assert files >= TEXTS | LINES | OF_STEP
+    bomb, call = pickle.dumps(Bomb(mark)), f"!!python/object/apply:os.system ['touch {mark}']\n".encode()
+    for number, (name, content) in enumerate([*((name, bomb) for name in sorted(files)), ("config.yaml", call)]):
+        place = tmp_path / str(number) / made.name
+        folder = Path(shutil.copytree(made, place, ignore=shutil.ignore_patterns("code")))
         (folder / name).write_bytes(content)
         if not name.endswith("COMPLETE.json"):
             vouched(folder / STEP)
-        generate, initial, own = knock(folder, same)
-        assert not mark.exists()
-        assert ("unreadable" in own) == (name == "config.yaml"), own
-        assert bool(initial) == name.startswith(STEP), initial
-        assert bool(generate) == (name in ("config.yaml", "data.json")) or name.startswith(STEP), generate
+        said = knock(folder, same)
+        assert not mark.exists(), name
+        for door in ("folder", "copied"):
+            assert ("unreadable" in said[door]) == (name == "config.yaml"), (name, said[door])
+        # A shard is read by ranks alone: below.
+        assert bool(said["initial"]) == (name in OF_STEP and not name.endswith(".distcp")), (name, said["initial"])
+        if name not in OF_STEP:
+            assert bool(said["run"]) == (name in ("config.yaml", "data.json")), (name, said["run"])
+        if name.endswith(".metadata"):
+            assert "names posix.system, which no checkpoint of this project does" in said["initial"]
+
+
+def test_a_pickle_in_the_place_of_a_tensor_is_not_run(made: Path, ranks: RankPool, tmp_path: Path) -> None:
+    """The metadata are as they were: the ranks read each tensor where they say, and find another thing there."""
+    mark, folder = tmp_path / "mark", Path(shutil.copytree(made, tmp_path / made.name))
+    bomb = pickle.dumps(Bomb(mark))
+    for place in read_metadata(folder / STEP / ".metadata").storage_data.values():
+        with (folder / STEP / place.relative_path).open("r+b") as file:
+            file.seek(place.offset)
+            file.write(bomb.ljust(place.length, b"\0"))
+    vouched(folder / STEP)
+    own = opened("task=generate", f"run={folder}", "prompt=a", f"root={tmp_path / 'runs'}", "cluster.gpus=0")
+    (said,) = ranks(1, live, own)
+    assert isinstance(said, tuple), said
+    words = "cannot be read by rank 0: a tensor's place holds something else; nothing of it was run"
+    assert said == (f"{folder / STEP}: {words}",)
+    assert not mark.exists()
 
 
 def test_a_run_of_our_own_that_moved_goes_on(made: Path, text: tuple[str, ...], tmp_path: Path) -> None:
