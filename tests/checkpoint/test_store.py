@@ -118,9 +118,9 @@ def test_saves_follow_each_other(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def save_many(folder: Path, load: int, steps: list[int]) -> list[str]:
-    store = Store(folder, options(every=10, keep=2, keep_every=40))
+    store = Store(folder, options(every=10, keep=2, keep_every=40, keep_best=1))
     for step in steps:
-        store.save(step, state(step), {})
+        store.save(step, state(step), {"validation_loss": abs(step - 53.0)})
         if step == load:
             path = store.newest()
             assert path is not None
@@ -129,8 +129,8 @@ def save_many(folder: Path, load: int, steps: list[int]) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_keeps_the_last_the_round_and_the_loaded(ranks: RankPool, tmp_path: Path) -> None:
-    kept = [f"step_{step:08d}" for step in (20, 40, 80, 100, 110)]
+def test_keeps_the_last_the_round_the_best_and_the_loaded(ranks: RankPool, tmp_path: Path) -> None:
+    kept = [f"step_{step:08d}" for step in (20, 40, 50, 80, 100, 110)]
     assert ranks(1, save_many, tmp_path, 20, list(range(10, 120, 10))) == [kept]
 
 
