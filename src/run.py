@@ -71,6 +71,16 @@ class Rehearses(Protocol):
 
 
 @runtime_checkable
+class Penalises(Protocol):
+    """A task whose gradients have more in them than the cross entropy."""
+
+    @property
+    def z_loss(self) -> float: ...
+    @property
+    def router_z_loss(self) -> float: ...
+
+
+@runtime_checkable
 class Infers(Protocol):
     """A task that only goes forward: nothing has a gradient or a moment, and a batch need not fill the layout."""
 

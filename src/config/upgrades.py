@@ -66,6 +66,8 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "rope_scaling.attention_factor": 1.0,
     },
     "src.tasks.export.config.Export": {"fp8_scales": "float32"},
+    "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0, "router_z_loss": 0.0},
+    "src.tasks.verify.config.Verify": {"z_loss": 0.0, "router_z_loss": 0.0},
 }
 
 # Section that an earlier version had not -> the option of its group that does what that version did.

@@ -24,6 +24,7 @@ class ModelStages(ABC):
     # How many micro-batches `loss` likes at once: enough to keep every rank busy.
     width: int
     weights: ComputeWeights | None = None  # on one device, where FSDP has nothing to gather
+    router_z_loss = 0.0  # of the task
     any_gradient_dtype = False  # what the optimizer reads: see ComputeWeights.after_backward
 
     def __init__(self, stages: Sequence[Decoder], mesh: Mesh, device: torch.device) -> None:
@@ -32,6 +33,16 @@ class ModelStages(ABC):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their names in the whole model."""
         return chain.from_iterable(part.named_parameters() for part in self.stages)
+
+    def weigh_router_z_loss(self, scale: Tensor) -> None:
+        """For backward passes of the summed cross entropy times `scale`. Tensor ranks that all route the same tokens
+        have equal parts in it, as in all gradients of replicated weights.
+        """
+        if self.router_z_loss > 0.0:
+            degrees = self.mesh.degrees
+            weight = scale.float() * (self.router_z_loss / (1 if degrees.divides_tokens else degrees.tensor))
+            for part in self.stages:
+                part.set_router_z_loss(weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Live parameters and persistent buffers by name; a tied weight once, by its first name."""

@@ -47,13 +47,16 @@ def statistics(logits: Tensor, labels: Tensor, offset: int) -> tuple[Tensor, Ten
     return torch.logsumexp(logits.float(), dim=-1), target * held
 
 
-def gradient_(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int) -> Tensor:
+def gradient_(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int, z_loss: float) -> Tensor:
     """d(summed cross entropy) / d(logits): softmax minus one-hot, 0 in ignored rows; (rows, words), written in the
-    place of the logits: a chunk is 1 GiB, there where memory is fullest.
+    place of the logits: a chunk is 1 GiB, there where memory is fullest. With `z_loss` * normalizer^2 added to each
+    row's loss, softmax counts 1 + 2 z_loss * normalizer times.
     """
     words = torch.arange(logits.shape[-1], device=logits.device)
     hit = words == (labels - offset).unsqueeze(-1)
     probability = (logits.float() - normalizer.unsqueeze(-1)).exp()
+    if z_loss:
+        probability = probability * (1.0 + 2.0 * z_loss * normalizer).unsqueeze(-1)
     return logits.copy_((probability - hit.float()) * (labels != IGNORED).unsqueeze(-1))
 
 
@@ -69,6 +72,7 @@ class Output(nn.Linear):
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
         self.gradient_: Callable[..., Tensor] = gradient_
+        self.z_loss = 0.0  # weight of normalizer^2 (PaLM, arXiv 2204.02311, section 5) in gradients, not in the loss
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -112,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             normalizer, target = vocabulary.logsumexp(normalizer), vocabulary.sum(target)
             loss += ((normalizer - target) * (labels[rows] != IGNORED)).sum()
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = output.gradient_(logits, labels[rows], normalizer, vocabulary.offset)
+                grad_logits = output.gradient_(logits, labels[rows], normalizer, vocabulary.offset, output.z_loss)
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:

@@ -152,6 +152,11 @@ class Decoder(nn.Module):
         if self.mtp is not None:
             self.mtp.before_step(step, steps)
 
+    def set_router_z_loss(self, weight: Tensor) -> None:
+        """0-dim: what the sum over tokens of each router's squared log sum exp counts in the next backward passes."""
+        for moe in self.mixtures():
+            moe.router.z_loss = weight
+
     def post_optimizer_step(self, summed: Callable[[Tensor], Tensor], applied: Tensor) -> None:
         """Collective, once per optimizer step: move the biases that balance experts.
 

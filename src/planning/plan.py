@@ -22,7 +22,7 @@ from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
-from src.run import Compares, Infers, Rehearses, Remembers, Run, Validates
+from src.run import Compares, Infers, Penalises, Rehearses, Remembers, Run, Validates
 from src.runs.cluster import Devices
 
 PLAN_FILE = "plan.json"  # of a run folder
@@ -312,6 +312,10 @@ def _section_problems(run: Run) -> list[str]:
     found = []
     if not _infers(run):  # else there is no gradient, and no optimizer to make
         found += run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
+    if isinstance(run.task, Penalises) and run.task.router_z_loss > 0.0 and not run.model.routed:
+        found.append(
+            f"task.router_z_loss={run.task.router_z_loss:g} finds no router in this model; pass task.router_z_loss=0"
+        )
     if run.compile.graph and _infers(run):
         found.append("compile.graph=true replays training steps, and this task takes none; pass compile=blocks")
     if run.recompute.mode == "budget" and not run.compile.blocks:

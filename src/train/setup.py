@@ -17,7 +17,7 @@ from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
 from src.optim.elementwise import Elementwise
-from src.run import Run
+from src.run import Penalises, Run
 from src.train.replicated.step import ReplicatedStepper
 from src.train.state import TrainState
 from src.train.step import metrics as step_metrics
@@ -51,6 +51,10 @@ def build_training(
     network = build_uninitialized(run, ranks, mesh)
     for part in network.stages:
         initialise(part, run.seed)
+    if isinstance(run.task, Penalises):
+        network.router_z_loss = run.task.router_z_loss
+        for head in (part.output for part in network.stages if part.output is not None):
+            head.z_loss = run.task.z_loss
     optimizer = run.optim.build(
         network.named_parameters(), ranks.device, owners_of(run, mesh, ranks.device), run.model.heads()
     )

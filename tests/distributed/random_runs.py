@@ -166,7 +166,12 @@ def _task(draw: Random, layout: ParallelDims, multiple: int) -> Verify:
         seq_len = max(parts * multiple // 2, multiple)
     count = draw.randint(1, 3) if layout.pipeline == 1 else layout.pipeline * draw.randint(1, 2) + draw.randint(0, 1)
     return Verify(
-        steps=2, seq_len=seq_len, global_batch=micro_batch * count * layout.data_ranks, micro_batch=micro_batch
+        steps=2,
+        seq_len=seq_len,
+        global_batch=micro_batch * count * layout.data_ranks,
+        micro_batch=micro_batch,
+        z_loss=0.0,
+        router_z_loss=0.0,
     )
 
 

@@ -38,7 +38,7 @@ MODELS = Path(__file__).parents[2] / "src" / "models"
 PRESETS = [option for option in options("model") if option != "auto"]
 DEBUG = [option for option in PRESETS if option.endswith("_debug")]
 SMALL = {"dim": 64, "n_layers": 2, "vocab_size": 96, "max_seq_len": 64}
-TASK = Verify(steps=2, seq_len=32, global_batch=4, micro_batch=1)
+TASK = Verify(steps=2, seq_len=32, global_batch=4, micro_batch=1, z_loss=0.0, router_z_loss=0.0)
 LAYOUTS = ("tp2", "fsdp2", "pp2", "cp2")
 ROUTED_LAYOUTS = (*LAYOUTS, "fsdp2_ep2", "tp2_ep2")
 

@@ -169,16 +169,21 @@ def test_flex_masks_equal_written_out_predicates(mask: str, fixed_block: int | N
     torch.testing.assert_close(core(q, k, v, config.build().attention_mask(documents, 2, 16)), expected)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [7, CHUNK_ROWS + 3])
-def test_chunked_cross_entropy_equals_torch(rows: int) -> None:
-    """Loss and both gradients, with ignored labels, over one chunk and over a ragged second one."""
+def test_chunked_cross_entropy_equals_torch(rows: int, z_loss: float) -> None:
+    """Loss and both gradients, with ignored labels, over one chunk and over a ragged second one. z-loss is in gradients
+    alone.
+    """
     torch.manual_seed(1)
     head = Output(16, 50)
+    head.z_loss = z_loss
     hidden = torch.randn(1, rows, 16, requires_grad=True)
     labels = torch.randint(50, (1, rows))
     labels[0, ::3] = IGNORED
     expected = nn.functional.cross_entropy(head(hidden)[0], labels[0], ignore_index=IGNORED, reduction="sum")
-    expected_gradients = torch.autograd.grad(expected * 0.5, [hidden, head.weight])
+    squares = head(hidden)[0].logsumexp(-1)[labels[0] != IGNORED].square().sum()
+    expected_gradients = torch.autograd.grad((expected + z_loss * squares) * 0.5, [hidden, head.weight])
     loss = head(hidden, labels=labels)
     gradients = torch.autograd.grad(loss * 0.5, [hidden, head.weight])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

@@ -145,3 +145,22 @@ def test_a_bf16_router_has_gradients_as_exact_as_bf16_holds() -> None:
     for got, right in zip(grads, wanted, strict=True):
         assert got.dtype == torch.bfloat16
         assert float((got.float() - right.bfloat16().float()).norm() / right.norm()) < 3e-4
+
+
+def test_z_loss_is_in_gradients_alone() -> None:
+    """And in training alone."""
+    torch.manual_seed(3)
+    router, x = Router(16, tiny_moe(score_func="sigmoid")), torch.randn(40, 16, requires_grad=True)
+    bias, weight = torch.zeros(8), torch.tensor(0.3)
+    objective = router(x, bias).weights.square().sum()
+    squares = router.gate(x).logsumexp(-1).square().sum()
+    expected = torch.autograd.grad(objective + weight * squares, [x, router.gate.weight])
+    without = torch.autograd.grad(router(x, bias).weights.square().sum(), [x, router.gate.weight])
+    router.z_loss = weight
+    found = torch.autograd.grad(router(x, bias).weights.square().sum(), [x, router.gate.weight])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(router(x, bias).weights.square().sum(), objective)
+    router.eval()
+    torch.testing.assert_close(
+        torch.autograd.grad(router(x, bias).weights.square().sum(), [x, router.gate.weight]), without, rtol=0, atol=0
+    )

@@ -38,7 +38,7 @@ from tests.ranks import RankPool
 from tests.train.runs import Here, changed, make_run, section
 
 HOME = Path(__file__).resolve().parents[2]
-TASK = Verify(steps=2, seq_len=32, global_batch=8, micro_batch=1)
+TASK = Verify(steps=2, seq_len=32, global_batch=8, micro_batch=1, z_loss=0.0, router_z_loss=0.0)
 TINY = (
     *("task=verify", "task.steps=1", "task.seq_len=32", "task.global_batch=2", "cluster.gpus=0"),
     *("model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.vocab_size=64"),
@@ -123,7 +123,22 @@ def certified(run: Run, broken: str | None = None) -> Certificate:
     """On one rank of the gloo world."""
     with BREAKS[broken]() if broken else nullcontext():
         ranks = Process.join("cpu", run.parallel.world, timeout_seconds=60)
-        return certify(TASK, run, ranks, {})
+        assert isinstance(run.task, Verify)
+        return certify(run.task, run, ranks, {})
+
+
+@pytest.mark.parametrize("layout", ["tp2", "fsdp2_ep2"])
+def test_z_losses_are_those_of_one_device(ranks: RankPool, layout: str) -> None:
+    """Of logits over a cut vocabulary, and of routers whose tokens all tensor ranks route, or each its own."""
+    task = changed(TASK, steps=1, z_loss=0.1, router_z_loss=0.1)
+    run = replace(make_run(model=tiny_deepseek(n_layers=2), parallel=layout), task=task)
+    plain = ranks(2, certified, replace(run, task=changed(TASK, steps=1)))[0]
+    for certificate in ranks(2, certified, run):
+        assert certificate.failed == []
+        norms = {each.name: each.expected for each in certificate.differences if each.kind == "gradient"}
+        without = {each.name: each.expected for each in plain.differences if each.kind == "gradient"}
+        for name in ("output.weight", "layers.1.moe.router.gate.weight"):
+            assert norms[name] > 1.05 * without[name]
 
 
 @pytest.mark.parametrize(

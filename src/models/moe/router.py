@@ -25,10 +25,13 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Gate(dim, config.num_experts)
+        self.z_loss: Tensor | None = None  # 0-dim, of a training step that has it: see `with_z_loss`
 
     def forward(self, x: Tensor, bias: Tensor) -> Routing:
         """x (tokens, dim); `bias` (num_experts) fp32 moves the choice, never the weights or a gradient."""
         logits = self.gate(x)
+        if self.training and self.z_loss is not None:
+            logits = with_z_loss(logits, self.z_loss)
         scores = logits.softmax(-1) if self.config.score_func == "softmax" else logits.sigmoid()
         experts = self._in_turn(scores) if self.config.force_load_balance else self._best(scores.detach() + bias)
         weights = scores.gather(-1, experts)
@@ -54,6 +57,27 @@ class Router(nn.Module):
         """Expert p mod num_experts at place p of the flat (tokens, top_k): equal loads, for benchmarks."""
         places = torch.arange(len(scores) * self.config.top_k, device=scores.device)
         return (places % self.config.num_experts).view(len(scores), -1)
+
+
+def with_z_loss(logits: Tensor, weight: Tensor) -> Tensor:
+    """(tokens, num_experts) as they are; `weight` * the squares of their log sum exps is added to the loss by its
+    gradient alone (ST-MoE, arXiv 2202.08906, equation 5).
+    """
+    apply: Callable[..., Tensor] = _ZLoss.apply
+    return apply(logits, weight)
+
+
+class _ZLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, weight)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, weight = ctx.saved_tensors
+        normalizer = logits.logsumexp(-1, keepdim=True)
+        return grads[0] + 2.0 * weight * normalizer * (logits - normalizer).exp(), None
 
 
 class Gate(nn.Linear):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from src.config.base import Config, RankNumbers
-from src.config.bounds import Count, Sequences, Steps, StepsOrNever, Temperature, Tokens
+from src.config.bounds import Count, Fraction, Sequences, Steps, StepsOrNever, Temperature, Tokens
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -29,6 +29,10 @@ class Pretrain(Config):
     """Held-out sequences of a validation; the same every time."""
     log_every: Steps
     """Optimizer steps between two lines of metrics."""
+    z_loss: Fraction
+    """Weight of the squared log normaliser of each label's logits in gradients; the loss shown has none; 0: none."""
+    router_z_loss: Fraction
+    """The same of each token's router logits in each layer with experts; 0: none."""
     nonfinite: Literal["raise", "skip_step"]
     """When a loss or gradient norm is not finite; raise: the run fails; skip_step: weights stay as they are."""
     nonfinite_cap: Steps

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from src.config.base import Config
-from src.config.bounds import Sequences, Steps, Tokens
+from src.config.bounds import Fraction, Sequences, Steps, Tokens
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -26,6 +26,10 @@ class Verify(Config):
     """Sequences per optimizer step, over all ranks; the same in every step."""
     micro_batch: Sequences
     """Sequences per rank and forward."""
+    z_loss: Fraction
+    """Weight of the squared log normaliser of each label's logits in gradients; the loss shown has none; 0: none."""
+    router_z_loss: Fraction
+    """The same of each token's router logits in each layer with experts; 0: none."""
 
     def run(self, run: "Run", folder: Path) -> bool:
         """Run the task on this rank, from joining the process groups to leaving them. Collective. VerdictError when

@@ -128,6 +128,8 @@ def _train_alone(task: Verify, run: Run, ranks: RankContext, mesh: Mesh) -> Trac
     assert weights is not None, "nothing is gathered on one device"
     batches = rows(task, run, rank=0, ranks=1)
     tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    if task.router_z_loss:
+        model.set_router_z_loss(torch.tensor(task.router_z_loss / tokens, device=ranks.device))
     optimizer.found_inf = torch.zeros((), device=ranks.device)  # type: ignore[attr-defined]
     losses, grad_norms, gradients, loads = [], [], {}, _Loads(training.network)
     for step in range(task.steps):

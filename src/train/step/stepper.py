@@ -85,7 +85,9 @@ class Stepper:
 
     def _backward(self, batches: Sequence[Batch], tokens: Tensor) -> Tensor:
         """Gradients of the mean over `tokens` labels; this rank's share of that mean."""
-        return self.network.backward(batches, 1.0 / tokens.clamp(min=1))
+        scale = 1.0 / tokens.clamp(min=1)
+        self.network.weigh_router_z_loss(scale)
+        return self.network.backward(batches, scale)
 
     def _measure(self, batches: Sequence[Batch], loss: Tensor, tokens: Tensor, vote: Tensor) -> dict[str, Tensor]:
         """Collective: all metrics and the votes to stop in one sum."""
