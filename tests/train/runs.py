@@ -81,8 +81,10 @@ class Tokens:
 def section(group: str, option: str) -> Any:
     """conf/<group>/<option>.yaml as its object."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree = OmegaConf.to_container(compose(f"{group}/{option}"), resolve=True)
-    return build(TOP | tree, sections=(group,))[group]
+        # A model may choose a recipe, which is a line of the whole config.
+        cfg = compose("config", [f"model={option}"]) if group == "model" else compose(f"{group}/{option}")
+        tree = OmegaConf.to_container(cfg[group], resolve=True)
+    return build(TOP | {group: tree}, sections=(group,))[group]
 
 
 def changed(config: Config, **changes: Any) -> Any:
