@@ -82,8 +82,8 @@ def ends_of(tokenizer: Tokenizer, origin: Origin | None) -> frozenset[int]:
     """Ids that end a generated text: the tokenizer's end of a document and, where the weights came with several ends
     and it is one of them, the others that are special tokens of it, such as the end of a turn.
     """
-    own = frozenset() if tokenizer.eos_id is None else frozenset((tokenizer.eos_id,))
-    stops = () if origin is None else origin.stop_ids()
+    own: frozenset[int] = frozenset() if tokenizer.eos_id is None else frozenset((tokenizer.eos_id,))
+    stops: tuple[int, ...] = () if origin is None else origin.stop_ids()
     if not isinstance(tokenizer, StoredTokenizer) or tokenizer.eos_id not in stops:
         return own  # of other tokens than those that the weights came with
     special = set(tokenizer.codec.special_tokens())
