@@ -78,9 +78,12 @@ def test_values_of_several_lines_keep_their_text() -> None:
 def test_files_are_read_for_it_once_and_only_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     with composer() as hydras:
         asked_for: list[object] = []
-        monkeypatch.setattr(
-            "src.config.composition.composer.file_origins", lambda _, choices: asked_for.append(choices) or {}
-        )
+
+        def asked(_: object, choices: object) -> dict[str, str]:
+            asked_for.append(choices)
+            return {}
+
+        monkeypatch.setattr("src.config.composition.composer.file_origins", asked)
         first, second = (hydras.origins(["model=llama3_8b", f"++seed={seed}"]) for seed in (1, 2))
         assert asked_for == []
         assert [str(each.of("seed")) for each in (first, second)] == ["command line"] * 2

@@ -20,7 +20,6 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure
 import matplotlib.ticker
 import pytest
-import tabulate
 import torch._dynamo
 import torch.distributed.tensor
 import torch.profiler

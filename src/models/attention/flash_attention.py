@@ -183,7 +183,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:
     """(batch * length, heads, width) -> (batch, heads, length, width)."""
-    return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+    return x.reshape(like.shape[0], like.shape[2], *x.shape[1:]).transpose(1, 2)
 
 
 def _packed(x: Tensor) -> Tensor:
