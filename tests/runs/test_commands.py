@@ -80,6 +80,7 @@ def test_list_finds_what_fulfils_the_conditions(
         (["list", "optim.lr<fast"], "'fast' is no number, nor a time such as 2d"),
         (["show", "smal-3"], "no run of ROOT; did you mean small-3?"),
         (["show", "big"], "big: 2 runs; name one of them: big-1, big-2"),
+        (["show", "src"], "src: no run is in this folder; give a run's folder, or its name below ROOT"),
         (["list", "--root", "nowhere"], "nowhere: cannot be listed (No such file or directory)"),
         (["fork", "small-3@7"], "has no complete checkpoint of that step; it has 50, 60"),
         (["fork", "small-3@last"], "'last' behind @ is no step; write small-3@1000"),

@@ -27,6 +27,8 @@ def folders(given: Sequence[str], root: Path) -> list[Path]:
 def folder(given: str, root: Path) -> Path:
     """The one run folder that is meant; the beginning of a name will do where one run alone has it. FolderError."""
     found = _meant(given, root)
+    if not found:
+        raise FolderError(f"{given}: no run is in this folder; give a run's folder, or its name below {root}")
     if len(found) != 1 or is_root(Path(given)):
         raise FolderError(f"{given}: {len(found)} runs; name one of them: {some(each.name for each in found)}")
     return found[0]
