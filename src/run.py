@@ -71,6 +71,14 @@ class Rehearses(Protocol):
 
 
 @runtime_checkable
+class MeasuresLayers(Protocol):
+    """A task that looks at each layer before and after an update."""
+
+    @property
+    def layer_norms(self) -> bool: ...
+
+
+@runtime_checkable
 class Penalises(Protocol):
     """A task whose gradients have more in them than the cross entropy."""
 

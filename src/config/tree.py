@@ -35,6 +35,7 @@ SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker", "alert", "s
 # one of them goes on with the same run. What is in neither of the two tables decides numbers, if only their last bits.
 STEERING: Mapping[str, str] = {
     "task.log_every": "what is told, not what is computed",
+    "task.layer_norms": "what is told, not what is computed",
     "task.validate_every": "validation draws from no generator and changes no weight",
     "task.validate_samples": "validation draws from no generator and changes no weight",
     "task.sample_prompt": "a sample is text for a person, made after the last step",

@@ -66,7 +66,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "rope_scaling.attention_factor": 1.0,
     },
     "src.tasks.export.config.Export": {"fp8_scales": "float32"},
-    "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0, "router_z_loss": 0.0},
+    "src.tasks.pretrain.config.Pretrain": {"layer_norms": False, "z_loss": 0.0, "router_z_loss": 0.0},
     "src.tasks.verify.config.Verify": {"z_loss": 0.0, "router_z_loss": 0.0},
 }
 

@@ -44,6 +44,7 @@ class Load:
     forward_only: bool
     texts: int  # whose keys and values are kept while they grow, at once on this rank; 0: of a task that writes none
     columns: int  # of the longest of them
+    layer_norms: bool  # of some steps, which need the weights as they were
     outer_bytes: int  # of each weight, that groups which train apart keep beside it on its device
 
     def changed(self, **changes: object) -> "Load":
@@ -176,7 +177,10 @@ class _Weights:
 
 def _updating(load: Load, weights: _Weights) -> int:
     degrees = load.degrees
-    return load.optim.working_bytes(weights.shapes, ranks=degrees.world // degrees.pipeline, copies=degrees.replicate)
+    before = weights.local * BYTES[load.precision.storage] if load.layer_norms and not degrees.cpu_offload else 0
+    return before + load.optim.working_bytes(
+        weights.shapes, ranks=degrees.world // degrees.pipeline, copies=degrees.replicate
+    )
 
 
 def _gradients(load: Load, weights: _Weights) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from src.planning.plan import Plan
 from src.train.audit import SampleAudit
 from src.train.expert_load import expert_load
 from src.train.exports import Exports
+from src.train.layer_norms import LayerNorms
 from src.train.report import Report
 from src.train.setup import Training
 from src.train.step.stepper import Readback, StepOutcome
@@ -66,6 +67,7 @@ class Loop:
     checkpoint: Checkpoint
     store: Store
     exports: Exports | None
+    norms: LayerNorms | None
     throughput: Throughput
     startup: Startup
     report: Report
@@ -98,6 +100,8 @@ class Loop:
         for batches, waited in self._step_batches():
             if self._stopping:
                 break
+            if self.norms is not None:
+                self.norms.wanted = self._recorded(state.step + 1)
             scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
             self.training.network.before_step(state.step, steps)
             self._audit.feed(state.step + 1, state.position, batches, share=self._share, summed=self._summed())
@@ -202,6 +206,10 @@ class Loop:
             or self.checkpoint.exports(step)
         )
 
+    def _recorded(self, step: int) -> bool:
+        """Whether its numbers are; of the first step of this attempt too."""
+        return step in (self._first or step, self.plan.steps) or step % self.cadence.log_every == 0
+
     def _end_interval(self, step: int) -> None:
         """Between two steps, with the device idle: tell, validate, save."""
         if step == self._first:
@@ -210,7 +218,7 @@ class Loop:
             self.report.measure(step, self.startup.metrics())
             self.report.say(format_startup(self.startup.seconds))
         last = step == self.plan.steps
-        if step == self._first or last or step % self.cadence.log_every == 0:
+        if self._recorded(step):
             self.report.record(step, self._values(step))
         if self.cadence.validate_every and (last or step % self.cadence.validate_every == 0):
             self._validate(step)
@@ -231,6 +239,7 @@ class Loop:
             **self.throughput.report(),
             **memory(self.training.ranks.device, self.training.stepper.captured_bytes),
             **self._shares(),
+            **({} if self.norms is None else self.norms.values()),
             **({} if (load := self._load()) is None else load.values()),
         }
 

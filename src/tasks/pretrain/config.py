@@ -29,6 +29,8 @@ class Pretrain(Config):
     """Held-out sequences of a validation; the same every time."""
     log_every: Steps
     """Optimizer steps between two lines of metrics."""
+    layer_norms: bool
+    """True: steps that are logged also say the norms of each layer's gradients, updates and hidden states."""
     z_loss: Fraction
     """Weight of the squared log normaliser of each label's logits in gradients; the loss shown has none; 0: none."""
     router_z_loss: Fraction

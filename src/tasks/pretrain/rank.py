@@ -31,6 +31,7 @@ from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
 from src.train.exports import SHARD_BYTES, Exports
+from src.train.layer_norms import LayerNorms
 from src.train.loop import Loop
 from src.train.replicated.loop import ReplicatedLoop
 from src.train.report import Report
@@ -122,6 +123,7 @@ def _loop(
         checkpoint=run.checkpoint,
         store=store,
         exports=_exports(run, folder, corpus),
+        norms=_norms(training) if task.layer_norms else None,
         throughput=_throughput(run, planned, training.ranks.device),
         startup=startup,
         report=report,
@@ -129,6 +131,10 @@ def _loop(
         facts={"run": folder.name, "layout": planned.axes},
         grace_seconds=run.cluster.grace_seconds,
     )
+
+
+def _norms(training: Training) -> LayerNorms:
+    return LayerNorms(training.network, training.state.optimizer, training.stepper.gradients)
 
 
 def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:

@@ -1,0 +1,95 @@
+"""Norms of each layer's gradients, updates and hidden states, on the steps that are logged, in one collective.
+
+Other steps cost nothing. A step that is logged reads gradients once more, holds a copy of this rank's weights while the
+optimizer runs, and squares the result of each block.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from src.distributed.collectives import world_sum
+from src.distributed.fsdp.gradient_norm import Gradients
+from src.distributed.model_stages import ModelStages
+
+GRADIENT, UPDATE, HIDDEN, ELEMENTS = range(4)  # columns: sums of squares, and how many squares are of hidden states
+
+
+class LayerNorms:
+    """`wanted` before a step makes it measured; `values` afterwards reports it, and the next is not."""
+
+    def __init__(self, network: ModelStages, optimizer: Optimizer, gradients: Gradients) -> None:
+        layers = network.stages[0].config.n_layers
+        self.wanted = False
+        self._names = [*(f"layer_{layer:02}" for layer in range(layers)), "embedding", "head"]
+        self._gradients, self._device = gradients, network.device
+        row_of = {parameter: self._row(name) for name, parameter in network.named_parameters()}
+        self._rows = torch.tensor([row_of[each] for each in gradients.parameters], device=network.device)
+        self._table = torch.zeros(len(self._names), 4, dtype=torch.float64, device=network.device)
+        self._before: list[Tensor] = []
+        optimizer.register_step_pre_hook(self._when_wanted(self._before_update))
+        optimizer.register_step_post_hook(self._when_wanted(self._after_update))
+        for part in network.stages:
+            for number, block in part.layers.items():
+                block.register_forward_hook(partial(self._after_block, int(number)))
+
+    def values(self) -> dict[str, float]:
+        """Collective; waits for the device. By name: `norms/layer_07/gradient`, before clipping, and `.../update`, both
+        Frobenius norms, and `.../hidden`, the root mean square of what the block hands on.
+        """
+        table = world_sum(self._table.clone())
+        self._table.zero_()
+        self.wanted = False
+        table[:, HIDDEN] /= table[:, ELEMENTS].clamp(min=1.0)
+        found = {}
+        for name, (gradient, update, hidden, elements) in zip(self._names, table.sqrt().tolist(), strict=True):
+            found |= {f"norms/{name}/gradient": gradient, f"norms/{name}/update": update}
+            found |= {f"norms/{name}/hidden": hidden} if elements else {}
+        return found
+
+    def _row(self, name: str) -> int:
+        first, number, *_ = name.split(".")
+        if first == "layers":
+            return int(number)
+        return self._names.index("embedding" if first == "tok_embeddings" else "head")
+
+    def _when_wanted(self, act: Callable[[], None]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if self.wanted:
+                act()
+
+        return hook
+
+    @torch.no_grad()
+    def _before_update(self) -> None:
+        self._table[:, :HIDDEN].zero_()  # a step that replica groups did not commit is taken again
+        self._add(GRADIENT, self._gradients.local())
+        self._before = [_held(each).detach().clone() for each in self._gradients.parameters]
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        before, self._before = self._before, []
+        weights = (_held(each) for each in self._gradients.parameters)
+        self._add(UPDATE, [now.float() - old.float() for now, old in zip(weights, before, strict=True)])
+
+    def _add(self, column: int, shards: Sequence[Tensor]) -> None:
+        squares = torch.stack(torch._foreach_norm(list(shards), 2, dtype=torch.float32)).square()
+        shares = (squares * self._gradients.shares).to(self._device, torch.float64)
+        self._table[:, column].index_add_(0, self._rows, shares)
+
+    @torch.no_grad()
+    def _after_block(self, layer: int, block: nn.Module, inputs: Any, result: tuple[Tensor, Any]) -> None:
+        """What is computed again for the backward counts twice, above and below the line alike."""
+        if self.wanted and block.training:
+            hidden = _held(result[0].detach())
+            self._table[layer, HIDDEN] += torch.linalg.vector_norm(hidden, dtype=torch.float32).square()
+            self._table[layer, ELEMENTS] += hidden.numel()
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
