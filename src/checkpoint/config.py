@@ -46,6 +46,10 @@ class Checkpoint(Config):
     """Start of a new run: a step_XXXXXXXX folder, the newest one of a run folder, or, weights only, hf:<folder> or
     hf:<hub id>[@revision]; null: random weights.
     """
+    progress: Literal["all", "samples", "none"]
+    """What of its progress a run takes over from initial, beside weights and moments; all: steps and samples, as one
+    that goes on with it; samples: steps begin at 0; none: both begin at 0.
+    """
     trusted: bool
     """True: torch reads checkpoints' metadata, pickle that can run any code; false: only what ours hold is read."""
 
@@ -58,6 +62,13 @@ class Checkpoint(Config):
         if self.keep_every % self.every:
             nearest = max(1, round(self.keep_every / self.every)) * self.every
             raise ValueError(f"keep_every={self.keep_every} is not a multiple of every={self.every} ({nearest} is)")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_progress(self) -> "Checkpoint":
+        if self.progress != "all" and (self.initial is None or self.foreign is not None):
+            what = "null" if self.initial is None else f"{FOREIGN}..., which are weights alone"
+            raise ValueError(f"progress={self.progress} is about a checkpoint, and initial={what}; pass progress=all")
         return self
 
     def due(self, step: int, *, last: bool) -> bool:

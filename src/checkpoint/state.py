@@ -179,6 +179,12 @@ def difference(
     return missing, unexpected, misfits
 
 
+def unlike(tensors: dict[str, Tensor], saved: Metadata) -> set[str]:
+    """Names that the checkpoint has no tensor of, or one of another shape."""
+    entries = {n: e.size for n, e in saved.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+    return {name for name, tensor in tensors.items() if entries.get(name) != tensor.shape}
+
+
 def _section(name: str) -> str:
     return name.split(".", 1)[0]
 

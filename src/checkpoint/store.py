@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -27,7 +28,7 @@ from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
 from src.checkpoint.metadata import RestrictedReader
-from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json
+from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json, unlike
 from src.errors import CheckpointError, DiskFullError, some
 from src.storage.space import room
 
@@ -156,6 +157,34 @@ class Store:
                 self._sound.add(self._loaded)
         return fill(state, values)
 
+    def load_fitting(
+        self, path: Path, required: dict[str, Any], optional: dict[str, dict[str, Tensor]]
+    ) -> tuple[dict[str, Any], set[str]]:
+        """Fill the tensors of `required`, and of `optional` each entry whose tensors are all there in their shapes;
+        other dtypes are converted. An entry is one parameter's, {"optimizer.norm.weight": {"step": t, "exp_avg": t}}.
+
+        Returns the saved values, and the entries that some rank filled. CheckpointError, with nothing touched, where a
+        required tensor is missing or has another shape.
+        """
+        self.finish()
+        self._verify(path)
+        values: dict[str, Any] = self._team.on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
+        wanted = flatten(required).tensors
+        entries = {name: flatten({name: tensors}).tensors for name, tensors in optional.items()}
+        reader = self._reader(path)
+
+        def look() -> tuple[set[str], list[str]]:
+            saved = reader.read_metadata()
+            return unlike(wanted, saved), [name for name, tensors in entries.items() if not unlike(tensors, saved)]
+
+        looks = self._team.on_all(look)
+        if misfits := set[str]().union(*(one[0] for one in looks)):
+            raise CheckpointError(f"{path}: {_count(misfits)} not in it in this shape: {some(misfits, most=8)}")
+        mine = [entries[name] for name in looks[self._team.rank][1]]
+        tensors = wanted | {name: tensor for entry in mine for name, tensor in entry.items()}
+        self._team.on_all(lambda: self._read_tensors(path, Flat(tensors, {}), reader))
+        return values, {name for one in looks for name in one[1]}
+
     # Saving: on the thread, or on the caller's when it waits.
 
     def _write(self, job: _Write) -> None:
@@ -276,7 +305,7 @@ class Store:
         return f"{offer}: to resume from it, `mv {path} {path}.bad` and run the same command again"
 
     def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any], *, rounds: bool) -> FileSystemReader:
-        reader = FileSystemReader(path) if self.options.trusted else RestrictedReader(path)
+        reader = self._reader(path)
 
         def look() -> tuple[set[str], set[str], list[str]]:
             return difference(flat, reader.read_metadata(), values, rounds=rounds)
@@ -293,6 +322,9 @@ class Store:
         if problems or misfits:
             raise CheckpointError([*problems, *misfits])
         return reader
+
+    def _reader(self, path: Path) -> FileSystemReader:
+        return FileSystemReader(path) if self.options.trusted else RestrictedReader(path)
 
     def _read_tensors(self, path: Path, flat: Flat, reader: FileSystemReader) -> None:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -53,7 +53,7 @@ RENAMED: Mapping[str, str] = {
 # as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
 ADDED: Mapping[str, Mapping[str, Any]] = {
     # 0.1 -> 0.2
-    "src.checkpoint.config.Checkpoint": {"keep_best": None},
+    "src.checkpoint.config.Checkpoint": {"keep_best": None, "progress": "all"},
     "src.cluster.local.config.Local": {"at_once": None},
     "src.data.config.Hub": {"bad_rows": "refuse"},
     "src.data.config.Text": {"bad_rows": "refuse"},

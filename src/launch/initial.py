@@ -33,7 +33,8 @@ def check_initial(run: "Run", folder: Path) -> None:
         return
     marker = read_marker(path)
     faults = [fault(path / name, each, "size") for name, each in marker.files.items()]
-    problems = [each for each in faults if each is not None] or [*_values(run, path), *_tensors(run, path)]
+    fits = _tensors if run.checkpoint.progress == "all" else _weights
+    problems = [each for each in faults if each is not None] or [*_values(run, path), *fits(run, path)]
     if problems:
         raise CheckpointError(f"checkpoint.initial={each}" for each in problems)
 
@@ -47,9 +48,10 @@ def rewarming(run: "Run", folder: Path) -> str | None:
     if path is None or before is None:
         return None
     schedule, peak, steps = before
-    done = _read(path)["step"]
+    done = read_values(path)["step"]
     last = peak * schedule.multiplier(done - 1, steps)
-    following = run.optim.lr * run.schedule.multiplier(done, run.task.steps)
+    here = done if run.checkpoint.progress == "all" else 0
+    following = run.optim.lr * run.schedule.multiplier(here, run.task.steps)
     if not schedule.decayed(done - 1, steps) or following <= 1.01 * last:
         return None
     earlier = [each for each in complete(path.parent) if not schedule.decayed((step_of(each) or 0) - 1, steps)]
@@ -75,9 +77,9 @@ def check_samples(run: "Run", folder: Path, corpus: "Corpus") -> None:
     from src.data.batches import Batches
 
     path = initial_of(run, folder)
-    if path is None:
+    if path is None or run.checkpoint.progress == "none":
         return
-    values = _read(path)
+    values = read_values(path)
     if (position := values["position"]) > DIGEST_SAMPLES:
         return
     batches = Batches(
@@ -86,11 +88,12 @@ def check_samples(run: "Run", folder: Path, corpus: "Corpus") -> None:
     if batches.digest(position) != values["digest"]:
         raise CheckpointError(
             f"checkpoint.initial={path}: its first {position:,} samples are not those of this config: data, tokenizer, "
-            "seed and task.seq_len must be the checkpoint's"
+            "seed and task.seq_len must be the checkpoint's; checkpoint.progress=none begins this run's samples at 0"
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """values.json of a step folder. CheckpointError where a run has not written it."""
     try:
         values: dict[str, Any] = json.loads((path / VALUES).read_text())
         assert {"step", "position", "digest", "rng.seed"} <= values.keys()
@@ -100,8 +103,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _values(run: "Run", path: Path) -> list[str]:
-    values, found = _read(path), []
-    if run.task.steps <= values["step"]:
+    values, found = read_values(path), []
+    if run.checkpoint.progress == "none":
+        return []
+    if run.checkpoint.progress == "all" and run.task.steps <= values["step"]:
         found.append(
             f"{path}: has done {values['step']} steps, with its optimizer and its samples, and goes on from there: "
             f"task.steps={run.task.steps} leaves nothing to do; pass more steps"
@@ -129,6 +134,25 @@ def _tensors(run: "Run", path: Path) -> list[str]:
     misfits = [name for name in here if name in there and here[name] != there[name]]
     found += [f"{path}: {name}: expected {_words(*here[name])}, found {_words(*there[name])}" for name in misfits[:6]]
     return [*found, f"{path}: {len(misfits) - 6} more do not fit"] if len(misfits) > 6 else found
+
+
+def _weights(run: "Run", path: Path) -> list[str]:
+    """Weights that are not there in the run's shapes; dtypes are converted."""
+    there = {} if run.checkpoint.trusted else shapes(path)
+    here = {f"model.{each.name}": tuple(each.shape) for each in run.model.weights()} if there else {}
+    unlike = {name: shape for name, shape in here.items() if name not in there or there[name][0] != shape}
+    found = [
+        f"{path}: {name}: expected {list(shape)}, found {list(there[name][0]) if name in there else 'nothing'}"
+        for name, shape in [*unlike.items()][:6]
+    ]
+    more = {each for each in there.keys() - here.keys() if each.startswith("model.") and not _is_buffer(each)}
+    found += [f"{path}: {len(more)} weights in it that this run has no place for: {some(more)}"] if more else []
+    return [*found, f"{path}: {len(unlike) - 6} more do not fit"] if len(unlike) > 6 else found
+
+
+def _is_buffer(name: str) -> bool:
+    """Whether a tensor that starts with "model." is none that the optimizer updates."""
+    return name.rpartition(".")[2] == "expert_bias"
 
 
 def _words(shape: tuple[int, ...], dtype: str) -> str:

@@ -161,11 +161,13 @@ def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
     from src.data.tokenizer import vocabulary_warnings
     from src.hugging_face.hub import is_local
     from src.launch.initial import check_initial, rewarming
+    from src.launch.taken import taken
 
     folder = place(run.root, run.name, identity(tree), run.folder)
     if run.task.needs_corpus:
         tell(f"warning: {line}" for line in vocabulary_warnings(run.tokenizer, run.model.vocab_size))
     check_initial(run, folder)
+    tell(taken(tree, run, folder))
     if (line := rewarming(run, folder)) is not None:
         tell([f"warning: {line}"])
     if (source := wanted(tree, run)) is not None and is_local(source):

@@ -7,20 +7,19 @@ become the `checkpoint.initial` of the task's own run.
 
 import sys
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from src.checkpoint.config import FOREIGN
-from src.checkpoint.folder import complete, is_complete, step_folder, step_of
+from src.checkpoint.folder import step_of
 from src.config.base import path_text
-from src.config.groups import CONF
+from src.config.groups import CONF, FROM
 from src.config.tree import Tree, read
-from src.config.wording import nearest
-from src.errors import CheckpointError, some
+from src.errors import CheckpointError
 from src.hugging_face.hub import fetch
 from src.hugging_face.load import model_section, noted
-from src.tasks.inherit import check_typed, sections
+from src.tasks.from_run import begun_from
+from src.tasks.inherit import check_typed, find, meant, overlaid, sections
 
 if TYPE_CHECKING:
     from src.distributed.model_stages import ModelStages
@@ -45,7 +44,11 @@ class Reads(Protocol):
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """The tree with what `run=` and model=auto stand for; what was typed wins. CheckpointError when that is nothing."""
+    """The tree with what `run=`, `from=` and model=auto stand for; what was typed wins. CheckpointError when that is
+    nothing.
+    """
+    if FROM in tree:
+        return begun_from(tree, typed)
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("run"), str):
         check_typed(typed)
@@ -67,10 +70,10 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     task = tree["task"]
     folder = Path(task["run"]).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml{_meant(folder, tree)}")
+        raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml{meant(folder, tree)}")
     checkpoint = find(folder, task.get("step"))
     earlier = sections(folder)
-    inherited = {key: _overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
+    inherited = {key: overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
     given = {"run": str(folder), "step": step_of(checkpoint)}
     if "seq_len" in task and not {"seq_len", "task.seq_len"} & typed.keys():
         given["seq_len"] = earlier["task"]["seq_len"]
@@ -85,7 +88,7 @@ def _of_elsewhere(tree: Tree, typed: Mapping[str, str]) -> Tree:
     folder = fetch(task["run"].removeprefix(FOREIGN), weights=False).folder
     found = tree | {"checkpoint": tree["checkpoint"] | {"initial": task["run"]}}
     if "model" not in typed:
-        found["model"] = _overlaid("model", read(CONF / "model" / "auto.yaml"), tree, typed)
+        found["model"] = overlaid("model", read(CONF / "model" / "auto.yaml"), tree, typed)
     if "tokenizer" not in typed:
         found["tokenizer"] = _tokenizer(Path(folder))
     return found
@@ -108,7 +111,7 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
             merged[group] = ours[group] | said
         elif group not in there:
             merged.pop(group)  # a family without it has no such key; a dense model of one with experts may say null
-    model = _overlaid("model", merged, tree, typed)
+    model = overlaid("model", merged, tree, typed)
     size = ", ".join(f"{key}={model[key]}" for key in ("n_layers", "dim", "vocab_size") if key in model)
     print(f"model=auto: {folder / 'config.json'}: {model['_target_'].rpartition('.')[2]} of {size}", file=sys.stderr)
     if unread:
@@ -124,32 +127,6 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
 def _tokenizer(folder: Path) -> Tree:
     """tokenizer=file, of these weights."""
     return {"_target_": TOKENIZER, "path": str(folder), "bos": None, "eos": None}
-
-
-def _meant(folder: Path, tree: Tree) -> str:
-    """For an error: weights of another layout, or runs beside it or in the root with a name like this one's."""
-    if (folder / "config.json").is_file():
-        return f"; it is in Hugging Face layout: pass run={FOREIGN}{folder}"
-    places = (place for place in (folder.parent, Path(tree["root"]).absolute()) if place.is_dir())
-    runs = {run.name: run for place in places for run in place.iterdir() if complete(run / "checkpoints")}
-    begun = [name for name in runs if name.startswith(folder.name)]  # such as a name without its hash
-    near = begun or [name for name in (nearest(folder.name, runs),) if name]
-    if near:
-        return f"; did you mean {some(str(runs[name]) for name in near)}?"
-    return f"; there are: {some(map(str, runs.values()))}" if runs else ""
-
-
-def find(folder: Path, step: object) -> Path:
-    """Folder of the checkpoint of a step, or of the newest one, in a run folder. CheckpointError when there is none."""
-    there = complete(folder / "checkpoints")
-    if not there:
-        raise CheckpointError(f"task.run={folder}: has no complete checkpoint")
-    if step is None:
-        return there[-1]
-    if not isinstance(step, int) or not is_complete(wanted := step_folder(folder / "checkpoints", step)):
-        steps = ", ".join(str(step_of(path)) for path in there)
-        raise CheckpointError(f"task.step={step}: {folder} has no complete checkpoint of that step; it has {steps}")
-    return wanted
 
 
 def load(task: Reads, run: "Run", network: "ModelStages", folder: Path, *, rounds: bool) -> Path:
@@ -169,17 +146,3 @@ def load(task: Reads, run: "Run", network: "ModelStages", folder: Path, *, round
     path = find(Path(task.source), task.step)
     Store(folder / "checkpoints", run.checkpoint).load(path, {"model": network.tensors()}, rounds=rounds)
     return path
-
-
-def _overlaid(section: str, earlier: Any, tree: Tree, typed: Mapping[str, str]) -> Any:
-    """The earlier run's section, with the single keys of it that were typed."""
-    merged = deepcopy(earlier)
-    for key in typed:
-        head, *path = key.split(".")
-        if head != section or not path:
-            continue
-        here, there = tree[section], merged
-        for part in path[:-1]:
-            here, there = here[part], there.setdefault(part, {})
-        there[path[-1]] = here[path[-1]]
-    return merged

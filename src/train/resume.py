@@ -22,16 +22,38 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
     origin = store.origin()
     if origin is None:
         return "starts at step 0" if foreign is None else f"starts at step 0 with {adopt(state.network, foreign)}"
+    if store.options.progress != "all" and origin.resolve().parent != store.folder.resolve():
+        return begin_from(state, store, batches, origin)
     state.adopt(store.load(origin, state.tree(0.0), optional=("outer",)))
-    digest = batches.digest(state.position)
-    if digest != state.digest:
-        raise DataError(
-            f"{origin}: its first {state.position} samples are not those of this config (digest {state.digest}, here "
-            f"{digest}): data, tokenizer, seed and task.seq_len must be the checkpoint's"
-        )
+    _check_samples(state, batches, origin)
     if state.step > steps or (state.step == steps and origin.resolve().parent != store.folder.resolve()):
         raise CheckpointError(
             f"{origin}: has done {state.step} steps, with its optimizer and its samples, and goes on from there: "
             f"task.steps={steps} leaves nothing to do; pass more steps"
         )
     return f"goes on after step {state.step}, sample {state.position}: {origin}"
+
+
+def begin_from(state: TrainState, store: Store, batches: Batches, origin: Path) -> str:
+    """Collective. Fill weights and what fits of the optimizer's state; returns a line that says from where.
+
+    Steps begin at 0, and samples too, unless checkpoint.progress=samples.
+    """
+    tree = state.tree(0.0)
+    moments = {f"optimizer.{name}": tensors for name, tensors in tree["optimizer"].items()}
+    values, kept = store.load_fitting(origin, {"model": tree["model"]}, moments)
+    if store.options.progress == "samples":
+        state.tokens, state.position, state.digest = values["tokens"], values["position"], values["digest"]
+        _check_samples(state, batches, origin)
+    those = "its optimizer's state" if kept else "no optimizer state, which begins at 0"
+    return f"starts at step 0, sample {state.position}, with the weights of {origin} and {those}"
+
+
+def _check_samples(state: TrainState, batches: Batches, origin: Path) -> None:
+    """DataError where the samples that the state has used up are not those of this config."""
+    digest = batches.digest(state.position)
+    if digest != state.digest:
+        raise DataError(
+            f"{origin}: its first {state.position} samples are not those of this config (digest {state.digest}, here "
+            f"{digest}): data, tokenizer, seed and task.seq_len must be the checkpoint's"
+        )
