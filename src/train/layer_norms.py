@@ -46,7 +46,7 @@ class LayerNorms:
         self._table.zero_()
         self.wanted = False
         table[:, HIDDEN] /= table[:, ELEMENTS].clamp(min=1.0)
-        found = {}
+        found: dict[str, float] = {}
         for name, (gradient, update, hidden, elements) in zip(self._names, table.sqrt().tolist(), strict=True):
             found |= {f"norms/{name}/gradient": gradient, f"norms/{name}/update": update}
             found |= {f"norms/{name}/hidden": hidden} if elements else {}

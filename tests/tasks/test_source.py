@@ -12,7 +12,8 @@ from src.config.composition.requests import asked
 from src.config.tree import Tree
 from src.data.tokenizer import File, vocabulary_problems
 from src.hugging_face.push import push
-from src.tasks.source import completed, find
+from src.tasks.inherit import find
+from src.tasks.source import completed
 from tests.checkpoint.options import problems
 from tests.hugging_face.foreign import saved
 

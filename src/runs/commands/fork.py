@@ -14,7 +14,8 @@ from src.config.tree import Tree, leaves_of, read
 from src.errors import ConfigError, FolderError
 from src.runs.commands.listing import print_json
 from src.runs.frozen_code import REPOSITORY
-from src.tasks.source import completed, find
+from src.tasks.inherit import find
+from src.tasks.source import completed
 
 OWN = ("root", "folder", "dry_run", "sweep", "experiment")  # keys that a fork does not take over
 ROUNDS = 3  # of composing: a key that is added may bring others
