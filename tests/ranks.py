@@ -30,7 +30,7 @@ from tests.forks import Place, forkserver
 
 TIMEOUT_SECONDS = 600.0  # a rank may wait for a compiler on a machine that does other things as well
 SECONDS_TO_DIE = 1.0  # a rank that lost its peer may speak before the peer is seen to be dead
-MOST_THREADS = 60  # of a worker; it begins with 5
+MOST_THREADS = 20  # of a worker; it begins with 5
 GONE = (EOFError, OSError)  # what a pipe raises whose other end died; ConnectionResetError where it left data unread
 CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)  # nobody sends these: libc or the processor does
 
@@ -84,12 +84,24 @@ def _forget() -> None:
     _clear_sharding_prop_cache()
     threads = Path("/proc/self/task")
     if threads.is_dir() and len(list(threads.iterdir())) > MOST_THREADS:
-        for each in gc.get_objects():
-            # By its type: to ask a weak proxy for its class is an error once its object is gone.
-            if type(each) is functools._lru_cache_wrapper and str(each.__module__).startswith("torch.distributed"):
-                each.cache_clear()
+        for cached in _caches():
+            cached.cache_clear()
         getattr(sys.modules["torch.distributed.tensor._redistribute"], "_planner_cache", {}).clear()  # of torch 2.13
         gc.collect()
+
+
+def _caches() -> Iterator[Any]:
+    """Functions and methods of torch.distributed that keep what they returned. Not by asking the garbage collector for
+    them: it does not know what tests/warm/preload.py has left out of it.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed"):
+            # By their types: to ask some of these objects for their class is a warning.
+            places = [module, *(each for each in vars(module).values() if issubclass(type(each), type))]
+            for value in [each for place in places for each in vars(place).values()]:
+                found = value.__func__ if type(value) in (staticmethod, classmethod) else value
+                if type(found) is functools._lru_cache_wrapper:
+                    yield found
 
 
 class RankPool:

@@ -24,9 +24,11 @@ class LayerNorms:
     """`wanted` before a step makes it measured; `values` afterwards reports it, and the next is not."""
 
     def __init__(self, network: ModelStages, optimizer: Optimizer, gradients: Gradients) -> None:
-        layers = network.stages[0].config.n_layers
+        config = network.stages[0].config
         self.wanted = False
-        self._names = [*(f"layer_{layer:02}" for layer in range(layers)), "embedding", "head"]
+        self._layers = config.n_layers
+        self._names = [f"layer_{layer:02}" for layer in range(config.n_layers)]
+        self._names += [*(f"mtp_{depth:02}" for depth in range(config.prediction_depths)), "embedding", "head"]
         self._gradients, self._device = gradients, network.device
         row_of = {parameter: self._row(name) for name, parameter in network.named_parameters()}
         self._rows = torch.tensor([row_of[each] for each in gradients.parameters], device=network.device)
@@ -35,12 +37,13 @@ class LayerNorms:
         optimizer.register_step_pre_hook(self._when_wanted(self._before_update))
         optimizer.register_step_post_hook(self._when_wanted(self._after_update))
         for part in network.stages:
-            for number, block in part.layers.items():
-                block.register_forward_hook(partial(self._after_block, int(number)))
+            for number, block in part.numbered_blocks().items():
+                block.register_forward_hook(partial(self._after_block, number))
 
     def values(self) -> dict[str, float]:
         """Collective; waits for the device. By name: `norms/layer_07/gradient`, before clipping, and `.../update`, both
-        Frobenius norms, and `.../hidden`, the root mean square of what the block hands on.
+        Frobenius norms, and `.../hidden`, the root mean square of what the block hands on. Modules of multi-token
+        prediction are `mtp_00` and so on.
         """
         table = world_sum(self._table.clone())
         self._table.zero_()
@@ -54,8 +57,8 @@ class LayerNorms:
 
     def _row(self, name: str) -> int:
         first, number, *_ = name.split(".")
-        if first == "layers":
-            return int(number)
+        if first in ("layers", "mtp"):
+            return int(number) + (self._layers if first == "mtp" else 0)
         return self._names.index("embedding" if first == "tok_embeddings" else "head")
 
     def _when_wanted(self, act: Callable[[], None]) -> Callable[..., None]:

@@ -54,7 +54,7 @@ def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ran
 
 def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
     root = Path(text[-1].partition("=")[2])
-    slow = ("task.steps=400", "task.validate_every=1", "task.global_batch=256", "task.micro_batch=256")
+    slow = ("task.steps=400", "task.validate_every=1", "task.global_batch=1024", "task.micro_batch=1024")
     process = start(*text, *slow, "model.dim=256", "name=twice")
     wait_for_step(process, root, "twice-*", 1)
     os.killpg(process.pid, signal.SIGINT)

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from src.distributed.model_stages import ModelStages
+from src.models.base import ModelConfig
 from src.train.layer_norms import LayerNorms
 from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
-from tests.models.shapes import tiny_llama
+from tests.models.shapes import NO_MTP, tiny_deepseek, tiny_llama
 from tests.ranks import RankPool
 from tests.train.runs import changed, section
 
@@ -16,14 +17,14 @@ MODEL = tiny_llama(n_layers=2)
 BATCH = rows(8, 16, MODEL.vocab_size)
 
 
-def measured(layout: str) -> tuple[list[dict[str, float]], dict[str, float]]:
+def measured(layout: str, model: ModelConfig = MODEL) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Of two steps, of which the first is wanted; and sums over what one device has, by hand."""
-    network = parallel_network(MODEL, degrees(layout))
+    network = parallel_network(model, degrees(layout))
     optimizer = changed(section("optim", "adamw"), lr=1e-2).build(network.named_parameters(), torch.device("cpu"))
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     norms = LayerNorms(network, optimizer, stepper.gradients)
     before = {name: each.detach().clone() for name, each in network.named_parameters()}
-    hidden = hiddens(network) if layout == "single" else []
+    hidden = hiddens(network) if layout == "single" and model is MODEL else []
     batches, found = share(BATCH, network.mesh, 8 // network.mesh.data_ranks), []
     norms.wanted = True
     outcome = stepper(batches, stop=False)
@@ -76,3 +77,12 @@ def test_layouts_say_the_same(
 ) -> None:
     for (found, _), _ in ranks(2, measured, layout):
         assert found == pytest.approx(alone[0][0], rel=1e-3)
+
+
+def test_modules_of_multi_token_prediction_have_names_of_their_own(ranks: RankPool) -> None:
+    model = tiny_deepseek(mtp=NO_MTP | {"depths": 1})
+    (found, _), by_hand = ranks(1, measured, "single", model)[0]
+    assert min(found[f"norms/mtp_00/{kind}"] for kind in ("gradient", "update", "hidden")) > 0
+    parts = [value for name, value in found.items() if name.endswith("/gradient")]
+    assert len(parts) == model.n_layers + 1 + 2
+    assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(by_hand["gradient"], rel=1e-5)

@@ -33,6 +33,6 @@ import src.models.qwen3.model
 import src.tasks.pretrain.rank
 import tests.fault_tolerance.life
 
-# What is here stays: forks neither search it for garbage nor copy its pages for that (5 % of the tests of layouts).
+# What is here stays: forks neither search it for garbage (0.4 s each time) nor copy its pages for that.
 gc.collect()
 gc.freeze()
