@@ -103,7 +103,9 @@ class Export(Config):
         """A typed precision.storage that is not the run's."""
         if self.source.startswith(FOREIGN):
             return []
-        saved, storage = read(Path(self.source) / "config.yaml")["precision"]["storage"], run.precision.storage
+        if not (config := Path(self.source) / "config.yaml").is_file():
+            return []  # src/tasks/source.py has said that it is no run
+        saved, storage = read(config)["precision"]["storage"], run.precision.storage
         if storage == saved:
             return []
         return [
