@@ -12,7 +12,7 @@ from src.train.step.stepper import Stepper
 
 HOME = Path(__file__).parents[2]
 THEIRS = re.compile(
-    r"replica|fault_tolerance|peers?\b|quorum|\bheal|allreduce|commit|outer|lighthouse|other groups", re.I
+    r"replica|fault_tolerance|peers?\b|quorum|\bheal|allreduce|commit|\bouter|lighthouse|other groups", re.I
 )
 
 
