@@ -30,13 +30,16 @@ def here() -> bool:
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels are faster for tensors like these."""
-    half = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
-    return q.is_cuda and half and (q.shape[-1], v.shape[-1]) in FASTER
+    return q.is_cuda and q.dtype == k.dtype == v.dtype and _faster((q.shape[-1], v.shape[-1]), q.dtype)
 
 
 def attends_within_documents(head_widths: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether `within_documents` is the fastest way here for such heads, in this dtype of q, k and v."""
-    return here() and dtype in (torch.bfloat16, torch.float16) and head_widths in FASTER
+    return here() and _faster(head_widths, dtype)
+
+
+def _faster(head_widths: tuple[int, int], dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and head_widths in FASTER
 
 
 def version() -> str | None:
@@ -83,9 +86,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) 
 
 @forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    batch, heads, length, _ = q.shape
-    out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, length, dtype=torch.float32)
+    return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("flash_attention_4::backward", mutates_args=())
@@ -103,20 +104,6 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-@backward.register_fake
-def _(
-    grad: Tensor,  # noqa: ARG001
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,  # noqa: ARG001
-    lse: Tensor,  # noqa: ARG001
-    scale: float | None,  # noqa: ARG001
-    causal: bool,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
-
-
 @torch.library.custom_op("flash_attention_4::varlen_forward", mutates_args=())
 def varlen_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """The result (batch, heads, length, v width) and its log sum exp (heads, batch * length), natural, fp32."""
@@ -132,8 +119,7 @@ def varlen_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float
 @varlen_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     batch, heads, length, _ = q.shape
-    out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(heads, batch * length, dtype=torch.float32)
+    return _empty_out(q, v), q.new_empty(heads, batch * length, dtype=torch.float32)
 
 
 @torch.library.custom_op("flash_attention_4::varlen_backward", mutates_args=())
@@ -157,18 +143,16 @@ def varlen_backward(
     return grad_q, grad_k, grad_v
 
 
+@backward.register_fake
 @varlen_backward.register_fake
-def _(
-    grad: Tensor,  # noqa: ARG001
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,  # noqa: ARG001
-    lse: Tensor,  # noqa: ARG001
-    starts: Tensor,  # noqa: ARG001
-    scale: float | None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), _like(k), _like(v)
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """Of the result, (batch, heads, queries, v width), as the kernels lay it out."""
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
 
 
 def _like(x: Tensor) -> Tensor:
