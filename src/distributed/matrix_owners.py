@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from src.optim.elementwise import local
 from src.optim.owners import Box, MatrixWork, Ownership, Unit, work_alone
 
 WIRE = torch.bfloat16
@@ -51,7 +52,7 @@ class MatrixOwners:
             ]
         if self._rounds:
             self._rounds[0].send(work)
-        work_alone([place for place in self.ownership.stay if _held(parameters[place]).numel()], work)
+        work_alone([place for place in self.ownership.stay if local(parameters[place]).numel()], work)
         for number, each in enumerate(self._rounds):
             if number + 1 < len(self._rounds):
                 self._rounds[number + 1].send(work)
@@ -218,10 +219,6 @@ def _cut(made: Tensor, numbers: Tensor | None, box: Box) -> Piece:
     (top, left), (rows, columns) = box
     piece = made[top : top + rows, left : left + columns]
     return piece, None if numbers is None else numbers[top : top + rows]
-
-
-def _held(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _ownership(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> Ownership:

@@ -112,6 +112,12 @@ class ModelConfig(Config):
         """Modules of multi-token prediction, each with a block; their weights are `mtp.0...` and live with `output`."""
         return 0
 
+    def block_number(self, weight: str) -> int | None:
+        """Of the block that a weight belongs to, as `Decoder.numbered_blocks` counts them; None: to none."""
+        kind, number, *_ = weight.split(".")
+        offsets = {"layers": 0, "mtp": self.n_layers}
+        return int(number) + offsets[kind] if kind in offsets else None
+
     @property
     def within_documents(self) -> bool:
         """Whether attention stops at the borders of documents."""

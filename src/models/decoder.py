@@ -89,15 +89,12 @@ class Decoder(nn.Module):
             elif "norm" in matrix:
                 plan[name] = Constant(1.0)
             elif matrix in ("wo", "w2", "w3", "gate"):
-                plan[name] = Normal(0.02 / (2 * self.depth(self._number(name))) ** 0.5)
+                block = self.config.block_number(name)
+                assert block is not None, f"{name} is of a block"
+                plan[name] = Normal(0.02 / (2 * self.depth(block)) ** 0.5)
             else:
                 plan[name] = Normal(0.02)
         return plan
-
-    def _number(self, weight: str) -> int:
-        """The number of the block that a weight belongs to."""
-        kind, number, *_ = weight.split(".")
-        return int(number) + (self.config.n_layers if kind == "mtp" else 0)
 
     def tie_weights(self) -> None:
         """Make the head the embedding again, after anything that made new parameters of them."""

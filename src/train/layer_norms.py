@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from src.distributed.collectives import world_sum
 from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import ModelStages
+from src.optim.elementwise import local
 
 GRADIENT, UPDATE, HIDDEN, ELEMENTS = range(4)  # columns: sums of squares, and how many squares are of hidden states
 
@@ -24,9 +24,8 @@ class LayerNorms:
     """`wanted` before a step makes it measured; `values` afterwards reports it, and the next is not."""
 
     def __init__(self, network: ModelStages, optimizer: Optimizer, gradients: Gradients) -> None:
-        config = network.stages[0].config
+        self._config = config = network.stages[0].config
         self.wanted = False
-        self._layers = config.n_layers
         self._names = [f"layer_{layer:02}" for layer in range(config.n_layers)]
         self._names += [*(f"mtp_{depth:02}" for depth in range(config.prediction_depths)), "embedding", "head"]
         self._gradients, self._device = gradients, network.device
@@ -56,10 +55,9 @@ class LayerNorms:
         return found
 
     def _row(self, name: str) -> int:
-        first, number, *_ = name.split(".")
-        if first in ("layers", "mtp"):
-            return int(number) + (self._layers if first == "mtp" else 0)
-        return self._names.index("embedding" if first == "tok_embeddings" else "head")
+        if (number := self._config.block_number(name)) is not None:
+            return number
+        return self._names.index("embedding" if name.startswith("tok_embeddings.") else "head")
 
     def _when_wanted(self, act: Callable[[], None]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -72,12 +70,12 @@ class LayerNorms:
     def _before_update(self) -> None:
         self._table[:, :HIDDEN].zero_()  # a step that replica groups did not commit is taken again
         self._add(GRADIENT, self._gradients.local())
-        self._before = [_held(each).detach().clone() for each in self._gradients.parameters]
+        self._before = [local(each).detach().clone() for each in self._gradients.parameters]
 
     @torch.no_grad()
     def _after_update(self) -> None:
         before, self._before = self._before, []
-        weights = (_held(each) for each in self._gradients.parameters)
+        weights = (local(each) for each in self._gradients.parameters)
         self._add(UPDATE, [now.float() - old.float() for now, old in zip(weights, before, strict=True)])
 
     def _add(self, column: int, shards: Sequence[Tensor]) -> None:
@@ -89,10 +87,6 @@ class LayerNorms:
     def _after_block(self, layer: int, block: nn.Module, inputs: Any, result: tuple[Tensor, Any]) -> None:
         """What is computed again for the backward counts twice, above and below the line alike."""
         if self.wanted and block.training:
-            hidden = _held(result[0].detach())
+            hidden = local(result[0].detach())
             self._table[layer, HIDDEN] += torch.linalg.vector_norm(hidden, dtype=torch.float32).square()
             self._table[layer, ELEMENTS] += hidden.numel()
-
-
-def _held(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
