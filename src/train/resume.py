@@ -22,11 +22,12 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
     origin = store.origin()
     if origin is None:
         return "starts at step 0" if foreign is None else f"starts at step 0 with {adopt(state.network, foreign)}"
-    if store.options.progress != "all" and origin.resolve().parent != store.folder.resolve():
+    another = origin.resolve().parent != store.folder.resolve()  # run's checkpoint
+    if another and store.options.progress != "all":
         return begin_from(state, store, batches, origin)
     state.adopt(store.load(origin, state.tree(0.0), optional=("outer",)))
     _check_samples(state, batches, origin)
-    if state.step > steps or (state.step == steps and origin.resolve().parent != store.folder.resolve()):
+    if state.step > steps or (state.step == steps and another):
         raise CheckpointError(
             f"{origin}: has done {state.step} steps, with its optimizer and its samples, and goes on from there: "
             f"task.steps={steps} leaves nothing to do; pass more steps"
