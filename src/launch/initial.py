@@ -52,7 +52,7 @@ def rewarming(run: "Run", folder: Path) -> str | None:
     last = peak * schedule.multiplier(done - 1, steps)
     here = done if run.checkpoint.progress == "all" else 0
     following = run.optim.lr * run.schedule.multiplier(here, run.task.steps)
-    if not schedule.decayed(done - 1, steps) or following <= 1.01 * last:
+    if not schedule.rises_again(done, steps, last, following):
         return None
     earlier = [each for each in complete(path.parent) if not schedule.decayed((step_of(each) or 0) - 1, steps)]
     way_out = f"; {earlier[-1].name} beside it is from before the decay" if earlier else ""

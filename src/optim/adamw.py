@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from src.optim.elementwise import Launches
     from src.optim.owners import Owners
 
 
@@ -58,9 +59,7 @@ class AdamW(Optimizer):
         from src.optim.elementwise import Elementwise
 
         betas = (self.beta1, self.beta2)
-        if groups[0]["params"][0].is_cuda and find_spec("triton") is not None:
-            from src.optim.adamw_kernel import launches
-
+        if (launches := own_kernel(groups)) is not None:
             return Elementwise(groups, update, rates, (*betas, self.eps), launches)
         kept = all(each.dtype == getattr(torch, self.moments) for group in groups for each in group["params"])
         if not self.fused or not kept:  # torch's kernel keeps moments of the weights' type
@@ -69,6 +68,15 @@ class AdamW(Optimizer):
             return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
         except RuntimeError as error:
             raise ConfigError(f"optim.fused=true is not to be had on {device.type}; set optim.fused=false") from error
+
+
+def own_kernel(groups: list[dict[str, Any]]) -> "Launches | None":
+    """Of src/optim/adamw_kernel.py, where the parameters are on a GPU and Triton is there."""
+    if not groups[0]["params"][0].is_cuda or find_spec("triton") is None:
+        return None
+    from src.optim.adamw_kernel import launches
+
+    return launches
 
 
 def update(

@@ -1,13 +1,13 @@
 """Muon for matrices (arXiv 2502.16982): a momentum, orthogonalised. AdamW for embedding, head, norms and routers."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from src.config.base import Config
 from src.config.bounds import Beta, Count, Epsilon, LearningRate, Scale, WeightDecay
+from src.optim.adamw import own_kernel
 from src.optim.base import Heads, Optimizer, Reads, StateDtype, StateTensor, bfloat16_problem
 from src.optim.owners import working_bytes
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from src.optim.elementwise import Launches
     from src.optim.owners import Owners
 
 Part = Literal["matrices", "embedding", "head", "router", "norms"]
@@ -118,13 +117,8 @@ class Muon(Optimizer):
     ) -> "torch.optim.Optimizer":
         from src.optim.matrices import MatrixOptimizer, MatrixRule
 
-        launches: Launches | None = None
-        if groups[0]["params"][0].is_cuda and find_spec("triton") is not None:
-            from src.optim import adamw_kernel
-
-            launches = adamw_kernel.launches
         rule = MatrixRule(self.momentum, self.newton_schulz_steps, self.update_rms, self.row_beta, self.eps)
-        return MatrixOptimizer(groups, rule, (self.adamw_beta1, self.adamw_beta2), device, owners, launches)
+        return MatrixOptimizer(groups, rule, (self.adamw_beta1, self.adamw_beta2), device, owners, own_kernel(groups))
 
 
 def part_of(name: str, axes: int) -> Part:

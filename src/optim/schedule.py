@@ -38,6 +38,12 @@ class Schedule(Config):
         _, decay, total = self._lengths(steps)
         return decay > 0 and step >= total + 1 - decay
 
+    def rises_again(self, done: int, steps: int, last: float, following: float) -> bool:
+        """Whether a rate that this one has lowered to `last` by step `done` of `steps` is higher in the next; 1 % is
+        none.
+        """
+        return self.decayed(done - 1, steps) and following > 1.01 * last
+
     def decay_span(self, steps: int) -> tuple[int, int] | None:
         """The first step of the decay and the last one, counted from 1; None without a decay."""
         _, decay, total = self._lengths(steps)

@@ -111,7 +111,7 @@ def consequences(before: trees.Tree, after: trees.Tree, start: int, folder: Path
     found = [f"learning rate: {last:.3g} at step {start}, {following:.3g} at the next"]
     if (decay := new.decay_span(new_steps)) is not None:
         found.append(f"decay: from step {decay[0]} to step {decay[1]} of {new_steps}")
-    if start and old.decayed(start - 1, old_steps) and following > 1.01 * last:
+    if start and old.rises_again(start, old_steps, last, following):
         times = f", {following / last:.3g} times as high" if last else ""
         found.append(f"the rate had decayed and rises again{times}")
         steps = [step_of(path) or 0 for path in complete(folder / "checkpoints")]
