@@ -54,9 +54,14 @@ def unknown(name: str, names: Iterable[str], noun: str) -> str:
 
 def shown(value: object) -> str:
     """A value as its author wrote it in YAML."""
+    return bare(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def bare(value: object) -> str:
+    """A value as one would type it, without quotes."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
+    return str(value)
 
 
 def problems(error: ValidationError, cls: type[BaseModel], values: Mapping[str, Any], path: str) -> dict[str, str]:

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from src.config.groups import SECTIONS
 from src.config.tree import SITE, Tree, read
 from src.runs.folder import may_change
 from src.tasks import source
+from src.tasks.inherit import take
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
@@ -44,17 +44,5 @@ def overlaid(recorded: Tree, tree: Tree, typed: Mapping[str, str]) -> Tree:
         found["root"] = str(root.parent)  # its own, from whichever place the command is typed
     groups = [key for key in typed if key in SECTIONS]
     for key in [*groups, *(key for key in typed if key not in groups and key.partition(".")[0] not in groups)]:
-        _put(found, key.split("."), _at(tree, key.split(".")))
+        take(key, tree, found)
     return found
-
-
-def _at(tree: Any, path: list[str]) -> Any:
-    for part in path:
-        tree = tree[part]
-    return tree
-
-
-def _put(tree: Any, path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = deepcopy(value)

@@ -1,12 +1,14 @@
 """What a person is told of where the values of a run come from: a dry run's table, and a line about its recipe."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from src.config.composition.origins import DEFAULT, ValueOrigin, ValueOrigins, values
+from src.config.composition.origins import DEFAULT, ValueOrigin, ValueOrigins
 from src.config.groups import RECIPE
+from src.config.tree import leaves_of
+from src.config.wording import bare
 from src.planning.machines import has_gpu
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def render(tree: Mapping[str, Any], origins: ValueOrigins) -> Table:
 
 def by_key(tree: Mapping[str, Any], origins: ValueOrigins) -> dict[str, str]:
     """Dotted key -> origin of what is no default; for machines."""
-    return {key: str(origin) for key, _ in values(tree) if (origin := origins.of(key)) != DEFAULT}
+    return {key: str(origin) for key in leaves_of(tree) if (origin := origins.of(key)) != DEFAULT}
 
 
 def recipe_lines(tree: Mapping[str, Any], origins: ValueOrigins, run: "Run") -> list[str]:
@@ -55,12 +57,8 @@ def recipe_lines(tree: Mapping[str, Any], origins: ValueOrigins, run: "Run") -> 
 
 def shown(value: object) -> str:
     """A value as one would type it, cut where it is long."""
-    text = {None: "null", True: "true", False: "false"}[value] if _is_word(value) else str(value)
+    text = bare(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _is_word(value: object) -> TypeGuard[bool | None]:
-    return value is None or isinstance(value, bool)
 
 
 def _of_recipe(origin: ValueOrigin) -> bool:

@@ -77,15 +77,18 @@ def find(folder: Path, step: object, keys: tuple[str, str] = ("task.run", "task.
 
 def overlaid(section: str, earlier: Any, tree: Tree, typed: Mapping[str, str]) -> Any:
     """The earlier run's section, with the single keys of it that were typed."""
-    merged = deepcopy(earlier)
+    merged = {section: deepcopy(earlier)}
     for key in typed:
-        head, *path = key.split(".")
-        if head != section or not path:
-            continue
-        here, there = tree[section], merged
-        for part in path[:-1]:
-            if not isinstance(there.get(part), dict):
-                there[part] = {}
-            here, there = here[part], there[part]
-        there[path[-1]] = here[path[-1]]
-    return merged
+        if key.startswith(f"{section}."):
+            take(key, tree, merged)
+    return merged[section]
+
+
+def take(key: str, source: Tree, target: Tree) -> None:
+    """Set a dotted key of `target` to what `source` has there; what lies on the way and is no dict becomes one."""
+    *path, last = key.split(".")
+    for part in path:
+        if not isinstance(target.get(part), dict):
+            target[part] = {}
+        source, target = source[part], target[part]
+    target[last] = deepcopy(source[last])

@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from src.config.groups import EXPERIMENT, RECIPE, SHORT
+from src.config.tree import leaves_of
 
 TYPED = "command line"
 PLAIN_RECIPES = ("debug", "none")  # sizes of a debug model are the defaults
@@ -57,7 +58,7 @@ class ValueOrigins:
     def listed(self, tree: Mapping[str, Any]) -> list[tuple[str, Any, ValueOrigin]]:
         """Key, value and origin of what is no default; an option of a group is one line: ("precision", "bf16", ...)."""
         found: dict[str, tuple[str, Any, ValueOrigin]] = {}
-        for key, value in values(tree):
+        for key, value in leaves_of(tree).items():
             origin = self.of(key)
             if origin.choice:
                 group, _, option = origin.choice.partition("=")
@@ -73,10 +74,10 @@ class ValueOrigins:
 
     def beside(self, before: Mapping[str, Any], after: Mapping[str, Any], source: ValueOrigin) -> "ValueOrigins":
         """With the values that a config has from elsewhere: those in which it differs from what was composed."""
-        composed = dict(values(before))
+        composed = leaves_of(before)
         found = ValueOrigins(self._ask)
         found._typed = self._typed
-        found._taken = {key: source for key, value in values(after) if composed.get(key, self) != value}
+        found._taken = {key: source for key, value in leaves_of(after).items() if composed.get(key, self) != value}
         return found
 
 
@@ -89,9 +90,10 @@ def file_origins(loader: ConfigLoaderImpl, choices: Sequence[str]) -> dict[str, 
         loaded = None if not path or path.startswith("hydra/") else loader.repository.load_config(path)
         if loaded is None or package.startswith("hydra"):
             continue
-        content = OmegaConf.to_container(loaded.config, resolve=False)
+        content: Any = OmegaConf.to_container(loaded.config, resolve=False)
         assert isinstance(content, dict)
-        found |= dict.fromkeys((key for key, _ in values(content, package)), _origin(path, composed.overrides))
+        keys = leaves_of({package: content} if package and content else content)
+        found |= dict.fromkeys(keys, _origin(path, composed.overrides))
     return found
 
 
@@ -108,16 +110,6 @@ def _origin(path: str, chosen: Overrides) -> ValueOrigin:
         return DEFAULT
     by = TYPED if facts.external_override else _origin(facts.containing_config_path or "", chosen).source
     return ValueOrigin(by, f"{group}={option}")
-
-
-def values(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no filled mapping, by its dotted key; a list is one value."""
-    for name, value in tree.items():
-        key = f"{above}.{name}" if above else str(name)
-        if isinstance(value, Mapping) and value:
-            yield from values(value, key)
-        else:
-            yield key, value
 
 
 def annotated(text: str, origins: ValueOrigins) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from src.config.groups import SECTIONS
 from src.config.presets import nearest_option
-from src.config.wording import nearest
+from src.config.wording import bare, nearest
 from src.errors import ConfigError
 from src.runs.commands.summary import Summary
 
@@ -82,12 +82,7 @@ def _same(value: Any, text: str) -> bool:
     numbers = _number(value), _number(text)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    shown = {None: "null", True: "true", False: "false"}.get(value, str(value)) if _plain(value) else str(value)
-    return fnmatchcase(shown, text)
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    return fnmatchcase(bare(value), text)
 
 
 def _number(value: Any) -> float | None:
