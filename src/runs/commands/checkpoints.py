@@ -1,6 +1,5 @@
 """`checkpoint`: what lies in step folders: steps, tokens, losses, tensors, bytes, and whether all of it is there."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +14,7 @@ from src.checkpoint.stored import ELEMENT_BYTES, shapes
 from src.errors import CheckpointError, FolderError
 from src.metrics.history import Series, read
 from src.runs.commands.listing import print_json, short, size_text
+from src.runs.commands.summary import facts_in
 from src.sweeps.commands import terminal
 
 UNFINISHED = f"no {MARKER}: it is being written, or its save did not finish"
@@ -52,7 +52,7 @@ def step_facts(path: Path) -> StepFacts:
 
 def _facts(path: Path, series: Mapping[str, Series]) -> StepFacts:
     marker = read_marker(path)
-    told, values = marker.facts, _values(path)
+    told, values = marker.facts, facts_in(path / VALUES)
 
     def at(name: str) -> Any:
         known = series.get(name, Series())
@@ -133,11 +133,3 @@ def _faults(path: Path, *, full: bool) -> list[str]:
         return list(error.problems)
     found = (fault(path / name, each, "full" if full else "size") for name, each in files.items())
     return [each for each in found if each is not None]
-
-
-def _values(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((path / VALUES).read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

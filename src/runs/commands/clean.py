@@ -4,7 +4,6 @@ Without a run or a condition: half-written checkpoints of runs that do not live.
 root's cache that no run of the root reads. With runs or conditions: those runs, whole.
 """
 
-import json
 import os
 import shutil
 import time
@@ -22,7 +21,7 @@ from src.config.tree import every_leaf
 from src.errors import FolderError, UserError
 from src.runs.commands.find import runs_in
 from src.runs.commands.listing import print_json, size_text
-from src.runs.commands.summary import Summary, summaries
+from src.runs.commands.summary import Summary, facts_in, summaries
 from src.runs.lock import Lock
 from src.sweeps.commands import terminal
 
@@ -103,7 +102,7 @@ def _leftovers(run: Summary) -> list[Item]:
 
 def _caches(root: Path, runs: Iterable[Summary]) -> list[Item]:
     """Tokens that no run reads. Tokenizers stay: they are small, and a trained one cannot be made again."""
-    read = {str(part[2]) for run in runs for part in _recipe(run.folder).get("parts", []) if len(part) > 2}
+    read = {str(part[2]) for run in runs for part in facts_in(run.folder / RECIPE).get("parts", []) if len(part) > 2}
     place = root / "cache" / "tokens"
     there = sorted(each for each in place.iterdir() if each.is_dir()) if place.is_dir() else []
     found = []
@@ -113,14 +112,6 @@ def _caches(root: Path, runs: Iterable[Summary]) -> list[Item]:
         if each.name not in read:
             found.append(Item(each, "tokens that no run of the root reads", 0 if keep else size(each), keep=keep))
     return found
-
-
-def _recipe(folder: Path) -> dict[str, list[list[object]]]:
-    try:
-        recipe = json.loads((folder / RECIPE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
 
 
 def _newest(folder: Path) -> float:

@@ -1,6 +1,5 @@
 """`show`: all that is known of one run, and what to type next."""
 
-import json
 import shlex
 import socket
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,13 @@ from src.errors import ConfigError
 from src.metrics.incidents import INCIDENTS_FILE
 from src.runs.commands import checkpoints
 from src.runs.commands.listing import COLUMNS, print_json, short
-from src.runs.commands.summary import Summary, read_plan
+from src.runs.commands.summary import Summary, facts_in, read_plan
 from src.runs.folder import Attempt, attempts, log_folder
 from src.runs.lock import Lock
 from src.storage.json_lines import Lines
 from src.sweeps.commands import COLOURS, terminal
 
+GIT_FILE = "git.json"  # of a run folder
 GIB = 2**30
 MOST = 8  # attempts, checkpoints and incidents on the screen; --json has all
 
@@ -37,7 +37,7 @@ def show(run: Summary, *, as_json: bool) -> int:
         print_json(run.to_dict() | {
             "config": differs,
             "plan": read_plan(run.folder),
-            "git": _git(run.folder),
+            "git": facts_in(run.folder / GIT_FILE) or None,
             "attempts": [vars(each) for each in tried],
             "checkpoints": [each.to_dict() for each in known],
             "incidents": happened,
@@ -93,15 +93,8 @@ def _differences(run: Summary) -> Mapping[str, str]:
         return {"config.yaml": error.problems[0]}
 
 
-def _git(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "git.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _facts(run: Summary) -> Table:
-    plan, git = read_plan(run.folder), _git(run.folder) or {}
+    plan, git = read_plan(run.folder), facts_in(run.folder / GIT_FILE)
     memory = plan.get("memory", {}).get("peak")
     rows: list[tuple[str, str | Text]] = [("folder", str(run.folder))]
     for name, cell in COLUMNS[1:]:

@@ -113,12 +113,17 @@ def _summary(point: Submission, newest: JobState | None) -> Summary:
 
 
 def read_plan(folder: Path) -> Mapping[str, Any]:
-    """plan.json as it lies there, of any version; empty where it is missing or cut short."""
+    """plan.json of any version."""
+    return facts_in(folder / PLAN_FILE)
+
+
+def facts_in(path: Path) -> dict[str, Any]:
+    """A JSON object as it lies there; empty where it is missing or cut short."""
     try:
-        plan = json.loads((folder / PLAN_FILE).read_text())
+        facts = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return plan if isinstance(plan, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def layout(plan: Mapping[str, Any]) -> str:
