@@ -2,6 +2,11 @@
 
 from typing import Any
 
+import torch
+from torch import nn
+
+from src.models.base import ModelConfig
+from src.models.decoder import Decoder
 from src.models.deepseek_v3.config import DeepseekV3Config, Yarn
 from src.models.llama3.config import Llama3Config, RopeScaling
 from src.models.moe.config import MixtureOfExperts
@@ -84,3 +89,12 @@ def tiny_moe(**changes: Any) -> MixtureOfExperts:
 def tiny_deepseek(*, moe: dict[str, Any] | None = None, **changes: Any) -> DeepseekV3Config:
     """A DeepSeek of 0.1 M parameters; `moe`: changes of its mixture of experts."""
     return DeepseekV3Config(**(TINY_DEEPSEEK | {"moe": tiny_moe(**(moe or {}))} | changes))
+
+
+def randomised(config: ModelConfig) -> Decoder:
+    """The model with weights large enough that every part matters to the logits."""
+    torch.manual_seed(0)
+    model = config.build()
+    for name, parameter in model.named_parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else nn.init.normal_(parameter, std=0.2)
+    return model

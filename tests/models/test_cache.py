@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from src.models.base import ModelConfig
 from src.models.cache import Cache, CachedAttention, attending
 from tests.models.shapes import STRETCHED, tiny_deepseek, tiny_llama
+from tests.models.shapes import randomised as random_llama
 from tests.models.test_deepseek import SIGMOID
 from tests.models.test_deepseek import randomised as random_deepseek
-from tests.models.test_llama3 import randomised as random_llama
 
 MODELS: dict[str, ModelConfig] = {
     "llama": tiny_llama(),

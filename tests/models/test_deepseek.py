@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from src.models.deepseek_v3.config import DeepseekV3Config
 from src.models.init import Constant, Normal
 from src.models.rope import inverse_frequencies, scale_yarn
+from tests.models import shapes
 from tests.models.shapes import STRETCHED, tiny_deepseek
 from tests.train.runs import section
 
@@ -28,11 +29,8 @@ ATTENTION = {
 
 
 def randomised(config: DeepseekV3Config) -> nn.Module:
-    """The model with weights large enough that every part matters to the logits, and biases that move choices."""
-    torch.manual_seed(0)
-    model = config.build()
-    for name, parameter in model.named_parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else nn.init.normal_(parameter, std=0.2)
+    """With biases that move choices, too."""
+    model = shapes.randomised(config)
     for moe in model.mixtures():
         nn.init.normal_(moe.expert_bias, std=0.1 if config.moe.score_func == "sigmoid" else 0.0)
     return model

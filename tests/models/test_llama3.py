@@ -10,16 +10,7 @@ from src.models.cross_entropy import CHUNK_ROWS, IGNORED, Output
 from src.models.init import Constant, Normal
 from src.models.llama3.config import Llama3Config
 from src.models.rope import inverse_frequencies, rotary_table, rotate, scale_llama3
-from tests.models.shapes import SCALED, tiny_llama
-
-
-def randomised(config: Llama3Config) -> nn.Module:
-    """The model with weights large enough that every part matters to the logits."""
-    torch.manual_seed(0)
-    model = config.build()
-    for name, parameter in model.named_parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else nn.init.normal_(parameter, std=0.2)
-    return model
+from tests.models.shapes import SCALED, randomised, tiny_llama
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from src.models.deepseek_v3.config import DeepseekV3Config
 from src.models.mtp.config import MultiTokenPrediction, saved_outside
 from src.models.mtp.module import look_ahead
 from src.planning.plan import plan
-from tests.models.shapes import NO_MTP, tiny_deepseek
+from tests.models.shapes import NO_MTP, randomised, tiny_deepseek
 from tests.models.test_accounting import kept_bytes
 from tests.models.test_family_contract import FusedNorm
 from tests.train.runs import changed, make_run, section
@@ -24,14 +24,6 @@ MOE = {"score_func": "sigmoid", "route_norm": True, "route_scale": 2.5, "num_sha
 
 def predicting(depths: int = DEPTHS, **changes: Any) -> DeepseekV3Config:
     return tiny_deepseek(mtp=NO_MTP | {"depths": depths}, moe=MOE, **changes)
-
-
-def randomised(config: DeepseekV3Config) -> nn.Module:
-    torch.manual_seed(0)
-    model = config.build()
-    for name, parameter in model.named_parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def sample() -> tuple[Tensor, Tensor]:
