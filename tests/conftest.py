@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LONGEST = ("slurm", "fault_tolerance", "end_to_end", "distributed", "planning", "tasks", "checkpoint")
 TESTS = Path(__file__).parent
 SLURM = "tests/slurm/"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -62,6 +63,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not torch.cuda.is_available():
         terminalreporter.write_line("tests marked gpu were left out: torch sees no CUDA device here")
+
+
+@pytest.fixture(autouse=True)
+def no_handler_stays() -> Iterator[None]:
+    """A handler that a test leaves would hear the signals of another test, in whatever process has run both."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    left = {number.name for number, handler in before.items() if signal.getsignal(number) != handler}
+    for number in before:
+        signal.signal(number, before[number] or signal.SIG_DFL)
+    assert not left, f"still handled after the test: {sorted(left)}"
 
 
 @pytest.fixture(scope="session")

@@ -64,15 +64,10 @@ def run_here(node: Node, runs: Sequence[PackedRun], begin: Callable[[PackedRun],
     A terminal sees one table of all of them, a file a line for each start and end. Ctrl-C, SIGTERM, SIGHUP and SIGUSR2
     stop all, after they have saved; a second Ctrl-C ends them.
     """
-    previous = {number: signal.getsignal(number) for number in STOPS}
     pack = Pack(node, list(runs), begin=begin)
     board = Board(pack, [each.folder for each in runs])
-    try:
-        with board:
-            codes = pack.run(board.tell, lambda *_: False, board.look)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with board:
+        codes = pack.run(board.tell, lambda *_: False, board.look)
     return {folder: 0 if code == SAVED else code for folder, code in codes.items()}
 
 
@@ -98,14 +93,19 @@ class Pack:
 
         `again`: whether a run that ended with this code waits for its GPUs once more. `look`: called between two looks.
         """
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a script's background job: not to hear it
+        previous = {number: signal.getsignal(number) for number in STOPS}
+        for number, handler in previous.items():
+            if handler != signal.SIG_IGN:  # nohup, or a script's background job: not to hear it
                 signal.signal(number, lambda *_: self.stop())
-        while self.live or (self.waiting and not self.stopped):
-            self._start_what_fits(tell)
-            look()
-            time.sleep(POLL_SECONDS)
-            self._end_what_ended(tell, again)
+        try:
+            while self.live or (self.waiting and not self.stopped):
+                self._start_what_fits(tell)
+                look()
+                time.sleep(POLL_SECONDS)
+                self._end_what_ended(tell, again)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         return self.codes
 
     def stop(self) -> None:
