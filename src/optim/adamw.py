@@ -57,6 +57,7 @@ class AdamW(Optimizer):
         import torch
 
         from src.optim.elementwise import Elementwise
+        from src.optim.fused_adamw import FusedAdamW
 
         betas = (self.beta1, self.beta2)
         if (launches := own_kernel(groups)) is not None:
@@ -65,7 +66,7 @@ class AdamW(Optimizer):
         if not self.fused or not kept:  # torch's kernel keeps moments of the weights' type
             return Elementwise(groups, update, rates, (*betas, self.eps))
         try:
-            return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
+            return FusedAdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
         except RuntimeError as error:
             raise ConfigError(f"optim.fused=true is not to be had on {device.type}; set optim.fused=false") from error
 

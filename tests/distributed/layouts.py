@@ -19,6 +19,7 @@ from src.distributed.pipeline.pipeline_parallel import build, connect
 from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
 from src.models.llama3.config import Llama3Config
+from src.optim.adamw import AdamW
 
 SINGLE = Path(__file__).parents[2] / "conf" / "parallel" / "single.yaml"
 FP32 = Precision(storage="float32", compute="float32", reduce="float32", float8=None)
@@ -37,6 +38,22 @@ def degrees(name: str, **changes: Any) -> ParallelDims:
         elif match := re.fullmatch(r"([a-z]+)(\d+)", part):
             values[axis[match[1]]] = int(match[2])
     return ParallelDims(**values | changes)
+
+
+def adamw(network: ModelStages | nn.Module) -> torch.optim.Optimizer:
+    """As optim=adamw builds it on a CPU, with torch's own decay factors and decay, and a large step."""
+    chosen = AdamW(
+        lr=1e-2,
+        weight_decay=0.01,
+        decay_norms_and_embeddings=True,
+        max_norm=None,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        moments="float32",
+        fused=True,
+    )
+    return chosen.build(network.named_parameters(), torch.device("cpu"))
 
 
 def recomputed(option: str) -> Recompute:

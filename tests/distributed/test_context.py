@@ -18,7 +18,7 @@ from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.train.step.stepper import Stepper
 from src.train.validate import validate
-from tests.distributed.layouts import Rows, degrees, parallel_network, rows
+from tests.distributed.layouts import Rows, adamw, degrees, parallel_network, rows
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
@@ -99,7 +99,7 @@ def trained(layout: str, changes: dict[str, Any], options: dict[str, Any]) -> di
     if compiler := options.get("compile"):
         for block in network.stages[0].blocks():
             block.forward = torch.compile(block.forward, backend=compiler, fullgraph=True)
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     documents, mesh = changes.get("mask") == "block_causal", network.mesh
     steps = [batch_of(config, step, documents=documents) for step in range(3)]

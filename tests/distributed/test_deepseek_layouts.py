@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.train.step.stepper import Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import adamw, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek
 from tests.ranks import RankPool
@@ -31,7 +31,7 @@ def trained(layout: str, recompute: str = "none", steps: int = STEPS, poisoned: 
     torch.manual_seed(0)
     config = tiny_deepseek(n_layers=4, q_lora_rank=40, rope_scaling=STRETCHED, moe=MOE)
     network = parallel_network(config, degrees(layout), recompute=recompute)
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=1)
     losses, norms = [], []
     for step in range(steps):

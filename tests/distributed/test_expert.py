@@ -24,7 +24,7 @@ from src.models.moe.moe import MoE
 from src.train.state import TrainState
 from src.train.step.stepper import Stepper
 from tests.checkpoint.options import options
-from tests.distributed.layouts import FP32, degrees, parallel_network, rows, share
+from tests.distributed.layouts import FP32, adamw, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import STRETCHED, tiny_deepseek, tiny_moe
 from tests.ranks import RankPool
@@ -274,7 +274,7 @@ def repeated(layout: str) -> list[float]:
     try:
         config = tiny_deepseek(n_layers=2)
         network = parallel_network(config, degrees(layout))
-        optimizer = torch.optim.AdamW((each for _, each in network.named_parameters()), lr=1e-2, fused=True)
+        optimizer = adamw(network)
         stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
         return [
             stepper(share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 2), stop=False)["grad_norm"].item()

@@ -22,7 +22,7 @@ from src.metrics.throughput import peak_flops
 from src.models.llama3.config import Llama3Config
 from src.optim.state import optimizer_state
 from src.train.step.stepper import Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import adamw, degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
 from tests.train.runs import changed, section
@@ -43,7 +43,7 @@ def trained(layout: str, recipe: str | None, gather: bool) -> dict[str, Any]:
     config, chosen = tiny_llama(), precision(recipe, gather=gather)
     network = parallel_network(config, degrees(layout), chosen)
     (model,) = network.stages
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    optimizer = adamw(model)
     after_update = [] if chosen.float8 is None else [lambda: chosen.float8.after_update(model)]
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0, after_update=after_update)
     outcomes = []

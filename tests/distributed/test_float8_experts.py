@@ -13,7 +13,7 @@ from src.distributed.precision.float8 import Float8
 from src.distributed.precision.float8_experts import emulated, kernels
 from src.models.moe.experts import Experts, grouped_product
 from src.train.step.stepper import Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import adamw, degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool
 
@@ -60,7 +60,7 @@ def losses(layout: str, how: str) -> list[float]:
     chosen = None if how == "bf16" else float8(experts=how == "experts")
     precision = Precision(storage="float32", compute="bfloat16", reduce="float32", float8=chosen)
     network = parallel_network(CONFIG, degrees(layout), precision)
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     batches = [share(rows(8, 16, CONFIG.vocab_size, seed=step), network.mesh, 1) for step in range(3)]
     return [stepper(batch, stop=False)["loss"].item() for batch in batches]

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from src.train.step.stepper import Readback, Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import adamw, degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
 
@@ -24,7 +24,7 @@ def trained(layout: str, options: dict[str, Any], changes: dict[str, Any]) -> di
     network = parallel_network(
         config, degrees(layout, **options.get("degrees", {})), recompute=options.get("recompute", "none")
     )
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=options.get("max_norm", 1.0), skips=0)
     start = {name: whole(parameter) for name, parameter in network.named_parameters()}
     losses, norms = [], []
@@ -93,7 +93,7 @@ def poisoned(layout: str, skips: int) -> tuple[list[list[float]], bool]:
     """
     config = tiny_llama()
     network = parallel_network(config, degrees(layout))
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=skips)
     outcomes, kept = [], True
     for step in range(4):

@@ -7,7 +7,7 @@ import torch
 
 from src.train.step.metrics import PREDICTION_METRICS, STEP_METRICS
 from src.train.step.stepper import Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import adamw, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_deepseek
 from tests.ranks import RankPool
@@ -28,7 +28,7 @@ OF_FOUR: list[tuple[str, dict[str, Any]]] = [("pp2_tp2_ep2", V), ("cp2_fsdp2_ep2
 def trained(layout: str, keys: dict[str, Any]) -> dict[str, Any]:
     config = tiny_deepseek(n_layers=4, mtp=MTP, moe=MOE)
     network = parallel_network(config, degrees(layout, **keys))
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0, metrics=STEP_METRICS + PREDICTION_METRICS)
     found: dict[str, Any] = {"loss": [], "mtp_loss": [], "grad_norm": []}
     for step in range(STEPS):

@@ -14,7 +14,7 @@ from src.models.cache import Cache, attending
 from src.train.state import TrainState
 from src.train.step.stepper import Stepper
 from tests.checkpoint.options import options
-from tests.distributed.layouts import Rows, degrees, parallel_network, rows, share
+from tests.distributed.layouts import Rows, adamw, degrees, parallel_network, rows, share
 from tests.distributed.test_layouts import whole
 from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
@@ -28,7 +28,7 @@ def trained(layout: str, keys: dict[str, Any], others: dict[str, Any]) -> dict[s
     """Losses, norms, held-out loss, logits and last weights of a few steps."""
     config = tiny_llama(n_layers=LAYERS, **others.get("model", {}))
     network = parallel_network(config, degrees(layout, **keys), recompute=others.get("recompute", "none"))
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
     found: dict[str, Any] = {"losses": [], "norms": [], "tokens": []}
     for step in range(STEPS):

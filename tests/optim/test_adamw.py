@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from src.optim.adamw import AdamW
-from src.optim.state import optimizer_state, scale_learning_rates
+from src.optim.fused_adamw import FusedAdamW
+from src.optim.state import materialise, optimizer_state, scale_learning_rates
 from tests.ranks import RankPool
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -69,6 +70,25 @@ def test_equals_torch(fused: bool) -> None:
     ours, theirs = trained(fused=fused), reference()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_the_fused_update_is_torchs_own_bit_for_bit(scale: float | None) -> None:
+    """Which is given the whole tensors; gradients are divided by `grad_scale` as they are read."""
+    found = []
+    for kind in (FusedAdamW, torch.optim.AdamW):
+        model = network()
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        optimizer = kind(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+        materialise(optimizer, {each: section().state("", each.shape) for each in parameters})
+        optimizer.grad_scale = None if scale is None else torch.tensor(scale)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+        for step in range(4):
+            gradients(model, step)
+            parameters[step % 3].grad = None  # no update, and no step of its own
+            optimizer.step()
+        found.append([*parameters, *(value for each in parameters for value in optimizer.state[each].values())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def test_weights_in_bfloat16_keep_the_moments_that_were_asked_for() -> None:

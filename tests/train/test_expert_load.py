@@ -10,7 +10,7 @@ from src.metrics.expert_load import ExpertLoad
 from src.models.moe.router import Router
 from src.train.expert_load import expert_load
 from src.train.step.stepper import Stepper
-from tests.distributed.layouts import degrees, parallel_network, rows, share
+from tests.distributed.layouts import adamw, degrees, parallel_network, rows, share
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool
 
@@ -23,7 +23,7 @@ def trained(layout: str, recompute: str, steps: int) -> ExpertLoad | None:
     """What is logged after some steps, each followed by a validation on other tokens."""
     torch.manual_seed(0)
     network = parallel_network(CONFIG, degrees(layout), recompute=recompute)
-    optimizer = torch.optim.AdamW((parameter for _, parameter in network.named_parameters()), lr=1e-2, fused=True)
+    optimizer = adamw(network)
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=1)
     for step in range(steps):
         stepper(share(rows(SEQUENCES, LENGTH, CONFIG.vocab_size, seed=step), network.mesh, 2), stop=False)
