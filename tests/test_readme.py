@@ -14,7 +14,14 @@ README = (HOME / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 DIALOGUES = re.findall(r"^\$ (python launch.py .*)\n((?:(?!\$ |```).+\n)+)", README, re.MULTILINE)
-SHORT = ["++task.steps=2", "++schedule.warmup_steps=1", "++schedule.decay_ratio=null"]
+SMALL = ["++task.seq_len=64", "++task.global_batch=4"]
+SHORT = [
+    *SMALL,
+    "++task.steps=2",
+    "++task.validate_samples=8",
+    "++schedule.warmup_steps=1",
+    "++schedule.decay_ratio=null",
+]
 
 
 def launched(command: str, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -35,10 +42,13 @@ def test_commands_are_found() -> None:
 HERE = [line for line in LINES if line.startswith("python launch.py") and not line.endswith("8b parallel=tp2_fsdp4")]
 
 
+LESS: dict[str, list[str]] = {"dry_run=true": [], "task=verify": [], "task=bench": SMALL}  # the rest: SHORT
+
+
 @pytest.mark.parametrize("command", HERE)
 def test_launch_command(command: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.getbasetemp() / "readme"  # one root: the corpus is tokenised once
-    more = [] if any(word in command for word in ("dry_run=true", "task=bench", "task=verify")) else SHORT
+    more = next((words for task, words in LESS.items() if task in command), SHORT)
     ended = launched(command, root, *more)
     assert ended.returncode == 0, ended.stderr
     points = 2 if " -m " in command else 1
