@@ -19,7 +19,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def straight(text: tuple[str, ...], ranks: RankPool) -> Callable[[str], Path]:
-    """The folder of 20 undisturbed steps in a layout."""
+    """The folder of 12 undisturbed steps in a layout."""
 
     @cache
     def run(layout: str) -> Path:

@@ -31,9 +31,9 @@ HOME = Path(__file__).parents[2]
 WORLDS = {"single": 1, "ddp2": 2, "fsdp2": 2, "tp2": 2, "hsdp2x2": 4, "tp2_fsdp2": 4}
 TINY = (
     *("model.n_layers=2", "model.dim=32", "model.n_heads=4", "model.n_kv_heads=2", "model.multiple_of=32"),
-    *("model.vocab_size=258", "task.steps=20", "task.seq_len=32", "task.global_batch=4", "task.micro_batch=1"),
+    *("model.vocab_size=258", "task.steps=12", "task.seq_len=32", "task.global_batch=4", "task.micro_batch=1"),
     *("task.log_every=1", "task.validate_every=0", "task.gc_every=0", "schedule.warmup_steps=2", "optim.lr=3e-3"),
-    *("checkpoint.every=10", "checkpoint.asynchronous=false", "data.processes=1", "cluster.gpus=0", "name=tiny"),
+    *("checkpoint.every=6", "checkpoint.asynchronous=false", "data.processes=1", "cluster.gpus=0", "name=tiny"),
 )
 
 

@@ -72,17 +72,17 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_offered(
     argv = (*text, "name=damaged")
     folder = opened(*argv)
     assert ranks(1, live, folder) == [True]
-    flip(folder / "checkpoints/step_00000020/__0_0.distcp")
+    flip(folder / "checkpoints/step_00000012/__0_0.distcp")
     code, told = command(*argv)
     assert code == 2, told
-    assert re.search(r"step_00000020/__0_0\.distcp: .*crc32", told), told
+    assert re.search(r"step_00000012/__0_0\.distcp: .*crc32", told), told
     assert "Traceback" not in told
     assert f"finished before: {folder}" in told
     (advice,) = set(re.findall(r"`(mv .*?)` and run the same command again", told))
     subprocess.run(shlex.split(advice), check=True)
     code, told = command(*argv)
     assert code == 0, told
-    assert "goes on after step 10, sample 40" in told
+    assert "goes on after step 6, sample 24" in told
     assert series(folder) == series(straight("single"))
 
 

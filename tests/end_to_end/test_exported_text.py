@@ -43,7 +43,7 @@ metric_list:
 
 @pytest.fixture(scope="module", params=["llama3", "deepseek_v3"])
 def run(request: pytest.FixtureRequest, text: tuple[str, ...], ranks: RankPool) -> Path:
-    """20 steps of a family."""
+    """12 steps of a family."""
     changes, foreign = (DEEPSEEK, ("model.n_kv", "model.mult")) if request.param == "deepseek_v3" else ((), ("none",))
     folder = opened(*(each for each in text if not each.startswith(foreign)), *changes)
     assert ranks(1, live, folder) == [True]
@@ -53,7 +53,7 @@ def run(request: pytest.FixtureRequest, text: tuple[str, ...], ranks: RankPool) 
 @pytest.fixture(scope="module")
 def exported(run: Path, ranks: RankPool) -> Path:
     asked(ranks, "export", run)
-    return run / "exports/step_00000020"
+    return run / "exports/step_00000012"
 
 
 def test_greedy_text_is_that_of_transformers(run: Path, exported: Path, ranks: RankPool) -> None:
@@ -98,7 +98,7 @@ def test_lm_evaluation_harness_runs_on_an_export(run: Path, exported: Path, tmp_
     assert ended.returncode == 0, ended.stderr
     (result,) = out.glob("**/results_*.json")
     found = json.loads(result.read_text())["results"]["words"]["bits_per_byte,none"]
-    assert found == pytest.approx(bits_per_byte(plain(run, 20), rows), rel=1e-4)
+    assert found == pytest.approx(bits_per_byte(plain(run, 12), rows), rel=1e-4)
 
 
 @torch.no_grad()

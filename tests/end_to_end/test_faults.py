@@ -46,7 +46,7 @@ def test_attention_within_documents_trains(text: tuple[str, ...], ranks: RankPoo
     folder = opened(*text, *masks, "parallel=fsdp2", "name=documents")
     assert ranks(2, live, folder) == [True, True]
     losses = series(folder)
-    assert losses[20] < losses[1] - 0.5
+    assert losses[12] < losses[1] - 0.5
 
 
 def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: RankPool, tmp_path: Path) -> None:
@@ -63,14 +63,14 @@ def test_a_mixture_keeps_its_weights_and_says_so(text: tuple[str, ...], ranks: R
 
 
 def test_an_initial_checkpoint_of_another_run(text: tuple[str, ...], ranks: RankPool) -> None:
-    first = opened(*text, "task.steps=10", "name=first")
+    first = opened(*text, "task.steps=6", "name=first")
     assert ranks(1, live, first) == [True]
     start = (f"checkpoint.initial={first}",)
     further = opened(*text, *start, "optim.lr=1e-3", "name=further")
     assert ranks(1, live, further) == [True]
-    assert list(series(further)) == list(range(11, 21))
-    with pytest.raises(UserError, match=r"has done 10 steps.*task.steps=10 leaves nothing to do; pass more steps"):
-        opened(*text, *start, "task.steps=10", "optim.lr=1e-3", "name=stale")
+    assert list(series(further)) == list(range(7, 13))
+    with pytest.raises(UserError, match=r"has done 6 steps.*task.steps=6 leaves nothing to do; pass more steps"):
+        opened(*text, *start, "task.steps=6", "optim.lr=1e-3", "name=stale")
     with pytest.raises(UserError, match="has drawn its samples by seed=0, not 7; pass seed=0"):
         opened(*text, *start, "seed=7", "name=other")
     other = opened(*text, *start, "data.validation_fraction=0.3", "name=other")

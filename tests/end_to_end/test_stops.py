@@ -16,8 +16,8 @@ Straight = Callable[[str], Path]
     ("shot", "step"),
     [
         (Shot("step", signal.SIGTERM, at=6, rank=1), 7),  # the vote of rank 1 is counted with the next step
-        (Shot("step", signal.SIGINT, at=20, rank=1), 20),
-        (Shot("validation", signal.SIGINT, at=2, rank=1), 5),
+        (Shot("step", signal.SIGINT, at=12, rank=1), 12),
+        (Shot("validation", signal.SIGINT, at=2, rank=1), 4),
         (Shot("start", signal.SIGTERM, rank=1), 0),
     ],
     ids=["training", "last step", "validation", "before the first step"],
@@ -26,7 +26,7 @@ def test_ranks_agree_save_and_go_on(
     shot: Shot, step: int, text: tuple[str, ...], straight: Straight, ranks: RankPool
 ) -> None:
     name = f"name=stopped_{shot.where}_{shot.at}"
-    argv = (*text, "parallel=fsdp2", name, "task.validate_every=5", "task.validate_samples=6")
+    argv = (*text, "parallel=fsdp2", name, "task.validate_every=4", "task.validate_samples=6")
     folder = opened(*argv)
     assert ranks(2, live, folder, shot) == [False] * 2  # also in the last step: its validation is to come
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -35,7 +35,7 @@ def test_ranks_agree_save_and_go_on(
     opened(*argv)
     assert ranks(2, live, folder) == [True] * 2
     assert series(folder) == series(straight("fsdp2"))
-    assert list(series(folder, "validation_loss")) == [5, 10, 15, 20], "one that was cut off is made good"
+    assert list(series(folder, "validation_loss")) == [4, 8, 12], "one that was cut off is made good"
 
 
 def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: RankPool, capfd: pytest.CaptureFixture[str]) -> None:
@@ -48,16 +48,16 @@ def test_nothing_to_save_is_said(text: tuple[str, ...], ranks: RankPool, capfd: 
 
 @pytest.mark.parametrize("at", [1, 8])
 def test_a_validation_that_a_stop_cut_off_is_made_good(text: tuple[str, ...], ranks: RankPool, at: int) -> None:
-    """In the validation of step 5, or in that of step 10: the same points with the same bits as undisturbed."""
-    argv = (*text, "task.steps=15", "task.validate_every=5", "task.validate_samples=6", "checkpoint.every=4")
+    """In the validation of step 3, or in that of step 6: the same points with the same bits as undisturbed."""
+    argv = (*text, "task.steps=9", "task.validate_every=3", "task.validate_samples=6", "checkpoint.every=2")
     calm = opened(*argv, "name=calm")
     assert ranks(1, live, calm) == [True]
     folder = opened(*argv, f"name=cut-{at}")
     assert ranks(1, live, folder, Shot("validation", at=at)) == [False]
-    cut = 5 if at == 1 else 10
+    cut = 3 if at == 1 else 6
     assert cut not in series(folder, "validation_loss"), "the stop fell into it"
     assert ranks(1, live, opened(*argv, f"name=cut-{at}")) == [True]
-    assert list(series(calm, "validation_loss")) == [5, 10, 15]
+    assert list(series(calm, "validation_loss")) == [3, 6, 9]
     assert series(folder, "validation_loss") == series(calm, "validation_loss")
     lines = [line["step"] for line in records(folder) if "validation_loss" in line]
-    assert lines == [5, 10, 15], "each once"
+    assert lines == [3, 6, 9], "each once"

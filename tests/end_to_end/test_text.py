@@ -71,7 +71,7 @@ def read_again(run: Path, step: int, prompt: str, count: int) -> str:
 def test_text_is_what_the_weights_find_likeliest(layout: str, straight: Straight, ranks: RankPool) -> None:
     run = straight("single")
     folder = asked(ranks, "generate", run, f"prompt={PROMPT}", "temperature=0", "max_tokens=12", layout=layout)
-    assert texts(folder) == [read_again(run, 20, PROMPT, 12)]
+    assert texts(folder) == [read_again(run, 12, PROMPT, 12)]
 
 
 def test_weights_rest_in_the_dtype_that_is_asked_for(straight: Straight, ranks: RankPool) -> None:
@@ -86,9 +86,9 @@ def test_weights_rest_in_the_dtype_that_is_asked_for(straight: Straight, ranks: 
 
 def test_an_earlier_step_writes_something_else(straight: Straight, ranks: RankPool) -> None:
     run = straight("single")
-    folder = asked(ranks, "generate", run, f"prompt={PROMPT}", "temperature=0", "max_tokens=12", "step=10")
-    assert texts(folder) == [read_again(run, 10, PROMPT, 12)]
-    assert texts(folder) != [read_again(run, 20, PROMPT, 12)]
+    folder = asked(ranks, "generate", run, f"prompt={PROMPT}", "temperature=0", "max_tokens=12", "step=6")
+    assert texts(folder) == [read_again(run, 6, PROMPT, 12)]
+    assert texts(folder) != [read_again(run, 12, PROMPT, 12)]
 
 
 def test_many_prompts_by_chance(straight: Straight, ranks: RankPool, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_many_prompts_by_chance(straight: Straight, ranks: RankPool, tmp_path: P
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (("prompt=a", "step=7"), "task.step=7: {run} has no complete checkpoint of that step; it has 10, 20"),
+        (("prompt=a", "step=7"), "task.step=7: {run} has no complete checkpoint of that step; it has 6, 12"),
         ((), 'task.prompt: pass a text with prompt="...", or a file of them with prompts=<file>; one of the two'),
         (("prompt=a", "prompts=b"), 'task.prompt: pass a text with prompt="...", or a file of them with prompts='),
         (("prompts=nowhere.txt",), "task.prompts=nowhere.txt: cannot be read as text ("),

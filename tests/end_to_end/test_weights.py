@@ -225,13 +225,13 @@ def test_other_forms_load_in_transformers(
     assert tokenizer("kära")["input_ids"] == [256, *"kära".encode()]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
     assert model.generation_config.eos_token_id == 257
-    assert "| optimizer steps | 20 |" in (tmp_path / "out/README.md").read_text()
+    assert "| optimizer steps | 12 |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_command_says_what_it_found(straight: Straight, tmp_path: Path) -> None:
     """With what would be sent, and the refusal of a place that is taken."""
     run = straight("single")
-    argv = ("task=export", f"run={run}", "step=20", "push=me/my-model", "cluster.gpus=0", f"root={run.parent}")
+    argv = ("task=export", f"run={run}", "step=12", "push=me/my-model", "cluster.gpus=0", f"root={run.parent}")
     code, told = command(*argv, f"to={tmp_path / 'out'}")
     assert code == 0, told
     assert "read back: the same bits" in told
@@ -243,4 +243,4 @@ def test_the_command_says_what_it_found(straight: Straight, tmp_path: Path) -> N
     assert (code, "is there and was not written by an export; pass another to=..." in told) == (2, True), told
     code, told = command(*argv[:2], "step=15", f"root={run.parent}")
     assert code == 2
-    assert "has no complete checkpoint of that step; it has 10, 20" in told
+    assert "has no complete checkpoint of that step; it has 6, 12" in told

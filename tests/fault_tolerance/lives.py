@@ -25,7 +25,7 @@ from tests.forks import forkserver
 PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
 # A stall that only sum_seconds or heal_seconds would end is longer than a test's patience.
 QUICK = (
-    *("fault_tolerance=torchft", "fault_tolerance.join_seconds=0.5"),
+    *("fault_tolerance=torchft", "fault_tolerance.join_seconds=0.5", "task.steps=20", "checkpoint.every=10"),
     *("fault_tolerance.sum_seconds=600.0", "fault_tolerance.heal_seconds=600.0", "data=synthetic"),
 )
 

@@ -148,8 +148,7 @@ class Site:
         self.arguments = (
             *(each for each in TINY if not each.startswith(("cluster.", "name="))),
             *write_text(folder),
-            f"root={folder / 'runs'}",
-            "parallel=fsdp2",
+            *(f"task.steps={STEPS}", "checkpoint.every=10", "parallel=fsdp2", f"root={folder / 'runs'}"),
         )
 
     def launch(self, *argv: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
