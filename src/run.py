@@ -71,6 +71,18 @@ class Rehearses(Protocol):
 
 
 @runtime_checkable
+class Averages(Protocol):
+    """A task that keeps a moving average of the weights."""
+
+    @property
+    def ema_decay(self) -> float | None: ...
+    @property
+    def ema_dtype(self) -> str: ...
+    @property
+    def ema_offload(self) -> bool: ...
+
+
+@runtime_checkable
 class MeasuresLayers(Protocol):
     """A task that looks at each layer before and after an update."""
 

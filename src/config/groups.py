@@ -34,6 +34,7 @@ FROM = "from"
 SHORT = (
     "run",
     "step",
+    "ema",
     "to",
     "dtype",
     "fp8",

@@ -65,8 +65,15 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "mtp": {"depths": 0, "weight": 0.3, "later_weight": 0.1, "later_from": 0.676},
         "rope_scaling.attention_factor": 1.0,
     },
-    "src.tasks.export.config.Export": {"fp8_scales": "float32"},
-    "src.tasks.pretrain.config.Pretrain": {"layer_norms": False, "z_loss": 0.0, "router_z_loss": 0.0},
+    "src.tasks.export.config.Export": {"ema": False, "fp8_scales": "float32"},
+    "src.tasks.pretrain.config.Pretrain": {
+        "ema_decay": None,
+        "ema_dtype": "float32",
+        "ema_offload": False,
+        "layer_norms": False,
+        "z_loss": 0.0,
+        "router_z_loss": 0.0,
+    },
     "src.tasks.verify.config.Verify": {"z_loss": 0.0, "router_z_loss": 0.0},
 }
 

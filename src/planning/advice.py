@@ -11,6 +11,7 @@ PARTS = {
     "optimizer": "optimizer state",
     "parameters": "parameters",
     "cache": "keys and values of texts",
+    "average": "average of the weights",
     "outer": "outer weights and momentum",
     "gradients": "gradients",
     "gathered": "gathered weights",

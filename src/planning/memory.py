@@ -44,6 +44,7 @@ class Load:
     forward_only: bool
     texts: int  # whose keys and values are kept while they grow, at once on this rank; 0: of a task that writes none
     columns: int  # of the longest of them
+    ema_bytes: int  # of each weight's average on the device, 0 without
     layer_norms: bool  # of some steps, which need the weights as they were
     outer_bytes: int  # of each weight, that groups which train apart keep beside it on its device
 
@@ -59,6 +60,7 @@ class Memory:
     gradients: int  # this rank's share, or the whole accumulated gradient between synchronisations
     optimizer: int
     cache: int  # keys and values of texts that are gone on with
+    average: int  # moving, of the weights
     outer: int  # what groups that train apart agree on: src/fault_tolerance/outer.py
     gathered: int  # weights gathered for use, in the compute dtype
     reducing: int  # the gradient of the largest unit while ranks add it up
@@ -109,10 +111,11 @@ def local_state_bytes(optim: Optimizer, weight: Weight, degrees: ParallelDims) -
 def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
     parameters = weights.local * BYTES[load.precision.storage]
     optimizer = weights.state
-    outer = weights.local * load.outer_bytes
+    outer, average = weights.local * load.outer_bytes, weights.local * load.ema_bytes
     gradients, accumulated = _gradients(load, weights)
     if load.degrees.cpu_offload:  # what rests, rests in the host
-        parameters = optimizer = outer = gradients = 0
+        parameters = optimizer = outer = average = gradients = 0
+    lent = parameters if average else 0  # while a validation reads the average, these are held beside it
     gathered, reducing = _traffic(load, weights)
     activations, working = _activations(load, share)
     activations += _travelling(load, share) + _waiting_heads(load, share, weights) + _looking_ahead(load, share)
@@ -120,9 +123,9 @@ def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
         optimizer = gradients = accumulated = reducing = activations = 0
     loss = _loss(load, weights) if share.has_head else 0
     cache = _cache(load, share)
-    resident = parameters + optimizer + cache + outer
+    resident = parameters + optimizer + cache + outer + average
     held = _held(load, share, activations, accumulated)
-    at_loss = resident + gathered + held + loss
+    at_loss = resident + gathered + max(held, lent) + loss
     at_backward = resident + gathered + held + reducing + working
     updating = 0 if load.forward_only else _updating(load, weights)
     at_update = resident + gradients + updating
@@ -131,6 +134,7 @@ def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
         gradients=max(gradients, accumulated),
         optimizer=optimizer,
         cache=cache,
+        average=average,
         outer=outer,
         gathered=gathered,
         reducing=reducing,

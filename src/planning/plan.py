@@ -22,7 +22,8 @@ from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
-from src.run import Compares, Infers, MeasuresLayers, Penalises, Rehearses, Remembers, Run, Validates
+from src.planning.training_rules import training_problems
+from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates
 from src.runs.cluster import Devices
 
 PLAN_FILE = "plan.json"  # of a run folder
@@ -154,9 +155,16 @@ def load_of(run: Run) -> Load:
         forward_only=_infers(run),
         texts=texts,
         columns=columns,
+        ema_bytes=_ema_bytes(run),
         layer_norms=isinstance(run.task, MeasuresLayers) and run.task.layer_norms,
         outer_bytes=run.fault_tolerance.outer_bytes(BYTES[run.precision.storage]),
     )
+
+
+def _ema_bytes(run: Run) -> int:
+    """On the device, of each weight."""
+    kept = isinstance(run.task, Averages) and run.task.ema_decay is not None and not run.task.ema_offload
+    return BYTES[run.task.ema_dtype] if kept else 0
 
 
 def _answers(run: Run, load: Load, limit: int | None) -> Plan:
@@ -313,12 +321,7 @@ def _section_problems(run: Run) -> list[str]:
     found = []
     if not _infers(run):  # else there is no gradient, and no optimizer to make
         found += run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
-    if isinstance(run.task, MeasuresLayers) and run.task.layer_norms and run.compile.graph:
-        found.append("task.layer_norms=true looks into steps, and compile.graph=true replays them; pass compile=blocks")
-    if isinstance(run.task, Penalises) and run.task.router_z_loss > 0.0 and not run.model.routed:
-        found.append(
-            f"task.router_z_loss={run.task.router_z_loss:g} finds no router in this model; pass task.router_z_loss=0"
-        )
+    found += training_problems(run)
     if run.compile.graph and _infers(run):
         found.append("compile.graph=true replays training steps, and this task takes none; pass compile=blocks")
     if run.recompute.mode == "budget" and not run.compile.blocks:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Sections that say what the weights are and what they were trained on.
 INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")
+AVERAGES = "ema.weights."  # in a checkpoint
 AUTO = "src.models.families.Auto"
 TOKENIZER = "src.data.tokenizer.File"
 BYTES = "src.data.tokenizer.Bytes"
@@ -72,6 +73,8 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml{meant(folder, tree)}")
     checkpoint = find(folder, task.get("step"))
+    if task.get("ema"):
+        _check_average(folder, checkpoint)
     earlier = sections(folder)
     inherited = {key: overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
     given = {"run": str(folder), "step": step_of(checkpoint)}
@@ -80,9 +83,21 @@ def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
     return tree | inherited | {"task": task | given}
 
 
+def _check_average(folder: Path, checkpoint: Path) -> None:
+    """CheckpointError where the run kept none."""
+    from src.checkpoint.stored import shapes
+
+    if not any(name.startswith(AVERAGES) for name in shapes(checkpoint)):
+        raise CheckpointError(
+            f"task.ema=true: {folder} kept no average of its weights (task.ema_decay=null); pass task.ema=false"
+        )
+
+
 def _of_elsewhere(tree: Tree, typed: Mapping[str, str]) -> Tree:
     """With the model and the tokenizer of a folder or hub id in Hugging Face layout."""
     task = tree["task"]
+    if task.get("ema"):
+        raise CheckpointError(f"task.ema=true: {task['run']} has no average of its weights; pass task.ema=false")
     if task.get("step") is not None:
         raise CheckpointError(f"task.step={task['step']}: {task['run']} has no steps; leave it out")
     folder = fetch(task["run"].removeprefix(FOREIGN), weights=False).folder
@@ -135,7 +150,10 @@ def load(task: Reads, run: "Run", network: "ModelStages", folder: Path, *, round
     `rounds`: weights that a run saved in another dtype than the network's are rounded to it, as those in Hugging Face
     layout always are. The launcher has settled the step, and where a hub id lies on this machine.
     """
+    import torch
+
     from src.checkpoint.store import Store
+    from src.checkpoint.stored import shapes
     from src.train.resume import adopt
 
     if task.source.startswith(FOREIGN):
@@ -144,5 +162,17 @@ def load(task: Reads, run: "Run", network: "ModelStages", folder: Path, *, round
         adopt(network, path)
         return path
     path = find(Path(task.source), task.step)
-    Store(folder / "checkpoints", run.checkpoint).load(path, {"model": network.tensors()}, rounds=rounds)
+    store = Store(folder / "checkpoints", run.checkpoint)
+    if not getattr(task, "ema", False):
+        store.load(path, {"model": network.tensors()}, rounds=rounds)
+        return path
+    weights = network.tensors()
+    kept = {name: dtype for name, (_, dtype) in shapes(path).items() if name.startswith(AVERAGES)}
+    averages = {
+        name: torch.empty_like(each, dtype=getattr(torch, kept[AVERAGES + name])) for name, each in weights.items()
+    }
+    store.load(path, {"ema": {"decay": 0.0, "weights": averages}})
+    with torch.no_grad():
+        for name, each in averages.items():
+            weights[name].copy_(each)
     return path

@@ -268,8 +268,17 @@ class Loop:
         if loss is None:
             self._stopping = self._may_stop(asked=True)
             return
-        self._validated, self._losses["validation_loss"] = step, (step, loss)
-        self.report.measure(step, {"validation_loss": loss, "tokens": float(self.training.state.tokens)})
+        told = {"validation_loss": loss}
+        if (average := self.training.state.average) is not None:
+            with average.in_place():
+                smoothed = validate(self.training.network, self.batches, self.cadence.validate_samples, self._stopped)
+            if smoothed is None:
+                self._stopping = self._may_stop(asked=True)
+                return
+            told["validation_loss_ema"] = smoothed
+        self._validated = step
+        self._losses |= {name: (step, each) for name, each in told.items()}
+        self.report.measure(step, {**told, "tokens": float(self.training.state.tokens)})
         self.report.say(format_validation(step, loss))
         if self._first is not None:  # before the first step no token was routed
             self.report.picture(step, self._load())

@@ -21,11 +21,14 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
     """Collective. Fill `state`; returns a line that says from where. `foreign`: weights where nothing was saved yet."""
     origin = store.origin()
     if origin is None:
-        return "starts at step 0" if foreign is None else f"starts at step 0 with {adopt(state.network, foreign)}"
+        line = "starts at step 0" if foreign is None else f"starts at step 0 with {adopt(state.network, foreign)}"
+        if state.average is not None:
+            state.average.restart()
+        return line
     another = origin.resolve().parent != store.folder.resolve()  # run's checkpoint
     if another and store.options.progress != "all":
         return begin_from(state, store, batches, origin)
-    state.adopt(store.load(origin, state.tree(0.0), optional=("outer",)))
+    state.adopt(store.load(origin, state.tree(0.0), optional=("outer", "ema")))
     _check_samples(state, batches, origin)
     if state.step > steps or (state.step == steps and another):
         raise CheckpointError(
@@ -38,11 +41,13 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
 def begin_from(state: TrainState, store: Store, batches: Batches, origin: Path) -> str:
     """Collective. Fill weights and what fits of the optimizer's state; returns a line that says from where.
 
-    Steps begin at 0, and samples too, unless checkpoint.progress=samples.
+    Steps begin at 0, samples too, unless checkpoint.progress=samples, and an average of the weights as they are.
     """
     tree = state.tree(0.0)
     moments = {f"optimizer.{name}": tensors for name, tensors in tree["optimizer"].items()}
     values, kept = store.load_fitting(origin, {"model": tree["model"]}, moments)
+    if state.average is not None:
+        state.average.restart()
     if store.options.progress == "samples":
         state.tokens, state.position, state.digest = values["tokens"], values["position"], values["digest"]
         _check_samples(state, batches, origin)

@@ -17,7 +17,8 @@ from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
 from src.optim.elementwise import Elementwise
-from src.run import Penalises, Run
+from src.run import Averages, Penalises, Run
+from src.train.average import WeightAverage
 from src.train.replicated.step import ReplicatedStepper
 from src.train.state import TrainState
 from src.train.step import metrics as step_metrics
@@ -59,13 +60,24 @@ def build_training(
         network.named_parameters(), ranks.device, owners_of(run, mesh, ranks.device), run.model.heads()
     )
     float8 = run.precision.float8
-    after_update: list[Callable[[], None]] = (
+    follow: list[Callable[[], None]] = (
         [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
     )
+    after_update = [*follow]
     if network.weights is not None and isinstance(optimizer, Elementwise) and groups is None:
         network.any_gradient_dtype, optimizer.copies = True, network.weights.beside()
         after_update.insert(0, network.weights.written)
     state = TrainState(network, optimizer, run.seed, more=groups)
+    if isinstance(run.task, Averages) and run.task.ema_decay is not None:
+        state.average = WeightAverage(
+            network,
+            optimizer,
+            run.task.ema_decay,
+            getattr(torch, run.task.ema_dtype),
+            offload=run.task.ema_offload,
+            follow=tuple(follow),
+        )
+        after_update.append(state.average.update)
     metrics = step_metrics.STEP_METRICS + (step_metrics.PREDICTION_METRICS if run.model.prediction_depths else ())
     arguments = (network, optimizer, run.optim.max_norm, skips, after_update, metrics)
     if groups is None:

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from src.distributed.model_stages import ModelStages
 from src.optim.state import optimizer_state
+from src.train.average import WeightAverage
 
 
 class Stateful(Protocol):
@@ -29,6 +30,7 @@ class TrainState:
     position: int = 0
     digest: str = ""  # of the ids of samples [0, position)
     more: Stateful | None = None
+    average: WeightAverage | None = None
 
     def tree(self, learning_rate: float) -> dict[str, Any]:
         """What a checkpoint holds; the tensors are the live ones."""
@@ -43,6 +45,7 @@ class TrainState:
             # generator is kept for whoever adds dropout.
             "rng": {"seed": self.seed, "torch": torch.get_rng_state()},
             "schedule": {"step": self.step, "learning_rate": learning_rate},
+            **({} if self.average is None else {"ema": self.average.tree()}),
             **({} if self.more is None else self.more.tree()),
         }
 
@@ -51,5 +54,7 @@ class TrainState:
         self.step, self.tokens, self.position = tree["step"], tree["tokens"], tree["position"]
         self.digest = tree["digest"]
         torch.set_rng_state(tree["rng"]["torch"])
+        if self.average is not None and "ema" not in tree:  # of a run that kept none
+            self.average.restart()
         if self.more is not None:
             self.more.adopt(tree)

@@ -174,6 +174,6 @@ def test_a_head_in_float8_is_read_as_any_matrix(tmp_path: Path) -> None:
 
 def test_scales_without_float8_are_refused(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"step": None, "to": "x", "dtype": None, "biases": "refuse", "shard_gb": 1.0, "check": True}
-    task = Export(run="hf:x", fp8=False, fp8_scales="e8m0", text="a", push=None, send=False, **keys)
+    task = Export(run="hf:x", ema=False, fp8=False, fp8_scales="e8m0", text="a", push=None, send=False, **keys)
     run: Any = SimpleNamespace(model=deepseek(), tokenizer=Bytes(), cache=tmp_path, data=None)
     assert task.problems(run) == ["task.fp8_scales=e8m0: no weight is float8; pass fp8=true, or leave it out"]

@@ -81,8 +81,9 @@ class Tokens:
 def section(group: str, option: str) -> Any:
     """conf/<group>/<option>.yaml as its object."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        # A model may choose a recipe, which is a line of the whole config.
-        cfg = compose("config", [f"model={option}"]) if group == "model" else compose(f"{group}/{option}")
+        # A model may choose a recipe, which is a line of the whole config, and a task gets its numbers from one.
+        whole = group in ("model", "task")
+        cfg = compose("config", [f"{group}={option}"]) if whole else compose(f"{group}/{option}")
         tree = OmegaConf.to_container(cfg[group], resolve=True)
     return build(TOP | {group: tree}, sections=(group,))[group]
 

@@ -32,6 +32,8 @@ class Export(Config):
     """Run folder, or hf:<folder or hub id> to write it anew in another dtype."""
     step: Steps | None
     """Step of its checkpoint; null: the newest complete one."""
+    ema: bool
+    """True: the moving average of the weights that a run with task.ema_decay keeps; false: its weights."""
     to: PathField | None
     """Folder to write; null: <run>/exports/step_XXXXXXXX."""
     dtype: Literal["float32", "bfloat16", "float16"] | None
@@ -67,7 +69,11 @@ class Export(Config):
         """The folder that is written."""
         if self.to is not None:
             return self.to.expanduser().absolute()
-        form = "".join(f"-{part}" for part in (self.dtype, "fp8" if self.fp8 else None, self._scales) if part)
+        form = "".join(
+            f"-{part}"
+            for part in ("ema" if self.ema else None, self.dtype, "fp8" if self.fp8 else None, self._scales)
+            if part
+        )
         return Path(self.source) / "exports" / f"step_{self.step or 0:08d}{form}"
 
     @property

@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from src.config.base import Config, RankNumbers
-from src.config.bounds import Count, Fraction, Sequences, Steps, StepsOrNever, Temperature, Tokens
+from src.config.bounds import Beta, Count, Fraction, Sequences, Steps, StepsOrNever, Temperature, Tokens
 
 if TYPE_CHECKING:
     from src.run import Run
+
+# Of a difference as large as a number, this share is that number's last bit in bfloat16: with less nothing ever moves.
+SLOWEST_BFLOAT16_EMA = 1.0 - 2.0**-7
 
 
 class Pretrain(Config):
@@ -29,6 +34,12 @@ class Pretrain(Config):
     """Held-out sequences of a validation; the same every time."""
     log_every: Steps
     """Optimizer steps between two lines of metrics."""
+    ema_decay: Beta | None
+    """Decay in each step of a moving average of the weights, which is validated and saved too; null: none is kept."""
+    ema_dtype: Literal["float32", "bfloat16"]
+    """Dtype of that average; bfloat16: 2 instead of 4 bytes per parameter, for a decay that it can follow."""
+    ema_offload: bool
+    """True: it rests in the host's memory, and each step waits until the weights are copied there."""
     layer_norms: bool
     """True: steps that are logged also say the norms of each layer's gradients, updates and hidden states."""
     z_loss: Fraction
@@ -53,6 +64,15 @@ class Pretrain(Config):
     """True: a dry run builds some ranks of the layout on this CPU and counts what they hold."""
     rehearse_ranks: RankNumbers | None
     """Which ranks, such as [0,511]; null: the first of the first, middle and last pipeline stage."""
+
+    @model_validator(mode="after")
+    def _the_average_moves(self) -> "Pretrain":
+        if self.ema_decay is not None and self.ema_dtype == "bfloat16" and self.ema_decay > SLOWEST_BFLOAT16_EMA:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} hardly moves an average in ema_dtype=bfloat16; at most "
+                f"{SLOWEST_BFLOAT16_EMA}, or ema_dtype=float32"
+            )
+        return self
 
     @property
     def skips(self) -> int:
