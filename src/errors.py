@@ -21,6 +21,9 @@ class UserError(Exception):
         assert self.problems, "an error without a problem"
         super().__init__("\n".join(self.problems))
 
+    def __str__(self) -> str:
+        return "\n".join(self.problems)  # also of those that are OSErrors, too
+
     def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[str, ...]]]:
         return type(self), (self.problems,)  # crosses process borders with its list intact
 
@@ -61,6 +64,13 @@ class DiskFullError(UserError, OSError):
         error = cls(f"{path}: {'; '.join(filter(None, (os.strerror(number).lower(), ', '.join(facts))))}")
         error.errno = number
         return error
+
+
+class UnusableFileError(UserError, OSError):
+    """A file that this project keeps is there and cannot be opened or replaced: rights, or a folder of its name.
+
+    Also an OSError, so that whoever can do without the file needs no other word for it.
+    """
 
 
 class DivergedError(UserError):

@@ -185,8 +185,7 @@ class TextSource(RowSource):
         for pattern in self.files:
             matches = [path for path in map(Path, sorted(glob(pattern, recursive=True))) if path.is_file()]
             if not matches:
-                hint = f"; it is a folder: write {pattern.rstrip('/')}/**/*.txt" if Path(pattern).is_dir() else ""
-                problems.append(f"data.files={pattern}: matches no file (looked from {Path.cwd()}){hint}")
+                problems.append(f"data.files={pattern}: matches no file (looked from {Path.cwd()}){_hint(pattern)}")
             problems += [problem for path in matches if (problem := files.problem(path))]
             found |= dict.fromkeys(matches)
         if not self.files:
@@ -194,6 +193,16 @@ class TextSource(RowSource):
         if problems:
             raise DataError(problems)
         return list(found)
+
+
+def _hint(pattern: str) -> str:
+    """What is there instead of a file, and what to do."""
+    path = Path(pattern)
+    if path.is_dir():
+        return f"; it is a folder: write {pattern.rstrip('/')}/**/*.txt"
+    if path.exists():
+        return "; it is a pipe or a device, which can be read once: write its text to a file, and name that"
+    return f"; it is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
 
 
 class SyntheticSource(Source):

@@ -12,6 +12,8 @@ from typing import Any
 from src.errors import FolderError
 from src.runs.scheduler import NoScheduler, Scheduler
 
+_OWNED = frozenset({"pid", "host", "since"})  # keys of every record of an owner
+
 
 class Lock:
     """Held by the launcher for as long as its ranks live; a dead owner's lock is taken over.
@@ -74,7 +76,7 @@ class Lock:
             return None
         except ValueError:  # cut off in the middle of a write: its writer is dead, or flock says that it is not
             return None
-        return owner if isinstance(owner, dict) else None
+        return owner if isinstance(owner, dict) and owner.keys() >= _OWNED else None  # or nobody of ours wrote it
 
     @staticmethod
     def _write(file: int, owner: dict[str, Any] | None) -> None:

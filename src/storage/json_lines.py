@@ -5,9 +5,10 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from src.storage.space import room, write_all
+from src.storage.usable import usable
 
 METRICS_FILE = "metrics.jsonl"  # of a run folder: every number, of every attempt
 TAIL_BYTES = 65536
@@ -15,6 +16,8 @@ NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Lines:
+    """UnusableFileError from all that opens the file, where it is there and this user may not open it."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -22,7 +25,7 @@ class Lines:
         """One write of one line, in the kernel's hands on return: a kill of this process cannot lose it. OSError."""
         text = json.dumps({key: _legal(value) for key, value in record.items()}, allow_nan=False, default=float)
         line = text.encode() + b"\n"
-        with open(self.path, "ab+", buffering=0) as file:
+        with self._open("ab+", buffering=0) as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line torn by a kill: close it, so that this one stands alone
@@ -33,7 +36,7 @@ class Lines:
     def read(self) -> Iterator[dict[str, Any]]:
         """Every whole record from the first to the last; torn lines are left out."""
         if self.path.exists():
-            with open(self.path, "rb") as file:
+            with self._open("rb") as file:
                 yield from _records(file)
 
     def last(self) -> dict[str, Any] | None:
@@ -61,11 +64,15 @@ class Lines:
 
     def _tail(self) -> bytes:
         try:
-            with open(self.path, "rb") as file:
+            with self._open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
                 return file.read()
         except FileNotFoundError:
             return b""
+
+    def _open(self, mode: str, buffering: int = -1) -> IO[bytes]:
+        with usable(self.path, "read" if mode == "rb" else "written"):
+            return open(self.path, mode, buffering)
 
 
 def _places(tail: bytes, key: bytes) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """Files become documents: the same ones however the file is cut, and every fault names its file and line."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,12 +110,17 @@ def test_a_parquet_without_the_field_or_with_a_null_is_named(tmp_path: Path) -> 
 
 def test_all_patterns_that_match_nothing_are_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.txt").symlink_to("gone.txt")
+    names = ("no*.txt", "", "rows.json", "pipe", "link.txt")
     with pytest.raises(DataError) as caught:
-        source(tmp_path / "no*.txt", tmp_path, tmp_path / "rows.json").pieces()
-    first, second, third = caught.value.problems
+        source(*(tmp_path / name for name in names)).pieces()
+    first, second, third, fourth, fifth = caught.value.problems
     assert "no*.txt: matches no file" in first
     assert f"it is a folder: write {tmp_path}/**/*.txt" in second
     assert ".json is not read; convert it" in third
+    assert "it is a pipe or a device, which can be read once" in fourth
+    assert "it is a link to gone.txt, which is not there" in fifth
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:

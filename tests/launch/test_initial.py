@@ -183,6 +183,24 @@ def test_a_refused_command_changes_no_byte(
     assert prints(folder) == before
 
 
+KEPT = ("config.yaml", "plan.json", "data.json", "git.json", "git.diff", "version", "attempts.jsonl", "lock")
+
+
+@pytest.mark.parametrize("name", [*KEPT, SUBMISSIONS_FILE, "logs", "code", "checkpoints"])
+def test_what_lies_in_the_place_of_a_file_is_named(
+    made: Path, text: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder instead of a file, a file instead of a folder: said in a line, whoever meets it first."""
+    folder = Path(shutil.copytree(made, tmp_path / "copy"))
+    if (folder / name).is_dir():
+        shutil.rmtree(folder / name)
+        (folder / name).write_text("{}")
+    else:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+    assert str(folder / name) in told(monkeypatch, *text, f"folder={folder}", "parallel=fsdp2")
+
+
 class Fake:
     """A scheduler that says one thing of every job."""
 

@@ -225,6 +225,12 @@ def test_the_lock_of_a_live_process_refuses_and_that_of_a_dead_one_does_not(tmp_
     Lock(tmp_path / "lock").take()
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"pid": 1}', '{"host": "n1", "since": "2020", "pid"', "\0"])
+def test_a_lock_that_nobody_of_ours_wrote_is_free(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lock").write_text(content)
+    Lock(tmp_path / "lock").take()
+
+
 def test_a_lock_of_another_machine_needs_a_person_or_the_same_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

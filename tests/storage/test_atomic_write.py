@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from src.errors import UnusableFileError
 from src.storage.atomic_write import atomic_write
 
 
@@ -31,6 +32,13 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     with pytest.raises(OSError, match=f"{file}: no space left on device; [0-9,]+ bytes are free, 3 are needed"):
         atomic_write(file, "new", durable=True)
     assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_of_its_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UnusableFileError, match=r"/a: cannot be written \(Is a directory\)"):
+        atomic_write(tmp_path / "a", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

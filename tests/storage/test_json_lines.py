@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from src.errors import UnusableFileError
 from src.storage.json_lines import Lines
 
 
@@ -24,6 +25,14 @@ def test_a_torn_line_costs_nothing_but_itself(tmp_path: Path) -> None:
     lines.path.write_bytes(lines.path.read_bytes()[:-4])
     lines.append({"a": 3})
     assert list(lines.read()) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "a.jsonl")
+    lines.path.mkdir()
+    for act in (lambda: list(lines.read()), lines.last, lambda: lines.newest("step"), lambda: lines.append({"a": 1})):
+        with pytest.raises(UnusableFileError, match=r"a\.jsonl: cannot be (read|written) \(Is a directory\)"):
+            act()
 
 
 def test_concurrent_writers_keep_their_lines_apart(tmp_path: Path) -> None:
