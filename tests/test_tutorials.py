@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,6 @@ def executed(command: str, home: Path) -> tuple[int, str]:
     """Exit code and all that it printed; Ctrl-C is pressed where the command's comment says so."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "MAKEFLAGS": "--old-file=.venv/installed",  # it is the environment of this test
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
@@ -64,13 +64,19 @@ def executed(command: str, home: Path) -> tuple[int, str]:
 
 
 def copied(home: Path) -> Path:
-    """The files that git knows or would add, and the environment."""
+    """The files that git knows or would add, and the environment of this test as one that make has just installed."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=HOME, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name and (HOME / name).is_file():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(HOME / name, home / name)
-    (home / ".venv").symlink_to(sys.prefix)
+            with suppress(FileNotFoundError):  # of another test, gone meanwhile
+                shutil.copy2(HOME / name, home / name)
+    environment = home / ".venv"
+    environment.mkdir()
+    for part in Path(sys.prefix).iterdir():
+        if part.name != "installed":
+            (environment / part.name).symlink_to(part)
+    (environment / "installed").touch()  # now, and so newer than requirements.txt: nothing is installed
     return home
 
 

@@ -110,7 +110,8 @@ class RunFolder:
             try:
                 lock.take()
             except OSError as error:
-                raise FolderError(f"{path}: cannot be written ({error.strerror}); pass another root=...") from error
+                where = lock.path if lock.path.exists() else path
+                raise FolderError(f"{where}: cannot be written ({error.strerror}); pass another root=...") from error
             try:
                 try:
                     changed = _compare(path, tree)
