@@ -34,14 +34,14 @@ BF16 = Precision(storage="float32", compute="bfloat16", reduce="float32", float8
 
 
 def grid() -> list[str]:
-    """tensor 1, 2, 4 x expert 1, 2, 4 x experts whole or cut by the tensor ranks, on 4 ranks or as many as it takes.
+    """tensor 1, 2, 4 x expert 1, 2, 4 x experts whole or cut by the tensor ranks, on 2 ranks or as many as it takes.
 
     All but 4 x 4 with experts cut, which takes 16.
     """
     found = []
     for tensor, expert in product((1, 2, 4), repeat=2):
         for cut in sorted({1, tensor}):
-            if (world := max(4, expert * cut)) <= 8:
+            if (world := max(2, tensor, expert * cut)) <= 8:
                 found.append(f"tp{tensor}_fsdp{world // tensor}_ep{expert}_etp{cut}")
     return found
 
