@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, Self, get_type_hints, runtime_checkable
 
 from src.checkpoint.config import Checkpoint
 from src.data.config import Data
@@ -77,9 +77,29 @@ class Averages(Protocol):
     @property
     def ema_decay(self) -> float | None: ...
     @property
-    def ema_dtype(self) -> str: ...
+    def ema_dtype(self) -> Literal["float32", "bfloat16"]: ...
     @property
     def ema_offload(self) -> bool: ...
+
+
+@runtime_checkable
+class ClipsLogits(Protocol):
+    """A task that bounds attention logits."""
+
+    @property
+    def qk_clip(self) -> float | None: ...
+
+
+@runtime_checkable
+class WatchesSpikes(Protocol):
+    """A task that looks for steps that stand out."""
+
+    @property
+    def spike_score(self) -> float | None: ...
+    @property
+    def spike_window(self) -> int: ...
+    @property
+    def on_spike(self) -> Literal["note", "skip_batch", "rewind"]: ...
 
 
 @runtime_checkable

@@ -3,12 +3,12 @@
 import json
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from src.checkpoint.metadata import RestrictedReader
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json, unlike
 from src.errors import CheckpointError, DiskFullError, some
 from src.storage.space import room
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +130,21 @@ class Store:
         found = self._team.on_rank_zero(lambda: files.complete(self.folder))
         return found[-1] if found else None
 
+    def before(self, step: int) -> Path | None:
+        """The newest complete checkpoint of this run of fewer steps."""
+        self.finish()
+        found = self._team.on_rank_zero(lambda: files.complete(self.folder))
+        older = [path for path in found if (files.step_of(path) or 0) < step]
+        return older[-1] if older else None
+
     def origin(self) -> Path | None:
         """What this run starts from: `newest()`, else `checkpoint.initial`, else None."""
         self.finish()
         return self._team.on_rank_zero(lambda: self.options.origin(self.folder))
+
+    def shared(self, of_rank_zero: Callable[[], T]) -> T:
+        """What rank 0 alone can read."""
+        return self._team.on_rank_zero(of_rank_zero)
 
     def load(
         self, path: Path, state: dict[str, Any], *, optional: Collection[str] = (), rounds: bool = False

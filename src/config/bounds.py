@@ -18,6 +18,7 @@ Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # a factor on numbers of order
 # ---- a batch and its steps
 Tokens = Annotated[int, Field(ge=1, le=2**24)]  # of one sequence
 Sequences = Annotated[int, Field(ge=1, le=2**20)]  # of one step
+Window = Annotated[int, Field(ge=8, le=2**16)]  # of steps; a median of fewer says little
 Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]
 StepsOrNever = Annotated[int, Field(ge=0, le=2**31 - 1)]  # 0: never
 Temperature = Annotated[float, Field(ge=0.0, le=100.0)]  # 0: the likeliest token
@@ -28,6 +29,7 @@ WeightDecay = Annotated[float, Field(ge=0.0, le=100.0)]  # times the learning ra
 Epsilon = Annotated[float, Field(ge=1e-30, le=1.0)]  # float32 ends at 1e-38
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 GradientNorm = Annotated[float, Field(ge=1e-6, le=1e6)]
+Deviations = Annotated[float, Field(ge=1.0, le=1e6)]  # from a median; every sixth of a normal distribution is beyond 1
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 # ---- machines

@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -86,7 +86,7 @@ class Batches:
         firsts = [position + (m * self._ranks + self._rank) * self._micro_batch for m in numbers]
         return [self._batch("train", first + rows) for first in firsts]
 
-    def prefetch(self, position: int, steps: int) -> Iterator[list[Batch]]:
+    def prefetch(self, position: int, steps: int) -> Generator[list[Batch], None, None]:
         """The next `steps` results of `step`, made in a thread and pinned when this process uses CUDA.
 
         An error of the thread is raised here; closing the iterator ends the thread.

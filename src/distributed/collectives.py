@@ -20,6 +20,11 @@ def world_sum(values: Tensor) -> Tensor:
     return _reduce(values, dist.ReduceOp.SUM)
 
 
+def world_max(values: Tensor) -> Tensor:
+    """Collective: the element-wise maximum over all ranks, in place, without waiting for the device."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
 def mesh_sum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """Collective: the element-wise sum over the ranks of `mesh`, in place, without waiting for the device."""
     for group in mesh.get_all_groups():

@@ -225,12 +225,13 @@ def _ownership(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> Owners
     """Collective, once: each rank says which shards it has, so that no layout needs arithmetic of its own here."""
     ranks = dist.get_world_size(group)
     boxes: list[list[Box]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(boxes, [_box(parameter) for parameter in parameters], group=group)
+    dist.all_gather_object(boxes, [box_of(parameter) for parameter in parameters], group=group)
     by_parameter = [[of_rank[place] for of_rank in boxes] for place in range(len(parameters))]
     return Ownership([tuple(each.shape) for each in parameters], by_parameter, ranks)
 
 
-def _box(tensor: Tensor) -> Box:
+def box_of(tensor: Tensor) -> Box:
+    """Where the shard of this rank lies in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.ndim, tuple(tensor.shape))
     (chunk,) = tensor.__create_chunk_list__()

@@ -1,7 +1,7 @@
 """The model stages that a rank holds and their forward and backward: one whole model here, stages in pipeline/."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ class ModelStages(ABC):
     width: int
     weights: ComputeWeights | None = None  # on one device, where FSDP has nothing to gather
     router_z_loss = 0.0  # of the task
+    follow: Sequence[Callable[[], None]] = ()  # what else is derived from weights; collective
     any_gradient_dtype = False  # what the optimizer reads: see ComputeWeights.after_backward
 
     def __init__(self, stages: Sequence[Decoder], mesh: Mesh, device: torch.device) -> None:
@@ -62,6 +63,14 @@ class ModelStages(ABC):
                 for module in part.modules():
                     if isinstance(module, FSDPModule):
                         module.reshard()
+
+    def weights_written(self) -> None:
+        """Collective. Derive anew what comes from weights, after others than the optimizer wrote them."""
+        for act in self.follow:
+            act()
+        if self.weights is not None:  # copies in the compute dtype; a CUDA graph looks at no version
+            with self.weights.in_place():
+                pass
 
     def before_step(self, step: int, steps: int) -> None:
         """Set what follows a schedule besides the learning rate; `step` is counted from 0, of `steps`."""

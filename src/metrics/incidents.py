@@ -1,4 +1,4 @@
-"""incidents.jsonl: every step whose loss or gradient was not finite, and what was done about it."""
+"""incidents.jsonl: every step whose loss or gradient was not finite or stood out, and what was done about it."""
 
 import logging
 import time
@@ -13,9 +13,18 @@ INCIDENTS_FILE = "incidents.jsonl"
 
 
 def write_incident(
-    folder: Path, *, step: int, decision: str, loss: float, grad_norm: float, samples: Iterable[int]
+    folder: Path,
+    *,
+    step: int,
+    decision: str,
+    loss: float,
+    grad_norm: float,
+    samples: Iterable[int],
+    **more: float | None,
 ) -> None:
-    """Append one line. Never raises: training must act on the step whether or not it could be recorded."""
+    """Append one line; `more`: what else is known. Never raises: training must act on the step whether or not it could
+    be recorded.
+    """
     try:
         Lines(folder / INCIDENTS_FILE).append(
             {
@@ -24,8 +33,16 @@ def write_incident(
                 "decision": decision,
                 "loss": loss,
                 "grad_norm": grad_norm,
+                **more,
                 "samples": list(samples),
             }
         )
     except OSError as error:
         logger.warning("%s cannot be written: %s", folder / INCIDENTS_FILE, error)
+
+
+def skipped_samples(folder: Path) -> list[tuple[int, int]]:
+    """First sample, and that behind the last, of each step whose update was left out because it stood out."""
+    lines = Lines(folder / INCIDENTS_FILE).read()
+    samples = [line["samples"] for line in lines if line.get("decision") in ("skip_batch", "rewind")]
+    return [(each[0], each[-1] + 1) for each in samples if each]

@@ -103,6 +103,12 @@ class ModelConfig(Config):
                 found[weight.name] = (self.kv_heads if keys else self.n_heads, weight.tensor_dim)
         return found
 
+    def logit_rows(self) -> dict[str, tuple[tuple[int, float], ...]]:
+        """What to scale for a head's attention logits to have a factor: by the weight's name in the attention, how many
+        rows of each head are to have which power of it. Empty: logits do not follow weights, or nobody wrote it down.
+        """
+        return {}
+
     def attention_width(self) -> int:
         """Sum over blocks of n_heads * (width of a query + width of a value): flops per token and position pair / 2."""
         return (self.n_layers + self.prediction_depths) * self.n_heads * sum(self.head_widths)

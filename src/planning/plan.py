@@ -163,8 +163,9 @@ def load_of(run: Run) -> Load:
 
 def _ema_bytes(run: Run) -> int:
     """On the device, of each weight."""
-    kept = isinstance(run.task, Averages) and run.task.ema_decay is not None and not run.task.ema_offload
-    return BYTES[run.task.ema_dtype] if kept else 0
+    if not isinstance(run.task, Averages) or run.task.ema_decay is None or run.task.ema_offload:
+        return 0
+    return BYTES[run.task.ema_dtype]
 
 
 def _answers(run: Run, load: Load, limit: int | None) -> Plan:

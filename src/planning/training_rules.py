@@ -1,6 +1,6 @@
 """Rules about what a training step does besides its update: averages, penalties, norms of layers."""
 
-from src.run import Averages, MeasuresLayers, Penalises, Run
+from src.run import Averages, ClipsLogits, MeasuresLayers, Penalises, Run, WatchesSpikes
 
 
 def training_problems(run: Run) -> list[str]:
@@ -12,6 +12,37 @@ def training_problems(run: Run) -> list[str]:
         found.append(
             f"task.router_z_loss={run.task.router_z_loss:g} finds no router in this model; pass task.router_z_loss=0"
         )
+    if run.compile.graph and run.optim.reads == "matrices":
+        found.append(
+            f"compile.graph=true replays updates that read no other number's gradient, and optim: "
+            f"{type(run.optim).__name__} reads whole matrices; pass compile=blocks"
+        )
+    return found + _clip_problems(run) + _spike_problems(run)
+
+
+def _clip_problems(run: Run) -> list[str]:
+    if not isinstance(run.task, ClipsLogits) or run.task.qk_clip is None:
+        return []
+    found, key = [], f"task.qk_clip={run.task.qk_clip:g}"
+    if not run.model.logit_rows():
+        found.append(f"{key}: logits of {run.model.family} follow no weights; pass task.qk_clip=null")
+    if run.compile.blocks or run.compile.graph:
+        found.append(f"{key} looks at queries and keys in the middle of a block; pass compile=off")
+    if run.parallel.context > 1:
+        found.append(f"{key} needs whole sequences; at most parallel.context=1")
+    if run.fault_tolerance.copies > 1:
+        found.append(f"{key}: replica groups would scale their weights apart; pass task.qk_clip=null")
+    return found
+
+
+def _spike_problems(run: Run) -> list[str]:
+    if not isinstance(run.task, WatchesSpikes) or run.task.spike_score is None:
+        return []
+    found = []
+    if run.fault_tolerance.copies > 1:
+        found.append("task.spike_score: replica groups do not agree on what a spike is; pass task.spike_score=null")
+    if run.task.on_spike == "rewind" and run.checkpoint.every is None:
+        found.append("task.on_spike=rewind goes back to a checkpoint, and checkpoint.every=null makes none")
     return found
 
 

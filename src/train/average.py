@@ -1,6 +1,6 @@
 """Exponential moving average of the weights (EMA): sharded as they are, in checkpoints, and lent to validations."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,9 @@ class WeightAverage:
         dtype: torch.dtype,
         *,
         offload: bool = False,
-        follow: Sequence[Callable[[], None]] = (),
     ) -> None:
-        """`offload`: it rests in the host's memory. `follow`: what follows from new weights, in order; collective."""
-        self._network, self._optimizer, self._decay, self._follow = network, optimizer, decay, follow
+        """`offload`: it rests in the host's memory."""
+        self._network, self._optimizer, self._decay = network, optimizer, decay
         self._weights = {name: each for name, each in network.tensors().items() if each.is_floating_point()}
         # By name, shaped and sharded as the weights.
         self.tensors = {
@@ -74,8 +73,4 @@ class WeightAverage:
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, weight in self._weights.items():
             local(weight).copy_(values[name])
-        for act in self._follow:
-            act()
-        if self._network.weights is not None:  # copies in the compute dtype; a CUDA graph looks at no version
-            with self._network.weights.in_place():
-                pass
+        self._network.weights_written()

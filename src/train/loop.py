@@ -6,8 +6,10 @@ First start, resume and requeue all enter here.
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -31,9 +33,11 @@ from src.planning.plan import Plan
 from src.train.audit import SampleAudit
 from src.train.expert_load import expert_load
 from src.train.exports import Exports
-from src.train.layer_norms import LayerNorms
 from src.train.report import Report
+from src.train.resume import go_back
 from src.train.setup import Training
+from src.train.stability.layer_norms import LayerNorms
+from src.train.stability.spikes import MOST_REWINDS
 from src.train.step.stepper import Readback, StepOutcome
 from src.train.stop import Stop
 from src.train.validate import validate
@@ -82,6 +86,9 @@ class Loop:
         self._first: int | None = None  # step of this attempt, once it is done
         self._losses: dict[str, tuple[int, float]] = {}  # the newest of each kind, with its step
         self._reported, self._warned, self._validated = self.store.last, False, 0
+        self._back_to: Path | None = None  # a checkpoint, before a spike
+        if state.spikes is not None:
+            state.spikes.skip(self.store.shared(self.report.skipped_samples))
         if self.cadence.gc_every:
             # Each rank's own collections would make the others wait at odd times; all ranks collect at the same steps.
             gc.disable()
@@ -100,15 +107,12 @@ class Loop:
         for batches, waited in self._step_batches():
             if self._stopping:
                 break
-            if self.norms is not None:
-                self.norms.wanted = self._recorded(state.step + 1)
-            scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
-            self.training.network.before_step(state.step, steps)
-            self._audit.feed(state.step + 1, state.position, batches, share=self._share, summed=self._summed())
+            self._prepare(batches)
             self._advance(self.training.stepper(batches, stop=self._asked()), waited)
         self._process_outcomes(self._readback.flush())
         self._audit.check()
-        self._save(last=True)
+        if self._back_to is None:  # else the weights are not to be kept; the next life skips the spike's samples
+            self._save(last=True)
         self.store.finish()
         self._tell_save()
         if self.exports is not None:
@@ -118,16 +122,26 @@ class Loop:
             self._validate(steps)  # a stop had cut it short
         return state.step == steps and not self._stopping
 
+    def _prepare(self, batches: list[Batch]) -> None:
+        """Before a step: set what it depends on."""
+        state, steps = self.training.state, self.plan.steps
+        if self.norms is not None:
+            self.norms.wanted = self._recorded(state.step + 1)
+        scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
+        self.training.network.before_step(state.step, steps)
+        if state.spikes is not None:
+            self.training.stepper.set_limits(state.spikes.limits(state.step + 1, self._samples(state.step + 1)))
+        self._audit.feed(state.step + 1, state.position, batches, share=self._share, summed=self._summed())
+
     def _step_batches(self) -> Iterator[tuple[list[Batch], float]]:
-        """The steps' batches and how long each was waited for, in seconds."""
+        """The steps' batches and how long each was waited for, in seconds; after a rewind again from there."""
         state = self.training.state
-        steps_batches = self.batches.prefetch(state.position, self.plan.steps - state.step)
-        while True:
-            began = time.perf_counter()
-            batches = next(steps_batches, None)
-            if batches is None:
-                return
-            yield batches, time.perf_counter() - began
+        while state.step < self.plan.steps:
+            with closing(self.batches.prefetch(state.position, self.plan.steps - state.step)) as steps_batches:
+                expected = state.step
+                while state.step == expected < self.plan.steps:
+                    began, expected = time.perf_counter(), expected + 1
+                    yield next(steps_batches), time.perf_counter() - began
 
     def _name(self) -> str:
         """Of this rank, for a person."""
@@ -140,8 +154,12 @@ class Loop:
     def _advance(self, outcome: dict[str, Tensor], waited: float) -> None:
         """After a step: count it, and do what is due."""
         self._count(outcome, waited)
-        if self._due(self.training.state.step):
+        due = self._due(self.training.state.step)
+        if due and self._back_to is None:
             self._process_outcomes(self._readback.flush())
+        if self._back_to is not None:
+            self._rewind(self._back_to)
+        elif due:
             self._audit.check()
             self._end_interval(self.training.state.step)
 
@@ -169,16 +187,15 @@ class Loop:
             self._stopping = self._stopping or self._may_stop(outcome.stop)
             if outcome.skipped:
                 self._not_finite(outcome)
+            elif self._stands_out(outcome):
+                return  # what came after it is computed again
 
     def _may_stop(self, asked: bool) -> bool:
         """Whether a stop that is asked for ends the loop now."""
         return asked
 
     def _not_finite(self, outcome: StepOutcome) -> None:
-        # An initial checkpoint may have had another global batch: count back from here.
-        state = self.training.state
-        first = state.position - (state.step - outcome.step + 1) * self.plan.sequences_per_step
-        samples = range(first, first + self.plan.sequences_per_step)
+        samples = self._samples(outcome.step)
         what = f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}"
         self.report.incident(outcome, "stop" if outcome.dead else "skip", samples)
         if outcome.dead:
@@ -189,6 +206,42 @@ class Loop:
                 f"touched{self._kept()}; {advice}"
             )
         self.report.say(f"{what}: not finite, the update is skipped (incidents.jsonl)")
+
+    def _samples(self, step: int) -> range:
+        """Of a step near this one, counted from here: an initial checkpoint may have had another global batch."""
+        state = self.training.state
+        first = state.position + (step - state.step - 1) * self.plan.sequences_per_step
+        return range(first, first + self.plan.sequences_per_step)
+
+    def _stands_out(self, outcome: StepOutcome) -> bool:
+        """Collective. Act on a spike; whether the run goes back to the checkpoint before it."""
+        samples, watch = self._samples(outcome.step), self.training.state.spikes
+        if watch is None or (choice := watch.decide(outcome.step, outcome.loss, outcome.grad_norm, samples)) is None:
+            return False
+        what = f"step {outcome.step}: loss {outcome.loss:.4f}, gradient norm {outcome.grad_norm:.3g}, a spike"
+        path = self.store.before(outcome.step) if choice == "rewind" else None
+        back_to = None if path is None else step_of(path)
+        if choice != "note":
+            watch.skip([(samples.start, samples.stop)])
+        self.report.incident(outcome, choice, samples, score=watch.score, back_to=back_to)
+        if path is not None and not watch.may_rewind(path.name):
+            raise DivergedError(f"{what}: {MOST_REWINDS} times back to {path.name} did not help; a lower optim.lr may")
+        then = {
+            "note": "noted",
+            "skip_batch": "its update is skipped",
+            "rewind": "there is no checkpoint before it",
+        }
+        done = then[choice] if back_to is None else f"back to step {back_to}, and past its samples"
+        self.report.say(f"{what} of {watch.score:.1f} deviations: {done} (incidents.jsonl)")
+        self._back_to = path
+        return path is not None
+
+    def _rewind(self, path: Path) -> None:
+        """Collective. Take the steps since a checkpoint again; what they took of samples stands as it was checked."""
+        self._audit.check()
+        go_back(self.training.state, self.store, path)
+        self._back_to, self._readback, self._saved = None, Readback(), self.training.state.step
+        self.throughput.restart()
 
     def _kept(self) -> str:
         """For an error: the newest checkpoint, which may be older than the last one that was begun."""
@@ -239,6 +292,7 @@ class Loop:
             **self.throughput.report(),
             **memory(self.training.ranks.device, self.training.stepper.captured_bytes),
             **self._shares(),
+            **({} if (watch := self.training.state.spikes) is None else {"spike_score": watch.score}),
             **({} if self.norms is None else self.norms.values()),
             **({} if (load := self._load()) is None else load.values()),
         }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
-from src.metrics.incidents import write_incident
+from src.metrics.incidents import skipped_samples, write_incident
 from src.metrics.trackers.config import Log, Status
 from src.storage.json_lines import METRICS_FILE, Lines
 from src.train.step.stepper import StepOutcome
@@ -101,8 +101,8 @@ class Report:
         if self._console is not None:
             self._console.say(text)
 
-    def incident(self, outcome: StepOutcome, decision: str, samples: Iterable[int]) -> None:
-        """One line of incidents.jsonl: a step that was not finite."""
+    def incident(self, outcome: StepOutcome, decision: str, samples: Iterable[int], **more: float | None) -> None:
+        """One line of incidents.jsonl: a step that was not finite, or stood out."""
         if self._log is not None:
             write_incident(
                 self._folder,
@@ -111,7 +111,12 @@ class Report:
                 loss=outcome.loss,
                 grad_norm=outcome.grad_norm,
                 samples=samples,
+                **more,
             )
+
+    def skipped_samples(self) -> list[tuple[int, int]]:
+        """As incidents.jsonl has them, which knows of steps that no checkpoint does; for rank 0."""
+        return skipped_samples(self._folder)
 
     def close(self, status: Status) -> None:
         if self._console is not None:

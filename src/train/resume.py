@@ -8,7 +8,7 @@ from src.data.batches import Batches
 from src.distributed.model_stages import ModelStages
 from src.errors import CheckpointError, DataError
 from src.hugging_face.load import load
-from src.train.state import TrainState
+from src.train.state import OPTIONAL, TrainState
 
 
 def adopt(network: ModelStages, foreign: Path) -> str:
@@ -28,7 +28,7 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
     another = origin.resolve().parent != store.folder.resolve()  # run's checkpoint
     if another and store.options.progress != "all":
         return begin_from(state, store, batches, origin)
-    state.adopt(store.load(origin, state.tree(0.0), optional=("outer", "ema")))
+    state.adopt(store.load(origin, state.tree(0.0), optional=OPTIONAL))
     _check_samples(state, batches, origin)
     if state.step > steps or (state.step == steps and another):
         raise CheckpointError(
@@ -36,6 +36,12 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
             f"task.steps={steps} leaves nothing to do; pass more steps"
         )
     return f"goes on after step {state.step}, sample {state.position}: {origin}"
+
+
+def go_back(state: TrainState, store: Store, path: Path) -> None:
+    """Collective. The state of this run's checkpoint again, in the middle of its life."""
+    state.adopt(store.load(path, state.tree(0.0), optional=OPTIONAL))
+    state.network.weights_written()
 
 
 def begin_from(state: TrainState, store: Store, batches: Batches, origin: Path) -> str:
@@ -51,6 +57,8 @@ def begin_from(state: TrainState, store: Store, batches: Batches, origin: Path) 
     if store.options.progress == "samples":
         state.tokens, state.position, state.digest = values["tokens"], values["position"], values["digest"]
         _check_samples(state, batches, origin)
+        if state.spikes is not None:
+            state.spikes.skip(values.get("spikes.skipped", ()))
     those = "its optimizer's state" if kept else "no optimizer state, which begins at 0"
     return f"starts at step 0, sample {state.position}, with the weights of {origin} and {those}"
 

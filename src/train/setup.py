@@ -1,6 +1,5 @@
 """Builds model, optimizer and stepper of this rank from the sections of a run, in the order of execution."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +16,11 @@ from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
 from src.optim.elementwise import Elementwise
-from src.run import Averages, Penalises, Run
+from src.run import Averages, ClipsLogits, Penalises, Run, WatchesSpikes
 from src.train.average import WeightAverage
 from src.train.replicated.step import ReplicatedStepper
+from src.train.stability.attention_logits import AttentionLogits, QKClip
+from src.train.stability.spikes import SpikeWatch
 from src.train.state import TrainState
 from src.train.step import metrics as step_metrics
 from src.train.step.graph import GraphedStepper
@@ -60,14 +61,15 @@ def build_training(
         network.named_parameters(), ranks.device, owners_of(run, mesh, ranks.device), run.model.heads()
     )
     float8 = run.precision.float8
-    follow: list[Callable[[], None]] = (
-        [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
-    )
-    after_update = [*follow]
+    network.follow = [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]
+    after_update = [*network.follow]
     if network.weights is not None and isinstance(optimizer, Elementwise) and groups is None:
         network.any_gradient_dtype, optimizer.copies = True, network.weights.beside()
         after_update.insert(0, network.weights.written)
     state = TrainState(network, optimizer, run.seed, more=groups)
+    if isinstance(run.task, ClipsLogits) and run.task.qk_clip is not None:
+        clip = QKClip(AttentionLogits(network), network, optimizer, run.task.qk_clip)
+        after_update.insert(len(after_update) - len(network.follow), clip.clip)
     if isinstance(run.task, Averages) and run.task.ema_decay is not None:
         state.average = WeightAverage(
             network,
@@ -75,9 +77,10 @@ def build_training(
             run.task.ema_decay,
             getattr(torch, run.task.ema_dtype),
             offload=run.task.ema_offload,
-            follow=tuple(follow),
         )
         after_update.append(state.average.update)
+    if isinstance(run.task, WatchesSpikes) and run.task.spike_score is not None:
+        state.spikes = SpikeWatch(run.task.spike_score, run.task.spike_window, run.task.on_spike)
     metrics = step_metrics.STEP_METRICS + (step_metrics.PREDICTION_METRICS if run.model.prediction_depths else ())
     arguments = (network, optimizer, run.optim.max_norm, skips, after_update, metrics)
     if groups is None:

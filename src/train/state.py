@@ -9,6 +9,10 @@ from torch.optim import Optimizer
 from src.distributed.model_stages import ModelStages
 from src.optim.state import optimizer_state
 from src.train.average import WeightAverage
+from src.train.stability.spikes import SpikeWatch
+
+# Entries of the tree that a checkpoint may be without.
+OPTIONAL = ("outer", "ema", "spikes")
 
 
 class Stateful(Protocol):
@@ -31,6 +35,7 @@ class TrainState:
     digest: str = ""  # of the ids of samples [0, position)
     more: Stateful | None = None
     average: WeightAverage | None = None
+    spikes: SpikeWatch | None = None
 
     def tree(self, learning_rate: float) -> dict[str, Any]:
         """What a checkpoint holds; the tensors are the live ones."""
@@ -46,6 +51,7 @@ class TrainState:
             "rng": {"seed": self.seed, "torch": torch.get_rng_state()},
             "schedule": {"step": self.step, "learning_rate": learning_rate},
             **({} if self.average is None else {"ema": self.average.tree()}),
+            **({} if self.spikes is None else {"spikes": self.spikes.tree()}),
             **({} if self.more is None else self.more.tree()),
         }
 
@@ -56,5 +62,7 @@ class TrainState:
         torch.set_rng_state(tree["rng"]["torch"])
         if self.average is not None and "ema" not in tree:  # of a run that kept none
             self.average.restart()
+        if self.spikes is not None and "spikes" in tree:
+            self.spikes.adopt(tree["spikes"])
         if self.more is not None:
             self.more.adopt(tree)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from src.checkpoint.store import Store
 from src.distributed.init_weights import seed_of
 from src.distributed.matrix_owners import MatrixOwners
 from src.models.base import ModelConfig
 from src.optim.muon import Muon, part_of
 from src.optim.newton_schulz import COEFFICIENTS, of_heads, orthogonalise
 from src.optim.state import optimizer_state, scale_learning_rates
+from tests.checkpoint.options import options
 from tests.distributed.layouts import degrees, parallel_network
 from tests.models.shapes import tiny_deepseek, tiny_llama
 from tests.ranks import RankPool
@@ -151,12 +154,23 @@ def trained(model: str, layout: str) -> list[dict[str, Tensor]]:
     return [_trained(MODELS[model], layout, optim) for optim in OPTIONS.values()]
 
 
-def _trained(model: ModelConfig, layout: str, optim: Muon) -> dict[str, Tensor]:
+def resumed(model: str, layout: str, folder: Path, steps: range) -> dict[str, Tensor]:
+    """As `trained`, by the last option, but these updates alone: behind those that a checkpoint holds, and saved."""
+    return _trained(MODELS[model], layout, [*OPTIONS.values()][-1], steps, folder)
+
+
+def _trained(
+    model: ModelConfig, layout: str, optim: Muon, steps: range = range(4), folder: Path | None = None
+) -> dict[str, Tensor]:
     network = parallel_network(model, degrees(layout))  # type: ignore[arg-type]
     named = dict(network.named_parameters())
     owners = None if layout == "single" else MatrixOwners(network.mesh.stage_group(), CPU)
     optimizer = optim.build(named.items(), CPU, owners, model.heads())
-    for step in range(4):
+    store = None if folder is None else Store(folder, options(asynchronous=False))
+    tree = {"model": network.tensors(), "optimizer": optimizer_state(optimizer, named.items())}
+    if store is not None and (newest := store.newest()) is not None:
+        store.load(newest, tree)
+    for step in steps:
         scale_learning_rates(optimizer, 1 / (step + 1))
         for name, parameter in named.items():
             whole = gradient(name, parameter.shape, step)
@@ -170,6 +184,8 @@ def _trained(model: ModelConfig, layout: str, optim: Muon) -> dict[str, Tensor]:
         optimizer.found_inf = torch.tensor(float(step == 1))  # type: ignore[attr-defined]
         optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
         optimizer.step()
+    if store is not None:
+        store.save(steps.stop, tree, {}, wait=True)
     found = {name: parameter.detach() for name, parameter in named.items()}
     for name, kept in optimizer_state(optimizer, named.items()).items():
         found |= {f"{name} {key}": each for key, each in kept.items()}
@@ -196,3 +212,22 @@ def test_a_layout_is_one_device_bit_for_bit(
             assert [name for name, each in here.items() if not torch.equal(each, expected[name])] == []
             names |= here.keys()
     assert names == {name for each in alone[model] for name in each}
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "after"),
+    [("llama", "fsdp2", "tp2"), ("deepseek", "fsdp2_ep2", "single")],
+    ids=["tp2", "single"],
+)
+def test_another_layout_goes_on_bit_for_bit(
+    ranks: RankPool,
+    alone: dict[str, list[dict[str, Tensor]]],
+    model: str,
+    before: str,
+    after: str,
+    tmp_path: Path,
+) -> None:
+    ranks(degrees(before).world, resumed, model, before, tmp_path, range(2))
+    for found in ranks(degrees(after).world, resumed, model, after, tmp_path, range(2, 4)):
+        assert found.keys() == alone[model][-1].keys()
+        assert [name for name, each in found.items() if not torch.equal(each, alone[model][-1][name])] == []

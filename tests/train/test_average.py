@@ -14,7 +14,6 @@ from src.checkpoint.store import Store
 from src.distributed.model_stages import ModelStages
 from src.planning.memory import estimate
 from src.planning.plan import load_of
-from src.planning.training_rules import training_problems
 from src.run import Run
 from src.train.average import WeightAverage
 from src.train.state import TrainState
@@ -111,11 +110,3 @@ def test_the_plan_counts_its_bytes() -> None:
         found = estimate(load_of(run))
         assert found.average == size * before.parameters // 4
         assert found.at_update == before.at_update + found.average
-
-
-def test_what_cannot_keep_one_is_refused() -> None:
-    assert training_problems(averaged()) == []
-    (groups,) = training_problems(averaged(fault_tolerance="torchft"))
-    assert groups.startswith("task.ema_decay: replica groups keep no average")
-    graphed = replace(averaged(offload=True), compile=changed(section("compile", "graph")))
-    assert training_problems(graphed)[0].startswith("task.ema_offload=true has the host work in each step")

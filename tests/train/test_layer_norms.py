@@ -6,7 +6,8 @@ from torch import Tensor
 
 from src.distributed.model_stages import ModelStages
 from src.models.base import ModelConfig
-from src.train.layer_norms import LayerNorms
+from src.train.stability.attention_logits import AttentionLogits
+from src.train.stability.layer_norms import LayerNorms
 from src.train.step.stepper import Stepper
 from tests.distributed.layouts import degrees, parallel_network, rows, share
 from tests.models.shapes import NO_MTP, tiny_deepseek, tiny_llama
@@ -22,7 +23,7 @@ def measured(layout: str, model: ModelConfig = MODEL) -> tuple[list[dict[str, fl
     network = parallel_network(model, degrees(layout))
     optimizer = changed(section("optim", "adamw"), lr=1e-2).build(network.named_parameters(), torch.device("cpu"))
     stepper = Stepper(network, optimizer, max_norm=1.0, skips=0)
-    norms = LayerNorms(network, optimizer, stepper.gradients)
+    norms = LayerNorms(network, optimizer, stepper.gradients, AttentionLogits(network))
     before = {name: each.detach().clone() for name, each in network.named_parameters()}
     hidden = hiddens(network) if layout == "single" and model is MODEL else []
     batches, found = share(BATCH, network.mesh, 8 // network.mesh.data_ranks), []
@@ -62,6 +63,7 @@ def alone(ranks: RankPool) -> tuple[list[dict[str, float]], dict[str, float]]:
 def test_they_are_the_sums_by_hand(alone: tuple[list[dict[str, float]], dict[str, float]]) -> None:
     (found, unwanted), by_hand = alone
     assert not any(unwanted.values())
+    assert sum(name.endswith("/attention_logit") for name in found) == MODEL.n_layers
     for kind in ("gradient", "update"):
         parts = [value for name, value in found.items() if name.endswith(f"/{kind}")]
         assert len(parts) == MODEL.n_layers + 2

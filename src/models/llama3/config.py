@@ -120,6 +120,12 @@ class Llama3Config(GroupedQueryConfig):
             *(Weight(f"{unit}.{name}.weight", (self.dim,), unit) for name in ("attention_norm", "ffn_norm")),
         )
 
+    def logit_rows(self) -> dict[str, tuple[tuple[int, float], ...]]:
+        """Keys that several heads of queries share stay as they are."""
+        if self.n_kv_heads < self.n_heads:
+            return {"wq": ((self.head_width, 1.0),)}
+        return {"wq": ((self.head_width, 0.5),), "wk": ((self.head_width, 0.5),)}
+
     @property
     def head_widths(self) -> tuple[int, int]:
         return self.head_width, self.head_width

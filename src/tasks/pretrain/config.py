@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import model_validator
 
 from src.config.base import Config, RankNumbers
-from src.config.bounds import Beta, Count, Fraction, Sequences, Steps, StepsOrNever, Temperature, Tokens
+from src.config.bounds import (
+    Beta,
+    Count,
+    Deviations,
+    Fraction,
+    Scale,
+    Sequences,
+    Steps,
+    StepsOrNever,
+    Temperature,
+    Tokens,
+    Window,
+)
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -40,6 +52,15 @@ class Pretrain(Config):
     """Dtype of that average; bfloat16: 2 instead of 4 bytes per parameter, for a decay that it can follow."""
     ema_offload: bool
     """True: it rests in the host's memory, and each step waits until the weights are copied there."""
+    qk_clip: Scale | None
+    """Largest attention logit of a head, above which its queries and keys are scaled down after a step; null: any."""
+    spike_score: Deviations | None
+    """Deviations above the median of steps before it from which a loss or gradient norm is a spike; null: none is."""
+    spike_window: Window
+    """How many steps before it a step is compared with."""
+    on_spike: Literal["note", "skip_batch", "rewind"]
+    """What follows a spike; note: a line of incidents.jsonl; skip_batch: also, no update; rewind: also, the newest
+    checkpoint before it, and no update by its samples when they come again."""
     layer_norms: bool
     """True: steps that are logged also say the norms of each layer's gradients, updates and hidden states."""
     z_loss: Fraction

@@ -31,12 +31,13 @@ from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
 from src.train.exports import SHARD_BYTES, Exports
-from src.train.layer_norms import LayerNorms
 from src.train.loop import Loop
 from src.train.replicated.loop import ReplicatedLoop
 from src.train.report import Report
 from src.train.resume import resume
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, make_deterministic
+from src.train.stability.attention_logits import AttentionLogits
+from src.train.stability.layer_norms import LayerNorms
 from src.train.stop import Stop
 
 
@@ -123,7 +124,7 @@ def _loop(
         checkpoint=run.checkpoint,
         store=store,
         exports=_exports(run, folder, corpus),
-        norms=_norms(training) if task.layer_norms else None,
+        norms=_norms(training, run) if task.layer_norms else None,
         throughput=_throughput(run, planned, training.ranks.device),
         startup=startup,
         report=report,
@@ -133,8 +134,11 @@ def _loop(
     )
 
 
-def _norms(training: Training) -> LayerNorms:
-    return LayerNorms(training.network, training.state.optimizer, training.stepper.gradients)
+def _norms(training: Training, run: Run) -> LayerNorms:
+    """With attention logits where whole sequences meet in blocks that no compiler has made one piece of."""
+    seen = run.parallel.context == 1 and not run.compile.blocks
+    logits = AttentionLogits(training.network) if seen else None
+    return LayerNorms(training.network, training.state.optimizer, training.stepper.gradients, logits)
 
 
 def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:

@@ -67,12 +67,20 @@ class Stepper:
         parameters = [parameter for _, parameter in network.named_parameters() if parameter.requires_grad]
         self.gradients = Gradients(parameters, self.mesh.world // self.mesh.degrees.pipeline)
         self.after_update = after_update
+        self.limits: Tensor | None = None  # of loss and gradient norm, (2,) float64: beyond them a step does not update
         self.in_a_row = torch.zeros((), device=self.device)
         self.dead = torch.zeros((), device=self.device)
 
     def __call__(self, batches: Sequence[Batch], stop: bool) -> dict[str, Tensor]:
         """Collective. Metrics and CONTROL by name: 0-dim, on the device; see `StepOutcome`."""
         return self._step(batches, self._mine(batches), self._vote(stop))
+
+    def set_limits(self, limits: tuple[float, float]) -> None:
+        """Of loss and gradient norm in the next step."""
+        if self.limits is None:
+            self.limits = torch.empty(2, dtype=torch.float64, device=self.device)
+        for place, limit in zip(self.limits.unbind(), limits, strict=True):  # a step may be a CUDA graph
+            place.fill_(limit)
 
     def _step(self, batches: Sequence[Batch], mine: Tensor, vote: Tensor) -> dict[str, Tensor]:
         totals = self._totals(mine)
@@ -101,12 +109,15 @@ class Stepper:
         if self.max_norm is not None:  # divided as the optimizer reads them: one pass over all gradients less
             excess = self.gradients.excess(measured["grad_norm"], self.max_norm)
             self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
-        still = torch.maximum(skipped, self.dead).to(self.gradients.device)  # where the optimizer works
-        self.optimizer.found_inf = still  # type: ignore[attr-defined]
+        still = torch.maximum(skipped, self.dead)
+        if self.limits is not None:
+            beyond = torch.stack((measured["loss"], measured["grad_norm"])).double() > self.limits
+            still = torch.maximum(still, beyond.any().float())
+        self.optimizer.found_inf = still.to(self.gradients.device)  # type: ignore[attr-defined]  # where it works
         self.optimizer.step()
         self.optimizer.zero_grad()
         for part in self.network.stages:
-            part.post_optimizer_step(self.mesh.sum_over_tokens, 1.0 - torch.maximum(skipped, self.dead))
+            part.post_optimizer_step(self.mesh.sum_over_tokens, 1.0 - still)
         for act in self.after_update:
             act()
         return measured | {"skipped": skipped, "dead": self.dead}

@@ -6,6 +6,7 @@ optimizer runs, and squares the result of each block.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from src.distributed.collectives import world_sum
 from src.distributed.fsdp.gradient_norm import Gradients
 from src.distributed.model_stages import ModelStages
 from src.optim.elementwise import local
+from src.train.stability.attention_logits import AttentionLogits
 
 GRADIENT, UPDATE, HIDDEN, ELEMENTS = range(4)  # columns: sums of squares, and how many squares are of hidden states
 
@@ -23,9 +25,17 @@ GRADIENT, UPDATE, HIDDEN, ELEMENTS = range(4)  # columns: sums of squares, and h
 class LayerNorms:
     """`wanted` before a step makes it measured; `values` afterwards reports it, and the next is not."""
 
-    def __init__(self, network: ModelStages, optimizer: Optimizer, gradients: Gradients) -> None:
+    def __init__(
+        self,
+        network: ModelStages,
+        optimizer: Optimizer,
+        gradients: Gradients,
+        logits: AttentionLogits | None = None,
+    ) -> None:
+        """`logits`: where they can be looked at, of this object alone."""
+        self._logits = logits
         self._config = config = network.stages[0].config
-        self.wanted = False
+        self._wanted = False
         self._names = [f"layer_{layer:02}" for layer in range(config.n_layers)]
         self._names += [*(f"mtp_{depth:02}" for depth in range(config.prediction_depths)), "embedding", "head"]
         self._gradients, self._device = gradients, network.device
@@ -39,9 +49,21 @@ class LayerNorms:
             for number, block in part.numbered_blocks().items():
                 block.register_forward_hook(partial(self._after_block, number))
 
+    @property
+    def wanted(self) -> bool:
+        """Of the step that comes."""
+        return self._wanted
+
+    @wanted.setter
+    def wanted(self, wanted: bool) -> None:
+        self._wanted = wanted
+        if self._logits is not None:
+            self._logits.wanted = wanted
+
     def values(self) -> dict[str, float]:
         """Collective; waits for the device. By name: `norms/layer_07/gradient`, before clipping, and `.../update`, both
-        Frobenius norms, and `.../hidden`, the root mean square of what the block hands on. Modules of multi-token
+        Frobenius norms, and `.../hidden`, the root mean square of what the block hands on; with
+        logits `.../attention_logit`, the largest. Modules of multi-token
         prediction are `mtp_00` and so on.
         """
         table = world_sum(self._table.clone())
@@ -52,7 +74,15 @@ class LayerNorms:
         for name, (gradient, update, hidden, elements) in zip(self._names, table.sqrt().tolist(), strict=True):
             found |= {f"norms/{name}/gradient": gradient, f"norms/{name}/update": update}
             found |= {f"norms/{name}/hidden": hidden} if elements else {}
-        return found
+        return found | self._largest_logits()
+
+    def _largest_logits(self) -> dict[str, float]:
+        """Collective."""
+        if self._logits is None:
+            return {}
+        largest = self._logits.reduce().amax(dim=1).tolist()
+        named = zip(self._names, largest, strict=False)
+        return {f"norms/{name}/attention_logit": value for name, value in named if isfinite(value)}
 
     def _row(self, name: str) -> int:
         if (number := self._config.block_number(name)) is not None:
