@@ -40,8 +40,6 @@ def random_run(seed: int) -> Run:
         precision=precision,
         recompute=_recompute(draw, model.n_layers),
         data=changed(section("data", "synthetic"), document_masks=documents),
-        # Not torch's kernel, whose lists of DTensors take 15 % of a run to work out.
-        optim=changed(section("optim", "adamw"), fused=False),
     )
     return replace(run, task=_task(draw, layout, multiple), seed=seed)
 

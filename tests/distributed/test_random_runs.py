@@ -8,7 +8,7 @@ works out each new shape once. So 20 are drawn in `make test` (40 CPU seconds), 
 import gc
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -41,19 +41,17 @@ def one_group_for_the_same_ranks() -> Iterator[None]:
             group = made[tuple(ranks)] = new_group(ranks=ranks, **how)
         return group
 
-    gc.collect()
     gc.freeze()  # what is here is looked at no more between two runs: a second each
     with patch("torch.distributed.device_mesh.new_group", once):
         yield
     gc.unfreeze()
 
 
-def differences(seeds: Sequence[int]) -> dict[int, str]:
+def differences(world: int, runs: Mapping[int, Run]) -> dict[int, str]:
     """On one rank of the runs' world: what is wrong with each, by seed."""
-    found, ranks = {}, RankContext.join("cpu", random_run(seeds[0]).parallel.world, timeout_seconds=120)
+    found, ranks = {}, RankContext.join("cpu", world, timeout_seconds=120)
     with one_group_for_the_same_ranks():
-        for seed in seeds:
-            run = random_run(seed)
+        for seed, run in runs.items():
             assert isinstance(run.task, Verify)
             try:
                 certificate = certify(run.task, run, ranks, {})
@@ -73,15 +71,15 @@ def refusals(run: Run) -> tuple[str, ...]:
     return ()
 
 
-def legal(seeds: Sequence[int]) -> dict[int, list[int]]:
-    """Seeds of the runs that the plan accepts, by world. Of each other one every reason is a line that names a key."""
-    found: dict[int, list[int]] = {}
+def legal(seeds: Sequence[int]) -> dict[int, dict[int, Run]]:
+    """The runs that the plan accepts, by world and seed. Of each other one every reason is a line that names a key."""
+    found: dict[int, dict[int, Run]] = {}
     for seed in seeds:
         run = random_run(seed)
         lines = refusals(run)
         assert all(KEY.search(line) and "\n" not in line for line in lines), lines
         if not lines:
-            found.setdefault(run.parallel.world, []).append(seed)
+            found.setdefault(run.parallel.world, {})[seed] = run
     assert sum(map(len, found.values())) > CONVINCING * len(seeds)
     return found
 
@@ -97,5 +95,5 @@ def test_a_seed_is_a_run() -> None:
 
 @pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_equal_to_one_device_or_refused(ranks: RankPool, seeds: Sequence[int]) -> None:
-    for world, some in sorted(legal(seeds).items()):
-        assert ranks(world, differences, some) == [{}] * world
+    for world, runs in sorted(legal(seeds).items()):
+        assert ranks(world, differences, world, runs) == [{}] * world
