@@ -5,21 +5,20 @@ Every point of a sweep is checked before the first one starts. A point that fail
 sweep ends with the first code that is not 0; Ctrl-C ends all of it.
 """
 
-import json
 import os
 import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src.cluster.local.signals import keep_interrupts
 from src.cluster.rank_log import open_closed_streams
 from src.config.composition.requests import ConfigPoint, asked
+from src.config.reference.help import help_of, wants_help
 from src.errors import UserError, VerdictError
 from src.launch.as_it_was import completed
-from src.launch.dry_run import scripts
+from src.launch.dry_run import show
 from src.launch.start import EachOnce, Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
 from src.sweeps.grid import in_group, names, sweep, title
@@ -33,35 +32,13 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 5.0  # torchrun looks at its ranks every 0.1 s
 
 
-def show(point: ConfigPoint, run: "Run", plan: "Plan") -> list[str]:
-    """Tables for people on stderr, JSON for machines on stdout; returns where ranks that were built disagree."""
-    from rich.console import Console
-
-    from src.launch import origins
-    from src.launch.rehearse import rehearse
-    from src.launch.rehearse import render as compared
-    from src.planning.table import render
-    from src.run import Rehearses
-
-    terminal = Console(stderr=True, markup=False, emoji=False)
-    terminal.print(render(plan), origins.render(point.tree, point.origins))
-    answers = plan.to_dict() | {"origins": origins.by_key(point.tree, point.origins)}
-    if not isinstance(run.task, Rehearses) or not run.task.rehearse:
-        print(json.dumps(answers, indent=2))
-        return []
-    built = rehearse(replace(run, recompute=plan.recompute), run.task.rehearse_ranks)
-    terminal.print(compared(built))
-    print(json.dumps(answers | {"rehearsal": [each.to_dict() for each in built]}, indent=2))
-    return [problem for each in built for problem in each.problems]
-
-
-def say_recipes(points: "list[tuple[ConfigPoint, Run]]") -> None:
-    """On stderr, what the published recipes of these points decide; once where they have it in common."""
-    from src.launch.origins import recipe_lines
+def say_recipes(points: "list[tuple[ConfigPoint, Run, Plan]]") -> None:
+    """On stderr, what the published recipes of these points decide, and what nobody wants; once where common."""
+    from src.launch.origins import recipe_lines, unwanted_lines
 
     tell = EachOnce()
-    for point, run in points:
-        tell(recipe_lines(point.tree, point.origins, run))
+    for point, run, plan in points:
+        tell([*recipe_lines(point.tree, point.origins, run), *unwanted_lines(point.origins, run, plan)])
 
 
 def refused(error: UserError) -> int:
@@ -81,19 +58,20 @@ def main() -> int:
     command = shlex.join(["python", *sys.argv])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:
+        if wants_help(sys.argv[1:]):
+            print(help_of(sys.argv[1:]))
+            return 0
         question = asked(sys.argv[1:], completed)
         if question.space:
             return search(question, sys.argv[1:])
         named = names([point.overrides for point in question.points]) if question.swept else ()
         points = checked(in_group(question.trees, title(question.trees)) if question.swept else question.trees, named)
         ask_schedulers(points)
-        texts = scripts([point for point in points if point[1].dry_run])
         asked_for = list(zip(points, question.points, strict=True))
-        say_recipes([(point, run) for (_, run, _), point in asked_for])
-        dry = [(point, run, plan) for (_, run, plan), point in asked_for if run.dry_run]
-        if disagreements := [line for each in dry for line in show(*each)]:
+        say_recipes([(point, run, plan) for (_, run, plan), point in asked_for])
+        dry = [(point, *checked_point) for checked_point, point in asked_for if checked_point[1].dry_run]
+        if dry and (disagreements := show(dry, named if len(named) == len(dry) else ())):
             raise VerdictError(disagreements)
-        print(*texts, sep="\n", end="", file=sys.stderr)
         live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
         if question.swept and live:
             return sweep(live, sys.argv[1:])

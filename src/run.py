@@ -176,7 +176,7 @@ class Run:
     seed: int
     root: Path
     folder: Path | None
-    dry_run: bool
+    dry_run: bool | Literal["json", "script"]
 
     @classmethod
     def from_sections(cls, sections: Mapping[str, Any]) -> Self:

@@ -11,12 +11,14 @@ import yaml
 from omegaconf import OmegaConf, open_dict
 from pydantic import BaseModel
 
+from docs.reference import PAGES
 from src.config.build import Top, build
 from src.config.composition.command_line import arguments
 from src.config.composition.composer import Composer, composer
 from src.config.composition.resolution import resolve
 from src.config.groups import CONF, EXPERIMENT, GROUPS, SECTIONS, options
 from src.config.tree import Tree
+from src.tasks.source import completed
 
 CHOICES = [f"{group}={option}" for group in SECTIONS for option in options(group)]
 EXPERIMENTS = options(EXPERIMENT)
@@ -64,6 +66,12 @@ def default() -> Tree:
     return composed()
 
 
+def test_the_pages_that_are_made_of_the_code_are_up_to_date() -> None:
+    """Else: python -m docs.reference --write"""
+    for name, page in PAGES.items():
+        assert (CONF.parent / "docs" / name).read_text(encoding="utf-8") == page(), name
+
+
 def parsed(file: Path) -> dict[str, Any]:
     loaded = yaml.safe_load(file.read_text())
     assert isinstance(loaded, dict)
@@ -104,8 +112,9 @@ def classes(value: object) -> set[type[BaseModel]]:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str) -> None:
-    tree = composed(f"experiment={experiment}")
-    build(tree)
+    text = ["data.files=LICENSE"] if experiment == "own_text" else []
+    tree = composed(f"experiment={experiment}", *text)
+    build(completed(tree, {}))
     assert tree != default()
     assert EXPERIMENT not in tree
 

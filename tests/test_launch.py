@@ -59,17 +59,17 @@ def problems(*argv: str) -> list[str]:
         ("optim.lr=[1", "optim.lr=[1: no legal argument; write key=value, with quotes around unusual text"),
         ("nonsense", "nonsense: no legal argument; write key=value, with quotes around unusual text"),
         ("seed=0,1", "seed=0,1: several values; write -m to sweep over them, or [ ] around them for one list"),
-        ("model=llama3_8B", "model=llama3_8B: no such option; did you mean llama3_8b? there are: "),
-        ("parallel=zero", "parallel=zero: no such option; there are: "),
-        ("experiment=dmeo", "experiment=dmeo: no such option; did you mean demo? there are: "),
-        ("model=null", "model=null: a group needs an option; there are: "),
+        ("model=llama3_8B", "model=llama3_8B: no such option; did you mean llama3_8b? there are:\n  auto "),
+        ("parallel=zero", "parallel=zero: no such option; there are:\n  async_tp2_fsdp4  8 ranks: "),
+        ("experiment=dmeo", "experiment=dmeo: no such option; did you mean demo? there are:\n  demo "),
+        ("model=null", "model=null: a group needs an option; there are:\n  auto "),
         ("data.max_epochs=${oc.env:NOWHERE}", "data.max_epochs: ${oc.env:NOWHERE} cannot be resolved"),
         ("hydra.mode=SWEEP", "hydra.mode: "),
         ("--config-name=nope", "Cannot find primary config 'nope'"),
-        ("compile=true", "compile=true: no such option; did you mean blocks or graph? there are: blocks, graph, off"),
-        ("compile=false", "compile=false: no such option; did you mean off? there are: blocks, graph, off"),
-        ("tokenizer=true", "tokenizer=true: no such option; there are: bpe, bytes, file"),
-        ("parallel=16", "parallel=16: no such option; did you mean fsdp16? there are: "),
+        ("compile=true", "compile=true: no such option; did you mean blocks or graph? there are:\n  blocks  Each "),
+        ("compile=false", "compile=false: no such option; did you mean off? there are:\n  blocks  Each "),
+        ("tokenizer=true", "tokenizer=true: no such option; there are:\n  bpe    Byte-level "),
+        ("parallel=16", "parallel=16: no such option; did you mean fsdp16? there are:\n"),
         ("+=1", "=1: a value without a key; write key=value"),
         ("hydra.sweeper=1", "hydra.sweeper=1: is a group of keys; set hydra.sweeper.params"),
         ("optim._target_=src.optim.base.Optimizer", "optim._target_: src.optim.base.Optimizer is what others are made"),
@@ -289,7 +289,7 @@ def test_an_outer_launcher_with_another_number_of_ranks_is_refused(somewhere: Pa
 @pytest.mark.parametrize(("model", "tokens"), [("llama3_debug", 16 * 256), ("llama3_405b", 2048 * 8192)])
 def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str, tokens: int) -> None:
     result = subprocess.run(
-        [sys.executable, HOME / "launch.py", "dry_run=true", f"model={model}", "cluster.gpus=0"],
+        [sys.executable, HOME / "launch.py", "dry_run=json", f"model={model}", "cluster.gpus=0"],
         cwd=somewhere,
         capture_output=True,
         text=True,
@@ -298,7 +298,6 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(somewhere: Path, model: str
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert (answer["world"], answer["tokens_per_step"]) == (1, tokens)
-    assert "tokens per step" in result.stderr
     assert answer["origins"]["cluster.gpus"] == "command line"
     large = model == "llama3_405b"
     assert ("warning: recipe llama3_405b is for GPUs, and there is none here" in result.stderr) == large

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import isabstract
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError, field_validator
 
@@ -33,8 +33,10 @@ class Top(Config):
     """Folder of all run folders and of prepared data."""
     folder: PathField | None
     """Run folder to begin or to go on with; null: <root>/<name>-<hash of the config>."""
-    dry_run: bool
-    """True: print the plan and start nothing."""
+    dry_run: bool | Literal["json", "script"]
+    """Look and start nothing; true: tables of the plan; json: the plan as JSON; script: the scheduler's batch scripts;
+    false: run.
+    """
 
     @field_validator("name")
     @classmethod

@@ -30,7 +30,7 @@ WIDTH = 120
 # Keys of a section that belong to no field: Hydra's own, and the class.
 _SILENT = frozenset({"_target_", "defaults", "hydra"})
 # A field that is a plain dict because any subset of a class's keys may be in it.
-_SUBSETS = {
+SUBSETS = {
     ("src.models.families.Auto", "moe"): "src.models.moe.config.MixtureOfExperts",
     ("src.models.families.Auto", "mtp"): "src.models.mtp.config.MultiTokenPrediction",
 }
@@ -53,11 +53,28 @@ def field_docs(cls: type[BaseModel]) -> dict[str, str]:
     return found
 
 
-@cache
-def _docs_of(module: str, name: str) -> Mapping[str, str]:
+def field_names(cls: type[BaseModel]) -> dict[str, frozenset[str]]:
+    """By field, the names that its annotation is written with: {"seq_len": {"Tokens"}}, which say its unit."""
+    found: dict[str, frozenset[str]] = {}
+    for base in reversed(cls.__mro__):
+        if issubclass(base, BaseModel) and base.__module__.startswith("src."):
+            found |= {
+                field.target.id: frozenset(each.id for each in ast.walk(field.annotation) if isinstance(each, ast.Name))
+                for field in _body(base.__module__, base.__name__)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            }
+    return found
+
+
+def _body(module: str, name: str) -> list[ast.stmt]:
     file = importlib.import_module(module).__file__
     assert file is not None, module
-    body = _parsed(file)[name].body
+    return _parsed(file)[name].body
+
+
+@cache
+def _docs_of(module: str, name: str) -> Mapping[str, str]:
+    body = _body(module, name)
     return {
         field.target.id: " ".join(text.value.value.split())
         for field, text in itertools.pairwise(body)
@@ -206,15 +223,15 @@ def _class_below(
     """Whose keys a mapping has: its own `_target_`, or the class that the field's type names."""
     for name, value in node.value:
         if name.value == "_target_":
-            return _class(value.value)
+            return named_class(value.value)
     if field is None or cls is None:
         return None
-    if (name := _SUBSETS.get((f"{cls.__module__}.{cls.__name__}", key))) is not None:
-        return _class(name)
+    if (name := SUBSETS.get((f"{cls.__module__}.{cls.__name__}", key))) is not None:
+        return named_class(name)
     return next((each for each in parts(field) if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
-def _class(name: str) -> type[BaseModel]:
+def named_class(name: str) -> type[BaseModel]:
     module, _, cls = name.rpartition(".")
     found: type[BaseModel] = getattr(importlib.import_module(module), cls)
     return found
@@ -225,7 +242,7 @@ def class_of(file: Path) -> type[BaseModel] | None:
     if file == CONF / "config.yaml":
         return Top
     target = (inherited(file) | _loaded(file)).get("_target_")
-    return None if target is None else _class(target)
+    return None if target is None else named_class(target)
 
 
 def inherited(file: Path) -> dict[str, Any]:

@@ -55,8 +55,11 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     # 0.1 -> 0.2
     "src.checkpoint.config.Checkpoint": {"keep_best": None, "progress": "all"},
     "src.cluster.local.config.Local": {"at_once": None},
-    "src.data.config.Hub": {"bad_rows": "refuse"},
-    "src.data.config.Text": {"bad_rows": "refuse"},
+    "src.data.config.Hub": {"bad_rows": "refuse", "hold_out": "documents"},
+    "src.data.config.Mixture": {"hold_out": "documents"},
+    "src.data.config.Stdlib": {"hold_out": "documents"},
+    "src.data.config.Synthetic": {"hold_out": "documents"},
+    "src.data.config.Text": {"bad_rows": "refuse", "hold_out": "documents"},
     "src.data.hub.HubSource": {"bad_rows": "refuse"},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
     "src.distributed.compile.Compile": {"graph": False},

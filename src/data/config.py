@@ -8,7 +8,7 @@ from pydantic import Field, InstanceOf, model_validator
 from src.config.base import Config
 from src.config.bounds import PerNode, Scale
 from src.data.hub import HubSource
-from src.data.sources import Source, StdlibSource, SyntheticSource, TextSource
+from src.data.sources import HoldOut, Source, StdlibSource, SyntheticSource, TextSource
 
 
 class Data(Config, ABC):
@@ -16,6 +16,8 @@ class Data(Config, ABC):
 
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)]
     """Share of the documents held out; the content of a document decides its side."""
+    hold_out: HoldOut
+    """What is held out; documents: whole ones; ends: the last share of each, which serves where there are few."""
     mask_document_starts: bool
     """True: no loss for predicting the first token of another document."""
     document_masks: bool

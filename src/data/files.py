@@ -11,8 +11,10 @@ from typing import Any
 
 from src.errors import DataError, some
 
-LARGEST_PIECE_BYTES = 256 << 20
 ROW_SUFFIXES = (".jsonl", ".ndjson")
+# Of the files that stand for text where a whole folder is named.
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", *ROW_SUFFIXES, ".parquet")
+LARGEST_PIECE_BYTES = 256 << 20
 LONGEST_REASON = 200
 REFUSED_SUFFIXES = (".json", ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".bin", ".npy")
 

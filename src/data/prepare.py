@@ -14,7 +14,7 @@ from src.data.config import Data
 from src.data.corpus import Corpus, Part, survey
 from src.data.fingerprint import fingerprint
 from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, TokenShards, finished, write_index, write_record
-from src.data.sources import Piece, SkippedRows, Source, held_out
+from src.data.sources import HoldOut, Piece, SkippedRows, Source, divided
 from src.data.tokenizer import Tokenizer, TokenizerConfig
 from src.errors import DataError, DiskFullError
 
@@ -33,7 +33,7 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
     cached = True
     parts = []
     for name, (weight, source) in data.parts().items():
-        folder = cache / "tokens" / _key(source, opened, data.validation_fraction, cache)
+        folder = cache / "tokens" / _key(source, opened, data, cache)
         if not (folder / "index.json").is_file():
             cached = False
             try:
@@ -51,8 +51,9 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
     return corpus
 
 
-def _key(source: Source, tokenizer: Tokenizer, validation_fraction: float, cache: Path) -> str:
-    return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, validation_fraction)
+def _key(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> str:
+    held = [] if data.hold_out == "documents" else [data.hold_out]  # nothing for what every version did
+    return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, data.validation_fraction, *held)
 
 
 def _nothing(part: Part, source: Source) -> str:
@@ -78,7 +79,7 @@ def _tokenise(name: str, source: Source, tokenizer: Tokenizer, folder: Path, dat
     waiting = waiting[start:] + waiting[:start]
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     jobs = [
-        _PieceJob(source, pieces[number], number, tokenizer, folder, dtype, data.validation_fraction)
+        _PieceJob(source, pieces[number], number, tokenizer, folder, dtype, (data.validation_fraction, data.hold_out))
         for number in waiting
     ]
     with _bar(f"tokenising {name}", len(pieces), len(pieces) - len(jobs), shown=progress) as advance:
@@ -91,15 +92,23 @@ class _PieceJob:
     """One piece -> one shard of each split, and the record that says so."""
 
     def __init__(
-        self, source: Source, piece: Piece, number: int, tokenizer: Tokenizer, folder: Path, dtype: str, fraction: float
+        self,
+        source: Source,
+        piece: Piece,
+        number: int,
+        tokenizer: Tokenizer,
+        folder: Path,
+        dtype: str,
+        held: tuple[float, HoldOut],
     ) -> None:
+        """`held`: the share that is held out, and of what."""
         self.source = source
         self.piece = piece
         self.number = number
         self.tokenizer = tokenizer
         self.folder = folder
         self.dtype = dtype
-        self.fraction = fraction
+        self.held = held
 
     def __call__(self) -> None:
         if finished(self.folder, self.number):  # meanwhile, by another preparer
@@ -108,8 +117,9 @@ class _PieceJob:
         skipped = SkippedRows()
         try:
             for texts in _batched(self.source.texts(self.piece, skipped)):
-                for text, ids in zip(texts, self.tokenizer.documents(texts), strict=True):
-                    split = "validation" if held_out(text, self.fraction) else "train"
+                parts = [part for text in texts for part in divided(text, *self.held)]
+                encoded = self.tokenizer.documents([text for _, text in parts])
+                for (split, text), ids in zip(parts, encoded, strict=True):
                     writers[split].add(ids, len(text.encode(errors="replace")))
             shards: dict[str, Shard] = {split: writer.close() for split, writer in writers.items()}
         except BaseException:

@@ -9,7 +9,7 @@ import itertools
 import random
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import glob
@@ -73,6 +73,10 @@ class Source(Config, ABC):
     @abstractmethod
     def whence(self) -> str:
         """What it reads, in words: names of files for an error."""
+
+    def problems(self) -> list[str]:
+        """What can be seen to be wrong without reading a text, such as a pattern that matches no file."""
+        return []
 
     def texts(self, piece: Piece, skipped: SkippedRows | None = None) -> Iterator[str]:
         """The documents of a piece, in order. DataError names file and line of a bad row, unless the source skips
@@ -155,7 +159,7 @@ class TextSource(RowSource):
     """Files or globs; the suffix decides: .jsonl, .ndjson and .parquet hold a document per row, others are text."""
 
     files: OneOrMore
-    """A file, a glob ("corpus/**/*.txt") or a list of them; .jsonl and .parquet hold a document per row."""
+    """A file, a folder, a glob ("corpus/**/*.txt") or a list of them; .jsonl and .parquet hold a document per row."""
     field: str
     """Column of .jsonl and .parquet rows that holds the text."""
     separator: Separator | None
@@ -177,30 +181,45 @@ class TextSource(RowSource):
     def whence(self) -> str:
         return some(map(str, self._paths), 3)
 
-    @cached_property
+    def problems(self) -> list[str]:
+        return self._matched[1]
+
+    @property
     def _paths(self) -> list[Path]:
-        """In the order given, each pattern sorted, no file twice."""
-        found: dict[Path, None] = {}
-        problems = []
-        for pattern in self.files:
-            matches = [path for path in map(Path, sorted(glob(pattern, recursive=True))) if path.is_file()]
-            if not matches:
-                problems.append(f"data.files={pattern}: matches no file (looked from {Path.cwd()}){_hint(pattern)}")
-            problems += [problem for path in matches if (problem := files.problem(path))]
-            found |= dict.fromkeys(matches)
-        if not self.files:
-            problems.append("data.files=[]: name at least one file or glob")
+        found, problems = self._matched
         if problems:
             raise DataError(problems)
-        return list(found)
+        return found
+
+    @cached_property
+    def _matched(self) -> tuple[list[Path], list[str]]:
+        return matched(self.files)
+
+
+def matched(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files in the order given, each pattern sorted, none twice; and what is wrong. A folder stands for all files in
+    it, at any depth, that have a suffix of text.
+    """
+    found: dict[Path, None] = {}
+    problems = [] if patterns else ["data.files=[]: name at least one file or glob"]
+    for pattern in patterns:
+        inside = Path(pattern).is_dir()
+        places = map(str, Path(pattern).rglob("*")) if inside else glob(pattern, recursive=True)
+        matches = [path for path in map(Path, sorted(places)) if path.is_file()]
+        if inside:
+            matches = [path for path in matches if path.suffix.lower() in files.TEXT_SUFFIXES]
+        if not matches:
+            held = f" with one of the suffixes {', '.join(files.TEXT_SUFFIXES)}" if inside else ""
+            problems.append(f"data.files={pattern}: matches no file{held} (looked from {Path.cwd()}){_hint(pattern)}")
+        problems += [problem for path in matches if (problem := files.problem(path))]
+        found |= dict.fromkeys(matches)
+    return [*found], problems
 
 
 def _hint(pattern: str) -> str:
     """What is there instead of a file, and what to do."""
     path = Path(pattern)
-    if path.is_dir():
-        return f"; it is a folder: write {pattern.rstrip('/')}/**/*.txt"
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return "; it is a pipe or a device, which can be read once: write its text to a file, and name that"
     return f"; it is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
 
@@ -245,6 +264,21 @@ def held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the validation split. Its text alone decides, so copies are on one side."""
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+HoldOut = Literal["documents", "ends"]
+CUT_LETTERS = 200  # before the place of a cut, in which a line or word may end
+
+
+def divided(text: str, fraction: float, hold_out: HoldOut) -> list[tuple[str, str]]:
+    """(split, text) of the parts of a document; one, but where the ends of documents are held out."""
+    if hold_out == "documents":
+        return [("validation" if held_out(text, fraction) else "train", text)]
+    at = min(len(text), round(len(text) * (1.0 - fraction)))
+    if at < len(text):
+        line, word = (text.rfind(letter, max(0, at - CUT_LETTERS), at) + 1 for letter in "\n ")
+        at = line or word or at
+    return [("train", text[:at])] + ([("validation", text[at:])] if at < len(text) else [])
 
 
 def piece_bytes(total: int) -> int:

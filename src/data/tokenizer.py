@@ -18,7 +18,7 @@ from src.config.base import Config, PathField
 from src.config.bounds import Count
 from src.data.config import Data
 from src.data.fingerprint import fingerprint, write_json
-from src.data.sources import held_out
+from src.data.sources import divided
 from src.data.tokenizer_files import CODECS, read_tokenizer
 from src.data.tokenizer_formats.base import Ids, Marks, TextCodec
 from src.data.tokenizer_formats.hub_files import read_facts
@@ -182,7 +182,8 @@ class Bpe(TokenizerConfig):
 
     def open(self, cache: Path, data: Data) -> Tokenizer:
         sources = {name: [weight, source.fingerprint(cache)] for name, (weight, source) in data.parts().items()}
-        key = fingerprint("bpe 1", self.vocab_size, self.sample_bytes, sources, data.validation_fraction)
+        held = [] if data.hold_out == "documents" else [data.hold_out]
+        key = fingerprint("bpe 1", self.vocab_size, self.sample_bytes, sources, data.validation_fraction, *held)
         pointer = cache / "tokenizers" / f"trained-{key}.json"
         if not pointer.is_file():
             trained = keep(
@@ -218,10 +219,11 @@ class Bpe(TokenizerConfig):
                 for text in source.texts(piece):
                     if budget <= 0:
                         break
-                    if not held_out(text, data.validation_fraction):
-                        budget -= len(text.encode(errors="replace"))
+                    split, trained = divided(text, data.validation_fraction, data.hold_out)[0]
+                    if split == "train":
+                        budget -= len(trained.encode(errors="replace"))
                         found += 1
-                        yield text
+                        yield trained
         if not found:
             where = "; ".join(source.whence() for _, source in data.parts().values())
             raise DataError(

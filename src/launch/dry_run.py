@@ -1,15 +1,26 @@
-"""dry_run=true: what a scheduler would be given."""
+"""What a dry run answers: tables for a person (dry_run=true), JSON (json) or the scheduler's batch scripts (script)."""
 
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from src.cluster.backend import backend_of
+from src.config.composition.requests import ConfigPoint
 from src.config.tree import Tree
 from src.launch.start import by_cluster, shapes
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from src.launch.rehearse import Rehearsal
     from src.planning.plan import Plan
     from src.run import Run
+
+    Checked = tuple[ConfigPoint, Tree, Run, Plan]
+
+MORE = "nothing was started; as JSON: dry_run=json; as a batch script: dry_run=script"
 
 
 def scripts(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[str]:
@@ -17,3 +28,78 @@ def scripts(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[str]:
     clusters = by_cluster(points, lambda point: point[1].cluster)
     texts = [backend_of(same[0][1].cluster).script(shapes(same)) for same in clusters]
     return [text for text in texts if text]
+
+
+def show(points: "Sequence[Checked]", names: Sequence[str] = ()) -> list[str]:
+    """What was asked of these points, `names` of a sweep's; returns where ranks that were built disagree with a plan.
+
+    JSON and scripts are on stdout, a person's tables on stderr, the last lines of the screen.
+    """
+    wanted = {point[2].dry_run for point in points}
+    if "script" in wanted:
+        texts = scripts([(tree, run, plan) for _, tree, run, plan in points])
+        print(*texts, sep="\n", end="")
+        if not texts:
+            print("dry_run=script: this cluster starts ranks itself, without a script", file=sys.stderr)
+    built = [_rehearsed(run, plan) for _, _, run, plan in points]
+    if "json" in wanted:
+        for (point, _, _, plan), each in zip(points, built, strict=True):
+            print(json.dumps(_answers(point, plan, each), indent=2))
+    if True in wanted:
+        _tables(points, built, names)
+    return [problem for each in built for rank in each or [] for problem in rank.problems]
+
+
+def _rehearsed(run: "Run", plan: "Plan") -> "list[Rehearsal] | None":
+    """Some ranks, built on this CPU; None where that was not asked for."""
+    from src.launch.rehearse import rehearse
+    from src.run import Rehearses
+
+    if run.dry_run == "script" or not isinstance(run.task, Rehearses) or not run.task.rehearse:
+        return None
+    return rehearse(replace(run, recompute=plan.recompute), run.task.rehearse_ranks)
+
+
+def _answers(point: ConfigPoint, plan: "Plan", built: "list[Rehearsal] | None") -> dict[str, object]:
+    from src.launch import origins
+
+    found = plan.to_dict() | {"origins": origins.by_key(point.tree, point.origins)}
+    return found if built is None else found | {"rehearsal": [each.to_dict() for each in built]}
+
+
+def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None]", names: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from src.launch import origins
+    from src.launch.rehearse import render as compared
+    from src.planning.table import render
+
+    terminal = Console(stderr=True, markup=False, emoji=False)
+    if len(points) == 1:
+        ((point, _, _, plan),) = points
+        terminal.print(origins.render(point.tree, point.origins), render(plan))
+    else:
+        terminal.print(_summary([plan for *_, plan in points], names))
+        for line in dict.fromkeys(line for *_, plan in points for line in plan.warnings):
+            terminal.print(f"warning: {line}", style="yellow")
+    for each in built:
+        if each is not None:
+            terminal.print(compared(each))
+    terminal.print(MORE, soft_wrap=True)
+
+
+def _summary(plans: "Sequence[Plan]", names: Sequence[str]) -> "Table":
+    """A row for each point of a sweep."""
+    from rich.table import Table
+
+    from src.planning.advice import told
+
+    table = Table(title=f"{len(plans)} points", title_justify="left")
+    table.add_column("point", overflow="fold")
+    for heading in ("ranks", "tokens per step", "steps", "parameters", "peak memory"):
+        table.add_column(heading, justify="right")
+    for name, plan in zip(names or map(str, range(1, len(plans) + 1)), plans, strict=True):
+        ranks = f"{plan.groups} x {plan.world}" if plan.groups > 1 else f"{plan.world}"
+        counts = (plan.tokens_per_step, plan.steps, plan.parameters)
+        table.add_row(name, ranks, *(f"{each:,}" for each in counts), told(plan.memory.peak))
+    return table

@@ -12,8 +12,11 @@ from src.config.wording import bare
 from src.planning.machines import has_gpu
 
 if TYPE_CHECKING:
+    from src.planning.plan import Plan
     from src.run import Run
 
+LARGE = 50_000_000  # parameters; smaller models are trials
+SHORT_SEQUENCE = 1024  # tokens; what was trained with less is rare
 SHOWN = 60  # letters of a value
 RECIPES_OPTIMIZER = "AdamW"  # of all recipes of conf/
 
@@ -53,6 +56,24 @@ def recipe_lines(tree: Mapping[str, Any], origins: ValueOrigins, run: "Run") -> 
             f"{RECIPE}=debug"
         )
     return lines
+
+
+def unwanted_lines(origins: ValueOrigins, run: "Run", plan: "Plan") -> list[str]:
+    """Warnings of what nobody wants, where it is a default that nobody chose: slow on a GPU, or a wasted context."""
+    if not run.task.needs_corpus or plan.parameters < LARGE:
+        return []
+    found = []
+    if has_gpu(run, run.cluster.devices()):
+        if run.precision.compute == "float32" and origins.of("precision.compute") == DEFAULT:
+            found.append("precision=fp32 on a GPU: several times slower than bf16; pass one of the two")
+        if not run.compile.blocks and origins.of("compile.blocks") == DEFAULT:
+            found.append("compile=off on a GPU: nothing is fused; pass compile=blocks, or off")
+    if run.task.seq_len < SHORT_SEQUENCE <= run.model.max_seq_len and origins.of("task.seq_len") == DEFAULT:
+        found.append(
+            f"task.seq_len={run.task.seq_len} under model.max_seq_len={run.model.max_seq_len}: it learns no longer "
+            "context than it is shown; pass task.seq_len=..."
+        )
+    return [f"warning: {line}" for line in found]
 
 
 def shown(value: object) -> str:

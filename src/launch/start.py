@@ -118,7 +118,7 @@ def ask_schedulers(points: "Sequence[tuple[Tree, Run, Plan]]") -> None:
     """UserError for what the schedulers of these points would refuse, before anything is made for them."""
 
     def ask(same: "Sequence[tuple[Tree, Run, Plan]]") -> None:
-        backend_of(same[0][1].cluster).check(shapes(same), dry=all(run.dry_run for _, run, _ in same))
+        backend_of(same[0][1].cluster).check(shapes(same), dry=all(run.dry_run is not False for _, run, _ in same))
 
     map_collecting_errors(ask, by_cluster(points, lambda point: point[1].cluster))
 
@@ -165,6 +165,8 @@ def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
 
     folder = place(run.root, run.name, identity(tree), run.folder)
     if run.task.needs_corpus:
+        if problems := [line for _, source in run.data.parts().values() for line in source.problems()]:
+            raise DataError(problems)
         tell(f"warning: {line}" for line in vocabulary_warnings(run.tokenizer, run.model.vocab_size))
     check_initial(run, folder)
     tell(taken(tree, run, folder))

@@ -18,6 +18,7 @@ from src.config.tree import Tree, read
 from src.errors import CheckpointError
 from src.hugging_face.hub import fetch
 from src.hugging_face.load import model_section, noted
+from src.tasks.fitted import AUTO, fitted, with_vocabulary
 from src.tasks.from_run import begun_from
 from src.tasks.inherit import check_typed, find, meant, overlaid, sections
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 # Sections that say what the weights are and what they were trained on.
 INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")
 AVERAGES = "ema.weights."  # in a checkpoint
-AUTO = "src.models.families.Auto"
 TOKENIZER = "src.data.tokenizer.File"
 BYTES = "src.data.tokenizer.Bytes"
 
@@ -45,11 +45,13 @@ class Reads(Protocol):
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """The tree with what `run=`, `from=` and model=auto stand for; what was typed wins. CheckpointError when that is
-    nothing.
+    """The tree with what `run=`, `from=`, model=auto and null sizes stand for; what was typed wins.
+
+    CheckpointError or DataError when that is nothing.
     """
     if FROM in tree:
-        return begun_from(tree, typed)
+        return with_vocabulary(begun_from(tree, typed))
+    tree = fitted(tree, typed)
     task = tree.get("task")
     if isinstance(task, dict) and isinstance(task.get("run"), str):
         check_typed(typed)
@@ -63,7 +65,8 @@ def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
             kind, source = str(task["_target_"]).rpartition(".")[2].lower(), tree["task"]["run"].rstrip("/")
             tree["name"] = f"{kind}-{source.rpartition('/')[2].partition('@')[0]}"
     model = tree.get("model")
-    return _with_model(tree, typed) if isinstance(model, dict) and model.get("_target_") == AUTO else tree
+    auto = isinstance(model, dict) and model.get("_target_") == AUTO
+    return with_vocabulary(_with_model(tree, typed) if auto else tree)
 
 
 def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
@@ -115,7 +118,8 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
     if not str(initial).startswith(FOREIGN):
         shown = "null" if initial is None else initial
         raise CheckpointError(
-            f"model=auto reads config.json of checkpoint.initial=hf:<folder or hub id>, which is {shown}"
+            f"model=auto reads config.json of checkpoint.initial=hf:<folder or hub id>, which is {shown}, or the "
+            "amount of text of data=text"
         )
     folder = Path(fetch(str(initial).removeprefix(FOREIGN), weights=False).folder)
     there, unread = model_section(folder)

@@ -130,7 +130,7 @@ def test_a_missing_key() -> None:
         ({"experiment": {"x": 1}}, "experiment: no such section; begin the file with '# @package _global_'"),
         ({"seed": "zero"}, "seed: 'zero' is not a whole number"),
         ({"seed": -1}, "seed: -1 is not at least 0 and below 9223372036854775808"),
-        ({"dry_run": "no"}, "dry_run: 'no' is not true or false"),
+        ({"dry_run": "no"}, "dry_run: 'no' is not true or false or 'json' or 'script'"),
         ({"root": 3}, "root: 3 is not a path"),
         ({"name": "a/b"}, "name: 'a/b' must name a folder: letters, digits and . _ - only, and no dot in front"),
         ({"name": ".."}, "name: '..' must name a folder: letters, digits and . _ - only, and no dot in front"),

@@ -13,6 +13,7 @@ from src.data.tokenizer import Bytes
 
 KEYS: dict[str, Any] = {
     "validation_fraction": 0.1,
+    "hold_out": "documents",
     "mask_document_starts": False,
     "document_masks": False,
     "max_epochs": None,

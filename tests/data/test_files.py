@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from src.data import files
-from src.data.sources import StdlibSource, SyntheticSource, TextSource, held_out
+from src.data.sources import StdlibSource, SyntheticSource, TextSource, divided, held_out, matched
 from src.errors import DataError
 from tests.data.corpora import texts_of, write_lines
 
@@ -117,10 +117,20 @@ def test_all_patterns_that_match_nothing_are_told_at_once(tmp_path: Path) -> Non
         source(*(tmp_path / name for name in names)).pieces()
     first, second, third, fourth, fifth = caught.value.problems
     assert "no*.txt: matches no file" in first
-    assert f"it is a folder: write {tmp_path}/**/*.txt" in second
+    assert f"data.files={tmp_path}: matches no file with one of the suffixes .txt, " in second
     assert ".json is not read; convert it" in third
     assert "it is a pipe or a device, which can be read once" in fourth
     assert "it is a link to gone.txt, which is not there" in fifth
+
+
+def test_a_folder_stands_for_the_text_in_it(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.MD", "deep/c.jsonl", "no.csv", "no.png"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    found, problems = matched([str(tmp_path)])
+    assert ([path.name for path in found], problems) == (["a.MD", "b.txt", "c.jsonl"], [])
+    assert source(tmp_path).problems() == []
+    assert "matches no file" in source(tmp_path / "no*.txt").problems()[0]
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -184,3 +194,12 @@ def test_bad_utf8_between_separators_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\n\nx\n\xff")
     with pytest.raises(DataError, match=r"a\.txt, line 6: not UTF-8 text \(byte 2"):
         texts_of(source(tmp_path / "a.txt", separator="\n\n"))
+
+
+@pytest.mark.parametrize(("text", "parts"), [("one two three four", ["one two three ", "four"]), ("", [""])])
+def test_ends_are_held_out_at_a_word(text: str, parts: list[str]) -> None:
+    assert [part for _, part in divided(text, 0.2, "ends")] == parts
+    assert [split for split, _ in divided(text, 0.2, "ends")] == ["train", "validation"][: len(parts)]
+    assert divided("a" * 1000, 0.25, "ends") == [("train", "a" * 750), ("validation", "a" * 250)]
+    assert divided(text, 0.0, "ends") == [("train", text)]
+    assert divided(text, 1.0 - 1e-9, "documents") == [("validation", text)]

@@ -91,7 +91,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.delenv("RANK", raising=False)
     GlobalHydra.instance().clear()
-    return ["launch.py", "dry_run=true", "task.rehearse=true", "parallel=fsdp2", "cluster.gpus=0"]
+    return ["launch.py", "dry_run=json", "task.rehearse=true", "parallel=fsdp2", "cluster.gpus=0"]
 
 
 @pytest.mark.parametrize("off", [1.0, 1.02])
@@ -134,6 +134,6 @@ def test_what_cannot_be_rehearsed_is_refused(
 ) -> None:
     monkeypatch.setattr("sys.argv", [*command, argument])
     if argument == "dry_run=false":
-        monkeypatch.setattr("sys.argv", [each for each in [*command, argument] if each != "dry_run=true"])
+        monkeypatch.setattr("sys.argv", [each for each in [*command, argument] if each != "dry_run=json"])
     assert launch.main() == 2
     assert line in capsys.readouterr().err.splitlines()

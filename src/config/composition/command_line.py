@@ -17,6 +17,7 @@ from yaml import MarkedYAMLError
 
 from src.config.composition.composer import COMPOSITION_ERRORS, parsed
 from src.config.groups import EXPERIMENT, FROM, GROUPS, options
+from src.config.reference.options import listed
 from src.config.upgrades import renamed
 from src.config.wording import nearest, unknown
 from src.errors import ConfigError
@@ -124,7 +125,7 @@ def _refused(key: str, value: str | None = None) -> str | None:
         return f"{key}={value}: a group takes the name of an option; set single keys as {key}.<key>=..."
     needs_option = key in GROUPS and key != EXPERIMENT
     if needs_option and value in ("", "null"):
-        return f"{key}={value}: a group needs an option; there are: {', '.join(options(key))}"
+        return _with_options(f"{key}={value}: a group needs an option; there are:", key, options(key))
     if needs_option and value is not None and (found := _no_option(key, value)):
         return found
     return _hydra_key(key)
@@ -144,8 +145,13 @@ def _no_option(group: str, value: str) -> str | None:
         else:
             near = [name for name in known if name in OFF]
         meant = f"did you mean {' or '.join(near)}? there are" if near else "there are"
-        return f"{group}={value}: no such option; {meant}: {', '.join(known)}"
+        return _with_options(f"{group}={value}: no such option; {meant}:", group, known)
     return None
+
+
+def _with_options(said: str, group: str, names: Sequence[str]) -> str:
+    """With a line for each option: its name and what it is, where it is one of conf/."""
+    return "\n".join([said, *listed(group, names)])
 
 
 def _hydra_key(key: str) -> str | None:
@@ -174,7 +180,7 @@ def problem(error: Exception, given: Sequence[str]) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         near = nearest(name, error.options)
         meant = f"did you mean {near}? there are" if near else "there are"
-        return f"{group}={name}: no such option; {meant}: {', '.join(error.options)}"
+        return _with_options(f"{group}={name}: no such option; {meant}:", group, error.options)
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         opened = "flow" in (error.context or "")  # a [ or { that is never closed: its own line says more than the end's
         mark = error.context_mark if opened and error.context_mark is not None else error.problem_mark
