@@ -75,7 +75,7 @@ def main() -> int:
         live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
         if question.swept and live:
             return sweep(live, sys.argv[1:])
-        status, code = start(*live[0][:3], Shared()) if live else ("shown", 0)
+        status, code = start(*live[0][:3], Shared(command)) if live else ("shown", 0)
     except UserError as error:
         return refused(error)
     except Exception as error:

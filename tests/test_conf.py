@@ -112,7 +112,7 @@ def classes(value: object) -> set[type[BaseModel]]:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str) -> None:
-    text = ["data.files=LICENSE"] if experiment == "own_text" else []
+    text = [f"data.files={CONF.parent / 'LICENSE'}"] if experiment == "own_text" else []
     tree = composed(f"experiment={experiment}", *text)
     build(completed(tree, {}))
     assert tree != default()

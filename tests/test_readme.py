@@ -52,7 +52,9 @@ def test_launch_command(command: str, tmp_path_factory: pytest.TempPathFactory) 
     ended = launched(command, root, *more)
     assert ended.returncode == 0, ended.stderr
     points = 2 if " -m " in command else 1
-    if "cluster=slurm" in command:
+    if "--help" in command:
+        assert "--help model=llama3_8b" in ended.stdout
+    elif "cluster=slurm" in command:
         assert ended.stdout.count("#SBATCH --array=0-1%2") == 2, "an array for each layout"
     elif "dry_run=true" in command:
         assert re.search(r"parameters\s+│\s+405,", ended.stderr)

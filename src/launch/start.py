@@ -55,7 +55,9 @@ class EachOnce:
 class Shared:
     """What the runs have in common that one command prepares: the code and the data are read once."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str | None = None) -> None:
+        """`command`: as it was typed, of one run alone, which is then told what it is about to do."""
+        self.command = command
         self.tell = EachOnce()
         self._opened: list[tuple[tuple[object, ...], Corpus]] = []
 
@@ -270,6 +272,8 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     """
     from src.hugging_face.load import note
     from src.launch.initial import check_samples
+    from src.launch.opening import opening_lines
+    from src.run import Validates
     from src.runs.folder import RunFolder, may_change
     from src.runs.twins import near
 
@@ -298,6 +302,8 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
             tell([f"note: {twin}"])
         if corpus is not None:
             record(corpus, folder.path)
+            if shared.command is not None and isinstance(run.task, Validates) and not folder.finished:
+                tell(opening_lines(run, answers, corpus, folder.path, shared.command))
         if weights is not None:
             note(folder.path, weights)
     except BaseException:

@@ -25,9 +25,15 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 
-def format_record(values: Mapping[str, float]) -> str:
-    """The values that a person watches; tok/s are those of one device."""
-    return "  ".join(text.format(values[name]) for name, text in COLUMNS if name in values)
+def format_record(values: Mapping[str, float], width: int | None = None) -> str:
+    """The values that a person watches; tok/s are those of one device. `width`: letters at most, in whole values."""
+    found = ""
+    for each in (text.format(values[name]) for name, text in COLUMNS if name in values):
+        longer = f"{found}  {each}" if found else each
+        if width is not None and len(longer) > width:
+            break
+        found = longer
+    return found
 
 
 def format_validation(step: int, loss: float) -> str:
@@ -64,13 +70,14 @@ class Console:
             self._progress.start()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        text = format_record(values)
-        if "step_seconds" in values:
-            text = f"{format_left(self._steps - step, values['step_seconds'])}  {text}"
-        if self._progress is None:
-            self._terminal.print(f"{self._title}step {step}/{self._steps}  {text}", markup=False, highlight=False)
-        else:
-            self._progress.update(self._task, completed=step, description=text, refresh=True)
+        """A line, which a terminal cuts behind the last value that it has room for, above the bar of what is left."""
+        seconds = values.get("step_seconds")
+        left = "" if seconds is None else format_left(self._steps - step, seconds)
+        head = f"{self._title}step {step}/{self._steps}  {left and f'{left}  '}"
+        width = None if self._progress is None else self._terminal.width - len(head)
+        self._terminal.print(f"{head}{format_record(values, width)}", markup=False, highlight=False)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=left, refresh=True)
 
     def say(self, text: str) -> None:
         """Print a line above the live one."""

@@ -199,13 +199,13 @@ def _submit(
     finally:
         for _, prepared in opened:
             prepared.folder.close()
-    handed = []
+    handed, keys = [], ledger.swept()
     for (entry, _), each in zip(opened, found, strict=True):
         if isinstance(each, UserError):
             codes.append(refused(ledger, entry.point, each))
             continue
         ledger.submitted(entry.point)
-        print(f"{_label(entry.point)}\n{each.text()}", file=sys.stderr)
+        print(f"{_named(entry.point, keys)}\n{each.text()}", file=sys.stderr)
         handed.append(each)
     return handed, next(iter(codes), 0)
 
@@ -256,10 +256,11 @@ def _side_by_side(ledger: Ledger, entries: Sequence[SweepEntry], shared: Shared)
 def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry], shared: Shared) -> int:
     """A point that fails does not stop the later ones; a stop ends all."""
     failed: dict[str, int] = {}
+    keys = ledger.swept()
     for count, entry in enumerate(entries, start=1):
         if _cancelled(ledger, entry.point):  # meanwhile, from another terminal
             continue
-        print(f"[{count}/{len(entries)}] {_label(entry.point)}", file=sys.stderr)
+        print(f"[{count}/{len(entries)}] {_named(entry.point, keys)}", file=sys.stderr)
         ledger.submitted(entry.point)
         try:
             status, code = start(entry.tree, entry.run, entry.plan, shared)
@@ -286,6 +287,12 @@ def _cancelled(ledger: Ledger, point: SweepPoint) -> bool:
 
 def _label(point: SweepPoint) -> str:
     return f"{point.number}: {point.folder.name}"
+
+
+def _named(point: SweepPoint, keys: Sequence[str]) -> str:
+    """With the values by which it differs from the others."""
+    values = " ".join(f"{key}={point.overrides[key]}" for key in keys if key in point.overrides)
+    return f"{_label(point)}{f' ({values})' * bool(values)}"
 
 
 def _counted(count: int) -> str:

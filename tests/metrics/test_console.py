@@ -1,10 +1,12 @@
 """What is printed, in a terminal and in a file."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console as Terminal
 
-from src.metrics.console import Console, format_record, format_startup, format_validation
+from src.metrics.console import COLUMNS, Console, format_record, format_startup, format_validation
 
 VALUES = {
     "loss": 3.21456,
@@ -49,6 +51,20 @@ def test_live_line_in_a_terminal() -> None:
     assert "\x1b[2K" in output  # the line is drawn over, not repeated below itself
     for text in ("400/1000", "410/1000", "loss 2.0000", "12,346 tok/s", "ETA 0:19:40", "validation loss 3.5000"):
         assert text in output
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_line_is_wider_than_the_terminal_and_all_stay_in_its_scrollback(width: int) -> None:
+    file = io.StringIO()
+    everything = {name: 12345.678 for name, _ in COLUMNS} | {"step_seconds": 2.0}
+    with Console(100_000, Terminal(file=file, force_terminal=True, soft_wrap=True, width=width)) as console:
+        for step in (99_990, 99_995):
+            console.record(step, everything)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+    assert [line for line in drawn if len(line) > width] == []
+    assert [line[:18] for line in drawn if line.startswith("step ")] == ["step 99990/100000 ", "step 99995/100000 "]
+    assert all("loss 12345.6780" in line for line in drawn if line.startswith("step "))
+    assert any("99995/100000  ETA 0:00:10" in line for line in drawn if not line.startswith("step "))
 
 
 def test_startup_line() -> None:
