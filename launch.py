@@ -70,7 +70,7 @@ def main() -> int:
         asked_for = list(zip(points, question.points, strict=True))
         say_recipes([(point, run, plan) for (_, run, plan), point in asked_for])
         dry = [(point, *checked_point) for checked_point, point in asked_for if checked_point[1].dry_run]
-        if dry and (disagreements := show(dry, named if len(named) == len(dry) else ())):
+        if dry and (disagreements := show(dry)):
             raise VerdictError(disagreements)
         live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
         if question.swept and live:

@@ -9,6 +9,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from src.config.composition.requests import asked
+from src.launch.as_it_was import completed
 from src.launch.origins import recipe_lines
 from src.launch.start import checked
 from src.planning.plan import Plan
@@ -33,7 +34,7 @@ SHOWN = list(dict.fromkeys(each for page in PAGES for each in commands(page)))
 
 def planned(*words: str) -> list[tuple[Run, Plan]]:
     GlobalHydra.instance().clear()
-    return [(run, plan) for _, run, plan in checked(asked(words).trees)]
+    return [(run, plan) for _, run, plan in checked(asked(words, completed).trees)]
 
 
 @pytest.fixture(autouse=True)

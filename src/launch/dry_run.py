@@ -30,8 +30,8 @@ def scripts(points: "Sequence[tuple[Tree, Run, Plan]]") -> list[str]:
     return [text for text in texts if text]
 
 
-def show(points: "Sequence[Checked]", names: Sequence[str] = ()) -> list[str]:
-    """What was asked of these points, `names` of a sweep's; returns where ranks that were built disagree with a plan.
+def show(points: "Sequence[Checked]") -> list[str]:
+    """What was asked of these points; returns where ranks that were built disagree with a plan.
 
     JSON and scripts are on stdout, a person's tables on stderr, the last lines of the screen.
     """
@@ -46,7 +46,7 @@ def show(points: "Sequence[Checked]", names: Sequence[str] = ()) -> list[str]:
         for (point, _, _, plan), each in zip(points, built, strict=True):
             print(json.dumps(_answers(point, plan, each), indent=2))
     if True in wanted:
-        _tables(points, built, names)
+        _tables(points, built)
     return [problem for each in built for rank in each or [] for problem in rank.problems]
 
 
@@ -67,7 +67,7 @@ def _answers(point: ConfigPoint, plan: "Plan", built: "list[Rehearsal] | None") 
     return found if built is None else found | {"rehearsal": [each.to_dict() for each in built]}
 
 
-def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None]", names: Sequence[str]) -> None:
+def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None]") -> None:
     from rich.console import Console
 
     from src.launch import origins
@@ -79,7 +79,7 @@ def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None
         ((point, _, _, plan),) = points
         terminal.print(origins.render(point.tree, point.origins), render(plan))
     else:
-        terminal.print(_summary([plan for *_, plan in points], names))
+        terminal.print(_summary(points))
         for line in dict.fromkeys(line for *_, plan in points for line in plan.warnings):
             terminal.print(f"warning: {line}", style="yellow")
     for each in built:
@@ -88,18 +88,22 @@ def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None
     terminal.print(MORE, soft_wrap=True)
 
 
-def _summary(plans: "Sequence[Plan]", names: Sequence[str]) -> "Table":
-    """A row for each point of a sweep."""
+def _summary(points: "Sequence[Checked]") -> "Table":
+    """A row for each point of a sweep, named by the values in which it differs from the others."""
+    from rich import box
     from rich.table import Table
 
     from src.planning.advice import told
 
-    table = Table(title=f"{len(plans)} points", title_justify="left")
+    table = Table(title=f"{len(points)} points", title_justify="left", box=box.SIMPLE)
     table.add_column("point", overflow="fold")
-    for heading in ("ranks", "tokens per step", "steps", "parameters", "peak memory"):
-        table.add_column(heading, justify="right")
-    for name, plan in zip(names or map(str, range(1, len(plans) + 1)), plans, strict=True):
+    for heading in ("ranks", "tokens/step", "steps", "parameters", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    typed = [point.overrides for point, *_ in points]
+    keys = [key for key in typed[0] if len({each.get(key) for each in typed}) > 1]
+    for point, _, _, plan in points:
+        name = " ".join(f"{key}={point.overrides.get(key)}" for key in keys)
         ranks = f"{plan.groups} x {plan.world}" if plan.groups > 1 else f"{plan.world}"
-        counts = (plan.tokens_per_step, plan.steps, plan.parameters)
-        table.add_row(name, ranks, *(f"{each:,}" for each in counts), told(plan.memory.peak))
+        size = f"{plan.parameters / 1e6:,.1f} M"
+        table.add_row(name, ranks, f"{plan.tokens_per_step:,}", f"{plan.steps:,}", size, told(plan.memory.peak))
     return table
