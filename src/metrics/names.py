@@ -17,6 +17,7 @@ class MetricName(NamedTuple):
 NAMES = (
     MetricName("loss", "nats per token", "mean cross entropy of the step's labels, over all ranks"),
     MetricName("validation_loss", "nats per token", "the same of held-out samples; perplexity is its exponential"),
+    MetricName("validation_loss_ema", "nats per token", "the same under the moving average of the weights"),
     MetricName("mtp_loss", "nats per token", "mean cross entropy of multi-token prediction over its depths"),
     MetricName("grad_norm", "", "2-norm of all gradients, before clipping"),
     MetricName("lr", "", "learning rate of the step"),
