@@ -29,7 +29,7 @@ ABOUT_GROUPS = {
     "tracker": "where metrics go beside the run folder",
     "alert": "who is told of a failure, and how",
     "fault_tolerance": "replica groups that survive each other, or exchange rarely",
-    "cluster": "where ranks run: this machine, or a site's SLURM",
+    "cluster": "where ranks run: this machine, or a site's batch system",
     "sweep": "which points -m makes of several values",
     "recipe": "batch, length and learning rate as published; the model chooses it",
     "experiment": "a study: a file that sets any of the others",
