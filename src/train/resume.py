@@ -8,7 +8,10 @@ from src.data.batches import Batches
 from src.distributed.model_stages import ModelStages
 from src.errors import CheckpointError, DataError
 from src.hugging_face.load import load
-from src.train.state import OPTIONAL, TrainState
+from src.train.state import TrainState
+
+# Entries of the state's tree that a checkpoint may be without.
+OPTIONAL = ("outer", "ema", "spikes")
 
 
 def adopt(network: ModelStages, foreign: Path) -> str:

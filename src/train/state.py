@@ -11,9 +11,6 @@ from src.optim.state import optimizer_state
 from src.train.average import WeightAverage
 from src.train.stability.spikes import SpikeWatch
 
-# Entries of the tree that a checkpoint may be without.
-OPTIONAL = ("outer", "ema", "spikes")
-
 
 class Stateful(Protocol):
     """Has something of its own to remember, under keys of its own."""
