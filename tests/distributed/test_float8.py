@@ -27,7 +27,7 @@ from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
 from tests.train.runs import changed, section
 
-STEPS = 3
+STEPS = 2
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 

@@ -14,7 +14,7 @@ from tests.models.shapes import tiny_llama
 from tests.ranks import RankPool
 
 LAYOUTS = ["ddp2", "fsdp2", "tp2", "hsdp2x2", "tp2_fsdp2", "ddp4", "fsdp4", "tp4"]
-STEPS = 3
+STEPS = 2
 
 
 def trained(layout: str, options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

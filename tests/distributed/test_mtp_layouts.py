@@ -33,7 +33,8 @@ def trained(layout: str, keys: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": [], "mtp_loss": [], "grad_norm": []}
     for step in range(STEPS):
         network.before_step(step, STEPS)
-        batches = share(rows(8, 16, config.vocab_size, seed=step), network.mesh, 8 // network.mesh.data_ranks)
+        count = 8 // network.mesh.data_ranks if network.mesh.degrees.pipeline > 1 else 1
+        batches = share(rows(8, 16, config.vocab_size, seed=step), network.mesh, count)
         outcome = stepper(batches, stop=False)
         for name, values in found.items():
             values.append(outcome[name].item())
