@@ -47,6 +47,8 @@ NAMES = (
     MetricName("norms/<layer>/gradient", "", "Frobenius norm of a layer's gradients, before clipping"),
     MetricName("norms/<layer>/update", "", "Frobenius norm of a layer's update"),
     MetricName("norms/<layer>/hidden", "", "root mean square of what the layer hands on"),
+    MetricName("norms/<layer>/attention_logit", "", "largest logit of its attention, where no compiler has its block"),
+    MetricName("spike_score", "", "deviations of the step's loss or gradient norm above the median before it"),
     MetricName("experts/load_max_over_mean", "", "rows of the busiest expert over the mean, worst layer; 1 is even"),
     MetricName("experts/dead", "experts", "without a row in the step, over all layers"),
     MetricName("experts/entropy", "", "of the shares of rows over that of equal shares, of the worst layer; 1 is even"),
