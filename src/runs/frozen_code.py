@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from src.errors import FolderError, some
+from src.storage.space import write_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("src", "conf", "launch.py", "requirements.txt", "pyproject.toml")
@@ -82,15 +83,23 @@ class Code:
             return self.digest
         partial = into / f"{self.digest}.partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in sorted({(partial / name).parent for name in self.contents}):
-            parent.mkdir(parents=True, exist_ok=True)
-        for name, content in self.contents.items():
-            (partial / name).write_bytes(content)
+        _write(partial, self.contents)
         (partial / LIST).write_text("".join(f"{name}\n" for name in self.contents))
         # Half removed or edited by hand: the same hash must mean the same code.
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         return self.digest
+
+
+def _write(into: Path, contents: Mapping[str, bytes]) -> None:
+    """All files below a new folder; without a Path of each, which took two thirds of the time: a sweep of 50 points
+    writes 23,000.
+    """
+    for parent in sorted({os.path.dirname(name) for name in contents} | {""}):
+        os.makedirs(os.path.join(into, parent), exist_ok=True)
+    for name, content in contents.items():
+        with open(f"{into}/{name}", "xb", buffering=0) as file:
+            write_all(file.fileno(), content)
 
 
 def verify(snapshot: Path) -> None:
@@ -111,6 +120,8 @@ def verify(snapshot: Path) -> None:
 
 def refuse_added(snapshot: Path, files: Iterable[str], *, cache: bool = True) -> None:
     """FolderError that names what Python would run of a snapshot beside `files`, and links; `cache`: bytecode too."""
+    if not os.path.lexists(snapshot):
+        return
     known = {snapshot / name for name in files}
     found = [
         each for each in snapshot.rglob("*") if each.is_symlink() or (each.suffix in RUNNABLE and each not in known)
