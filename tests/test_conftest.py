@@ -6,9 +6,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 HOME = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_one_process_takes_a_whole_file(tmp_path: Path) -> None:
     """Tests that share what a module or a session keeps are not spread over processes."""
     command = (sys.executable, "-m", "pytest", "--numprocesses=2", "--dist=loadfile", "-v", "-p", "no:cacheprovider")

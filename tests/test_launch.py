@@ -267,6 +267,7 @@ def torchrun(*argv: str, folder: Path, ranks: int) -> "subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_ranks_of_an_outer_launcher_join_and_start_no_others(somewhere: Path) -> None:
     result = torchrun(*TINY, folder=somewhere, ranks=2)
     assert result.returncode == 0, result.stderr

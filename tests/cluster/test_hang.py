@@ -45,6 +45,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_rank_that_never_came_is_named_with_what_it_did_instead(tmp_path: Path) -> None:
     store, port = host_store()
     began = time.time()

@@ -150,9 +150,9 @@ def single(ranks: RankPool) -> Callable[[str], dict[str, Any]]:
         pytest.param("cp2_ddp2", "sdpa", {}, id="hsdp"),
         pytest.param("cp2_tp2", "sdpa", {}, id="tp"),
         pytest.param("cp2", "sdpa", {"recompute": "selective"}, id="selective"),
-        pytest.param("cp2", "sdpa", {"compile": "aot_eager"}, id="compiled"),
+        pytest.param("cp2", "sdpa", {"compile": "aot_eager"}, id="compiled", marks=pytest.mark.slow),
         pytest.param("cp2", "flex", {}, id="flex"),
-        pytest.param("cp2_tp2", "flex", {}, id="flex-tp"),
+        pytest.param("cp2_tp2", "flex", {}, id="flex-tp", marks=pytest.mark.slow),
         pytest.param("cp2_fsdp2", "documents", {}, id="documents"),
         pytest.param("cp4", "blocks", {}, id="blocks"),
     ],
@@ -164,5 +164,6 @@ def test_a_cut_sequence_trains_like_a_whole_one(
         agree(result, single(mask))
 
 
+@pytest.mark.slow
 def test_all_three_ways_to_cut(ranks: RankPool, single: Callable[[str], dict[str, Any]]) -> None:
     agree(ranks(8, trained, "cp2_tp2_fsdp2", {}, {})[7], single("sdpa"))

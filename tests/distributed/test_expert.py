@@ -115,6 +115,7 @@ def test_experts_in_turn_compute_what_one_device_does(ranks: RankPool) -> None:
         assert (found - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+@pytest.mark.slow
 def test_ranks_to_whose_experts_no_token_goes(ranks: RankPool) -> None:
     """Of eight experts only the last four are chosen: half of the ranks that hold them get no row."""
     layouts = ["fsdp4_ep2", "fsdp4_ep4", "tp2_fsdp2_ep4", "tp2_fsdp2_ep2_etp2", "tp4_ep2", "tp4_etp4"]
@@ -123,6 +124,7 @@ def test_ranks_to_whose_experts_no_token_goes(ranks: RankPool) -> None:
         assert not (".experts." in name and found[:4].any()), name
 
 
+@pytest.mark.slow
 def test_gradient_norms_of_bf16(ranks: RankPool) -> None:
     """Vectors of 64 numbers over 2,048 tokens: with fewer the rounding of one device itself is as large.
 

@@ -105,8 +105,8 @@ def bf16(ranks: RankPool) -> dict[str, Any]:
         ("fsdp2", "rowwise_with_gw_hp", False),
         ("tp2", "tensorwise", False),
         ("tp2", "rowwise", False),
-        ("tp2_fsdp2", "tensorwise", True),
-        ("tp2_fsdp2", "rowwise", False),
+        pytest.param("tp2_fsdp2", "tensorwise", True, marks=pytest.mark.slow),
+        pytest.param("tp2_fsdp2", "rowwise", False, marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_close_to_those_of_bfloat16(
@@ -194,7 +194,7 @@ def _losses_by_hand(layout: str, *, exchange: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_fsdp2"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("tp2_fsdp2", marks=pytest.mark.slow)])
 def test_ranks_may_send_float8(ranks: RankPool, layout: str) -> None:
     """Casting before the gather or after it is the same number."""
     ranks(degrees(layout).world, exchanged, layout)

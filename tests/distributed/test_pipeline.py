@@ -123,6 +123,7 @@ def test_stages_go_with_every_other_cut(
     assert_like(single, ranks(4, trained, layout, keys, {}))
 
 
+@pytest.mark.slow
 def test_three_cuts_at_once(ranks: RankPool, single: dict[str, Any]) -> None:
     assert_like(single, ranks(8, trained, "pp2_tp2_fsdp2", {}, {}))
 
@@ -173,6 +174,7 @@ def test_the_loss_is_scaled_inside_the_schedule(ranks: RankPool) -> None:
 FLEX = {"model": {"attention": "flex", "mask": "block_causal"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "InterleavedZeroBubble"])
 def test_each_micro_batch_has_its_own_documents(ranks: RankPool, schedule: str) -> None:
     expected = ranks(1, trained, "single", {}, FLEX)[0]

@@ -35,7 +35,7 @@ from tests.ranks import RankPool
 PARTITIONER = "aot_eager_decomp_partition"
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "tp2_fsdp2"])
+@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("tp2_fsdp2", marks=pytest.mark.slow)])
 def test_no_number_changes(ranks: RankPool, layout: str) -> None:
     world, micro_batches = degrees(layout).world, {"micro_batches": 1}
     kept = ranks(world, trained, layout, micro_batches, {})[0]
@@ -235,11 +235,13 @@ def losses(option: str, compiled: bool) -> list[float]:
     return [loss.item(), local(grad).norm().item()]
 
 
+@pytest.mark.slow
 def test_kernels_within_a_budget_compute_the_same(ranks: RankPool) -> None:
     """By the real compiler, under FSDP."""
     assert ranks(1, losses, "budget0.5", True)[0] == pytest.approx(ranks(1, losses, "none", False)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["full", "every2", "selective"])
 def test_a_block_that_is_cut_and_compiled_runs_again(ranks: RankPool, option: str) -> None:
     eager, compiled = (ranks(2, captured, option, wanted)[0] for wanted in (False, True))

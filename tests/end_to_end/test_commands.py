@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from src.cluster.local.signals import SAME_SIGNAL_SECONDS
 from tests.cluster.fakes import until_heard
 from tests.end_to_end.commands import PATIENCE_SECONDS, command, start, wait_for_step
@@ -27,6 +29,7 @@ def flip(file: Path, at: int = -100) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: RankPool) -> None:
     """Ctrl-C saves and ends well; kill -9 leaves the last complete checkpoint; the third start ends the run."""
     root = Path(text[-1].partition("=")[2])

@@ -28,6 +28,7 @@ def test_every_layout_trains_alike(layout: str, straight: Straight) -> None:
     assert values(found, 12)["digest"] == values(alone, 12)["digest"]
 
 
+@pytest.mark.slow
 def test_validation_leaves_no_trace_and_is_equal_everywhere(
     text: tuple[str, ...], straight: Straight, ranks: RankPool
 ) -> None:

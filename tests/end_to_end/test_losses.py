@@ -30,6 +30,7 @@ def losses(root: Path) -> list[float]:
     return list(series(folder).values())
 
 
+@pytest.mark.slow
 def test_twenty_losses(tmp_path: Path) -> None:
     """torch 2.11 and 2.13 give the same bits; two kinds of processor differ by 1e-7 in four of the losses."""
     assert losses(tmp_path) == pytest.approx(json.loads(KEPT.read_text()), rel=1e-6, abs=0.0)

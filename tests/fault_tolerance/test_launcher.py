@@ -60,6 +60,7 @@ def there(folder: Path) -> list[int]:
         return []
 
 
+@pytest.mark.slow
 def test_a_dead_rank_and_a_dead_lighthouse_are_started_again(tmp_path: Path) -> None:
     argv = (*TINY, *write_text(tmp_path), f"root={tmp_path}", "schedule=constant")
     folder = tmp_path / "run"

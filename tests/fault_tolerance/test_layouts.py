@@ -48,6 +48,7 @@ def check_equal(found: Fleet) -> None:
         assert ends[0]["end"] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_late_group_is_healed_and_both_take_the_steps_of_one_run(
     tmp_path: Path, undisturbed: dict[str, dict[int, float]], model: str, layout: str

@@ -41,6 +41,7 @@ def test_a_rehearsed_rank_is_the_real_one(ranks: RankPool, layout: str) -> None:
     assert rehearsed.layers == (2 if layout == "pp2_fsdp2" else 4)
 
 
+@pytest.mark.slow
 def test_a_rank_of_405b_fits_this_machine() -> None:
     """Stages 0 and 8 of 16: the embedding, 7 and 8 of 126 layers, all cut into 64."""
     run = make_run(model="llama3_405b", parallel="tp8_pp8_fsdp8", precision="bf16")
@@ -54,6 +55,7 @@ def test_a_rank_of_405b_fits_this_machine() -> None:
     assert rehearsed.built == rehearsed.planned == RehearsedBytes(expected, expected, 2 * expected)
 
 
+@pytest.mark.slow
 def test_a_rank_of_671b_fits_this_machine() -> None:
     """One of 1,024 ranks. Stages 4 and 12 of 16: eight layers, with 4 of 256 experts cut in two, the rest into 128."""
     run = make_run(model="deepseek_v3_671b", parallel="pp8_fsdp128_ep64", precision="bf16")

@@ -199,12 +199,15 @@ def verified(config: ModelConfig, names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("option", DEBUG)
+@pytest.mark.parametrize(
+    "option", [pytest.param(each, marks=pytest.mark.slow if preset("model", each).routed else ()) for each in DEBUG]
+)
 def test_every_axis_trains_like_one_device(ranks: RankPool, option: str) -> None:
     config = small(option)
     assert ranks(2, verified, config, layouts(config)) == [{}, {}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [option for option in DEBUG if preset("model", option).routed])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 4), (1, 1)], ids=["every-expert", "one-expert"])
 def test_where_every_token_meets_every_expert(ranks: RankPool, option: str, num_experts: int, top_k: int) -> None:

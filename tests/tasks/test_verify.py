@@ -127,6 +127,7 @@ def certified(run: Run, broken: str | None = None) -> Certificate:
         return certify(run.task, run, ranks, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "fsdp2_ep2"])
 def test_z_losses_are_those_of_one_device(ranks: RankPool, layout: str) -> None:
     """Of logits over a cut vocabulary, and of routers whose tokens all tensor ranks route, or each its own."""
@@ -145,7 +146,7 @@ def test_z_losses_are_those_of_one_device(ranks: RankPool, layout: str) -> None:
     ("layout", "model", "choices"),
     [
         pytest.param("single", {}, {}, id="single"),
-        pytest.param("tp2_fsdp2", {}, {}, id="tp2_fsdp2"),
+        pytest.param("tp2_fsdp2", {}, {}, id="tp2_fsdp2", marks=pytest.mark.slow),
         pytest.param("hsdp2x2", {"tie_word_embeddings": True}, {"recompute": "full"}, id="hsdp2x2-tied-recompute"),
     ],
 )
@@ -161,6 +162,7 @@ def test_a_right_layout_passes(ranks: RankPool, layout: str, model: dict[str, An
     assert layout == "single" or results[0].worst("gradient", "direction") > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_passes_its_own_tolerances(ranks: RankPool) -> None:
     certificate = ranks(4, certified, run_of("tp2_fsdp2", precision=section("precision", "bf16")))[0]
     assert certificate.failed == []
