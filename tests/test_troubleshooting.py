@@ -10,7 +10,10 @@ from src import errors
 HOME = Path(__file__).parents[1]
 PAGE = (HOME / "docs/troubleshooting.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `([^`]+)`", re.MULTILINE)
-OTHERS = {"CUDA out of memory", "DiskFullError", "VerdictError"}  # torch's, and names of classes
+OTHERS = {
+    "CUDA out of memory",
+    *(name for name in vars(errors) if name.endswith("Error")),
+}  # torch's, and names of classes
 
 
 @cache
