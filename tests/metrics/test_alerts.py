@@ -166,6 +166,17 @@ def test_a_spike_is_held_against_the_lines_before_it(folder: Path) -> None:
     assert sink.spike(2.0) is None
 
 
+def test_a_spike_is_told_once(folder: Path, server: Server) -> None:
+    attempt(folder, 1, START, None)
+    sink = AlertSink(folder, options(events=["spike"]))
+    for step in range(20):
+        sink.record(step, {"loss": 3.0 + 0.1 * (step % 2)})
+    sink.record(20, {"loss": 9.05})
+    sink.record(21, {"loss": 99.0})
+    words = "loss 9.0500, 120.0 standard deviations above the mean 3.0500 of 20 lines"
+    assert [each["text"] for each in server.got] == [f"demo-1: spike at step 60: step 20: {words}"]
+
+
 def test_a_stall_is_held_against_the_usual_interval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("src.metrics.alerts.watcher.time.monotonic", lambda: now)
