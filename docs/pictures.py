@@ -44,6 +44,7 @@ def main(root: Path) -> None:
     _python(root, "-m", "src.sweeps", "report", str(sweep))
     # No sandbox: the page is our own, and root, as in a container, has none.
     window = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WINDOW}"]
+    window.append("--virtual-time-budget=20000")  # its script has drawn by then
     page = (sweep / "report.html").as_uri()
     subprocess.run([browser, *window, f"--screenshot={PICTURES / 'report.png'}", page], check=True)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from src.storage.json_lines import METRICS_FILE, Lines
 
-RESERVED = {"step", "attempt", "time", "event"}
+RESERVED = {"step", "attempt", "event"}
+TIME = "time"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class History:
     attempts: int
     points_replaced: int  # recorded by an attempt that died, then computed again from the checkpoint before them
     series: dict[str, Series]
+    times: Series = field(default_factory=Series)  # when each step was recorded, in seconds since 1970
 
 
 def read(folder: Path) -> History:
@@ -38,14 +40,17 @@ def read(folder: Path) -> History:
         if "event" in record or not isinstance(record.get("step"), int):
             continue
         for name in record.keys() - RESERVED:
+            if not isinstance(record[name], int | float):
+                continue
             series = points[name]
             if begun.get(name, record["attempt"]) < record["attempt"]:
                 for step in [step for step in series if step >= record["step"]]:
                     del series[step]
-                    replaced += 1
+                    replaced += name != TIME
             begun[name] = record["attempt"]
             series[record["step"]] = float(record[name])
-    return History(attempts, replaced, {name: _ordered(series) for name, series in sorted(points.items())})
+    times = _ordered(points.pop(TIME, {}))
+    return History(attempts, replaced, {name: _ordered(series) for name, series in sorted(points.items())}, times)
 
 
 def _ordered(points: dict[int, float]) -> Series:

@@ -75,6 +75,15 @@ class Lines:
             return open(self.path, mode, buffering)
 
 
+def facts_in(path: Path) -> dict[str, Any]:
+    """A JSON object as it lies there; empty where it is missing or cut short."""
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def _places(tail: bytes, key: bytes) -> Iterator[int]:
     """Where this text stands, the last place first."""
     place = tail.rfind(key)

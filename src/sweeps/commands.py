@@ -161,7 +161,7 @@ def extend(ledger: Ledger, more: Sequence[str]) -> int:
 
 def report(ledger: Ledger, every_seconds: float | None = None) -> int:
     """A page with plots that needs nothing but a browser."""
-    from src.sweeps.report import write
+    from src.sweeps.report.page import write
 
     while True:
         write_csv(ledger, rows := ledger.standings())

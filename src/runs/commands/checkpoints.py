@@ -14,7 +14,7 @@ from src.checkpoint.stored import ELEMENT_BYTES, shapes
 from src.errors import CheckpointError, FolderError
 from src.metrics.history import Series, read
 from src.runs.commands.listing import print_json, short, size_text
-from src.runs.commands.summary import facts_in
+from src.storage.json_lines import facts_in
 from src.sweeps.commands import terminal
 
 UNFINISHED = f"no {MARKER}: it is being written, or its save did not finish"

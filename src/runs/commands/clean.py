@@ -21,8 +21,9 @@ from src.config.tree import every_leaf
 from src.errors import FolderError, UserError
 from src.runs.commands.find import runs_in
 from src.runs.commands.listing import print_json, size_text
-from src.runs.commands.summary import Summary, facts_in, summaries
+from src.runs.commands.summary import Summary, summaries
 from src.runs.lock import Lock
+from src.storage.json_lines import facts_in
 from src.sweeps.commands import terminal
 
 RECIPE = "data.json"

@@ -22,7 +22,7 @@ from src.runs.commands.listing import print_json, short
 from src.runs.commands.summary import Summary
 from src.sweeps.commands import terminal
 from src.sweeps.ledger import SweepPoint
-from src.sweeps.report import write_page
+from src.sweeps.report.page import write_page
 from src.sweeps.status import RunStatus, Submission, job_states, status_of
 
 FEW = 3  # keys that colour and dash curves on the page, and have a plot of their own
@@ -32,16 +32,11 @@ def compare(runs: Sequence[Summary], page: Path, *, as_json: bool) -> int:
     """Two tables, or JSON, and the page."""
     if len(runs) < 2:
         raise FolderError(f"compare: {len(runs)} run; name two or more, a sweep, or conditions such as model=llama3_8b")
-    differs, rows = differing(runs), _rows(runs)
-    numbers = {run.name: _numbers(run, now) for run, (_, now) in zip(runs, rows, strict=True)}
-    keys = list(differs)
-    points = [
-        (_point(run, number, {key: differs[key][number] for key in keys}), now)
-        for number, (run, (_, now)) in enumerate(zip(runs, rows, strict=True))
-    ]
-    command = shlex.join(["python", "-m", "src.runs", "compare", *(str(run.folder) for run in runs)])
+    differs = differing(runs)
+    points, keys = side_by_side(runs, differs), list(differs)
+    numbers = {run.name: _numbers(run, now) for run, (_, now) in zip(runs, points, strict=True)}
     try:
-        written = write_page(page, f"{len(runs)} runs", command, points, keys[:FEW])
+        written = write_page(page, f"{len(runs)} runs", command(runs), points, keys[:FEW])
     except OSError as error:
         raise FolderError(f"{page}: cannot be written ({error.strerror}); pass --page elsewhere.html") from error
     if as_json:
@@ -59,12 +54,18 @@ def compare(runs: Sequence[Summary], page: Path, *, as_json: bool) -> int:
     return 0
 
 
-def _rows(runs: Sequence[Summary]) -> list[tuple[Submission, RunStatus]]:
-    """Every number of each run, over all of its attempts."""
+def command(runs: Sequence[Summary]) -> str:
+    """What makes this page again."""
+    return shlex.join(["python", "-m", "src.runs", "compare", *(str(run.folder) for run in runs)])
+
+
+def side_by_side(runs: Sequence[Summary], differs: Mapping[str, Sequence[str]]) -> list[tuple[SweepPoint, RunStatus]]:
+    """Runs as a page takes them, with every number of each over all of its attempts. `differs`: of `differing`."""
     scheduler = batch_system()
     handed = [Submission(run.folder, scheduler, submitted=None, refused=None, cancelled=False) for run in runs]
     jobs = job_states(handed)
-    return [(each, status_of(each, jobs.get(each.folder))) for each in handed]
+    points = [_point(run, at, {key: cells[at] for key, cells in differs.items()}) for at, run in enumerate(runs)]
+    return [(point, status_of(each, jobs.get(each.folder))) for point, each in zip(points, handed, strict=True)]
 
 
 def _point(run: Summary, number: int, overrides: dict[str, str]) -> SweepPoint:

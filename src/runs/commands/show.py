@@ -17,10 +17,10 @@ from src.errors import ConfigError
 from src.metrics.incidents import INCIDENTS_FILE
 from src.runs.commands import checkpoints
 from src.runs.commands.listing import COLUMNS, print_json, short
-from src.runs.commands.summary import Summary, facts_in, read_plan
+from src.runs.commands.summary import Summary, read_plan
 from src.runs.folder import Attempt, attempts, log_folder
 from src.runs.lock import Lock
-from src.storage.json_lines import Lines
+from src.storage.json_lines import Lines, facts_in
 from src.sweeps.commands import COLOURS, terminal
 
 GIT_FILE = "git.json"  # of a run folder

@@ -3,7 +3,6 @@
 Nothing in a folder is executed, and nothing is written.
 """
 
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from src.runs.folder import Attempt, attempts
 from src.runs.lock import Lock
 from src.runs.records import SUBMISSIONS_FILE
 from src.runs.submissions import submissions
-from src.storage.json_lines import METRICS_FILE, Lines
+from src.storage.json_lines import METRICS_FILE, Lines, facts_in
 from src.sweeps.status import LIVE, State, Submission, job_states, state_of
 
 PLAN_FILE = "plan.json"
@@ -115,15 +114,6 @@ def _summary(point: Submission, newest: JobState | None) -> Summary:
 def read_plan(folder: Path) -> Mapping[str, Any]:
     """plan.json of any version."""
     return facts_in(folder / PLAN_FILE)
-
-
-def facts_in(path: Path) -> dict[str, Any]:
-    """A JSON object as it lies there; empty where it is missing or cut short."""
-    try:
-        facts = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def layout(plan: Mapping[str, Any]) -> str:
