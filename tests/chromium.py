@@ -28,9 +28,9 @@ def program() -> str | None:
 
 def install() -> None:
     """Debian's package, as root."""
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}}
-    subprocess.run(["apt-get", "update", "-qq"], **quiet)
-    subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"], **quiet)
+    for words in (("update",), ("install", "-y", "--no-install-recommends", "chromium")):
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["apt-get", "-qq", *words], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
 class Tab:
@@ -63,7 +63,8 @@ class Tab:
 
     def wait(self, expression: str) -> None:
         """Until it is true. An error of the expression counts as not yet: a page that is loading has nothing."""
-        deadline, last = time.monotonic() + SECONDS, None
+        deadline = time.monotonic() + SECONDS
+        last: AssertionError | None = None
         while time.monotonic() < deadline:
             try:
                 if self.eval(f"Boolean({expression})"):

@@ -88,6 +88,13 @@ def _watch(given: argparse.Namespace) -> int:
     return watch(find.folder(given.run, _root(given)), once=given.once, as_json=given.json)
 
 
+def _serve(given: argparse.Namespace) -> int:
+    """pages of all runs on 127.0.0.1, to read only, for whoever has the token of the address that it prints"""
+    from src.runs.commands.serve.server import serve
+
+    return serve(_root(given), given.port, as_json=given.json)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "list": _list,
     "show": _show,
@@ -98,6 +105,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "fork": _fork,
     "clean": _clean,
     "watch": _watch,
+    "serve": _serve,
 }
 OF_MANY, OF_ONE, AT_A_STEP = ("list", "best", "compare", "clean"), ("show", "watch"), ("extend", "fork")
 
@@ -128,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["best"].add_argument("--highest", action="store_true", help="more is better")
     commands.choices["checkpoint"].add_argument("folder", help="step_XXXXXXXX, or a run")
     commands.choices["checkpoint"].add_argument("--full", action="store_true", help="compare checksums: reads all")
+    commands.choices["serve"].add_argument("--port", type=int, default=8000, help="0: any that is free")
     commands.choices["watch"].add_argument("--once", action="store_true", help="show it once, and leave")
     return whole
 

@@ -107,7 +107,7 @@ def _run(
     each: Shown, swept: Sequence[str], same: Mapping[str, Mapping[int, Sequence[int]]], most: int
 ) -> dict[str, Any]:
     number, now, spent = each.point.number, each.now, each.now.goodput
-    curves = {}
+    curves: dict[str, dict[str, Any]] = {}
     for chart in CHARTS:
         if (series := _series(each, chart)) is not None:
             thin = thinned(series, most)
@@ -129,7 +129,7 @@ def _run(
     }
 
 
-def _clock(each: Shown) -> dict[str, list[float | None]]:
+def _clock(each: Shown) -> dict[str, dict[str, Any]]:
     """Steps, and what had passed at each: tokens, seconds since the first line, floating-point operations of the model
     (attention counted in full). An axis that the run does not know is left out.
     """
