@@ -46,7 +46,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", SHOWN)
 def test_a_command_of_a_page_is_right(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command)
+    words = shlex.split(command.replace("data.files=docs", f"data.files={HOME / 'docs'}"))
     here = (
         []
         if "cluster=slurm" in words or any(each.startswith("cluster.gpus") for each in words)
