@@ -49,12 +49,24 @@ RENAMED: Mapping[str, str] = {
     "model.moe.forced_balance": "model.moe.force_load_balance",
 }
 
+# Facts that predicted times depend on.
+_SITE: Mapping[str, Any] = {
+    "gpu_model": None,
+    "link_gib_per_second": 46.6,
+    "link_microseconds": 12.0,
+    "time_factors": {},
+    "gpu_watts": None,
+    "price_per_gpu_hour": None,
+    "mtbf_hours_per_gpu": None,
+}
+
 # Class -> its keys that an earlier version of the class had not, with the value that does what that version did, such
 # as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
 ADDED: Mapping[str, Mapping[str, Any]] = {
     # 0.1 -> 0.2
     "src.checkpoint.config.Checkpoint": {"keep_best": None, "progress": "all"},
-    "src.cluster.local.config.Local": {"at_once": None},
+    "src.cluster.local.config.Local": {"at_once": None, **_SITE},
+    "src.cluster.slurm.config.Slurm": _SITE,
     "src.data.config.Hub": {"bad_rows": "refuse", "hold_out": "documents"},
     "src.data.config.Mixture": {"hold_out": "documents"},
     "src.data.config.Stdlib": {"hold_out": "documents"},

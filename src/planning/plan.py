@@ -22,6 +22,7 @@ from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
+from src.planning.time.prediction import Prediction, predict
 from src.planning.training_rules import training_problems
 from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates
 from src.runs.cluster import Devices
@@ -65,6 +66,7 @@ class Plan:
     memory: Memory  # bytes on the fullest GPU, estimated
     memory_limit: int | None  # bytes
     fits: bool | None  # None: no limit is known
+    time: Prediction | None  # None: of a device that is not known, and of what takes no training steps
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ class Plan:
         return asdict(self) | {
             "memory": memory,
             "recompute": self.recompute.model_dump(),
+            "time": None if self.time is None else self.time.to_dict(),
             "warnings": list(self.warnings),
         }
 
@@ -84,7 +87,12 @@ class Plan:
         """Read plan.json, which the launcher wrote into the run folder."""
         values: dict[str, Any] = json.loads((folder / PLAN_FILE).read_text())
         parts = {each.name: values["memory"][each.name] for each in fields(Memory)}  # without its sums
-        typed = {"memory": Memory(**parts), "recompute": Recompute(**values["recompute"])}
+        timed = values.get("time")  # of a folder of version 0.1: nothing
+        typed = {
+            "memory": Memory(**parts),
+            "recompute": Recompute(**values["recompute"]),
+            "time": None if timed is None else Prediction.from_dict(timed),
+        }
         return cls(**values | typed | {key: tuple(values[key]) for key in ("stages", "warnings")})
 
     def with_data(self, run: Run, corpus: TrainingData) -> Self:
@@ -125,7 +133,7 @@ def plan(
         found += one_device_problems(run, room)
     if found:
         raise PlanError(found)
-    answers = _answers(run, load, limit)
+    answers = replace(_answers(run, load, limit), time=predict(run, load, devices))
     return answers if corpus is None else answers.with_data(run, corpus)
 
 
@@ -206,6 +214,7 @@ def _answers(run: Run, load: Load, limit: int | None) -> Plan:
         memory=memory,
         memory_limit=limit,
         fits=None if limit is None else True,
+        time=None,
         warnings=tuple(_warnings(run, load.micro_batches, None)),
     )
 

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from src.planning.advice import PARTS, told
 from src.planning.plan import Plan
+from src.planning.time.prediction import Prediction
 
 SOME = ("cache", "outer")  # parts that most runs do not have
 
@@ -13,7 +14,10 @@ SOME = ("cache", "outer")  # parts that most runs do not have
 def render(plan: Plan) -> Group:
     """Two tables and the warnings; print it with a rich console, or `plan.to_json()` for machines."""
     warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(_table("plan", _facts(plan)), _table("memory of the fullest GPU, estimated", _memory(plan)), *warnings)
+    tables = [_table("plan", _facts(plan)), _table("memory of the fullest GPU, estimated", _memory(plan))]
+    if plan.time is not None:
+        tables.append(_table(f"time on {plan.world} x {plan.time.gpu}, predicted", _time(plan.time, plan)))
+    return Group(*tables, *warnings)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -72,3 +76,59 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     ]
     limit = "unknown" if plan.memory_limit is None else told(plan.memory_limit)
     return [*rows, ("memory of a GPU", limit)]
+
+
+STEP_PARTS = {
+    "products": "matrix products",
+    "experts": "products of routed experts",
+    "attention": "attention",
+    "memory": "norms, activations, permutes",
+    "loss": "head and loss",
+    "recompute": "computed again",
+    "tensor": "collectives of tensor ranks",
+    "context": "collectives of context ranks",
+    "travel": "tokens to experts and back",
+    "copies": "copies and sums around FSDP",
+    "contention": "products slowed by collectives",
+    "exposed": "gathers and reductions in the open",
+    "bubble": "pipeline bubble",
+    "update": "norm and update",
+    "host": "waiting for Python",
+    "stragglers": "waiting for the slowest rank",
+}
+
+
+def _time(time: Prediction, plan: Plan) -> list[tuple[str, str]]:
+    step = time.step
+    parts = [(f"  {STEP_PARTS[name]}", _seconds(value)) for name, value in step.parts.items() if value > 5e-6]
+    rows = [
+        ("a step", f"{_seconds(step.seconds)} (+-{time.within:.0%})"),
+        *parts,
+        ("collectives beside other work", _seconds(step.hidden)),
+        (
+            "tokens per second of a GPU, of all",
+            f"{time.tokens_per_second:,.0f}, {time.tokens_per_second * plan.world:,.0f}",
+        ),
+        ("MFU, attention counted in full", f"{time.mfu:.1%}"),
+        ("hours", _interval(time.hours, time.within)),
+        ("GPU-hours", _interval(time.gpu_hours, time.within)),
+        ("kWh, of the GPUs' boards alone", _interval(time.kilowatt_hours, time.within)),
+    ]
+    if time.money is not None:
+        rows.append(("price", _interval(time.money, time.within)))
+    if not time.measured:
+        rows.append(("evidence", f"datasheet of {time.gpu}, shares of an H200"))
+    return rows
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1.0 else f"{1e3 * value:.3g} ms"
+
+
+def _interval(value: float, within: float) -> str:
+    """Ends of the interval around a predicted value, of three digits."""
+    return " to ".join(_rounded((1 + sign * within) * value) for sign in (-1, 1))
+
+
+def _rounded(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.tree import identity
+from tests.cluster.facts import NO_FACTS
 
 HERE = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,7 @@ import src
 from src.distributed.process.rank_context import LauncherEnv, RankContext
 from src.errors import CheckpointError, VerdictError
 from src.train.stop import Stop
+
 
 class Fake:
     def __init__(self, options):
@@ -99,13 +101,13 @@ from src.config.tree import identity
 from src.cluster.rank_log import open_closed_streams
 open_closed_streams()
 tree, root, repository, grace = json.loads(sys.argv[1])
-cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace), at_once=None)
+cluster = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=float(grace), at_once=None, **NO_FACTS)
 with RunFolder.open(tree, {"world": tree["task"]["world"]}, root=Path(root), name=tree["name"],
                     identity=identity(tree), repository=Path(repository)) as folder:
     outcome = cluster.submit(folder, tree["task"]["world"])
 print("outcome", outcome.status)
 sys.exit(outcome.exit_code)
-"""
+""".replace("**NO_FACTS", f"**{NO_FACTS!r}")
 
 
 def repository(into: Path) -> Path:

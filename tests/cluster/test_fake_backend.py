@@ -20,6 +20,7 @@ from src.errors import FolderError
 from src.runs.folder import attempts
 from src.runs.lock import Lock
 from src.runs.submissions import submissions
+from tests.cluster.facts import NO_FACTS
 from tests.cluster.fake_backend import Fake, FakeScheduler
 from tests.end_to_end.lives import HOME, TINY, write_text
 
@@ -162,7 +163,7 @@ def test_a_lock_asks_the_backend_whether_its_owner_lives(tmp_path: Path, monkeyp
 
 def test_every_backend_has_the_whole_protocol() -> None:
     made = Fake(gpu_memory_gib=None, gpus_per_node=1, grace_seconds=60, requeues=3, wait=False)
-    here = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=60, at_once=None)
+    here = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=60, at_once=None, **NO_FACTS)
     assert isinstance(made, QueueBackend)
     assert isinstance(here, Backend)
     assert not isinstance(here, QueueBackend)

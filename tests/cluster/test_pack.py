@@ -15,6 +15,7 @@ from src.cluster.slurm.packing import PackedJob, filled, whole_node
 from src.errors import PlanError
 from src.runs.records import CANCEL_FILE, SUBMISSIONS_FILE
 from src.storage.json_lines import Lines
+from tests.cluster.facts import NO_FACTS
 
 NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
 
@@ -196,12 +197,12 @@ def test_the_table_shows_every_run(tmp_path: Path) -> None:
 
 
 def test_what_a_machine_gives_to_the_points_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    local = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=5.0, at_once=2)
+    local = Local(gpus=0, gpu_memory_gib=None, threads=None, grace_seconds=5.0, at_once=2, **NO_FACTS)
     node = local._node(LocalDevices("cpu", None, None, "CPU", host_gib=1.0), largest=1)
     assert (len(node.gpus), node.cpu, node.host_bytes, node.most) == (len(node.cores), True, 2**30, 2)
     assert len(local._node(LocalDevices("cpu", None, None, "CPU"), largest=1000).gpus) == 1000
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
-    here = Local(gpus=2, gpu_memory_gib=None, threads=None, grace_seconds=5.0, at_once="auto")
+    here = Local(gpus=2, gpu_memory_gib=None, threads=None, grace_seconds=5.0, at_once="auto", **NO_FACTS)
     node = here._node(LocalDevices("cuda", 2, 80.0, "GPU"), largest=2)
     assert (node.gpus, node.cpu, node.host_bytes, node.most) == (("3", "5"), False, None, None)
     with pytest.raises(PlanError, match="4 ranks need a GPU each, but 2 are visible here"):

@@ -19,9 +19,9 @@ from src.cluster.backend import AttemptOutcome, JobScheduler, Options
 from src.cluster.batch_system import batch_system
 from src.cluster.local.signals import goes_on, record_end, tell
 from src.cluster.rank import RankJob
-from src.config.base import Config
 from src.config.bounds import Count, CountFromZero, Gibibytes, PerNode, Seconds
 from src.errors import PlanError
+from src.planning.time.site import SiteFacts
 from src.runs.folder import RunFolder, attempts, log_folder
 from src.runs.frozen_code import NO_BYTECODE
 from src.runs.records import ATTEMPTS_FILE
@@ -44,7 +44,7 @@ class LocalDevices:
     host_gib: float | None = None  # memory that ranks on the CPU share
 
 
-class Local(Config):
+class Local(SiteFacts):
     """cluster=local."""
 
     scheduler: ClassVar[JobScheduler] = batch_system()

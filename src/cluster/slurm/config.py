@@ -24,10 +24,11 @@ from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.resources import Resources, problems
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.submission import Prepared, Submitted, all_submitted
-from src.config.base import Config, Line, Names, printable
+from src.config.base import Line, Names, printable
 from src.config.bounds import Count, CountFromZero, Gibibytes, Minutes, PerNode, Seconds
 from src.distributed.process.rank_context import joined
 from src.errors import FolderError, PlanError, UserError
+from src.planning.time.site import SiteFacts
 from src.runs.folder import RunFolder
 from src.runs.records import CANCEL_FILE, SUBMISSIONS_FILE
 from src.runs.submissions import ended_in_shared_job, submissions
@@ -60,7 +61,7 @@ class SlurmDevices:
     capability: None = None
 
 
-class Slurm(Config):
+class Slurm(SiteFacts):
     """Facts of a site."""
 
     scheduler: ClassVar[JobScheduler] = SlurmScheduler()

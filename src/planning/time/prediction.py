@@ -1,0 +1,68 @@
+"""What a run will take: seconds of a step, tokens per second, hours, energy and money, each within an interval."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from src.planning.memory import Load
+from src.planning.time.site import SiteFacts
+from src.planning.time.step import Question, StepTime, step_time
+from src.run import Run
+from src.runs.cluster import Devices
+
+# Half of the interval in which the truth is expected: docs/predicted_time.md has the rows. On a device that was
+# measured and in one node the worst of four GPUs is 8 % off; elsewhere other people's figures are what it is held against.
+NEAR, FAR = 0.12, 0.25
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """For all ranks of a run, unless it says otherwise."""
+
+    gpu: str
+    measured: bool  # whether records of this device are behind it
+    step: StepTime
+    tokens_per_second: float  # of one GPU
+    mfu: float  # 0 to 1, attention counted in full, against the bf16 peak
+    within: float  # half of the interval, relative
+    hours: float  # of all steps, without starts, saves and failures
+    gpu_hours: float
+    kilowatt_hours: float  # of the GPUs' boards alone
+    money: float | None  # in the currency of cluster.price_per_gpu_hour
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the sum of the step's parts."""
+        return asdict(self) | {"step": asdict(self.step) | {"seconds": self.step.seconds}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        step = StepTime(**{each.name: values["step"][each.name] for each in fields(StepTime)})
+        return cls(**values | {"step": step})
+
+
+def predict(run: Run, load: Load, devices: Devices | None) -> Prediction | None:
+    """None of a device that is not known, of what takes no training steps, and of replica groups, which are no part of
+    the model of a step. `devices`: of the machine that shall run it, if it was asked.
+    """
+    site = run.cluster
+    if load.forward_only or run.fault_tolerance.on or not isinstance(site, SiteFacts):
+        return None
+    if (gpu := site.gpu(devices)) is None:
+        return None
+    fabric, world = site.fabric(gpu, run.cluster.gpus_per_node), run.parallel.world
+    step = step_time(Question(load, gpu, fabric, graph=run.compile.graph))
+    hours = run.task.steps * step.seconds / 3600.0
+    rate = run.task.global_batch * run.task.seq_len / step.seconds / world
+    price = site.price_per_gpu_hour
+    return Prediction(
+        gpu=gpu.name,
+        measured=gpu.measured,
+        step=step,
+        tokens_per_second=rate,
+        mfu=rate * run.model.counts(run.task.seq_len).flops_per_token / gpu.bf16,
+        within=NEAR if gpu.measured and world <= fabric.per_node else FAR,
+        hours=hours,
+        gpu_hours=hours * world,
+        kilowatt_hours=hours * world * (site.gpu_watts or gpu.watts) / 1000.0,
+        money=None if price is None else price * hours * world,
+    )

@@ -1,0 +1,352 @@
+"""Seconds of one optimizer step on a layout, term by term, from shapes, a device and the links of a site.
+
+Kernels run one after the other on one stream; FSDP's gathers and reductions run beside them on another, and slow matrix
+products down while they do. Collectives of tensor, context and expert ranks stand in line with what needs them. The
+stages of a pipeline follow their schedule's order of operations: bubbles.py.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from statistics import NormalDist
+
+from src.distributed.pipeline import stages
+from src.distributed.precision.config import BYTES
+from src.models.base import ModelConfig
+from src.optim.base import Optimizer
+from src.planning.memory import Load
+from src.planning.time.bubbles import Makespan, StagePass, makespan
+from src.planning.time.collectives import (
+    Fabric,
+    RankGroup,
+    all_reduce_seconds,
+    all_to_all_seconds,
+    gather_seconds,
+    send_seconds,
+)
+from src.planning.time.devices import Gpu
+from src.planning.time.work import Work, Worker, shape_of
+
+HOST_BLOCK = 1.8e-3  # seconds in which Python launches a compiled block, both directions: benchmarks/README.md
+HOST_BLOCK_EAGER = 5e-3
+HOST_WRAPPED = 1.8e-3  # and as much again where FSDP wraps it: "half of the host's work"
+ASYNC_HIDDEN = 0.5  # of a tensor rank's collectives, with parallel.async_tensor; stated
+TRAVEL_HIDDEN = 0.45  # of the travel of rows to experts: 20 of 43 ms of 16B on fsdp2_ep2
+SPREAD = 0.006  # standard deviation of the speed of a rank; two machines of a kind were 1.6 % apart
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the slowest rank; the parts add up to `seconds`."""
+
+    products: float
+    experts: float
+    attention: float
+    memory: float
+    loss: float
+    recompute: float
+    tensor: float
+    context: float
+    travel: float
+    copies: float  # FSDP's, in and out of its buffers, and gradients that are added up
+    contention: float  # what products lose beside collectives
+    exposed: float  # gathers and reductions that nothing hides
+    bubble: float  # a pipeline's ranks without work
+    update: float
+    host: float  # the GPU waits for Python
+    stragglers: float  # ranks wait for the slowest
+    hidden: float  # seconds of collectives beside other work: no part of the sum
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {name: seconds for name, seconds in asdict(self).items() if name != "hidden"}
+
+    @property
+    def limit(self) -> str:
+        """The largest part that is not the work itself."""
+        waste = {name: self.parts[name] for name in WASTE}
+        return max(waste, key=lambda name: waste[name])
+
+
+WASTE = (
+    "recompute",
+    "tensor",
+    "context",
+    "travel",
+    "copies",
+    "contention",
+    "exposed",
+    "bubble",
+    "update",
+    "host",
+    "stragglers",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A load on some machines."""
+
+    load: Load
+    gpu: Gpu
+    fabric: Fabric
+    flash: bool = True  # whether flash-attn-4 is there
+    graph: bool = False  # whether a step is one CUDA graph
+
+
+def step_time(question: Question) -> StepTime:
+    """Whether the layout is legal or not; a pipeline must be."""
+    return _Step(question).answer()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of the pipeline, of one micro-batch."""
+
+    blocks: int
+    forward: Work
+    backward: Work
+    dense: int  # elements at work on a rank, gathered
+    routed: int
+    largest: int  # elements of its largest unit, gathered
+
+
+class _Step:
+    def __init__(self, question: Question) -> None:
+        self.load, self.gpu, self.fabric = question.load, question.gpu, question.fabric
+        self.degrees, self.shape = self.load.degrees, shape_of(self.load.model)
+        self.graph = question.graph
+        self.worker = Worker(self.load, self.gpu, question.flash)
+        self.kinds = [self._with_collectives(*self.worker.block(kind), kind.experts != ()) for kind in self.shape.kinds]
+        per_node = self.fabric.per_node
+        inner = self.degrees.tensor
+        self.shard = RankGroup.along(self.degrees.fsdp, inner, per_node)
+        self.replicas = RankGroup.along(self.degrees.replicate, inner * self.degrees.fsdp, per_node)
+        apart = self.degrees.expert * self.degrees.expert_tensor
+        self.expert_shard = RankGroup.along(self.degrees.expert_shard, apart, per_node)
+
+    def _with_collectives(self, forward: Work, backward: Work, routed: bool) -> tuple[Work, Work]:
+        """A block with what its ranks send each other, and what it computes again."""
+        element = BYTES[self.load.precision.compute]
+        worker, degrees, fabric = self.worker, self.degrees, self.fabric
+        hidden = worker.tokens * self.load.model.dim * element
+        group = RankGroup.along(degrees.tensor, 1, fabric.per_node)
+        exposed = 1.0 - ASYNC_HIDDEN if degrees.async_tensor else 1.0
+        # Attention and MLP each gather what enters them and scatter what they make; so do their gradients.
+        tensor = exposed * 4 * gather_seconds(hidden, group, fabric)
+        ring = RankGroup.along(degrees.context, degrees.tensor, fabric.per_node)
+        rows = worker.tokens * degrees.context * self.load.model.kv_heads / degrees.tensor
+        keys = rows * sum(self.load.model.head_widths)
+        context = gather_seconds(keys * element, ring, fabric)
+        context_back = context + gather_seconds(keys * 4, ring, fabric)  # gradients are added up in fp32
+        travel = 0.0
+        if routed and degrees.expert > 1:
+            experts = RankGroup.along(degrees.expert, degrees.expert_tensor, fabric.per_node)
+            sent = worker.routed_rows * self.load.model.dim * element
+            travel = (1.0 - TRAVEL_HIDDEN) * 2 * all_to_all_seconds(sent, experts, fabric)
+        again = worker.recomputed(forward)
+        if self.load.recompute.mode in ("full", "every"):
+            share = 1.0 / (self.load.recompute.every or 1)
+            again += share * (tensor + context + travel)
+        return (
+            forward + Work(tensor=tensor, context=context, travel=travel),
+            backward + Work(tensor=tensor, context=context_back, travel=travel, recompute=again),
+        )
+
+    @cached_property
+    def stages(self) -> list[_Stage]:
+        count = stages.stage_count(self.degrees, self.load.model.n_layers)
+        layers = self.load.model.n_layers
+        if count == 1:
+            return [self._stage(list(range(len(self.shape.of_block))), first=True, last=True)]
+        cut = stages.split(self.degrees, layers)
+        found = []
+        for number, names in enumerate(cut):
+            blocks = [int(name.split(".")[1]) for name in names if "." in name]
+            last = number == len(cut) - 1
+            if last:
+                blocks += range(layers, len(self.shape.of_block))
+            found.append(self._stage(blocks, first=number == 0, last=last))
+        return found
+
+    def _stage(self, blocks: list[int], *, first: bool, last: bool) -> _Stage:
+        forward, backward = Work(), Work()
+        counts = {kind: sum(self.shape.of_block[block] == kind for block in blocks) for kind in range(len(self.kinds))}
+        for kind, number in counts.items():
+            if number:
+                forward, backward = forward + self.kinds[kind][0] * number, backward + self.kinds[kind][1] * number
+        tensor, apart = self.degrees.tensor, self.degrees.expert * self.degrees.expert_tensor
+        dense = sum(self.shape.dense[block] for block in blocks) // tensor
+        routed = sum(self.shape.routed[block] for block in blocks) // apart
+        units = [self.shape.dense[block] // tensor + self.shape.routed[block] // apart for block in blocks]
+        ends = []
+        if first:
+            ends.append(self.shape.embedding // tensor)
+        if last:
+            heads = 1 + self.load.model.prediction_depths
+            forward += Work(loss=heads * self.worker.head(self.shape.vocabulary))
+            ends.append(self.shape.head // tensor)
+        return _Stage(len(blocks), forward, backward, dense + sum(ends), routed, max([*units, *ends], default=0))
+
+    def answer(self) -> StepTime:
+        numbers = self.load.micro_batches
+        busiest = max(self.stages, key=lambda stage: stage.forward.total + stage.backward.total)
+        each = self._of_rank()
+        traffic, copies = self._traffic(each)
+        both = (busiest.forward + busiest.backward) * (numbers * self._per_rank)
+        span = self._makespan()
+        room = both.computed
+        beside = min(traffic, room)
+        slowed = self.gpu.shares.contention * beside * min(1.0, both.matrices / max(room, 1e-12))
+        ends = self._ends(each)
+        exposed = max(0.0, traffic - room - slowed) + min(traffic, ends)
+        bubble = max(0.0, span.seconds - both.total)
+        update = self._update(each)
+        worked = both.total + copies + slowed + exposed + update
+        host = 0.0 if self.graph else max(0.0, self._host() - worked)
+        ranks = self.degrees.world
+        late = SPREAD * _slowest(ranks) * (worked + bubble)
+        parts = {name: getattr(both, name) for name in Work.__dataclass_fields__}
+        return StepTime(
+            **parts,
+            copies=copies,
+            contention=slowed,
+            exposed=exposed,
+            bubble=bubble,
+            update=update,
+            host=host,
+            stragglers=late,
+            hidden=max(0.0, traffic - exposed),
+        )
+
+    @property
+    def _per_rank(self) -> int:
+        return len(self.stages) // self.degrees.pipeline
+
+    def _of_rank(self) -> _Stage:
+        """The weights of the fullest pipeline rank: all of its stages."""
+        ranks = self.degrees.pipeline
+        owned = [
+            [
+                self.stages[stage]
+                for stage in stages.owned(rank, ranks, len(self.stages), self.degrees.pipeline_schedule)
+            ]
+            for rank in range(ranks)
+        ]
+        fullest = max(owned, key=lambda mine: sum(stage.dense + stage.routed for stage in mine))
+        return _Stage(
+            sum(stage.blocks for stage in fullest),
+            fullest[0].forward,
+            fullest[0].backward,
+            sum(stage.dense for stage in fullest),
+            sum(stage.routed for stage in fullest),
+            max(stage.largest for stage in fullest),
+        )
+
+    def _makespan(self) -> Makespan:
+        if self.degrees.pipeline == 1:
+            (only,) = self.stages
+            total = self.load.micro_batches * (only.forward.total + only.backward.total)
+            return Makespan(total, total)
+        return makespan(
+            self.degrees.pipeline_schedule,
+            self.degrees.pipeline,
+            [self._pass(stage) for stage in self.stages],
+            self.load.micro_batches,
+            self._hop(),
+        )
+
+    def _pass(self, stage: _Stage) -> StagePass:
+        """Gradients of weights are a half of the backward of products; nothing else of it can wait."""
+        back = stage.backward
+        weights = 0.5 * (back.products + back.experts)
+        return StagePass(stage.forward.total, back.total - weights, weights)
+
+    def _hop(self) -> float:
+        states = 1 + self.load.model.prediction_depths
+        size = states * self.worker.tokens * self.load.model.dim * BYTES[self.load.precision.compute]
+        ranks = self.degrees.world // self.degrees.pipeline
+        return send_seconds(size / self.degrees.tensor, self.fabric, same_node=2 * ranks <= self.fabric.per_node)
+
+    def _gathers(self) -> float:
+        """How often a step gathers each block's weights."""
+        if self.degrees.reshards_after_forward:
+            return 2.0 * self.load.micro_batches
+        return 1.0 if self.degrees.pipeline > 1 else float(self.load.micro_batches)
+
+    def _traffic(self, rank: _Stage) -> tuple[float, float]:
+        """Seconds of FSDP's collectives in a step, and of the copies around them."""
+        if self.degrees.on_one_device:
+            more = max(0, self.load.micro_batches - 1) * (rank.dense + rank.routed)
+            return 0.0, self.gpu.moved_seconds(10.0 * more)
+        compute, reduce = BYTES[self.load.precision.compute], BYTES[self.load.precision.reduce]
+        storage, micro = BYTES[self.load.precision.storage], self.load.micro_batches
+        float8 = self.load.precision.float8
+        sent = 1 if float8 is not None and float8.all_gather else compute
+        gathers, reductions = self._gathers(), micro if self._reduces_each else 1
+        seconds = 0.0
+        for elements, group in ((rank.dense, self.shard), (rank.routed, self.expert_shard)):
+            seconds += gathers * gather_seconds(elements * sent, group, self.fabric)
+            seconds += reductions * gather_seconds(elements * reduce, group, self.fabric)
+            seconds += reductions * all_reduce_seconds(elements * reduce / group.ranks, self.replicas, self.fabric)
+            units = max(1, rank.blocks) - 1  # each unit is a collective of its own
+            seconds += gathers * units * gather_seconds(1.0, group, self.fabric) * (elements > 0)
+        whole = rank.dense + rank.routed
+        here = rank.dense / self.shard.ranks + rank.routed / self.expert_shard.ranks
+        cast = gathers * here * (storage + compute + (2 * compute if whole > here else 0))
+        cast += reductions * whole * (compute + reduce)
+        plain = gathers * whole * 2 * sent
+        if not self._reduces_each:
+            plain += (micro - 1) * whole * (compute + 2 * reduce)  # added up whole on each rank
+        rate = self.gpu.memory * self.gpu.shares.casts
+        return seconds, cast / rate + self.gpu.moved_seconds(plain)
+
+    @property
+    def _reduces_each(self) -> bool:
+        return self.degrees.sync_each_micro_batch and self.degrees.pipeline == 1
+
+    def _ends(self, rank: _Stage) -> float:
+        """The first gather and the last reduction have nothing beside them; a pipeline reduces all at the end."""
+        if self.degrees.on_one_device:
+            return 0.0
+        compute, reduce = BYTES[self.load.precision.compute], BYTES[self.load.precision.reduce]
+        last = rank.dense + rank.routed if self.degrees.pipeline > 1 else rank.largest
+        group = self.shard if rank.dense else self.expert_shard
+        seconds = gather_seconds(rank.largest * compute, group, self.fabric)
+        seconds += gather_seconds(last * reduce, group, self.fabric)
+        return seconds + all_reduce_seconds(last * reduce / group.ranks, self.replicas, self.fabric)
+
+    def _update(self, rank: _Stage) -> float:
+        """The optimizer reads and writes weights and state once, and reads gradients twice: for their norm as well."""
+        here = rank.dense / self.shard.ranks + rank.routed / self.expert_shard.ranks
+        storage = BYTES[self.load.precision.storage]
+        gradient = storage if not self.degrees.on_one_device else BYTES[self.load.precision.compute]
+        copy = BYTES[self.load.precision.compute] if self.degrees.on_one_device else 0
+        size = here * (2 * storage + 2 * gradient + copy + 2 * state_bytes(self.load.optim, self.load.model))
+        return size / (self.gpu.memory * self.gpu.shares.update)
+
+    def _host(self) -> float:
+        """Seconds that Python needs for a step's launches."""
+        each = HOST_BLOCK if self.load.compiled_blocks else HOST_BLOCK_EAGER
+        each += 0.0 if self.degrees.on_one_device else HOST_WRAPPED
+        blocks = len(self.shape.of_block) / self.degrees.pipeline
+        return self.load.micro_batches * blocks * each
+
+
+@lru_cache(maxsize=64)
+def state_bytes(optim: Optimizer, model: ModelConfig) -> float:
+    """Bytes of the optimizer's state for each element of the model's largest matrix."""
+    matrix = max(model.weights(), key=lambda weight: weight.elements)
+    return sum(kept.bytes for kept in optim.state(matrix.name, matrix.shape).values()) / matrix.elements
+
+
+def _slowest(ranks: int) -> float:
+    """Standard deviations by which the slowest of `ranks` is expected to be slower than the mean: Blom's quantile of a
+    normal distribution (1958), within 2 % of the true mean.
+    """
+    if ranks == 1:
+        return 0.0
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))

@@ -1,0 +1,281 @@
+"""What one rank computes of a micro-batch, in seconds: each product of each layer by its shape, attention, kernels that
+move bytes, the head and its loss.
+
+A product is 2 x rows x columns x inner flops, and each of its two gradients as much again; attention is
+length x (width of a key + width of a value) flops a token and head, since the mask leaves a half, and 2.5 times that
+backwards, where kernels compute the scores again (arXiv 2205.14135).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from src.distributed.parallel_dims import ParallelDims
+from src.distributed.precision.config import BYTES
+from src.models.accounting import HEAD_CHUNK_ROWS, Slice, Weight
+from src.models.base import ModelConfig
+from src.planning.memory import Load
+from src.planning.time.devices import Gpu
+
+# Bytes that the memory-bound kernels of a block move, for each byte that the block keeps for its backward: 46 ms of
+# one_gpu.json (8B, 16 layers, 16,384 tokens) without the loss; a third of them in the forward.
+PASSES_FORWARD, PASSES_BACKWARD = 1.4, 2.8
+EAGER_PASSES = 2.6  # of kernels that nobody fuses; 124 M eager beside compiled
+# The same for each byte of a routed row, both ways through the experts and back: 10.4 ms of 8 layers of 16B.
+PERMUTES_FORWARD, PERMUTES_BACKWARD = 5.0, 8.0
+LOGIT_BYTES = 8  # read for the maximum and the sum, read again, and written as the gradient, in bf16
+ATTENTION_BACKWARD = 2.5  # forwards
+SHORT_SEQUENCE = 900  # tokens at which attention reaches half of its speed: 1,024 tokens of 64 against 8,192
+# Of plain products, what selective recompute computes again: every second one. 36 % of 8B's flops.
+SELECTIVE_PRODUCTS = 0.36
+# Imbalance of routed experts on the busiest rank, divided by the root of the experts that it has: unequal experts cost
+# 1.0 % of 16B's step on fsdp2_ep2, where each rank has 32.
+IMBALANCE = 0.17
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one micro-batch in some layers, one direction."""
+
+    products: float = 0.0
+    experts: float = 0.0  # grouped products of routed experts
+    attention: float = 0.0
+    memory: float = 0.0  # kernels that move bytes: norms, activations, rotary, permutes
+    loss: float = 0.0  # the head's products, all three, and the cross entropy
+    recompute: float = 0.0
+    tensor: float = 0.0  # collectives that nothing hides: of tensor ranks,
+    context: float = 0.0  # of context ranks,
+    travel: float = 0.0  # and of rows that go to experts
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(getattr(self, each.name) * times for each in fields(self)))
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, each.name) for each in fields(self))
+
+    @property
+    def computed(self) -> float:
+        """Without collectives."""
+        return self.total - self.tensor - self.context - self.travel
+
+    @property
+    def matrices(self) -> float:
+        """What slows down beside a collective."""
+        return self.products + self.experts + self.loss + self.recompute
+
+
+class Product(NamedTuple):
+    """A matrix that multiplies, whole."""
+
+    columns: int
+    inner: int
+    tensor_dim: int | None
+    times: float  # in one forward
+    name: str
+
+
+class BlockKind(NamedTuple):
+    """What the blocks of one kind multiply with."""
+
+    products: tuple[Product, ...]
+    experts: tuple[Product, ...]  # of one expert
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, with blocks that are alike counted together."""
+
+    model: ModelConfig
+    kinds: tuple[BlockKind, ...]
+    of_block: tuple[int, ...]  # number of the kind of each block; those of multi-token prediction come last
+    dense: tuple[int, ...]  # elements of each block that every rank of a tensor group shares the cut of
+    routed: tuple[int, ...]  # elements of its routed experts
+    embedding: int
+    head: int  # with what follows the last block; 0 where the embedding is the head
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return self.model.vocab_size
+
+
+@lru_cache(maxsize=8)
+def shape_of(model: ModelConfig) -> Shape:
+    """Of a model as its config says; kept, since a search asks thousands of times."""
+    blocks: dict[int, list[Weight]] = {}
+    embedding = head = 0
+    for weight in model.weights():
+        number = model.block_number(weight.name)
+        if number is not None:
+            blocks.setdefault(number, []).append(weight)
+        elif weight.embedding:
+            embedding += weight.elements
+        else:
+            head += weight.elements
+    kinds = dict.fromkeys(_kind(blocks[number]) for number in sorted(blocks))
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    return Shape(
+        model=model,
+        kinds=tuple(kinds),
+        of_block=tuple(numbers[_kind(blocks[number])] for number in sorted(blocks)),
+        dense=tuple(sum(each.elements for each in blocks[number] if not each.experts) for number in sorted(blocks)),
+        routed=tuple(sum(each.elements for each in blocks[number] if each.experts) for number in sorted(blocks)),
+        embedding=embedding,
+        head=head,
+    )
+
+
+def _kind(weights: Iterable[Weight]) -> BlockKind:
+    products, experts = [], []
+    for weight in weights:
+        if len(weight.shape) < 2 or not weight.multiplications:
+            continue
+        columns, inner = weight.shape[-2:]
+        found = Product(columns, inner, weight.tensor_dim, weight.multiplications, weight.name.split(".", 2)[-1])
+        (experts if weight.experts else products).append(found)
+    return BlockKind(tuple(products), tuple(experts))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Seconds of the layers of a model on one rank of a layout."""
+
+    load: Load
+    gpu: Gpu
+    flash: bool  # whether flash-attn-4's kernels are there
+
+    @cached_property
+    def degrees(self) -> ParallelDims:
+        return self.load.degrees
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of one micro-batch on this rank, which tensor ranks share."""
+        return self.load.micro_batch * self.load.seq_len // self.load.degrees.context
+
+    def block(self, kind: BlockKind) -> tuple[Work, Work]:
+        """One block's forward and backward, without what is computed again."""
+        plain, again = self._plain(kind)
+        grouped, grouped_back = self._grouped(kind)
+        attention, attention_back = self._attention()
+        memory, memory_back = self._memory(kind)
+        return (
+            Work(products=plain, experts=grouped, attention=attention, memory=memory),
+            Work(products=again, experts=grouped_back, attention=attention_back, memory=memory_back),
+        )
+
+    def recomputed(self, forward: Work) -> float:
+        """Seconds that a block's backward spends on its forward again, on the average of all blocks."""
+        mode = self.load.recompute.mode
+        if mode == "full":
+            return forward.total
+        if mode == "every":
+            return forward.total / (self.load.recompute.every or 1)
+        if mode == "selective":
+            return SELECTIVE_PRODUCTS * forward.products + forward.memory
+        if mode == "budget":
+            return (1.0 - (self.load.recompute.budget or 0.0)) * forward.total
+        return 0.0
+
+    def head(self, vocabulary: int) -> float:
+        """The head's product and both gradients, chunk by chunk, and the loss: all of it in the forward."""
+        columns, dim, rows = vocabulary // self.degrees.tensor, self.load.model.dim, min(self.tokens, HEAD_CHUNK_ROWS)
+        chunk = sum(self._three(rows, columns, dim))
+        passes = LOGIT_BYTES * (1.0 if self.load.compiled_loss else EAGER_PASSES)
+        return self.tokens / rows * (chunk + self.gpu.moved_seconds(rows * columns * passes))
+
+    def _three(self, rows: int, columns: int, inner: int) -> tuple[float, float, float]:
+        """A product and its gradients of inputs and of weights."""
+        slower = self._slower
+        return (
+            slower * self.gpu.product_seconds(rows, columns, inner),
+            slower * self.gpu.product_seconds(rows, inner, columns),
+            slower * self.gpu.product_seconds(columns, inner, rows),
+        )
+
+    @property
+    def _slower(self) -> float:
+        """Than bf16: TF32 is off, and fp32 has no tensor cores."""
+        return 1.0 if self.load.precision.compute == "bfloat16" else self.gpu.bf16 / self.gpu.float32
+
+    def _plain(self, kind: BlockKind) -> tuple[float, float]:
+        forward = backward = 0.0
+        float8 = self.load.precision.float8
+        for product in kind.products:
+            columns, inner = self._cut(product, self.degrees.tensor)
+            first, *gradients = self._three(self.tokens, columns, inner)
+            if float8 is not None and self.gpu.float8 is not None and not float8.emulate:
+                fast = 2.0 * self.tokens * columns * inner / (self.gpu.float8 * self.gpu.shares.float8)
+                first, gradients = fast, [fast, gradients[1] if float8.recipe == "rowwise_with_gw_hp" else fast]
+            forward += product.times * first
+            backward += product.times * sum(gradients)
+        return forward, backward
+
+    def _cut(self, product: Product, degree: int) -> tuple[int, int]:
+        columns, inner = product.columns, product.inner
+        if product.tensor_dim is None or degree == 1:
+            return columns, inner
+        return (columns // degree, inner) if product.tensor_dim % 2 == 0 else (columns, inner // degree)
+
+    @cached_property
+    def routed_rows(self) -> float:
+        """Rows that reach the experts of this rank, of one micro-batch, if all ranks have as many."""
+        mixture = self.load.model.mixture
+        if mixture is None:
+            return 0.0
+        divided = self.degrees.tensor if self.degrees.divides_tokens else 1
+        return self.tokens * mixture.top_k / divided
+
+    def _grouped(self, kind: BlockKind) -> tuple[float, float]:
+        mixture = self.load.model.mixture
+        if not kind.experts or mixture is None:
+            return 0.0, 0.0
+        flops = sum(2.0 * each.columns * each.inner for each in kind.experts) / self.degrees.expert_tensor
+        rate = self.gpu.bf16 * self.gpu.shares.grouped / self._slower
+        each = mixture.num_experts / self.degrees.expert
+        uneven = 1.0 if self.degrees.expert == 1 or mixture.force_load_balance else 1.0 + IMBALANCE / each**0.5
+        rows = self.routed_rows * uneven
+        # Weights must be read once, however few rows there are.
+        read = self.gpu.moved_seconds(2.0 * each * sum(one.columns * one.inner for one in kind.experts))
+        forward = max(rows * flops / rate, read / self.degrees.expert_tensor)
+        return forward, 2.0 * forward
+
+    def _attention(self) -> tuple[float, float]:
+        model, shares = self.load.model, self.gpu.shares
+        key, value = model.head_widths
+        length = self.load.seq_len
+        share = shares.attention_narrow if key <= 64 else shares.attention if key <= 128 else shares.attention_wide
+        if model.attention == "flex" and not (self.flash and model.within_documents):
+            share *= shares.flex * (shares.cudnn if self.flash else 1.0)
+        elif not self.flash:
+            share *= shares.cudnn if key <= 128 else shares.cudnn_wide
+        if self.degrees.context > 1:
+            share *= shares.context
+        share *= length / (length + SHORT_SEQUENCE) * (8192 + SHORT_SEQUENCE) / 8192
+        seen = min(length, model.fixed_block or length)
+        flops = self.tokens * seen * (key + value) * model.n_heads / self.degrees.tensor  # 2, halved by the mask
+        seconds = flops / (self.gpu.bf16 * share)
+        seconds *= self._slower
+        return seconds, ATTENTION_BACKWARD * seconds
+
+    def _memory(self, kind: BlockKind) -> tuple[float, float]:
+        cut = Slice(
+            tokens=self.tokens,
+            tensor=self.degrees.tensor,
+            element_bytes=BYTES[self.load.precision.compute],
+            compiled=self.load.compiled_blocks,
+            expert=self.degrees.expert,
+            expert_tensor=self.degrees.expert_tensor,
+        )
+        kept = float(self.load.model.saved_by_block(cut).whole)
+        rows = 0.0
+        if kind.experts:
+            rows = self.routed_rows * self.load.model.dim * cut.element_bytes
+        slower = 1.0 if self.load.compiled_blocks else EAGER_PASSES
+        forward = slower * PASSES_FORWARD * kept + PERMUTES_FORWARD * rows
+        backward = slower * PASSES_BACKWARD * kept + PERMUTES_BACKWARD * rows
+        return self.gpu.moved_seconds(forward), self.gpu.moved_seconds(backward)
