@@ -188,7 +188,7 @@ def _published() -> Iterator[Row]:
     context = {"context": 2, **never}
     full, third = "recompute=full", "recompute=selective"
     small, old, bad = {"vocab_size": 163840}, "Megatron-Bridge PR 5021", GRAND_TETON
-    trainy = "torchtitan, Trainy"
+    trainy, asynchronous = "torchtitan, Trainy", "torchtitan, async TP"
     automodel = "NeMo Automodel performance summary"
     thirty, giant = "model=qwen3_30b_a3b", "model=deepseek_v3_671b"
     seventy, largest = ("model=llama3_70b", FP8, full), ("model=llama3_405b", FP8, full)
@@ -207,7 +207,7 @@ def _published() -> Iterator[Row]:
         ("8B bf16 128 GPUs", 6_514, (*eight, third), {"shard": 128}, (8192, 2, 256), bad, titan, {}),
         ("8B fp8 8 GPUs", 8_532, (*LLAMA, GATHER, third), {"shard": 8}, (8192, 2, 16), bad, titan, {}),
         ("8B fp8 128 GPUs", 8_380, (*LLAMA, GATHER, third), {"shard": 128}, (8192, 2, 256), bad, titan, {}),
-        ("8B bf16 64 GPUs, TP8", 4_378, eight, {"shard": 8, "tensor": 8}, (8192, 1, 8), bad, "torchtitan, async TP", {}),
+        ("8B bf16 64 GPUs, TP8", 4_378, eight, {"shard": 8, "tensor": 8}, (8192, 1, 8), bad, asynchronous, {}),
         ("70B fp8 256 GPUs, TP8", 829, seventy, {"shard": 32, "tensor": 8}, (8192, 16, 512), bad, titan, {}),
         ("405B fp8 512 GPUs, 1F1B", 100, largest, deep, (8192, 1, 256), bad, titan, {}),
         ("405B fp8 512 GPUs, interleaved", 128, largest, {**deep, **INTERLEAVED}, (8192, 1, 256), bad, titan, {}),

@@ -144,16 +144,21 @@ class ModelConfig(Config):
 
     def problems(self, layout: Layout) -> list[str]:
         """Why this model cannot run in this layout: key, value, rule, nearest legal value."""
-        found = [
-            f"parallel.tensor={layout.tensor} does not divide model.{key}={size} ({divisors(size, layout.tensor)})"
-            for key, size in self.cut_by_tensor().items()
-            if size % layout.tensor
-        ]
+        found = self.problems_of_shape(layout)
         if layout.tensor > 1 and (without := self.without_role()):
             found.append(
                 f"parallel.tensor={layout.tensor} finds no role for {some(without)}: {type(self).__name__}.roles must "
                 "say how each module is cut; pass parallel.tensor=1"
             )
+        return found
+
+    def problems_of_shape(self, layout: Layout) -> list[str]:
+        """Those of sizes alone, which a search asks of thousands of layouts."""
+        found = [
+            f"parallel.tensor={layout.tensor} does not divide model.{key}={size} ({divisors(size, layout.tensor)})"
+            for key, size in self.cut_by_tensor().items()
+            if size % layout.tensor
+        ]
         if self.mixture is not None:
             found += self.mixture.problems(layout, self.dim)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config.tree import identity
-from tests.cluster.facts import NO_FACTS
+from src.planning.time.site import NO_FACTS
 
 HERE = Path(__file__).resolve().parents[2]
 

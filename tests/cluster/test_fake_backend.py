@@ -17,10 +17,10 @@ from src.cluster.backend import Backend, QueueBackend
 from src.cluster.local.config import Local
 from src.cluster.slurm.config import Slurm
 from src.errors import FolderError
+from src.planning.time.site import NO_FACTS
 from src.runs.folder import attempts
 from src.runs.lock import Lock
 from src.runs.submissions import submissions
-from tests.cluster.facts import NO_FACTS
 from tests.cluster.fake_backend import Fake, FakeScheduler
 from tests.end_to_end.lives import HOME, TINY, write_text
 

@@ -13,9 +13,9 @@ from src.cluster.local.config import Local, LocalDevices
 from src.cluster.local.side_by_side import Node, Pack, PackedRun
 from src.cluster.slurm.packing import PackedJob, filled, whole_node
 from src.errors import PlanError
+from src.planning.time.site import NO_FACTS
 from src.runs.records import CANCEL_FILE, SUBMISSIONS_FILE
 from src.storage.json_lines import Lines
-from tests.cluster.facts import NO_FACTS
 
 NODE = Node(gpus=("4", "5", "6", "7"), cores=tuple(range(10, 18)), cpu=False, grace_seconds=5.0)
 

@@ -17,9 +17,8 @@ from src.planning.time.collectives import (
     send_seconds,
 )
 from src.planning.time.devices import GPUS
-from src.planning.time.site import SiteFacts, recognised
+from src.planning.time.site import NO_FACTS, SiteFacts, recognised
 from src.planning.time.step import Question, StepTime, step_time
-from tests.cluster.facts import NO_FACTS
 from tests.train.runs import Gpus, changed, make_run, section
 
 GB = 1e9

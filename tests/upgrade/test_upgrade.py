@@ -112,8 +112,9 @@ def strangers(cls: type[Config], values: Mapping[str, Any], path: str) -> Iterat
             yield f"{path}.{key}"
         elif isinstance(value, Mapping):
             kind = cls.model_fields[key].annotation
-            (inner,) = (each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, Config))
-            yield from strangers(inner, value, f"{path}.{key}")
+            for each in (kind, *get_args(kind)):
+                if isinstance(each, type) and issubclass(each, Config):
+                    yield from strangers(each, value, f"{path}.{key}")
 
 
 @pytest.mark.parametrize(("section", "target", "keys"), CLASSES)

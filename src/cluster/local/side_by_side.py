@@ -18,6 +18,7 @@ from src.cluster.batch_system import batch_system
 from src.cluster.local.board import Board
 from src.cluster.local.config import Local
 from src.metrics.alerts.send import options_of, tell_end
+from src.planning.time.site import NO_FACTS
 from src.runs.folder import RunFolder, attempts, log_folder
 from src.runs.records import CANCEL_FILE
 from src.storage.atomic_write import atomic_write
@@ -194,9 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="the node gives the run no GPU")
     given = parser.parse_args(arguments)
     end_with(given.launcher)
-    local = Local(
-        gpus=0 if given.cpu else None, gpu_memory_gib=None, threads=None, grace_seconds=given.grace, at_once=None
-    )
+    gpus = 0 if given.cpu else None
+    local = Local(gpus=gpus, gpu_memory_gib=None, threads=None, grace_seconds=given.grace, at_once=None, **NO_FACTS)
     with RunFolder.rejoin(given.folder, given.code, batch_system()) as folder:
         outcome = local.submit(folder, given.world)
     if (options := options_of(given.folder)) is not None:

@@ -1,6 +1,6 @@
 """Facts of a site that predicted times depend on: the part of the section `cluster` that all clusters share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -21,6 +21,18 @@ RECOGNISED: tuple[tuple[tuple[int, int], float, str], ...] = (
 
 Factor = Annotated[float, Field(ge=0.01, le=100.0)]
 Factors = dict[str, Factor]
+
+
+# Of a site about which nothing is known, as conf/cluster has them.
+NO_FACTS: dict[str, Any] = {
+    "gpu_model": None,
+    "link_gib_per_second": 46.6,
+    "link_microseconds": 12.0,
+    "time_factors": {},
+    "gpu_watts": None,
+    "price_per_gpu_hour": None,
+    "mtbf_hours_per_gpu": None,
+}
 
 
 class SiteFacts(Config):

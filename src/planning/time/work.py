@@ -56,7 +56,7 @@ class Work:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, each.name) for each in fields(self))
+        return float(sum(getattr(self, each.name) for each in fields(self)))
 
     @property
     def computed(self) -> float:
@@ -130,7 +130,7 @@ def shape_of(model: ModelConfig) -> Shape:
 
 
 def _kind(weights: Iterable[Weight]) -> BlockKind:
-    products, experts = [], []
+    products, experts = list[Product](), list[Product]()
     for weight in weights:
         if len(weight.shape) < 2 or not weight.multiplications:
             continue
