@@ -184,7 +184,7 @@ def _published() -> Iterator[Row]:
     h100, h200 = GPUS["H100"], GPUS["H200"]
     never = {"reshard": "never"}
     eight, nemo, bridge = (*LLAMA, BF16), "NVIDIA dgxc-benchmarking 25.04.01", "Megatron-Bridge performance summary"
-    titan = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
+    titan = "torchtitan, llama3_h100_202412"
     context = {"context": 2, **never}
     full, third = "recompute=full", "recompute=selective"
     small, old, bad = {"vocab_size": 163840}, "Megatron-Bridge PR 5021", GRAND_TETON

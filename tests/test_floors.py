@@ -224,12 +224,20 @@ def test_every_rank_has_one_entry() -> None:
 
 
 def test_the_plan_is_computed_by_the_launcher_alone() -> None:
-    """Ranks read plan.json: of src.planning they know the class that reads it, and what fills in recompute=auto."""
+    """Ranks read plan.json: of src.planning they know the class that reads it, and what fills in recompute=auto.
+
+    A cluster also has the facts of its site.
+    """
     planners = ("src.planning", "src.launch", "launch")
     modules = {name(file) for file in FILES}
     others = [file for file in FILES if not within(name(file), planners)]
     known = {each for file in others for _, each in named(file, types=True) if within(each, "src.planning")}
-    assert known - modules == {"src.planning.plan.Plan", "src.planning.recompute_choice.resolve_auto_recompute"}
+    assert known - modules == {
+        "src.planning.plan.Plan",
+        "src.planning.recompute_choice.resolve_auto_recompute",
+        "src.planning.time.site.NO_FACTS",
+        "src.planning.time.site.SiteFacts",
+    }
     made = [name(file) for file in FILES for node in ast.walk(parsed(file)) if _calls(node, "Plan")]
     assert made == ["src.planning.plan"]
 
