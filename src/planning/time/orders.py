@@ -94,7 +94,7 @@ def _weights_later(order: list[Operation], lag: int) -> list[Operation]:
     return [*found, *waiting]
 
 
-class _Writer:
+class _OrderWriter:
     """Appends the next operation of a kind to each of the two stages of a rank."""
 
     def __init__(self, mine: tuple[int, ...]) -> None:
@@ -115,7 +115,7 @@ class _Writer:
 def _zero_bubble_v(mine: tuple[int, ...], rank: int, ranks: int, micro_batches: int) -> list[Operation]:
     """Down the V until its far end answers, then three passes of each arm in turn, then what is left of weights."""
     most = max(2 * ranks - 1, micro_batches)  # the order is that of a full pipeline; what there is not is left out
-    write = _Writer(mine)
+    write = _OrderWriter(mine)
     for _ in range(2 * (ranks - rank) - 1):
         write.add(0, "F")
     for _ in range(rank):
@@ -141,7 +141,7 @@ def _zero_bubble_v(mine: tuple[int, ...], rank: int, ranks: int, micro_batches: 
 
 def _dual_pipe_v(mine: tuple[int, ...], rank: int, ranks: int, micro_batches: int) -> list[Operation]:
     """Eight phases of arXiv 2412.19437; a forward and a backward that it overlaps stand one after the other."""
-    write, waiting = _DualWriter(mine), ranks - rank - 1
+    write, waiting = _DualOrderWriter(mine), ranks - rank - 1
     for _ in range(2 * waiting):
         write.add(0, "F")
     for _ in range(rank + 1):
@@ -173,7 +173,7 @@ def _dual_pipe_v(mine: tuple[int, ...], rank: int, ranks: int, micro_batches: in
     return write.order
 
 
-class _DualWriter(_Writer):
+class _DualOrderWriter(_OrderWriter):
     """Keeps the passes of weights that wait, oldest first; both kinds of backward count the same micro-batches."""
 
     def __init__(self, mine: tuple[int, ...]) -> None:
