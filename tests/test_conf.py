@@ -153,7 +153,7 @@ def test_a_layout_is_what_its_name_says(option: str) -> None:
     degrees = {key: value for key, value in offered(f"parallel={option}")["parallel"].items() if type(value) is int}
     words = {"tp": "tensor", "fsdp": "shard", "ddp": "replicate", "cp": "context", "pp": "pipeline", "ep": "expert"}
     said: dict[str, int] = {}
-    for part in option.removeprefix("async_").split("_") if option != "single" else []:
+    for part in option.removeprefix("async_").split("_") if option not in ("single", "auto") else []:
         if grid := re.fullmatch(r"hsdp(\d+)x(\d+)", part):
             said |= {"replicate": int(grid[1]), "shard": int(grid[2])}
         else:

@@ -11,16 +11,20 @@ from pathlib import Path
 
 from src.config.groups import SECTIONS
 from src.config.tree import SITE, Tree, read
+from src.launch.auto_layout import decided
 from src.runs.folder import may_change
 from src.tasks import source
 from src.tasks.inherit import take
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """`src.tasks.source.completed`, but for a run that shall go on as it was. ConfigError, CheckpointError."""
+    """`src.tasks.source.completed` and what parallel=auto stands for, but for a run that shall go on as it was.
+
+    ConfigError, CheckpointError, PlanError.
+    """
     recorded = _recorded(tree, typed)
     if recorded is None:
-        return source.completed(tree, typed)
+        return decided(source.completed(tree, typed), typed)
     changes = [f"{key}={text}" for key, text in typed.items() if key not in ("folder", "dry_run")]
     told = f", with {' '.join(changes)}" if changes else ""
     print(f"as {tree['folder']} was{told}", file=sys.stderr)

@@ -5,6 +5,7 @@ Every coefficient that is a judgement and not arithmetic is a named constant her
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil, prod
 
 from src.distributed.parallel_dims import ParallelDims
@@ -87,19 +88,25 @@ class Memory:
 
 def estimate(load: Load) -> Memory:
     """Tensors of the fullest rank; legal or not, so that a refusal can say what a change would free."""
+    parts = _local_weights(load.model, load.degrees, load.optim)
     degrees = load.degrees
-    parts = [
-        _LocalWeight(
-            weight,
-            module_of(weight.name),
-            weight.local_elements(degrees),
-            prod(weight.gathered_shape(degrees)),
-            local_state_bytes(load.optim, weight, degrees),
-        )
-        for weight in load.model.weights()
-    ]
     ranks = shares(degrees, load.model.n_layers, load.micro_batches)
     return max((_of_rank(load, share, _Weights(parts, share)) for share in ranks), key=lambda memory: memory.peak)
+
+
+@lru_cache(maxsize=8)
+def _local_weights(model: ModelConfig, degrees: ParallelDims, optim: Optimizer) -> "list[_LocalWeight]":
+    """All weights on the fullest rank. Blocks repeat: each kind of weight is counted once."""
+    counted: dict[tuple[object, ...], tuple[int, int, int]] = {}
+    found = []
+    for weight in model.weights():
+        kind = (weight.name.partition(".")[0], weight.name.split(".", 2)[-1], weight.shape)
+        if kind not in counted:
+            gathered = prod(weight.gathered_shape(degrees))
+            state = local_state_bytes(optim, weight, degrees)
+            counted[kind] = weight.local_elements(degrees), gathered, state
+        found.append(_LocalWeight(weight, module_of(weight.name), *counted[kind]))
+    return found
 
 
 def local_state_bytes(optim: Optimizer, weight: Weight, degrees: ParallelDims) -> int:

@@ -104,10 +104,10 @@ def step_time(question: Question) -> StepTime:
 
 
 def least_seconds(question: Question) -> float:
-    """Less than `step_time`, and sooner known: no bubble, no recomputation, every collective of FSDP hidden."""
-    step = _Step(replace(question, load=question.load.changed(recompute=NONE)))
-    totals = [stage.forward.total + stage.backward.total for stage in step.stages]
-    return question.load.micro_batches * max(max(totals), sum(totals) / question.load.degrees.pipeline)
+    """About the least that `step_time` can be with any recomputation, and sooner known: nothing is computed again,
+    and a pipeline only fills and empties once.
+    """
+    return _Step(replace(question, load=question.load.changed(recompute=NONE)), simulate=False).answer().seconds
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class _Stage:
 
 
 class _Step:
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, *, simulate: bool = True) -> None:
+        self.simulate = simulate
         self.load, self.gpu, self.fabric = question.load, question.gpu, question.fabric
         self.degrees, self.shape = self.load.degrees, shape_of(self.load.model)
         self.graph = question.graph
@@ -259,6 +260,10 @@ class _Step:
             (only,) = self.stages
             total = self.load.micro_batches * (only.forward.total + only.backward.total)
             return Makespan(total, total)
+        if not self.simulate:
+            totals = [stage.forward.total + stage.backward.total for stage in self.stages]
+            work = self.load.micro_batches * self._per_rank * max(totals)
+            return Makespan(work + (self.degrees.pipeline - 1) * min(totals), work)
         return makespan(
             self.degrees.pipeline_schedule,
             self.degrees.pipeline,

@@ -1,0 +1,185 @@
+"""The fastest layouts of a number of GPUs: every legal product of degrees, schedule and micro-batch that is left open,
+with the least recomputation that fits, in the order of predicted time.
+
+What cannot fit goes first, by the bytes of weights and state alone. What is left is ordered by a time that hardly any
+exact one beats, and looked at exactly until the best are known.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
+from itertools import product
+
+from src.distributed.parallel_dims import ParallelDims, ScheduleName
+from src.distributed.pipeline import stages
+from src.distributed.precision.config import BYTES
+from src.distributed.recompute import Recompute
+from src.planning.memory import RUNTIME_BYTES, Load, estimate
+from src.planning.recompute_choice import LADDER
+from src.planning.time.step import Question, StepTime, least_seconds, state_bytes, step_time
+from src.planning.time.work import shape_of
+
+MICRO_BATCHES = (1, 2, 4)  # sequences
+LONG_SEQUENCE = 32_768  # tokens from which on a sequence is cut though there is batch enough
+INTERLEAVED = (2, 4)  # stages of a rank
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the search may choose. A degree that is given stays; so do recomputation and micro-batch."""
+
+    gpus: int
+    degrees: Mapping[str, int]
+    micro_batch: int | None
+    recompute: Recompute | None
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits, with its time."""
+
+    load: Load
+    step: StepTime
+    peak: int  # bytes of the fullest GPU
+
+    @property
+    def text(self) -> str:
+        """In the words of the command line."""
+        degrees = self.load.degrees
+        words = [f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1]
+        words += [f"expert={degrees.expert}"] if degrees.expert > 1 else []
+        words += [degrees.pipeline_schedule] if degrees.pipeline > 1 else []
+        words += [f"layers_per_stage={degrees.layers_per_stage}"] if degrees.layers_per_stage else []
+        words += ["reshard=never"] if degrees.reshard == "never" else []
+        return " ".join([*words, f"micro_batch={self.load.micro_batch}", f"recompute={self.load.recompute}"])
+
+
+def best(question: Question, space: Space, limit_bytes: int | None, count: int = 5) -> list[Found]:
+    """The `count` fastest layouts, fastest first; none where nothing fits. `question`: of the run on any layout."""
+    room = limit_bytes if limit_bytes is not None else 2**62
+    heap: list[tuple[float, int, Question, Found | None]] = []
+    for number, load in enumerate(_loads(question.load, space)):
+        if _least_bytes(load) <= room:
+            asked = replace(question, load=load)
+            heap.append((least_seconds(asked), number, asked, None))
+    heapify(heap)
+    found: list[Found] = []
+    while heap and len(found) < count:
+        _, number, asked, known = heappop(heap)
+        if known is not None:
+            found.append(known)
+            continue
+        if (exact := _exact(asked, space, room)) is not None:
+            heappush(heap, (exact.step.seconds, number, asked, exact))
+    return found
+
+
+def _exact(question: Question, space: Space, room: int) -> Found | None:
+    """With the least recomputation that fits; None: nothing does."""
+    load = question.load
+    ladder: Sequence[Recompute] = LADDER if space.recompute is None else (space.recompute,)
+    if load.degrees.splits_backward:
+        ladder = ladder[:1]
+    if estimate(load.changed(recompute=ladder[-1])).peak > room:
+        return None
+    for option in ladder:
+        changed = load.changed(recompute=option)
+        peak = estimate(changed).peak
+        if peak <= room:
+            return Found(changed, step_time(replace(question, load=changed)), peak)
+    return None
+
+
+def _least_bytes(load: Load) -> int:
+    """That no rank of the layout can do without: its share of weights, gradients and state, and gathered weights."""
+    shape, degrees = shape_of(load.model), load.degrees
+    dense = (sum(shape.dense) + shape.embedding + shape.head) / degrees.tensor / degrees.pipeline
+    routed = sum(shape.routed) / (degrees.expert * degrees.expert_tensor) / degrees.pipeline
+    here = dense / degrees.fsdp + routed / degrees.expert_shard
+    storage, compute = BYTES[load.precision.storage], BYTES[load.precision.compute]
+    resting = here * (2 * storage + state_bytes(load.optim, load.model))
+    gathered = 0.0 if degrees.reshards_after_forward else (dense + routed) * compute
+    if degrees.pipeline > 1:
+        gathered += (dense + routed) * BYTES[load.precision.reduce]
+    return int(resting + gathered) + RUNTIME_BYTES
+
+
+def _loads(load: Load, space: Space) -> Iterator[Load]:
+    """Legal ones, as far as models, batches and schedules say."""
+    for degrees in _layouts(load, space):
+        if load.model.problems_of_shape(degrees):
+            continue
+        for size in (space.micro_batch,) if space.micro_batch else MICRO_BATCHES:
+            together = size * degrees.data_ranks
+            if space.global_batch % together or load.seq_len % _parts(degrees):
+                continue
+            numbers = space.global_batch // together
+            for each in _schedules(load, degrees):
+                if not stages.problems(each, load.model.n_layers, numbers):
+                    yield load.changed(degrees=each, micro_batch=size, micro_batches=numbers)
+
+
+def _parts(degrees: ParallelDims) -> int:
+    return degrees.tensor * (2 * degrees.context if degrees.context > 1 else 1)
+
+
+def _layouts(load: Load, space: Space) -> Iterator[ParallelDims]:
+    """Products of powers of two, and of what the number of GPUs leaves for data ranks."""
+    base = load.degrees
+
+    def choices(name: str, legal: Sequence[int]) -> Sequence[int]:
+        return (space.degrees[name],) if name in space.degrees else legal
+
+    for tensor, pipeline in product(choices("tensor", _powers(8)), choices("pipeline", _powers(64))):
+        scarce = space.gpus // (tensor * pipeline) > space.global_batch
+        cuts = _powers(64) if scarce or load.seq_len >= LONG_SEQUENCE else (1,)
+        for context in choices("context", cuts):
+            data, rest = divmod(space.gpus, tensor * pipeline * context)
+            if rest or not data:
+                continue
+            for shard in choices("shard", _shards(data)):
+                replicate, rest = divmod(data, shard)
+                if rest or space.degrees.get("replicate", replicate) != replicate:
+                    continue
+                experts = _powers(min(256, shard * context * tensor)) if load.model.routed else (1,)
+                for expert in choices("expert", experts):
+                    yield base.model_copy(
+                        update={
+                            "tensor": tensor,
+                            "pipeline": pipeline,
+                            "context": context,
+                            "shard": shard,
+                            "replicate": replicate,
+                            "expert": expert,
+                            "expert_tensor": tensor if expert == 1 else 1,
+                        }
+                    )
+
+
+def _powers(most: int) -> tuple[int, ...]:
+    return tuple(2**power for power in range(most.bit_length()) if 2**power <= most)
+
+
+def _shards(data: int) -> tuple[int, ...]:
+    """Of data ranks: all of them, and parts of 8 and 64, whose gathers stay near."""
+    return tuple(dict.fromkeys(each for each in (data, 64, 8, 1) if data % each == 0))
+
+
+def _schedules(load: Load, degrees: ParallelDims) -> Iterator[ParallelDims]:
+    if degrees.pipeline == 1:
+        yield degrees.model_copy(update={"pipeline_schedule": "1F1B", "layers_per_stage": None, "reshard": "default"})
+        if degrees.fsdp > 1:
+            yield degrees.model_copy(update={"pipeline_schedule": "1F1B", "layers_per_stage": None, "reshard": "never"})
+        return
+    yield _with(degrees, "1F1B", None)
+    units = load.model.n_layers + degrees.first_stage_less + degrees.last_stage_less
+    for each in INTERLEAVED:
+        yield _with(degrees, "Interleaved1F1B", -(-units // (each * degrees.pipeline)))
+    if not load.compiled_blocks:
+        yield _with(degrees, "ZBVZeroBubble", None)
+
+
+def _with(degrees: ParallelDims, schedule: ScheduleName, layers: int | None) -> ParallelDims:
+    changes = {"pipeline_schedule": schedule, "layers_per_stage": layers, "reshard": "default"}
+    return degrees.model_copy(update=changes)
