@@ -126,7 +126,7 @@ def _parts(degrees: ParallelDims) -> int:
 
 def _layouts(load: Load, space: Space) -> Iterator[ParallelDims]:
     """Products of powers of two, and of what the number of GPUs leaves for data ranks."""
-    base = load.degrees
+    base, routed = load.degrees, load.model.routed
 
     def choices(name: str, legal: Sequence[int]) -> Sequence[int]:
         return (space.degrees[name],) if name in space.degrees else legal
@@ -142,7 +142,7 @@ def _layouts(load: Load, space: Space) -> Iterator[ParallelDims]:
                 replicate, rest = divmod(data, shard)
                 if rest or space.degrees.get("replicate", replicate) != replicate:
                     continue
-                experts = _powers(min(256, shard * context * tensor)) if load.model.routed else (1,)
+                experts = _powers(min(256, shard * context * tensor)) if routed else (1,)
                 for expert in choices("expert", experts):
                     yield base.model_copy(
                         update={
@@ -152,7 +152,7 @@ def _layouts(load: Load, space: Space) -> Iterator[ParallelDims]:
                             "shard": shard,
                             "replicate": replicate,
                             "expert": expert,
-                            "expert_tensor": tensor if expert == 1 else 1,
+                            "expert_tensor": tensor if routed and expert == 1 else 1,
                         }
                     )
 

@@ -95,17 +95,17 @@ def estimate(load: Load) -> Memory:
 
 
 @lru_cache(maxsize=8)
-def _local_weights(model: ModelConfig, degrees: ParallelDims, optim: Optimizer) -> "list[_LocalWeight]":
-    """All weights on the fullest rank. Blocks repeat: each kind of weight is counted once."""
+def _local_weights(model: ModelConfig, degrees: ParallelDims, optim: Optimizer) -> "dict[str, list[_LocalWeight]]":
+    """All weights on the fullest rank, by module. Blocks repeat: each kind of weight is counted once."""
     counted: dict[tuple[object, ...], tuple[int, int, int]] = {}
-    found = []
+    found: dict[str, list[_LocalWeight]] = {}
     for weight in model.weights():
         kind = (weight.name.partition(".")[0], weight.name.split(".", 2)[-1], weight.shape)
         if kind not in counted:
             gathered = prod(weight.gathered_shape(degrees))
             state = local_state_bytes(optim, weight, degrees)
             counted[kind] = weight.local_elements(degrees), gathered, state
-        found.append(_LocalWeight(weight, module_of(weight.name), *counted[kind]))
+        found.setdefault(module_of(weight.name), []).append(_LocalWeight(weight, *counted[kind]))
     return found
 
 
@@ -162,7 +162,6 @@ class _LocalWeight:
     """A weight on the fullest rank."""
 
     weight: Weight
-    module: str
     local: int  # elements at rest
     gathered: int  # elements while it computes
     state: int  # bytes of the optimizer
@@ -171,8 +170,8 @@ class _LocalWeight:
 class _Weights:
     """Elements on one rank: its share, and each FSDP unit when gathered."""
 
-    def __init__(self, parts: list[_LocalWeight], share: StageShare) -> None:
-        here = [each for each in parts if each.module in share.modules]
+    def __init__(self, parts: "dict[str, list[_LocalWeight]]", share: StageShare) -> None:
+        here = [each for module, weights in parts.items() if module in share.modules for each in weights]
         self.local, self.state = sum(each.local for each in here), sum(each.state for each in here)
         self.shapes = {each.weight.name: each.weight.shape for each in here}
         self.units: dict[str, int] = {}

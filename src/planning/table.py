@@ -116,6 +116,12 @@ def _time(time: Prediction, plan: Plan) -> list[tuple[str, str]]:
     ]
     if time.money is not None:
         rows.append(("price", _interval(time.money, time.within)))
+    if (failures := time.failures) is not None:
+        rows += [
+            ("hours between failures of the run", f"{failures.hours_between:.3g}"),
+            ("best checkpoint.every", f"{failures.checkpoint_every:,} steps"),
+            ("goodput with that", f"{failures.goodput:.1%}"),
+        ]
     if not time.measured:
         rows.append(("evidence", f"datasheet of {time.gpu}, shares of an H200"))
     return rows

@@ -144,8 +144,8 @@ def test_the_plan_says_it() -> None:
 
 
 def test_it_comes_back_from_a_folder(tmp_path: Any) -> None:
-    run = make_run(EIGHT, site(), model="llama3_8b", parallel="fsdp8", precision="bf16", compile="blocks")
-    found = plan(run)
+    known = site(mtbf_hours_per_gpu=1000.0)
+    found = plan(make_run(EIGHT, known, model="llama3_8b", parallel="fsdp8", precision="bf16", compile="blocks"))
     (tmp_path / "plan.json").write_text(found.to_json())
     assert Plan.read(tmp_path) == found
 
@@ -169,3 +169,19 @@ def test_factors_of_a_site() -> None:
     assert after.step.products == pytest.approx(2 * before.step.products, rel=0.05)
     with pytest.raises(ValueError, match="'product' is no share of a device; there are products, "):
         site(time_factors={"product": 0.5})
+
+
+def test_failures_and_what_to_do_about_them() -> None:
+    """Of 64 GPUs with 6,400 hours each, one fails every 100 hours; ten times as many failures ask for more saves."""
+    run = make_run(EIGHT, site(mtbf_hours_per_gpu=6400.0), model="llama3_8b", parallel="tp8_fsdp8", precision="bf16",
+                   compile="blocks")  # fmt: skip
+    rare, often = (plan(replace(run, cluster=site(mtbf_hours_per_gpu=hours))).time for hours in (6400.0, 640.0))
+    assert rare is not None
+    assert often is not None
+    assert rare.failures is not None
+    assert often.failures is not None
+    assert rare.failures.hours_between == 100.0
+    assert often.failures.checkpoint_every < rare.failures.checkpoint_every
+    assert often.failures.goodput < rare.failures.goodput < 1.0
+    wanted = (2 * rare.failures.save_seconds * 360_000.0) ** 0.5 / rare.step.seconds
+    assert rare.failures.checkpoint_every == pytest.approx(wanted, rel=0.1)

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from src.planning.memory import Load
+from src.planning.memory import Load, estimate
+from src.planning.time.failures import best_interval, goodput
 from src.planning.time.site import SiteFacts
 from src.planning.time.step import Question, StepTime, step_time
 from src.run import Run
@@ -12,6 +13,21 @@ from src.runs.cluster import Devices
 # Half of the interval in which the truth is expected: docs/predicted_time.md has the rows. On a device that was
 # measured and in one node the worst of four GPUs is 8 % off; elsewhere it is held against figures of other people.
 NEAR, FAR = 0.12, 0.25
+
+
+# Seconds that a save stops training for: weights and state leave the GPU at so many bytes/s. Stated, not measured.
+SAVED_PER_SECOND = 10 * 2**30
+RESTART_SECONDS = 300.0  # from a failure to the next step: a start, its imports, a load, kernels from the cache. Stated
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What failures cost a run that saves as often as is best for it: failures.py."""
+
+    hours_between: float  # of the whole run
+    save_seconds: float
+    checkpoint_every: int  # steps
+    goodput: float  # share of all hours that are steps which are kept, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class Prediction:
     gpu_hours: float
     kilowatt_hours: float  # of the GPUs' boards alone
     money: float | None  # in the currency of cluster.price_per_gpu_hour
+    failures: Failures | None  # None: cluster.mtbf_hours_per_gpu is not known
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the sum of the step's parts."""
@@ -37,7 +54,8 @@ class Prediction:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
         step = StepTime(**{each.name: values["step"][each.name] for each in fields(StepTime)})
-        return cls(**values | {"step": step})
+        failed = values["failures"]
+        return cls(**values | {"step": step, "failures": None if failed is None else Failures(**failed)})
 
 
 def predict(run: Run, load: Load, devices: Devices | None) -> Prediction | None:
@@ -65,4 +83,14 @@ def predict(run: Run, load: Load, devices: Devices | None) -> Prediction | None:
         gpu_hours=hours * world,
         kilowatt_hours=hours * world * (site.gpu_watts or gpu.watts) / 1000.0,
         money=None if price is None else price * hours * world,
+        failures=_failures(site, load, world, step.seconds),
     )
+
+
+def _failures(site: SiteFacts, load: Load, world: int, step_seconds: float) -> Failures | None:
+    if site.mtbf_hours_per_gpu is None:
+        return None
+    hours, memory = site.mtbf_hours_per_gpu / world, estimate(load)
+    save, mtbf = (memory.parameters + memory.optimizer) / SAVED_PER_SECOND, 3600.0 * hours
+    every = max(1, round(best_interval(save, mtbf) / step_seconds))
+    return Failures(hours, save, every, goodput(every * step_seconds, save, RESTART_SECONDS, mtbf))

@@ -202,10 +202,9 @@ class _Step:
 
     def answer(self) -> StepTime:
         numbers = self.load.micro_batches
-        busiest = max(self.stages, key=lambda stage: stage.forward.total + stage.backward.total)
-        each = self._of_rank()
+        each = self._fullest(self._ranks)
         traffic, copies = self._traffic(each)
-        both = (busiest.forward + busiest.backward) * (numbers * self._per_rank)
+        both = self._busiest * numbers
         span = self._makespan()
         room = both.computed
         beside = min(traffic, room)
@@ -231,21 +230,23 @@ class _Step:
             hidden=max(0.0, traffic - exposed),
         )
 
-    @property
-    def _per_rank(self) -> int:
-        return len(self.stages) // self.degrees.pipeline
+    @cached_property
+    def _ranks(self) -> list[list[_Stage]]:
+        """The stages of each rank of the pipeline."""
+        count, ranks, schedule = len(self.stages), self.degrees.pipeline, self.degrees.pipeline_schedule
+        if ranks == 1:
+            return [self.stages]
+        return [[self.stages[stage] for stage in stages.owned(rank, ranks, count, schedule)] for rank in range(ranks)]
 
-    def _of_rank(self) -> _Stage:
-        """The weights of the fullest pipeline rank: all of its stages."""
-        ranks = self.degrees.pipeline
-        owned = [
-            [
-                self.stages[stage]
-                for stage in stages.owned(rank, ranks, len(self.stages), self.degrees.pipeline_schedule)
-            ]
-            for rank in range(ranks)
-        ]
-        fullest = max(owned, key=lambda mine: sum(stage.dense + stage.routed for stage in mine))
+    @cached_property
+    def _busiest(self) -> Work:
+        """Of one micro-batch, both directions, on the rank of the pipeline that has the most."""
+        work = [sum((each.forward + each.backward for each in mine), Work()) for mine in self._ranks]
+        return max(work, key=lambda each: each.total)
+
+    def _fullest(self, ranks: list[list[_Stage]]) -> _Stage:
+        """The weights of the pipeline rank that has the most of them: of all of its stages."""
+        fullest = max(ranks, key=lambda mine: sum(stage.dense + stage.routed for stage in mine))
         return _Stage(
             sum(stage.blocks for stage in fullest),
             fullest[0].forward,
@@ -262,7 +263,7 @@ class _Step:
             return Makespan(total, total)
         if not self.simulate:
             totals = [stage.forward.total + stage.backward.total for stage in self.stages]
-            work = self.load.micro_batches * self._per_rank * max(totals)
+            work = self.load.micro_batches * self._busiest.total
             return Makespan(work + (self.degrees.pipeline - 1) * min(totals), work)
         return makespan(
             self.degrees.pipeline_schedule,

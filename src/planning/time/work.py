@@ -49,14 +49,14 @@ class Work:
     travel: float = 0.0  # and of rows that go to experts
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Work(*(getattr(self, name) + getattr(other, name) for name in PARTS))
 
     def __mul__(self, times: float) -> "Work":
-        return Work(*(getattr(self, each.name) * times for each in fields(self)))
+        return Work(*(getattr(self, name) * times for name in PARTS))
 
     @property
     def total(self) -> float:
-        return float(sum(getattr(self, each.name) for each in fields(self)))
+        return float(sum(getattr(self, name) for name in PARTS))
 
     @property
     def computed(self) -> float:
@@ -67,6 +67,9 @@ class Work:
     def matrices(self) -> float:
         """What slows down beside a collective."""
         return self.products + self.experts + self.loss + self.recompute
+
+
+PARTS = tuple(each.name for each in fields(Work))
 
 
 class Product(NamedTuple):
