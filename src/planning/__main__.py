@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from src.errors import UserError
-from src.planning.calibration import fit, measured
+from src.planning.time.calibration import fit, measured
 
 
 def main() -> int:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from src.errors import UserError
-from src.planning.calibration import Measured, fit, measured
 from src.planning.plan import load_of, plan
+from src.planning.time.calibration import Measured, fit, measured
 from src.planning.time.devices import GPUS, scaled
 from src.planning.time.prediction import Prediction
 from src.planning.time.step import Question, step_time
