@@ -8,6 +8,7 @@ import pytest
 import wandb
 import yaml
 
+from src.metrics.trackers.addresses import addresses
 from src.metrics.trackers.sync import main, offline
 
 STARTS = {1: 100.0, 2: 200.0, 3: 300.0}
@@ -22,6 +23,8 @@ class Server:
         self.down = False
         monkeypatch.setattr(wandb, "login", self.login)
         monkeypatch.setattr(wandb, "init", self.init)
+
+    url = "https://wandb.example/me/p/runs/1"
 
     def login(self, **_: object) -> bool:
         if self.down:
@@ -83,6 +86,8 @@ def test_offline_attempts_are_sent_once_into_the_runs_own_run(tmp_path: Path, se
     assert main([str(folder)]) == 0
     assert sent(server)[4:] == [(3, 5)]
     assert {each["id"] for each in server.begun} == {begun["id"]}
+    assert addresses(folder) == {"wandb": server.url}
+    assert len((folder / "trackers.jsonl").read_text().splitlines()) == 1
 
 
 def test_layers_with_experts_are_shown_in_groups(tmp_path: Path, server: Server) -> None:

@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from src.config.base import Config, Names
 from src.config.bounds import Seconds
+from src.metrics.trackers.addresses import note_address
 from src.runs.records import jobs
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import Lines
@@ -97,7 +98,10 @@ class WandbSink:
 
         if not wandb.login(prompt=False):
             raise wandb.Error("no key is configured")
-        return self._start("online")
+        run = self._start("online")
+        if run.url:
+            note_address(self._folder, self.name, run.url)
+        return run
 
     def _start(self, mode: str) -> Any:
         import wandb
