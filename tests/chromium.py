@@ -26,13 +26,6 @@ def program() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-def install() -> None:
-    """Debian's package, as root."""
-    for words in (("update",), ("install", "-y", "--no-install-recommends", "chromium")):
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "-qq", *words], check=True, stdout=subprocess.DEVNULL, env=environment)
-
-
 class Tab:
     """One page. Errors of its console, exceptions and loads that failed are in `errors`."""
 

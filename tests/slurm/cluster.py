@@ -80,13 +80,6 @@ def missing() -> str | None:
     return None
 
 
-def install() -> None:
-    """Debian's packages; 8 s where a mirror is near."""
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "slurm-wlm", "munge"]):
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-
-
 @dataclass
 class TestCluster:
     """Running daemons. Clients need `environment`."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.debian import install
 from tests.end_to_end.lives import series
-from tests.slurm.cluster import TestCluster, cluster, install, missing
+from tests.slurm.cluster import TestCluster, cluster, missing
 from tests.slurm.runs import Site
 
 
@@ -15,7 +16,7 @@ from tests.slurm.runs import Site
 def slurm() -> Iterator[TestCluster]:
     """On a laptop without SLURM these tests are skipped; in CI its absence is a failure."""
     if missing() is not None and "CI" in os.environ and os.geteuid() == 0:
-        install()
+        install("slurm-wlm", "munge")
     if (reason := missing()) is not None:
         if "CI" in os.environ:
             pytest.fail(reason)

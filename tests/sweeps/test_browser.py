@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from src.sweeps.commands import main
-from tests.chromium import Browser, browser, install, program
+from tests.chromium import Browser, browser, program
+from tests.debian import install
 from tests.sweeps.points import START, attempt, failed, finished, grid, train
 
 EVIL = "<img src=x onerror=console.error('run')></script>"
@@ -20,7 +21,7 @@ MIDDLE = "(({left, right, top, bottom}) => [(left + right) / 2, (top + bottom) /
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """On a laptop without Chromium these tests are skipped; in CI it is installed."""
     if program() is None and "CI" in os.environ and os.geteuid() == 0:
-        install()
+        install("chromium", recommended=False)
     if program() is None:
         reason = "no chromium here; apt-get install chromium"
         if "CI" in os.environ:
