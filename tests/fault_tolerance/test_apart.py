@@ -41,10 +41,10 @@ def told(found: Fleet, name: str) -> float:
     return series(found.folder, name)[STEPS]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_groups_do_what_is_written_out(ranks: RankPool, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "optim"), [*((name, "adamw") for name in METHODS), ("diloco", "normuon")])
+def test_two_groups_do_what_is_written_out(ranks: RankPool, tmp_path: Path, name: str, optim: str) -> None:
     method = METHODS[name]
-    with fleet(tmp_path, *ARGV, *method.keys(), min_groups=2) as found:
+    with fleet(tmp_path, *ARGV, *method.keys(), f"optim={optim}", min_groups=2) as found:
         found.start(0, 1)
         found.wait()
         (by_hand,) = ranks(1, simulate, found.folder, method, 2, {})

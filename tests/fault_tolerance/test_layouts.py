@@ -67,6 +67,22 @@ def test_a_late_group_is_healed_and_both_take_the_steps_of_one_run(
 
 
 @pytest.mark.slow
+def test_a_late_group_takes_over_muon_s_state(tmp_path: Path) -> None:
+    """Without the other's momenta and moments of rows its next update would be another."""
+    with fleet(tmp_path, *ARGV, "optim=normuon", "optim.lr=1e-2", "parallel=fsdp2", world=WORLD) as found:
+        found.start(0, troubles=[Trouble(3, "hold")])
+        found.reach(3, 0)
+        found.start(1)
+        found.one_asks()
+        found.go(3)
+        found.wait()
+        assert "healed in" in found.log(1)
+        assert list(losses(found.folder, 2)) == list(range(1, STEPS + 1))
+        check_equal(found)
+        assert audited(found.folder, STEPS, BATCH, WORLD)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), [("llama", "tp2"), ("deepseek", "fsdp2_ep2")])
 def test_groups_apart_do_what_is_written_out(ranks: RankPool, tmp_path: Path, model: str, layout: str) -> None:
     method, tiny = Method(4), MODELS[model]
