@@ -24,7 +24,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(text: tuple[str, ...], ranks: Ra
     assert told[0] == told[1]
     (problem,) = told[0]
     assert problem.startswith("step 2: loss ")
-    assert "over samples 4 to 7 (incidents.jsonl); the weights were not touched and there is no checkpoint yet" in problem
+    assert "over samples 4 to 7 (incidents.jsonl); the weights were not touched" in problem
+    assert "and there is no checkpoint yet" in problem
     (incident,) = incidents(folder)
     assert (incident["step"], incident["decision"], incident["samples"]) == (2, "stop", [4, 5, 6, 7])
     assert json.loads((folder / "attempts.jsonl").read_text().splitlines()[-1])["ended"] == "failed"
