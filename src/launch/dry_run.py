@@ -10,6 +10,7 @@ from src.cluster.backend import backend_of
 from src.config.composition.requests import ConfigPoint
 from src.config.tree import Tree
 from src.launch.start import by_cluster, shapes
+from src.storage.streams import reader_may_leave
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,13 +39,15 @@ def show(points: "Sequence[Checked]") -> list[str]:
     wanted = {point[2].dry_run for point in points}
     if "script" in wanted:
         texts = scripts([(tree, run, plan) for _, tree, run, plan in points])
-        print(*texts, sep="\n", end="")
+        with reader_may_leave():
+            print(*texts, sep="\n", end="")
         if not texts:
             print("dry_run=script: this cluster starts ranks itself, without a script", file=sys.stderr)
     built = [_rehearsed(run, plan) for _, _, run, plan in points]
     if "json" in wanted:
-        for (point, _, _, plan), each in zip(points, built, strict=True):
-            print(json.dumps(_answers(point, plan, each), indent=2))
+        with reader_may_leave():
+            for (point, _, _, plan), each in zip(points, built, strict=True):
+                print(json.dumps(_answers(point, plan, each), indent=2))
     if True in wanted:
         _tables(points, built)
     return [problem for each in built for rank in each or [] for problem in rank.problems]

@@ -21,6 +21,7 @@ from src.errors import FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
 from src.storage.atomic_write import atomic_write
+from src.storage.streams import reader_may_leave
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
@@ -212,11 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         ledger = Ledger.open(given.folder)
-        if given.command == "report":
-            return report(ledger, given.every)
         if given.command in some:
             return some[given.command](ledger, given.numbers)
-        return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)
+        with reader_may_leave():
+            if given.command == "report":
+                return report(ledger, given.every)
+            return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return error.exit_code
+    return 0

@@ -14,6 +14,7 @@ from src.errors import FolderError, UserError
 from src.runs.commands import find
 from src.runs.commands.filters import FACTS, chosen, conditions
 from src.runs.commands.summary import Summary, summaries
+from src.storage.streams import reader_may_leave
 
 METRIC = "metric="
 PAGE = "compare.html"
@@ -145,13 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for a mistake."""
     given = parser().parse_args(arguments)
     try:
-        return COMMANDS[given.command](given)
+        with reader_may_leave():
+            return COMMANDS[given.command](given)
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # `| head`
-        sys.stderr.close()
-        return 0
+    return 0
 
 
 def _root(given: argparse.Namespace) -> Path:
