@@ -21,7 +21,7 @@ from src.launch.as_it_was import completed
 from src.launch.dry_run import show
 from src.launch.start import EachOnce, Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
-from src.storage.streams import reader_may_leave
+from src.storage.streams import ReaderMayLeave
 from src.sweeps.grid import in_group, names, sweep, title
 from src.sweeps.search import search
 from src.version import VERSION
@@ -60,7 +60,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1
     try:
         if wants_help(sys.argv[1:]):
-            with reader_may_leave():
+            with ReaderMayLeave():
                 print(help_of(sys.argv[1:]))
             return 0
         question = asked(sys.argv[1:], completed)

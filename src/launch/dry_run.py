@@ -10,7 +10,7 @@ from src.cluster.backend import backend_of
 from src.config.composition.requests import ConfigPoint
 from src.config.tree import Tree
 from src.launch.start import by_cluster, shapes
-from src.storage.streams import reader_may_leave
+from src.storage.streams import ReaderMayLeave
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,13 +39,13 @@ def show(points: "Sequence[Checked]") -> list[str]:
     wanted = {point[2].dry_run for point in points}
     if "script" in wanted:
         texts = scripts([(tree, run, plan) for _, tree, run, plan in points])
-        with reader_may_leave():
+        with ReaderMayLeave():
             print(*texts, sep="\n", end="")
         if not texts:
             print("dry_run=script: this cluster starts ranks itself, without a script", file=sys.stderr)
     built = [_rehearsed(run, plan) for _, _, run, plan in points]
     if "json" in wanted:
-        with reader_may_leave():
+        with ReaderMayLeave():
             for (point, _, _, plan), each in zip(points, built, strict=True):
                 print(json.dumps(_answers(point, plan, each), indent=2))
     if True in wanted:

@@ -2,15 +2,21 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Ends the block quietly where nobody reads its output any more, as behind `| head`."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
+class ReaderMayLeave(AbstractContextManager[None, bool]):
+    """A block that ends quietly where nobody reads its output any more, as behind `| head`."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError as broken:
+            error = error or broken
+        if not isinstance(error, BrokenPipeError):
+            return False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        return True

@@ -21,7 +21,7 @@ from src.errors import FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
 from src.storage.atomic_write import atomic_write
-from src.storage.streams import reader_may_leave
+from src.storage.streams import ReaderMayLeave
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ledger = Ledger.open(given.folder)
         if given.command in some:
             return some[given.command](ledger, given.numbers)
-        with reader_may_leave():
+        with ReaderMayLeave():
             if given.command == "report":
                 return report(ledger, given.every)
             return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)

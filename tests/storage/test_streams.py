@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from src.storage.streams import reader_may_leave
+from src.storage.streams import ReaderMayLeave
 
 
 def test_a_reader_that_left_ends_the_block_and_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +14,7 @@ def test_a_reader_that_left_ends_the_block_and_is_no_error(monkeypatch: pytest.M
     done = []
     with os.fdopen(into, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with reader_may_leave():
+        with ReaderMayLeave():
             print("a line")
             stream.flush()
             done.append("more")
@@ -24,5 +24,5 @@ def test_a_reader_that_left_ends_the_block_and_is_no_error(monkeypatch: pytest.M
 
 
 def test_other_errors_are_told() -> None:
-    with pytest.raises(ConnectionResetError), reader_may_leave():
+    with pytest.raises(ConnectionResetError), ReaderMayLeave():
         raise ConnectionResetError

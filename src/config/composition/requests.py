@@ -24,7 +24,7 @@ from src.config.composition.resolution import resolve
 from src.config.groups import CONF, FROM, SHORT
 from src.config.tree import Tree
 from src.errors import ConfigError, UserError
-from src.storage.streams import reader_may_leave
+from src.storage.streams import ReaderMayLeave
 
 # From a resolved tree and what was typed to the tree that is meant, where a key stands for a file elsewhere.
 Complete = Callable[[Tree, Mapping[str, str]], Tree]
@@ -135,7 +135,7 @@ def _by_hydra(given: Sequence[str], points: "_Points") -> None:
         finally:
             sys.argv = before
     if shows:
-        with composer() as hydras, reader_may_leave():
+        with composer() as hydras, ReaderMayLeave():
             print(annotated(printed.getvalue(), hydras.origins(assignments(given))), end="")
 
 

@@ -14,7 +14,7 @@ from src.errors import FolderError, UserError
 from src.runs.commands import find
 from src.runs.commands.filters import FACTS, chosen, conditions
 from src.runs.commands.summary import Summary, summaries
-from src.storage.streams import reader_may_leave
+from src.storage.streams import ReaderMayLeave
 
 METRIC = "metric="
 PAGE = "compare.html"
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for a mistake."""
     given = parser().parse_args(arguments)
     try:
-        with reader_may_leave():
+        with ReaderMayLeave():
             return COMMANDS[given.command](given)
     except UserError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
