@@ -51,10 +51,11 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY) ## the documentation as a site in .site, every link checked
 	$(PY) -m mkdocs build --strict --quiet
 
+# Without --no-compile pip translates 21,500 modules on one core, 100 s; Python does it with those that are imported.
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -m pip install --quiet --no-compile --requirement requirements.txt
 	touch $@
 
 clean: ## removes .venv and caches, never runs/

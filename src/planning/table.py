@@ -8,7 +8,7 @@ from src.planning.advice import PARTS, told
 from src.planning.plan import Plan
 from src.planning.time.prediction import Prediction
 
-SOME = ("cache", "outer")  # parts that most runs do not have
+SOME = ("cache", "outer", "average")  # parts that most runs do not have
 
 
 def render(plan: Plan) -> Group:
