@@ -28,6 +28,7 @@ from src.config.groups import SECTIONS, options
 from src.config.tree import Tree, identity
 from src.errors import UserError
 from src.hugging_face import save  # noqa: F401  (seconds of importing, that no value is to blame for)
+from src.launch.auto_layout import decided
 from src.launch.dry_run import scripts
 from src.launch.start import checked, unfit
 from src.planning.plan import plan
@@ -134,6 +135,7 @@ def changed(tree: Any, path: tuple[str, ...], value: Any) -> Any:
 
 def answer(section: str, tree: Tree) -> None:
     """What launch.py does with a dry run, but for what it prints; the other sections are those of the defaults."""
+    tree = decided(tree, {})
     top = {key: value for key, value in tree.items() if key in Top.model_fields}
     run = Run.from_sections(default() | build({**top, section: tree[section]}, sections=(section,)))
     scripts([(tree, run, plan(run, None, None, unfit(run)))])
