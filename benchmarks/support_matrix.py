@@ -33,6 +33,7 @@ from benchmarks import history
 from src.config.build import build
 from src.config.composition.resolution import resolve
 from src.config.groups import CONF, options
+from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import SCHEDULES
 from src.distributed.process.rank_context import RankContext as Process
 from src.errors import UserError
@@ -136,7 +137,9 @@ def concern(file: str) -> str:
 
 def layouts(*, routed: bool = False) -> list[str]:
     """The presets that fit, the smallest first; those that spread experts for a `routed` model only."""
-    presets = {option: section("parallel", option) for option in options("parallel")}
+    sections = {option: section("parallel", option) for option in options("parallel")}
+    # parallel=auto chooses one of them.
+    presets = {option: each for option, each in sections.items() if type(each) is ParallelDims}
     most = MOST_RANKS_ROUTED if routed else MOST_RANKS
     fitting = [name for name, each in presets.items() if each.world <= most and (routed or each.expert == 1)]
     return sorted(fitting, key=lambda option: (presets[option].world, option))

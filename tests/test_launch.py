@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -241,7 +242,7 @@ def test_a_mistake_ends_with_code_2_without_traceback_torch_or_files(somewhere: 
 
 def test_the_first_rank_of_an_outer_launcher_tells_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=waited.append))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr(sys, "argv", ["launch.py", "modle=x"])

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -118,7 +117,6 @@ def test_what_does_not_arrive_is_sent_again_and_told_without_the_secret(
     folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     waits = list[float]()
-    monkeypatch.setattr(time, "sleep", waits.append)
     alert, environment = alert_of(folder, "failed", "why"), dict(os.environ)
     server.codes = [500, 429]
     assert send(alert, options(), environment, waits.append) == []

@@ -3,9 +3,9 @@
 import json
 import math
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from src.metrics.history import Series
 from src.metrics.trackers.addresses import note_address
 from src.runs.lock import Lock
+from src.sweeps import commands
 from src.sweeps.commands import main
 from src.sweeps.importance import importance
 from src.sweeps.ledger import Ledger
@@ -200,7 +201,7 @@ def test_a_page_of_a_sweep_that_runs_is_read_again(tmp_path: Path, monkeypatch: 
         live.clear()
         live.append(len(naps) < 2)
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(commands, "time", SimpleNamespace(sleep=sleep))  # not of other threads of this process
     assert main(["report", str(ledger.path), "--every", "30"]) == 0
     assert naps == [30.0, 30.0]
     assert told((ledger.path / "report.html").read_text())["refresh"] is None
