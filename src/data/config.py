@@ -27,6 +27,12 @@ class Data(Config, ABC):
     processes: PerNode | None
     """Processes that tokenize; null: one per core."""
 
+    @property
+    def held_out_by(self) -> tuple[float | str, ...]:
+        """What of a fingerprint says which texts are held out; whole documents, as every version did, go unnamed."""
+        named = () if self.hold_out == "documents" else (self.hold_out,)
+        return (self.validation_fraction, *named)
+
     @abstractmethod
     def parts(self) -> dict[str, tuple[float, Source]]:
         """Weight (not normalised) and source, by the source's name."""

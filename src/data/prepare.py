@@ -52,8 +52,7 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
 
 
 def _key(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> str:
-    held = [] if data.hold_out == "documents" else [data.hold_out]  # nothing for what every version did
-    return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, data.validation_fraction, *held)
+    return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, *data.held_out_by)
 
 
 def _nothing(part: Part, source: Source) -> str:

@@ -182,8 +182,7 @@ class Bpe(TokenizerConfig):
 
     def open(self, cache: Path, data: Data) -> Tokenizer:
         sources = {name: [weight, source.fingerprint(cache)] for name, (weight, source) in data.parts().items()}
-        held = [] if data.hold_out == "documents" else [data.hold_out]
-        key = fingerprint("bpe 1", self.vocab_size, self.sample_bytes, sources, data.validation_fraction, *held)
+        key = fingerprint("bpe 1", self.vocab_size, self.sample_bytes, sources, *data.held_out_by)
         pointer = cache / "tokenizers" / f"trained-{key}.json"
         if not pointer.is_file():
             trained = keep(
