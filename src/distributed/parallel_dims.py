@@ -98,6 +98,13 @@ class ParallelDims(Config):
         return self.replicate * self.shard
 
     @property
+    def sequence_parts(self) -> int:
+        """Into how many equal parts a sequence is cut: sequence parallelism cuts once, and a balanced context cut takes
+        two pieces per rank.
+        """
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
+
+    @property
     def fsdp(self) -> int:
         """Ranks over which FSDP cuts one parameter; context ranks take part."""
         return self.shard * self.context

@@ -43,7 +43,7 @@ def length_problems(run: Run) -> list[str]:
             f"task.seq_len={seq_len} is beyond model.max_seq_len={run.model.max_seq_len}; "
             f"at most {run.model.max_seq_len} tokens"
         )
-    parts = _parts(run)
+    parts = degrees.sequence_parts
     if seq_len % parts:
         keys = f"parallel.tensor={degrees.tensor}"
         if degrees.context > 1:
@@ -59,20 +59,13 @@ def float8_problems(run: Run, micro_batch: int) -> list[str]:
     float8, seq_len, context = run.precision.float8, run.task.seq_len, run.parallel.context
     if float8 is None or micro_batch * seq_len // context % float8.token_multiple == 0:
         return []
-    fits = lcm(_parts(run), context * float8.token_multiple // gcd(micro_batch, float8.token_multiple))
+    fits = lcm(run.parallel.sequence_parts, context * float8.token_multiple // gcd(micro_batch, float8.token_multiple))
     over = f" / parallel.context={context}" if context > 1 else ""
     return [
         f"precision.float8.recipe={float8.recipe}: task.micro_batch={micro_batch} * task.seq_len={seq_len}{over} "
         f"tokens are no multiple of {float8.token_multiple}, over which the gradients of weights are summed "
         f"(task.seq_len: {_multiples(seq_len, fits)}; or precision.float8.recipe=rowwise_with_gw_hp)"
     ]
-
-
-def _parts(run: Run) -> int:
-    """Into how many equal parts a sequence is cut: sequence parallelism cuts once, and a balanced context cut takes two
-    pieces per rank.
-    """
-    return run.parallel.tensor * (2 * run.parallel.context if run.parallel.context > 1 else 1)
 
 
 def _multiples(value: int, of: int) -> str:

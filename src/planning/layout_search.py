@@ -112,16 +112,12 @@ def _loads(load: Load, space: Space) -> Iterator[Load]:
             continue
         for size in (space.micro_batch,) if space.micro_batch else MICRO_BATCHES:
             together = size * degrees.data_ranks
-            if space.global_batch % together or load.seq_len % _parts(degrees):
+            if space.global_batch % together or load.seq_len % degrees.sequence_parts:
                 continue
             numbers = space.global_batch // together
             for each in _schedules(load, degrees):
                 if not stages.problems(each, load.model.n_layers, numbers):
                     yield load.changed(degrees=each, micro_batch=size, micro_batches=numbers)
-
-
-def _parts(degrees: ParallelDims) -> int:
-    return degrees.tensor * (2 * degrees.context if degrees.context > 1 else 1)
 
 
 def _layouts(load: Load, space: Space) -> Iterator[ParallelDims]:
