@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "read",
     "read_section",
     "steers",
+    "swept",
     "write",
 ]
 
@@ -105,6 +106,12 @@ def leaves(tree: Mapping[str, Any]) -> dict[str, str]:
     """Every value beside those of SITE as JSON, by its dotted path, without neutral ones that a later version added."""
     kept = without_neutral({key: value for key, value in tree.items() if key not in SITE})
     return {path: json.dumps(value, default=str) for path, value in every_leaf(kept)}
+
+
+def swept(overrides: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys in which the points of a sweep differ, in the order of the command line."""
+    keys = list(dict.fromkeys(key for each in overrides for key in each))
+    return [key for key in keys if len({each.get(key) for each in overrides}) > 1]
 
 
 def leaves_of(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from src.cluster.backend import backend_of
 from src.config.composition.requests import ConfigPoint
-from src.config.tree import Tree
+from src.config.tree import Tree, swept
 from src.launch.start import by_cluster, shapes
 from src.storage.streams import ReaderMayLeave
 
@@ -102,8 +102,7 @@ def _summary(points: "Sequence[Checked]") -> "Table":
     table.add_column("point", overflow="fold")
     for heading in ("ranks", "tokens/step", "steps", "parameters", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
-    typed = [point.overrides for point, *_ in points]
-    keys = [key for key in typed[0] if len({each.get(key) for each in typed}) > 1]
+    keys = swept([point.overrides for point, *_ in points])
     for point, _, _, plan in points:
         name = " ".join(f"{key}={point.overrides.get(key)}" for key in keys)
         ranks = f"{plan.groups} x {plan.world}" if plan.groups > 1 else f"{plan.world}"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from src.cluster.backend import JobScheduler, QueueBackend, SharedBackend
 from src.cluster.submission import Prepared, Submitted
 from src.config.base import Config
-from src.config.tree import SITE, Tree, difference, identity
+from src.config.tree import SITE, Tree, difference, identity, swept
 from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
 from src.launch.start import Shared, ask_schedulers, by_cluster, checked, prepare, start
 from src.runs.folder import attempts
-from src.sweeps.ledger import Ledger, SweepPoint, swept
+from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import OPEN, State
 
 if TYPE_CHECKING:

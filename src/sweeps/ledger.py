@@ -162,7 +162,7 @@ class Ledger:
 
     def swept(self) -> list[str]:
         """The keys in which points differ, in the order of the command line."""
-        return swept([point.overrides for point in self.points()])
+        return trees.swept([point.overrides for point in self.points()])
 
     def _submission(self, point: SweepPoint) -> Submission:
         return Submission(point.folder, self.scheduler(point), point.submitted, point.refused, point.cancelled)
@@ -180,12 +180,6 @@ class Ledger:
 
     def _note(self, event: str, point: SweepPoint, **facts: object) -> None:
         self._events.append({"event": event, "time": round(time.time(), 3), "identity": point.identity, **facts})
-
-
-def swept(overrides: Sequence[Mapping[str, str]]) -> list[str]:
-    """The keys in which these differ, in their order."""
-    keys = list(dict.fromkeys(key for each in overrides for key in each))
-    return [key for key in keys if len({each.get(key) for each in overrides}) > 1]
 
 
 def _at(tree: trees.Tree, key: str) -> Any:
