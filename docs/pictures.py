@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from docs.browser import browser
 from src.errors import UserError
 
 HOME = Path(__file__).parents[1]
@@ -28,13 +29,11 @@ SWEEP = [
     "seed=0,1",
     "name=lr_${optim.lr}",
 ]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOW = "1280,1150"  # pixels
 
 
 def main(root: Path) -> None:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
+    if (program := browser()) is None:
         raise UserError("no browser for a picture of the report; on Debian: apt-get install chromium")
     _python(root, "launch.py", *DEMO)
     _python(root, "launch.py", *SWEEP)
@@ -46,7 +45,7 @@ def main(root: Path) -> None:
     window = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WINDOW}"]
     window.append("--virtual-time-budget=20000")  # its script has drawn by then
     page = (sweep / "report.html").as_uri()
-    subprocess.run([browser, *window, f"--screenshot={PICTURES / 'report.png'}", page], check=True)
+    subprocess.run([program, *window, f"--screenshot={PICTURES / 'report.png'}", page], check=True)
 
 
 def _python(root: Path, *words: str) -> None:

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,18 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 HERE = ("file:", "data:", "blob:", "http://127.0.0.1")  # what a page may load
 SECONDS = 300.0  # for one answer: this machine may be busy with everything else
 # Software does what a GPU would; a container has no user namespaces and little shared memory.
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--enable-unsafe-swiftshader",
          "--hide-scrollbars", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-extensions", "--mute-audio")  # fmt: skip
-
-
-def program() -> str | None:
-    """Path of the browser, if this machine has one."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Tab:
@@ -132,10 +125,10 @@ class Browser:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
+def running(program: str, folder: Path) -> Iterator[Browser]:
     """Runs it with a profile in `folder`, and ends it."""
     (their_in, our_in), (our_out, their_out) = os.pipe(), os.pipe()
-    command = [program() or NAMES[0], *FLAGS, f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
+    command = [program, *FLAGS, f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
     # The browser reads descriptor 3 and writes descriptor 4.
     shell = ["bash", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "bash", *command]
     with (folder / "browser.log").open("wb") as log:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from docs.browser import browser
 from src.sweeps.commands import main
-from tests.chromium import Browser, browser, program
+from tests.chromium import Browser, running
 from tests.debian import install
 from tests.sweeps.points import START, attempt, failed, finished, grid, train
 
@@ -20,15 +21,15 @@ MIDDLE = "(({left, right, top, bottom}) => [(left + right) / 2, (top + bottom) /
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """On a laptop without Chromium these tests are skipped; in CI it is installed."""
-    if program() is None and "CI" in os.environ and os.geteuid() == 0:
+    if browser() is None and "CI" in os.environ and os.geteuid() == 0:
         install("chromium", recommended=False)
-    if program() is None:
+    if (program := browser()) is None:
         reason = "no chromium here; apt-get install chromium"
         if "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)
-    with browser(tmp_path_factory.mktemp("chromium")) as running:
-        yield running
+    with running(program, tmp_path_factory.mktemp("chromium")) as started:
+        yield started
 
 
 def report(root: Path) -> Path:
