@@ -224,10 +224,7 @@ def test_every_rank_has_one_entry() -> None:
 
 
 def test_the_plan_is_computed_by_the_launcher_alone() -> None:
-    """Ranks read plan.json: of src.planning they know the class that reads it, and what fills in recompute=auto.
-
-    A cluster also has the facts of its site.
-    """
+    """Ranks read plan.json: of src.planning they know its class and what fills in recompute=auto; clusters, a site."""
     planners = ("src.planning", "src.launch", "launch")
     modules = {name(file) for file in FILES}
     others = [file for file in FILES if not within(name(file), planners)]

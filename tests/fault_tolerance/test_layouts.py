@@ -48,19 +48,24 @@ def check_equal(found: Fleet) -> None:
         assert ends[0]["end"] == STEPS
 
 
+def heal_a_late_one(found: Fleet) -> None:
+    """The second group comes when the first has done two steps, takes over its state, and both end the run."""
+    found.start(0, troubles=[Trouble(3, "hold")])
+    found.reach(3, 0)
+    found.start(1)
+    found.one_asks()
+    found.go(3)
+    found.wait()
+    assert "healed in" in found.log(1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_late_group_is_healed_and_both_take_the_steps_of_one_run(
     tmp_path: Path, undisturbed: dict[str, dict[int, float]], model: str, layout: str
 ) -> None:
     with fleet(tmp_path, *ARGV, f"parallel={layout}", world=WORLD, tiny=MODELS[model]) as found:
-        found.start(0, troubles=[Trouble(3, "hold")])
-        found.reach(3, 0)
-        found.start(1)
-        found.one_asks()
-        found.go(3)
-        found.wait()
-        assert "healed in" in found.log(1)
+        heal_a_late_one(found)
         assert losses(found.folder, 2) == pytest.approx(undisturbed[model], rel=BAND)
         check_equal(found)
         assert audited(found.folder, STEPS, BATCH, WORLD)
@@ -70,13 +75,7 @@ def test_a_late_group_is_healed_and_both_take_the_steps_of_one_run(
 def test_a_late_group_takes_over_muon_s_state(tmp_path: Path) -> None:
     """Without the other's momenta and moments of rows its next update would be another."""
     with fleet(tmp_path, *ARGV, "optim=normuon", "optim.lr=1e-2", "parallel=fsdp2", world=WORLD) as found:
-        found.start(0, troubles=[Trouble(3, "hold")])
-        found.reach(3, 0)
-        found.start(1)
-        found.one_asks()
-        found.go(3)
-        found.wait()
-        assert "healed in" in found.log(1)
+        heal_a_late_one(found)
         assert list(losses(found.folder, 2)) == list(range(1, STEPS + 1))
         check_equal(found)
         assert audited(found.folder, STEPS, BATCH, WORLD)
