@@ -96,5 +96,5 @@ def test_a_sweep_goes_on_past_a_point_that_fails(text: tuple[str, ...], tmp_path
     bad, good = sorted(tmp_path.glob("tiny-*"), key=lambda folder: len(series(folder)))
     assert "[1/2] " in told
     assert f"{bad.name} ended with code 2" in told
-    assert "step 2: loss" in told
+    assert re.search(r"step \d: loss", told)
     assert list(series(good)) == list(range(1, 13))

@@ -10,6 +10,8 @@ from src.errors import UserError
 from tests.end_to_end.lives import live, opened, records, series
 from tests.ranks import RankPool
 
+# The first step sends every weight away. Whether the second or the fourth step has no number any more is decided by the
+# exp of the processor near the largest floats.
 WILD = ("optim.lr=10", "optim.weight_decay=100", "schedule.warmup_steps=0")
 
 
@@ -18,16 +20,18 @@ def incidents(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(text: tuple[str, ...], ranks: RankPool) -> None:
-    """The first step sends every weight away: the second one's gradient is no number."""
     folder = opened(*text, "parallel=fsdp2", *WILD, "name=diverged")
     told = ranks(2, live, folder)
     assert told[0] == told[1]
     (problem,) = told[0]
-    assert problem.startswith("step 2: loss ")
-    assert "over samples 4 to 7 (incidents.jsonl); the weights were not touched" in problem
-    assert "and there is no checkpoint yet" in problem
     (incident,) = incidents(folder)
-    assert (incident["step"], incident["decision"], incident["samples"]) == (2, "stop", [4, 5, 6, 7])
+    step, samples = incident["step"], incident["samples"]
+    assert 2 <= step <= 6
+    assert incident["decision"] == "stop"
+    assert samples == list(range(4 * step - 4, 4 * step))
+    assert problem.startswith(f"step {step}: loss ")
+    assert f"over samples {samples[0]} to {samples[-1]} (incidents.jsonl); the weights were not touched" in problem
+    assert "and there is no checkpoint yet" in problem
     assert json.loads((folder / "attempts.jsonl").read_text().splitlines()[-1])["ended"] == "failed"
     assert list((folder / "checkpoints").iterdir()) == []
 
@@ -36,9 +40,10 @@ def test_skipping_has_a_cap(text: tuple[str, ...], ranks: RankPool) -> None:
     skip = ("task.nonfinite=skip_step", "task.nonfinite_cap=3", *WILD)
     folder = opened(*text, "parallel=fsdp2", *skip, "name=capped")
     told = ranks(2, live, folder)
-    assert [problem.partition(":")[0] for (problem,) in told] == ["step 5", "step 5"]
     found = incidents(folder)
-    assert [line["step"] for line in found] == [2, 3, 4, 5]
+    steps = [line["step"] for line in found]
+    assert steps == list(range(steps[0], steps[0] + 4))
+    assert [problem.partition(":")[0] for (problem,) in told] == [f"step {steps[-1]}"] * 2
     assert [line["decision"] for line in found] == ["skip", "skip", "skip", "stop"]
 
 
