@@ -12,7 +12,7 @@ from src.distributed.parallel_dims import ParallelDims
 from src.distributed.pipeline.stages import PREDICTION, StageShare, module_of, shares
 from src.distributed.precision.config import BYTES, Precision
 from src.distributed.recompute import Recompute
-from src.models.accounting import HEAD_CHUNK_ROWS, SavedActivations, Slice, Weight
+from src.models.accounting import SavedActivations, Slice, Weight, head_chunk_rows
 from src.models.base import ModelConfig
 from src.models.mtp.config import saved_outside
 from src.optim.base import STATE_BYTES, Optimizer
@@ -227,7 +227,8 @@ def _traffic(load: Load, weights: _Weights) -> tuple[int, int]:
     compute, reduce = BYTES[load.precision.compute], BYTES[load.precision.reduce]
     if load.degrees.on_one_device:  # all weights in the compute dtype, beside those that rest in another
         copied = load.precision.compute != load.precision.storage
-        return weights.whole * compute if copied else 0, weights.largest * compute
+        looked_up = 0 if load.model.tied else weights.units.get("embedding", 0)  # rows of it are cast as they are read
+        return (weights.whole - looked_up) * compute if copied else 0, weights.largest * compute
     # The head is not resharded before its backward: it is needed again at once.
     if not load.degrees.reshards_after_forward:
         blocks, others = weights.blocks, weights.whole - weights.blocks
@@ -314,7 +315,7 @@ def _loss(load: Load, weights: _Weights) -> int:
     words = load.model.vocab_size / cut.tensor
     # Logits, then their gradient in the same place; eager arithmetic makes three fp32 copies on its way.
     logit_bytes = cut.element_bytes + (0 if load.compiled_loss else 3 * 4)
-    chunk = min(cut.tokens, HEAD_CHUNK_ROWS) * words * logit_bytes
+    chunk = min(cut.tokens, head_chunk_rows(load.model.vocab_size)) * words * logit_bytes
     # The final norm's input, its output, and the gradient of that; the head's own gradient is made in the forward.
     hidden = cut.tokens * load.model.dim * (2 + 1 / cut.tensor) * cut.element_bytes
     # Each depth of multi-token prediction has a hidden state and a gradient of the head of its own.

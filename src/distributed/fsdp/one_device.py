@@ -6,10 +6,12 @@ the compute dtype; the weights that optimizer, checkpoint and export know stay w
 to the last bit: gradients come in the compute dtype, and those of several micro-batches add up in the reduce dtype.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.distributed.precision.config import Precision
@@ -17,6 +19,8 @@ from src.distributed.precision.config import Precision
 
 class ComputeWeights:
     """For each parameter of a model the one that its passes read: a copy in the compute dtype, or itself.
+
+    An embedding that is not also the head needs none: only rows of it are read, and those are cast then.
 
     Copies are renewed at each `in_place`, unless an optimizer that wrote both said so (`written`) and nobody has
     written to the weights since, which torch counts.
@@ -27,7 +31,11 @@ class ComputeWeights:
         self._compute, self._reduce = (getattr(torch, name) for name in (precision.compute, precision.reduce))
         self._sum = getattr(torch, precision.storage) if sync_each_micro_batch else self._reduce
         self.weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+        self._embeddings = _only_looked_up(model)
         self.copies = [self._copy(weight) for weight in self.weights]
+        for weight, copy in zip(self.weights, self.copies, strict=True):
+            if copy is not weight and weight in self._embeddings:
+                _cast_rows(self._embeddings[weight], weight, copy)
         number = {weight: index for index, weight in enumerate(self.weights)}
         self._places = [
             (module._parameters, name, number[parameter])
@@ -46,7 +54,11 @@ class ComputeWeights:
     def _copy(self, weight: nn.Parameter) -> nn.Parameter:
         if weight.dtype == self._compute:
             return weight
-        return nn.Parameter(torch.empty_like(weight, dtype=self._compute), requires_grad=weight.requires_grad)
+        if weight in self._embeddings:  # a gradient's dtype and shape, without memory
+            made = torch.empty((), dtype=self._compute, device=weight.device).expand(weight.shape)
+        else:
+            made = torch.empty_like(weight, dtype=self._compute)
+        return nn.Parameter(made, requires_grad=weight.requires_grad)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -81,7 +93,7 @@ class ComputeWeights:
     def beside(self) -> dict[Tensor, Tensor]:
         """What an optimizer may write together with each weight."""
         pairs = zip(self.weights, self.copies, strict=True)
-        return {weight: copy for weight, copy in pairs if copy is not weight}
+        return {weight: copy for weight, copy in pairs if copy is not weight and weight not in self._embeddings}
 
     def written(self) -> None:
         """The optimizer has just written all copies with their weights."""
@@ -109,3 +121,40 @@ class ComputeWeights:
     def _put(self, parameters: list[nn.Parameter]) -> None:
         for where, name, index in self._places:
             where[name] = parameters[index]
+
+
+def _only_looked_up(model: nn.Module) -> dict[nn.Parameter, nn.Embedding]:
+    """Embeddings by their weights, where no other module has them too."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    return {weight: each[0] for weight, each in owners.items() if len(each) == 1 and isinstance(each[0], nn.Embedding)}
+
+
+def _cast_rows(embedding: nn.Embedding, weight: nn.Parameter, copy: nn.Parameter) -> None:
+    """Where `copy` stands in the weight's place, `embedding` reads the weight and gives rows in the copy's dtype."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        if embedding.weight is not copy:
+            return F.embedding(tokens, embedding.weight)
+        cast_rows: Callable[..., Tensor] = _CastRows.apply
+        return cast_rows(copy, weight.detach(), tokens)
+
+    embedding.forward = forward  # type: ignore[assignment, method-assign]
+
+
+class _CastRows(torch.autograd.Function):
+    """weight[tokens] in the dtype of `copy`, which gets the gradient: a row's is the sum over its tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.words = len(weight)
+        return F.embedding(tokens, weight).to(copy.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
+        summed = torch.ops.aten.embedding_dense_backward
+        return summed(grads[0], tokens, ctx.words, padding_idx=-1, scale_grad_by_freq=False), None, None
