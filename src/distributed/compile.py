@@ -59,6 +59,8 @@ class Compile(Config):
         if self.loss and model.output is not None:
             model.output.statistics = torch.compile(model.output.statistics, fullgraph=True)
             model.output.gradient_ = torch.compile(model.output.gradient_, fullgraph=True)
+            if torch.cuda.is_available():
+                model.output.take_kernels()
 
 
 def _inductor(options: dict[str, Any]) -> Compiler:

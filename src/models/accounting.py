@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Protocol
 
-# Rows of logits that exist at a time: src/models/cross_entropy.py works through the head in such chunks.
+# src/models/cross_entropy.py works through the head in chunks of at least so many rows, of as many as have so many
+# logits (1 GiB in bf16): where there are few words, products are larger and sums fewer.
 HEAD_CHUNK_ROWS = 4096
+HEAD_CHUNK_LOGITS = 2**29
 # Of a token, in fp32: one log sum exp for a head of attention, and 1/rms for each norm.
 STATISTIC_BYTES = 4
 
@@ -119,6 +121,11 @@ def count(weights: Iterable[Weight], attention_width: int, seq_len: int) -> Coun
         flops_per_token=6 * matmul + attention,
         flops_per_token_causal=6 * matmul + attention // 2,
     )
+
+
+def head_chunk_rows(vocab_size: int) -> int:
+    """Rows of logits that exist at a time: a multiple of HEAD_CHUNK_ROWS."""
+    return HEAD_CHUNK_ROWS * max(1, HEAD_CHUNK_LOGITS // vocab_size // HEAD_CHUNK_ROWS)
 
 
 def around_blocks(vocab_size: int, dim: int, *, tied: bool) -> tuple[Weight, tuple[Weight, ...]]:

@@ -1,8 +1,8 @@
 """The last projection and its cross entropy, a chunk of rows at a time: whole logits never exist.
 
 Logits of 8192 tokens over 128256 words are 2 GiB in bf16 and 4 GiB in fp32, several times over with their gradient.
-Here
-each chunk's logits become loss and gradient at once in the forward pass, so nothing is kept and nothing computed twice.
+Here each chunk's logits become loss and gradient at once in the forward pass, so nothing is kept and nothing computed
+twice.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.accounting import HEAD_CHUNK_ROWS, head_chunk_rows
+
 IGNORED = -100  # the label of a position that does not count
-CHUNK_ROWS = 4096  # 1 GiB of bf16 logits at a vocabulary of 128256
 
 
 class Vocabulary(Protocol):
@@ -60,6 +61,17 @@ def gradient_(logits: Tensor, labels: Tensor, normalizer: Tensor, offset: int, z
     return logits.copy_((probability - hit.float()) * (labels != IGNORED).unsqueeze(-1))
 
 
+def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """tensor (rows, columns) * factor (0-dim, fp32), in place, rounded once: on a GPU torch would first round the
+    factor to a tensor's bf16, 1 / tokens by up to 0.2 %.
+    """
+    if tensor.dtype == factor.dtype or not tensor.is_cuda:
+        return tensor.mul_(factor)
+    for rows in tensor.split(HEAD_CHUNK_ROWS):  # their fp32 copies, a chunk at a time
+        rows.copy_(rows.float() * factor)
+    return tensor
+
+
 class Output(nn.Linear):
     """(batch, length, dim) -> logits (batch, length, vocabulary); with labels (batch, length), the summed cross
     entropy, fp32 scalar.
@@ -69,10 +81,20 @@ class Output(nn.Linear):
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size, bias=False)
+        self.rows = head_chunk_rows(vocab_size)
         self.vocabulary: Vocabulary = WholeVocabulary()
         self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
         self.gradient_: Callable[..., Tensor] = gradient_
+        self.scale_: Callable[[Tensor, Tensor], Tensor] = scale_
+        # One kernel for statistics and gradient_, where a GPU holds every word; see src/models/cross_entropy_kernel.py
+        self.losses_: Callable[..., Tensor] | None = None
         self.z_loss = 0.0  # weight of normalizer^2 (PaLM, arXiv 2204.02311, section 5) in gradients, not in the loss
+
+    def take_kernels(self) -> None:
+        """On a CUDA device, where Triton is: one kernel for loss and gradient, one for the scale."""
+        from src.models.cross_entropy_kernel import losses_, scale_
+
+        self.losses_, self.scale_ = losses_, scale_
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -91,7 +113,17 @@ class Output(nn.Linear):
         forward: Callable[..., tuple[Tensor, Tensor]] = _LinearCrossEntropy.apply
         loss, grad_weight = forward(hidden.flatten(0, -2), weight.detach(), labels.flatten(), self, learns)
         carry: Callable[..., Tensor] = _Carry.apply
-        return loss + carry(weight, grad_weight) if learns else loss
+        return loss + carry(weight, grad_weight, self.scale_) if learns else loss
+
+    def chunk(self, logits: Tensor, labels: Tensor, learns: bool) -> Tensor:
+        """The summed loss of these rows (rows, words); with `learns` logits become their gradient."""
+        if self.losses_ is not None and isinstance(self.vocabulary, WholeVocabulary):
+            return self.losses_(logits, labels, IGNORED, self.z_loss, learns=learns).sum()
+        normalizer, target = self.statistics(logits, labels, self.vocabulary.offset)
+        normalizer, target = self.vocabulary.logsumexp(normalizer), self.vocabulary.sum(target)
+        if learns:
+            self.gradient_(logits, labels, normalizer, self.vocabulary.offset, self.z_loss)
+        return ((normalizer - target) * (labels != IGNORED)).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -105,22 +137,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, output: Output, learns: bool
     ) -> tuple[Tensor, Tensor | None]:
-        vocabulary = output.vocabulary
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weight = torch.zeros_like(weight) if learns else None
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start in range(0, len(hidden), output.rows):
+            rows = slice(start, start + output.rows)
             logits = F.linear(hidden[rows], weight)
-            normalizer, target = output.statistics(logits, labels[rows], vocabulary.offset)
-            normalizer, target = vocabulary.logsumexp(normalizer), vocabulary.sum(target)
-            loss += ((normalizer - target) * (labels[rows] != IGNORED)).sum()
+            loss += output.chunk(logits, labels[rows], learns)
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = output.gradient_(logits, labels[rows], normalizer, vocabulary.offset, output.z_loss)
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-                grad_weight.addmm_(grad_logits.T, hidden[rows])
+                torch.mm(logits, weight, out=grad_hidden[rows])
+                grad_weight.addmm_(logits.T, hidden[rows])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden)
+            ctx.scale_ = output.scale_
             ctx.mark_non_differentiable(grad_weight)
             ctx.set_materialize_grads(False)  # no zeros as large as the head for an output that has no gradient
         return loss, grad_weight
@@ -128,18 +157,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), None, None, None, None
+        return ctx.scale_(grad_hidden, grads[0]), None, None, None, None
 
 
 class _Carry(torch.autograd.Function):
     """0, whose gradient with respect to the weight is the one given."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, grad_weight: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, grad_weight: Tensor, scale_: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(grad_weight)
+        ctx.scale_ = scale_
         return torch.zeros((), dtype=torch.float32, device=weight.device)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_weight,) = ctx.saved_tensors
-        return grad_weight.mul_(grads[0]), None
+        return ctx.scale_(grad_weight, grads[0]), None, None

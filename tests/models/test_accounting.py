@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import divisors
-from src.models.accounting import HEAD_CHUNK_ROWS, Slice
-from src.models.cross_entropy import CHUNK_ROWS
+from src.models.accounting import Slice, head_chunk_rows
 from src.models.llama3.config import Llama3Config
 from tests.distributed.layouts import degrees
 from tests.models.shapes import tiny_llama
@@ -96,12 +95,15 @@ def test_unusual_shapes_are_built_as_counted(changes: dict[str, object]) -> None
 
 
 def kept_bytes(block: nn.Module, x: Tensor, rotary: Tensor, forward: Callable[..., Tensor]) -> int:
-    """What autograd saves for the backward of a block's forward, weights and tables aside; each storage once."""
+    """What autograd saves for the backward of a block's forward, weights, tables and the two signs of a rotation
+    aside; each storage once.
+    """
     known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), rotary)}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        if tensor.numel() > 2:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -147,8 +149,12 @@ def test_what_a_cut_and_a_compiler_save() -> None:
     assert split.input == whole.input / 4 == 128 * config.dim * 2 / 4
 
 
-def test_chunks_of_the_head_are_those_of_the_model() -> None:
-    assert HEAD_CHUNK_ROWS == CHUNK_ROWS
+@pytest.mark.parametrize(
+    ("words", "rows"), [(128256, 4096), (151936, 4096), (10**9, 4096), (65536, 8192), (32000, 16384)]
+)
+def test_chunks_of_the_head_hold_a_gibibyte_of_logits(words: int, rows: int) -> None:
+    assert head_chunk_rows(words) == rows
+    assert rows == 4096 or 2 * rows * words <= 2**30
 
 
 def test_a_share_is_rounded_up() -> None:

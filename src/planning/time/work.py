@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import BYTES
-from src.models.accounting import HEAD_CHUNK_ROWS, Slice, Weight
+from src.models.accounting import Slice, Weight, head_chunk_rows
 from src.models.base import ModelConfig
 from src.planning.memory import Load
 from src.planning.time.devices import Gpu
@@ -186,7 +186,8 @@ class Worker:
 
     def head(self, vocabulary: int) -> float:
         """The head's product and both gradients, chunk by chunk, and the loss: all of it in the forward."""
-        columns, dim, rows = vocabulary // self.degrees.tensor, self.load.model.dim, min(self.tokens, HEAD_CHUNK_ROWS)
+        columns, dim = vocabulary // self.degrees.tensor, self.load.model.dim
+        rows = min(self.tokens, head_chunk_rows(vocabulary))
         chunk = sum(self._three(rows, columns, dim))
         passes = LOGIT_BYTES * (1.0 if self.load.compiled_loss else EAGER_PASSES)
         return self.tokens / rows * (chunk + self.gpu.moved_seconds(rows * columns * passes))
