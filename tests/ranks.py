@@ -61,6 +61,7 @@ def _serve(pipe: Connection, place: Place) -> None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
             )
+            dist.barrier()  # a rank whose work is short would be gone while another still connects to it, which fails
             for key, value in {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}.items():
                 os.environ[key] = str(value)
             pipe.send((True, function(*args)))

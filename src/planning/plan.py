@@ -26,8 +26,7 @@ from src.planning.time.prediction import Prediction, predict
 from src.planning.training_rules import training_problems
 from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates
 from src.runs.cluster import Devices
-
-PLAN_FILE = "plan.json"  # of a run folder
+from src.runs.records import PLAN_FILE
 
 
 class TrainingData(Protocol):

@@ -7,6 +7,7 @@ from pathlib import Path
 from src.distributed.recompute import Recompute
 from src.planning.memory import Load, estimate
 from src.run import Run
+from src.runs.records import PLAN_FILE
 
 NONE = Recompute(mode="none", every=None, budget=None)
 SELECTIVE = Recompute(mode="selective", every=None, budget=None)
@@ -35,5 +36,5 @@ def resolve_auto_recompute(run: Run, folder: Path) -> Run:
     """The run as its ranks must build it: what the config leaves to the plan is read from the folder's plan.json."""
     if run.recompute.mode != "auto":
         return run
-    chosen = json.loads((folder / "plan.json").read_text())["recompute"]
+    chosen = json.loads((folder / PLAN_FILE).read_text())["recompute"]
     return replace(run, recompute=Recompute(**chosen))

@@ -20,7 +20,7 @@ from src.config import tree as trees
 from src.errors import ConfigError, FolderError
 from src.runs.frozen_code import REPOSITORY, Code, Git
 from src.runs.lock import Lock
-from src.runs.records import ATTEMPTS_FILE, starts
+from src.runs.records import ATTEMPTS_FILE, PLAN_FILE, starts
 from src.runs.scheduler import NoScheduler, Scheduler
 from src.runs.twins import earlier
 from src.storage.atomic_write import TEMPORARY, atomic_write
@@ -126,7 +126,7 @@ class RunFolder:
                 atomic_write(path / "git.json", json.dumps(code.git.facts(), indent=2) + "\n")
                 atomic_write(path / "git.diff", code.git.diff)
                 atomic_write(path / "version", f"{VERSION}\n")
-                atomic_write(path / "plan.json", json.dumps(plan, indent=2) + "\n")
+                atomic_write(path / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
                 trees.write(path / "config.yaml", tree)  # last: its presence says that all is there
             except OSError as error:
                 lock.release()
@@ -151,7 +151,7 @@ class RunFolder:
         """
         path = group_folder(self.path, number)
         path.mkdir(parents=True, exist_ok=True)
-        for shared in ("config.yaml", "plan.json", "git.json", "code", "checkpoints"):
+        for shared in ("config.yaml", PLAN_FILE, "git.json", "code", "checkpoints"):
             if not (path / shared).is_symlink():
                 (path / shared).symlink_to(Path("..", "..", shared))
         return path
@@ -282,7 +282,7 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
     """The operational differences to the config that is there; FolderError for any other."""
     config = path / "config.yaml"
     if not config.exists():
-        ours = {"lock", "logs", "checkpoints", "code", "git.json", "git.diff", "version", "plan.json"}
+        ours = {"lock", "logs", "checkpoints", "code", "git.json", "git.diff", "version", PLAN_FILE}
         strange = sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.endswith(HALF_WRITTEN))
         if strange:
             raise FolderError(

@@ -11,6 +11,7 @@ from src.storage.json_lines import Lines
 
 ATTEMPTS_FILE = "attempts.jsonl"  # a line for each start of the ranks, another for its end
 CANCEL_FILE = "cancel"  # made in a folder: end this run, not its neighbours
+PLAN_FILE = "plan.json"  # what was computed before the start; see src/planning/plan.py
 SUBMISSIONS_FILE = "slurm.jsonl"  # a line for each time that the run was handed to a scheduler
 
 

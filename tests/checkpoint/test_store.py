@@ -155,7 +155,7 @@ def after_a_kill(folder: Path) -> tuple[list[str], bool]:
     return there, equals(tree, 1) and equals(store.load(newest, blank()), 2)
 
 
-@pytest.mark.parametrize("moment", ["_seal", "_close"])
+@pytest.mark.parametrize("moment", ["_seal", pytest.param("_close", marks=pytest.mark.slow)])
 def test_a_save_killed_midway_is_no_checkpoint(ranks: RankPool, tmp_path: Path, moment: str) -> None:
     with tempfile.TemporaryDirectory() as other:
         process = multiprocessing.get_context("spawn").Process(target=die, args=(tmp_path, Path(other) / "s", moment))

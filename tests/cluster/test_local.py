@@ -109,6 +109,7 @@ def test_streams_may_be_closed(code: Path, tmp_path: Path, closed: tuple[int, ..
         assert "words of a library in C" in log
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_without_a_word_is_named_with_its_signal(code: Path, tmp_path: Path) -> None:
     launcher = launch(tmp_path, code, "segfault", 2, warm=False)  # or its trace would hold frames of tests/warm
     _, err = launcher.communicate(timeout=PATIENCE_SECONDS)

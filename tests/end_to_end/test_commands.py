@@ -55,6 +55,7 @@ def test_interrupted_and_killed_commands_go_on(text: tuple[str, ...], ranks: Ran
     assert series(folder) == series(straight)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(text: tuple[str, ...]) -> None:
     root = Path(text[-1].partition("=")[2])
     slow = ("task.steps=400", "task.validate_every=1", "task.global_batch=1024", "task.micro_batch=1024")

@@ -117,6 +117,7 @@ def test_an_export_beside_the_training_is_that_of_the_checkpoint(
     assert set(series(folder, "export/write_seconds")) == {5, 10}
 
 
+@pytest.mark.slow
 def test_a_wrong_export_beside_the_training_is_told_and_does_not_end_it(text: tuple[str, ...], ranks: RankPool) -> None:
     folder = opened(*text, "checkpoint.export_every=5", "task.steps=6", "parallel=fsdp2", "name=besidewrong")
     assert ranks(2, live_with_another_theta, folder) == [True] * 2

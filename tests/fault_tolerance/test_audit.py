@@ -138,7 +138,12 @@ ROUND = "steps up to 2 are of samples 0 to 7, checksum "
 @pytest.mark.parametrize(
     ("how", "argv", "words"),
     [
-        (same_share, SYNCHRONOUS, ((STEP, "group 0 took 0 to 1, all its own"), (STEP, "group 1 took 0 to 1, all its"))),
+        pytest.param(
+            same_share,
+            SYNCHRONOUS,
+            ((STEP, "group 0 took 0 to 1, all its own"), (STEP, "group 1 took 0 to 1, all its")),
+            marks=pytest.mark.slow,
+        ),
         (twice, SYNCHRONOUS, ((STEP, "group 0 took 0 to 1, all"), (STEP, "group 1 took 2, 2 instead of 2 to 3"))),
         (a_step_ahead, SYNCHRONOUS, ((STEP, "0 to 1, all"), (STEP, "group 1 took 6 to 7 instead of 2 to 3"))),
         (misplaced, SYNCHRONOUS, ((STEP, "0 to 1, all"), ("step 1 is of samples 4 to 7", "group 1 took 6 to 7, all"))),

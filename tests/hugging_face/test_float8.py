@@ -47,7 +47,9 @@ def multiplied(values: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(("name", "layout"), [("llama3", "fsdp3"), ("deepseek_v3", "fsdp2_ep2")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [pytest.param("llama3", "fsdp3", marks=pytest.mark.slow), ("deepseek_v3", "fsdp2_ep2")]
+)
 def test_every_layout_finds_the_same_scales(ranks: RankPool, tmp_path: Path, name: str, layout: str) -> None:
     """A block may lie in the shards of two ranks."""
     ranks(1, write, name, "single", tmp_path / "single")

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from src.hugging_face.header import make_header
 from src.hugging_face.read import PIECE_BYTES, THREADS
 
@@ -28,6 +30,7 @@ def grown(folder: Path, piece_bytes: int) -> int:
     return more
 
 
+@pytest.mark.slow
 def test_the_host_needs_its_share_and_a_little(tmp_path: Path) -> None:
     """A piece in the file's order for each thread, one in ours, and as much that an allocator keeps of threads; the
     measure shows pieces of the whole share.

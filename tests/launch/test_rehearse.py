@@ -31,7 +31,7 @@ def held(run: Run) -> int:
     return sum(each.nbytes for each in local)
 
 
-@pytest.mark.parametrize("layout", ["tp2_fsdp2", "pp2_fsdp2"])
+@pytest.mark.parametrize("layout", ["tp2_fsdp2", pytest.param("pp2_fsdp2", marks=pytest.mark.slow)])
 def test_a_rehearsed_rank_is_the_real_one(ranks: RankPool, layout: str) -> None:
     run = run_of(layout)
     real = ranks(4, held, run)

@@ -200,9 +200,13 @@ def alone(ranks: RankPool) -> dict[str, list[dict[str, Tensor]]]:
 DENSE = ("fsdp2", "ddp2", "tp2", "cp2", "pp2", "hsdp2x2", "tp2_fsdp2", "pp2_fsdp2")
 ROUTED = ("fsdp2_ep2", "tp2_fsdp2_ep2", "hsdp2x2_ep2", "tp2_etp2_fsdp2")
 LAYOUTS = [*(("llama", layout) for layout in DENSE), *(("deepseek", layout) for layout in ROUTED)]
+LONG = ("hsdp2x2_ep2", "tp2_etp2_fsdp2")
 
 
-@pytest.mark.parametrize(("model", "layout"), LAYOUTS, ids=[layout for _, layout in LAYOUTS])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [pytest.param(*each, id=each[1], marks=pytest.mark.slow if each[1] in LONG else ()) for each in LAYOUTS],
+)
 def test_a_layout_is_one_device_bit_for_bit(
     ranks: RankPool, alone: dict[str, list[dict[str, Tensor]]], model: str, layout: str
 ) -> None:

@@ -41,6 +41,7 @@ def test_a_run_is_submitted_from_a_frozen_folder(site: Site, straight: dict[int,
     assert "finished before" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_queued_run_is_not_submitted_twice(site: Site) -> None:
     site.brake("twice").write_text("1")
     run = site.submit("twice")
@@ -52,6 +53,7 @@ def test_a_queued_run_is_not_submitted_twice(site: Site) -> None:
     assert len(submissions(run.folder)) == 1
 
 
+@pytest.mark.slow
 def test_what_the_partition_cannot_give_is_refused_before_sbatch(site: Site) -> None:
     for dry in ("dry_run=true", "dry_run=false"):
         done = site.launch("cluster=slurm", "cluster.partition=lwo", "name=refused", dry, check=False)
@@ -117,6 +119,7 @@ def test_submitting_imports_no_torch(site: Site) -> None:
     site.cluster.run("scancel", told.job)
 
 
+@pytest.mark.slow
 def test_two_shapes_are_two_jobs_of_their_own_size(
     site: Site, straight: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

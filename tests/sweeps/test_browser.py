@@ -44,6 +44,7 @@ def report(root: Path) -> Path:
     return ledger.path / "report.html"
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_page(chromium: Browser, tmp_path: Path) -> None:
     tab = chromium.tab()
     tab.size(1400, 1500)

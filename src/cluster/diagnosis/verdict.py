@@ -22,6 +22,7 @@ from src.cluster.diagnosis import hang, rank_failure
 from src.config import tree as trees
 from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import attempts, end
+from src.runs.records import PLAN_FILE
 from src.runs.submissions import submissions
 from src.storage.json_lines import Lines
 
@@ -137,7 +138,7 @@ def newest(folder: Path) -> str | None:
 
 def gather(folder: Path, start: JobStart, scheduler: JobScheduler) -> Evidence:
     """Of the newest attempt of this job."""
-    per_node = int(json.loads((folder / "plan.json").read_text())["ranks_per_node"])
+    per_node = int(json.loads((folder / PLAN_FILE).read_text())["ranks_per_node"])
     nodes = [node for node in start.nodes for _ in range(per_node)]
     tried, handed = attempts(folder), submissions(folder)
     mine = bool(tried) and tried[-1].job == start.job

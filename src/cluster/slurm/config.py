@@ -30,7 +30,7 @@ from src.distributed.process.rank_context import joined
 from src.errors import FolderError, PlanError, UserError
 from src.planning.time.site import SiteFacts
 from src.runs.folder import RunFolder
-from src.runs.records import CANCEL_FILE, SUBMISSIONS_FILE
+from src.runs.records import CANCEL_FILE, PLAN_FILE, SUBMISSIONS_FILE
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE, Lines
@@ -149,7 +149,7 @@ class Slurm(SiteFacts):
         """A single run: tells where it is, and returns at once, or when it has ended if `wait` is true."""
         if folder.finished:
             return AttemptOutcome("finished", 0)
-        plan = json.loads((folder.path / "plan.json").read_text())
+        plan = json.loads((folder.path / PLAN_FILE).read_text())
         assert plan["world"] == world, "the folder's own plan"
         submitted = all_submitted(self.submit_many([Prepared(folder, plan)]))
         print(*map(Submitted.text, submitted), sep="\n", file=sys.stderr)

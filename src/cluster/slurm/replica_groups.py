@@ -14,6 +14,7 @@ from src.cluster.slurm.lighthouse_job import LighthouseJob
 from src.cluster.submission import Prepared, Submitted, all_submitted
 from src.errors import PlanError
 from src.runs.folder import RunFolder, attempts
+from src.runs.records import PLAN_FILE
 
 WORD_SECONDS = 60.0
 
@@ -35,7 +36,7 @@ def submit(site: SubmitsGroups, folder: RunFolder, options: Options) -> AttemptO
     paths = [folder.group(number) for number in range(options.groups)]
     if any(attempt.ended == "finished" for path in paths for attempt in attempts(path)):
         return AttemptOutcome("finished", 0)
-    plan = json.loads((folder.path / "plan.json").read_text())
+    plan = json.loads((folder.path / PLAN_FILE).read_text())
     address = folder.path / ADDRESS_FILE
     address.unlink(missing_ok=True)
     groups = [Prepared(RunFolder.rejoin(path, folder.code, site.scheduler), plan) for path in paths]

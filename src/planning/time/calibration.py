@@ -8,7 +8,7 @@ from statistics import median
 
 from src.config.tree import read
 from src.errors import UserError
-from src.planning.plan import PLAN_FILE
+from src.runs.records import PLAN_FILE
 from src.storage.json_lines import METRICS_FILE, Lines
 
 # Parts of a step that have a speed in common -> the shares of src/planning/time/devices.py that it is made of.

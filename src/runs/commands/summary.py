@@ -15,12 +15,11 @@ from src.cluster.batch_system import batch_system
 from src.config.tree import Tree, read, read_section
 from src.runs.folder import Attempt, attempts
 from src.runs.lock import Lock
-from src.runs.records import SUBMISSIONS_FILE
+from src.runs.records import PLAN_FILE, SUBMISSIONS_FILE
 from src.runs.submissions import submissions
 from src.storage.json_lines import METRICS_FILE, Lines, facts_in
 from src.sweeps.status import LIVE, State, Submission, job_states, state_of
 
-PLAN_FILE = "plan.json"
 NUMBERS = ("step", "time", "loss", "validation_loss", "tokens_per_second", "tokens", "goodput/share")
 AXES = {"pipeline": "pp", "context": "cp", "tensor": "tp", "replicate": "ddp", "shard": "fsdp"}  # of conf/parallel
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from src.metrics.history import History, Series
 from src.runs.folder import Attempt
+from src.runs.records import PLAN_FILE
 from src.storage.json_lines import facts_in
 from src.sweeps.importance import importance
 from src.sweeps.ledger import SweepPoint
@@ -141,7 +142,7 @@ def _clock(each: Shown) -> dict[str, dict[str, Any]]:
     if tokens is not None:
         thin = thinned(tokens, MOST_POINTS // 4)
         found["tokens"] = {"steps": [0, *thin.steps], "values": [0.0, *(_number(value) for value in thin.values)]}
-        if (flops := facts_in(each.point.folder / "plan.json").get("flops_per_token")) and isinstance(flops, int):
+        if (flops := facts_in(each.point.folder / PLAN_FILE).get("flops_per_token")) and isinstance(flops, int):
             values = [None if value is None else _number(value * flops) for value in found["tokens"]["values"]]
             found["flops"] = {"steps": found["tokens"]["steps"], "values": values}
     return found
