@@ -104,12 +104,10 @@ ROUTED_FEATURES: dict[str, tuple[str, ...]] = {
     "bf16": ("precision=bf16",),
 }
 # Of a Qwen3, whose cells have this word in their names: its code is that of the other two but for norms of queries and
-# keys, so a dense one and one with experts go through the layouts.
+# keys, so a dense one goes through the layouts of Llama, and one with experts through layouts and schedules of DeepSeek.
 QWEN3 = "qwen3"
-QWEN3_FEATURES: dict[str, tuple[str, ...]] = {
-    "plain": ("model=qwen3_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.ffn_dim=128"),
-    "experts": ("model=qwen3_moe_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.moe.hidden_dim=64"),
-}
+QWEN3_DENSE = ("model=qwen3_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.ffn_dim=128")
+QWEN3_ROUTED = ("model=qwen3_moe_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.moe.hidden_dim=64")
 INTRODUCTION = f"""# What works with what
 
 Every cell is a run of `task=verify` on CPU ranks: the layout and a single device take the same steps from the same
@@ -164,9 +162,14 @@ def wanted() -> Iterator[tuple[str, tuple[str, ...]]]:
         for schedule in SCHEDULES:
             given = (f"parallel={layout}", *ROUTED, f"parallel.pipeline_schedule={schedule}")
             yield f"{layout} | {FAMILY} {schedule}", given
+    for layout in layouts():
+        yield f"{layout} | {QWEN3} plain", (f"parallel={layout}", *QWEN3_DENSE)
     for layout in layouts(routed=True):
-        for feature, overrides in QWEN3_FEATURES.items():
-            yield f"{layout} | {QWEN3} {feature}", (f"parallel={layout}", *overrides)
+        yield f"{layout} | {QWEN3} experts", (f"parallel={layout}", *QWEN3_ROUTED)
+    for layout in pipelines(routed=True):
+        for schedule in SCHEDULES:
+            given = (f"parallel={layout}", *QWEN3_ROUTED, f"parallel.pipeline_schedule={schedule}")
+            yield f"{layout} | {QWEN3} experts {schedule}", given
 
 
 def composed(*overrides: str) -> Run:
@@ -289,7 +292,9 @@ def page(cells: dict[str, Cell]) -> str:
     routed = layouts(routed=True), pipelines(routed=True)
     routed_features = table("layout", routed[0], list(ROUTED_FEATURES), cells, notes, FAMILY + " ")
     routed_schedules = table("layout", routed[1], list(SCHEDULES), cells, notes, FAMILY + " ")
-    qwen3 = table("layout", routed[0], list(QWEN3_FEATURES), cells, notes, QWEN3 + " ")
+    qwen3 = table("layout", layouts(), ["plain"], cells, notes, QWEN3 + " ")
+    qwen3_routed = table("layout", routed[0], ["experts"], cells, notes, QWEN3 + " ")
+    qwen3_schedules = table("layout", routed[1], list(SCHEDULES), cells, notes, QWEN3 + " experts ")
     reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
     parts = (
         INTRODUCTION.strip(),
@@ -298,6 +303,8 @@ def page(cells: dict[str, Cell]) -> str:
         f"## DeepSeek-V3: layouts and features\n\n{routed_features}",
         f"## DeepSeek-V3: pipelines and their schedules\n\n{routed_schedules}",
         f"## Qwen3: layouts\n\n{qwen3}",
+        f"## Qwen3 with experts: layouts\n\n{qwen3_routed}",
+        f"## Qwen3 with experts: pipelines and their schedules\n\n{qwen3_schedules}",
         f"## Reasons\n\n{reasons}",
     )
     return "\n\n".join(parts) + "\n"

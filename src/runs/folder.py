@@ -292,7 +292,10 @@ def _compare(path: Path, tree: trees.Tree) -> tuple[str, ...]:
     before = _whole(path, config)
     changed = trees.difference(before, tree, steering=True)
     if refused := [line for line in changed if not may_change(line.partition(":")[0])]:
-        advice = "leave folder= out, or name another folder; of a run only these may change: "
+        advice = (
+            f"leave folder= out, or name another folder; python -m src.runs extend {path} steps=... adds steps, "
+            f"from={path} begins a new run with its weights; of a run only these may change: "
+        )
         heading = (
             f"{path}: holds another run; {advice}{', '.join(sorted({*OPERATIONAL, *trees.STEERING, *trees.SITE}))}"
         )
