@@ -219,5 +219,9 @@ def test_the_kernel_is_asked_whether_it_killed_for_memory(tmp_path: Path, monkey
         "ended by SIGKILL (the system's out-of-memory killer)",
     ]
     assert told[0].text == "the last lines of its log:\n  | step 7\n  | step 8"
+    (tmp_path / "logs/attempt_1/rank_0.log").write_text("")
+    monkeypatch.setattr("src.cluster.local.supervisor.killed_for_memory", lambda: 0)
+    silent = RankSupervisor(RankJob(tmp_path, None), attempt, {}, 1.0)
+    assert silent._describe(0, -signal.SIGKILL).text == "(it wrote nothing)"
     monkeypatch.undo()
     assert killed_for_memory() >= 0, "of this machine"

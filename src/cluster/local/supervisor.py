@@ -230,5 +230,7 @@ def _tail(log: Path) -> str:
     try:
         last = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
     except OSError:
-        return "(it wrote no log)"
+        last = []
+    if not last:
+        return "(it wrote nothing)"
     return "\n".join(("the last lines of its log:", *(f"  | {line}" for line in last)))
