@@ -120,8 +120,8 @@ def _one_gpu() -> Iterator[Row]:
               **calibrated)  # fmt: skip
     yield Row("124M, graph", measured=speed("small_32"), presets=("model=llama3_1b", BF16), batch=(1024, 32, 32),
               model=SMALL, graph=True, **calibrated)  # fmt: skip
-    yield Row("16B, 9 layers", measured=speed("16b"), presets=(*EXPERTS, BF16), batch=(4096, 4, 4), model={"n_layers": 9},
-              **calibrated)  # fmt: skip
+    yield Row("16B, 9 layers", measured=speed("16b"), presets=(*EXPERTS, BF16), batch=(4096, 4, 4),
+              model={"n_layers": 9}, **calibrated)  # fmt: skip
 
 
 def _record(name: str, kind: str, presets: tuple[str, ...], degrees: Mapping[str, Any], batch: tuple[int, int, int],

@@ -104,7 +104,7 @@ ROUTED_FEATURES: dict[str, tuple[str, ...]] = {
     "bf16": ("precision=bf16",),
 }
 # Of a Qwen3, whose cells have this word in their names: its code is that of the other two but for norms of queries and
-# keys, so a dense one goes through the layouts of Llama, and one with experts through layouts and schedules of DeepSeek.
+# keys, so a dense one goes through Llama's layouts, and one with experts through DeepSeek's layouts and schedules.
 QWEN3 = "qwen3"
 QWEN3_DENSE = ("model=qwen3_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.ffn_dim=128")
 QWEN3_ROUTED = ("model=qwen3_moe_debug", "model.n_kv_heads=4", "model.head_dim=16", "model.moe.hidden_dim=64")
