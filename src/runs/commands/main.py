@@ -6,6 +6,7 @@ folders; nothing: all runs of the root. Conditions choose among them: state=runn
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,30 @@ def _compare(given: argparse.Namespace) -> int:
     return compare(_runs(given, given.runs), given.page or _root(given) / PAGE, as_json=given.json)
 
 
+def _plot(given: argparse.Namespace) -> int:
+    """curves as a figure of a paper: x=tokens y=validation_loss out=fig.pdf; seeds of one config are averaged"""
+    from src.runs.commands.figures.drawing import plot
+
+    words, rest = _settings(given.runs, ("x", "y", "out", "style", "label", "log"))
+    return plot(_runs(given, rest), words, as_json=given.json)
+
+
+def _table(given: argparse.Namespace) -> int:
+    """final numbers, a row for each config, also as LaTeX: --latex, or out=table.tex"""
+    from src.runs.commands.figures.tables import table
+
+    words, rest = _settings(given.runs, ("y", "out", "label"))
+    command = shlex.join(["python", "-m", "src.runs", "table", *given.runs])
+    return table(_runs(given, rest), words, command, latex=given.latex, as_json=given.json)
+
+
+def _cite(given: argparse.Namespace) -> int:
+    """BibTeX of the software that made a run"""
+    from src.runs.commands.figures.software import cite
+
+    return cite(_runs(given, given.runs) if given.runs else [], as_json=given.json)
+
+
 def _extend(given: argparse.Namespace) -> int:
     """more steps for a run: steps=2000 schedule.total_steps=1000; says what becomes of its learning rate"""
     from src.runs.commands.extend import extend
@@ -101,6 +126,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "best": _best,
     "compare": _compare,
+    "plot": _plot,
+    "table": _table,
+    "cite": _cite,
     "checkpoint": _checkpoint,
     "extend": _extend,
     "fork": _fork,
@@ -108,7 +136,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "serve": _serve,
 }
-OF_MANY, OF_ONE, AT_A_STEP = ("list", "best", "compare", "clean"), ("show", "watch"), ("extend", "fork")
+OF_MANY = ("list", "best", "compare", "plot", "table", "cite", "clean")
+OF_ONE, AT_A_STEP = ("show", "watch"), ("extend", "fork")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
             each.add_argument("--yes", action="store_true", help="do it")
     commands.choices["fork"].add_argument("--run", action="store_true", dest="run_it", help="start it, here and now")
     commands.choices["compare"].add_argument("--page", type=Path, help=f"where to write the page; else <root>/{PAGE}")
+    commands.choices["table"].add_argument("--latex", action="store_true", help="print LaTeX")
     commands.choices["clean"].add_argument("--caches", action="store_true", help="and tokens that no run reads")
     commands.choices["list"].add_argument("--sort", choices=sorted(FACTS), help="by this, small ones first")
     commands.choices["best"].add_argument("--highest", action="store_true", help="more is better")
@@ -144,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for a mistake."""
-    given = parser().parse_args(arguments)
+    given = _parsed(arguments)
     try:
         with ReaderMayLeave():
             return COMMANDS[given.command](given)
@@ -152,6 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*error.problems, sep="\n", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Also with options between runs and settings: `plot demo --root r x=step`, of which argparse takes the first."""
+    whole = parser()
+    given, rest = whole.parse_known_args(arguments)
+    if rest and ("runs" not in given or any(each.startswith("-") for each in rest)):
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        given.runs += rest
+    return given
 
 
 def _root(given: argparse.Namespace) -> Path:
@@ -162,6 +203,13 @@ def _root(given: argparse.Namespace) -> Path:
 def _runs(given: argparse.Namespace, words: Sequence[str]) -> list[Summary]:
     wanted, names = conditions(words)
     return chosen(summaries(find.folders(names, _root(given))), wanted)
+
+
+def _settings(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The words `name=value` among the arguments, the last of each, and all others."""
+    pairs = {word: word.partition("=") for word in words}
+    mine = [word for word, (name, sign, _) in pairs.items() if sign and name in names]
+    return {pairs[word][0]: pairs[word][2] for word in mine}, [word for word in words if word not in mine]
 
 
 def _at(given: argparse.Namespace) -> tuple[Path, int | None]:
