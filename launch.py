@@ -7,6 +7,7 @@ sweep ends with the first code that is not 0; Ctrl-C ends all of it.
 
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,9 @@ def main() -> int:
         status, code = start(*live[0][:3], Shared(command)) if live else ("shown", 0)
     except UserError as error:
         return refused(error)
+    except KeyboardInterrupt:  # not while ranks live: who supervises them takes the signal
+        print(f"\nCtrl-C: ended; the same command begins again, or goes on: {command}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception as error:
         if (full := disk_full(error, Path.cwd())) is None:
             raise

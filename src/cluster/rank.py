@@ -3,9 +3,13 @@
 Nothing but the folder is read: config.yaml as it was resolved and the code as it was frozen when the run was started.
 """
 
+import signal
+
+if __name__ == "__main__":  # a Ctrl-C while the rest is imported, seconds of torch: end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
-import signal
 import sys
 import threading
 import time

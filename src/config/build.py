@@ -12,8 +12,8 @@ from pydantic import ValidationError, field_validator
 from src.config import synonyms, wording
 from src.config.base import Config, PathField
 from src.config.bounds import Seed
-from src.config.groups import EXPERIMENT, RECIPE, SECTIONS, SHORT, options, tasks_with
-from src.config.presets import section_of
+from src.config.groups import EXPERIMENT, RECIPE, SECTIONS, SHORT, tasks_with
+from src.config.presets import section_of, with_target
 from src.config.tree import Tree
 from src.config.upgrades import ADDED_SECTIONS
 from src.errors import ConfigError
@@ -93,10 +93,14 @@ class _Builder:
     def section(self, name: str, value: object) -> object:
         if isinstance(value, Mapping) and "_target_" in value:
             return self.descend(value, name)
-        offer = f"choose one with {name}=... ({', '.join(options(name)) or 'none there'})"
+        whole, broken = with_target(name)
+        offer = f"choose one with {name}=... ({', '.join(whole) or 'none there'})"
         if value is None:
             self.problems.append(f"{name}: missing; {offer}")
         elif isinstance(value, Mapping):
+            named = [each for each in broken if broken[each].items() <= value.items()]
+            if len(named) == 1:
+                offer = f"begin conf/{name}/{named[0]}.yaml with 'defaults: [{_base(value, whole)}, _self_]'"
             self.problems.append(f"{name}: no _target_ in this group; {offer}")
         else:
             self.problems.append(f"{name}: {wording.shown(value)} stands where a group is expected; {offer}")
@@ -201,10 +205,19 @@ def _is_option(found: object) -> bool:
     return _is_config(found) and found is not Config and not isabstract(found)
 
 
+def _base(section: Mapping[str, Any], whole: Mapping[str, Tree]) -> str:
+    """The option that a file without a class was meant to build on: it has the most of its keys, and no other file
+    below it where several have as many.
+    """
+    return max(whole, key=lambda option: (len(whole[option].keys() & section.keys()), -len(option)))
+
+
 def _stranger(key: str, value: object, tree: Tree) -> str:
     """A top-level key that nobody knows: a misspelt section, or a key without its section."""
     names = [*Top.model_fields, *SECTIONS]
     for leaf in [*value, key] if isinstance(value, Mapping) else [key]:
+        if (rule := synonyms.follows(leaf)) is not None:
+            return f"{key}: no such section; it {rule}"
         if (meant := synonyms.ours(leaf)) is not None:
             return f"{key}: no such section; did you mean {meant}?"
     if key in SHORT and (homes := tasks_with(key)):

@@ -65,6 +65,13 @@ def section_of(group: str, option: str) -> Tree:
     return merged
 
 
+def with_target(group: str) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """The options of a group that name a class, and those that do not, which nothing can be made of."""
+    every = {option: section_of(group, option) for option in options(group)}
+    whole = {option: section for option, section in every.items() if "_target_" in section}
+    return whole, {option: section for option, section in every.items() if option not in whole}
+
+
 def recipe_of(group: str, option: str) -> str | None:
     """The recipe that an option chooses, or one that it builds on; None: whatever stands in config.yaml."""
     listed = _file(f"{group}/{option}").get("defaults", [])

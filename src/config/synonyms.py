@@ -169,6 +169,22 @@ _RUN = {
     "enable_tensorboard": "tracker=tensorboard",
     "slurm": "cluster=slurm",
 }
+# What a person may type elsewhere, and what decides it here.
+_SHAPE = "follows from the layout: parallel=, parallel.shard and the other degrees"
+FOLLOWS: Mapping[str, str] = {
+    "nodes": f"{_SHAPE}, over cluster.gpus_per_node",
+    "num_nodes": f"{_SHAPE}, over cluster.gpus_per_node",
+    "nnodes": f"{_SHAPE}, over cluster.gpus_per_node",
+    "ntasks": _SHAPE,
+    "ntasks_per_node": f"{_SHAPE}, over cluster.gpus_per_node",
+    "tasks_per_node": f"{_SHAPE}, over cluster.gpus_per_node",
+    "nproc_per_node": f"{_SHAPE}, over cluster.gpus_per_node",
+    "world_size": _SHAPE,
+    "num_gpus": _SHAPE,
+    "cpus_per_task": "follows from cluster.cpus_per_gpu: a task is a rank, which has one GPU",
+    "mem": "follows from cluster.memory_gib_per_gpu and the layout",
+    "mem_per_node": "follows from cluster.memory_gib_per_gpu and the layout",
+}
 SYNONYMS: Mapping[str, str] = _PARALLEL | _TRAINING | _OPTIMIZER | _MODEL | _RUN
 
 
@@ -177,4 +193,13 @@ def ours(key: str) -> str | None:
 
     Upper case and dashes count as lower case and underscores; only the last part of the key is looked up.
     """
-    return SYNONYMS.get(key.rpartition(".")[2].lower().replace("-", "_"))
+    return SYNONYMS.get(_plain(key))
+
+
+def follows(key: str) -> str | None:
+    """Of a key that there is not because others decide it: which ones."""
+    return FOLLOWS.get(_plain(key))
+
+
+def _plain(key: str) -> str:
+    return key.rpartition(".")[2].lower().replace("-", "_")

@@ -109,6 +109,8 @@ def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | 
         owner = _owner(cls, location[:-1])
         names = (field.alias or name for name, field in owner.model_fields.items())
         name, known = str(location[-1]), list(names)
+        if (rule := synonyms.follows(name)) is not None:
+            return f"no such key; it {rule}"
         meant = synonyms.ours(name)
         if meant is None or meant.rpartition(".")[2] == nearest(name, known):
             return unknown(name, known, "key")

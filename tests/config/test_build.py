@@ -7,6 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from src.config.build import build
+from src.config.groups import SECTIONS, options
+from src.config.presets import with_target
 from src.config.wording import unknown
 from src.errors import ConfigError
 from tests.config import nouns
@@ -176,3 +178,22 @@ def test_problems_of_the_whole_are_told_beside_those_of_its_parts() -> None:
 def test_where_there_is_nothing_to_choose_from_no_list_is_begun() -> None:
     """As of fault_tolerance=none over an experiment that sets keys of the section."""
     assert unknown("groups", [], "key") == "no such key; there are none here"
+
+
+def test_a_file_without_a_class_is_named_with_what_it_was_meant_to_build_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was offered among the options to choose from."""
+    network = {"_target_": "x", "n_layers": 2, "n_heads": 4}
+    whole = {"large": network | {"dropout": 0.1}, "noun": network | {"dropout": 0.1}, "other": {"_target_": "y"}}
+    mine = {"n_heads": 8, "dropout": 0.0}
+    monkeypatch.setattr("src.config.build.with_target", lambda _: (whole, {"mine": mine, "his": {"tied": True}}))
+    (said,) = problems(tree() | {"model": mine})
+    assert said == "model: no _target_ in this group; begin conf/model/mine.yaml with 'defaults: [noun, _self_]'"
+    (said,) = problems(tree() | {"model": {"n_heads": 9}})
+    assert said == "model: no _target_ in this group; choose one with model=... (large, noun, other)"
+
+
+@pytest.mark.parametrize("group", SECTIONS)
+def test_every_option_of_ours_names_a_class(group: str) -> None:
+    whole, broken = with_target(group)
+    assert list(whole) == options(group)
+    assert broken == {}

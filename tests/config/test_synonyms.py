@@ -1,12 +1,13 @@
 """Words of other repositories are answered with ours."""
 
+import re
 from functools import cache
 
 import pytest
 
 from src.config.build import build
 from src.config.groups import SECTIONS, options
-from src.config.synonyms import SYNONYMS, ours
+from src.config.synonyms import FOLLOWS, SYNONYMS, ours
 from src.config.tree import Tree
 from src.errors import ConfigError
 from tests.test_conf import composed
@@ -67,3 +68,22 @@ def test_sections_case_and_dashes_of_others_do_not_matter() -> None:
     tree = trees()[0] | {"training": {"max_steps": 5}}
     with pytest.raises(ConfigError, match=r"^training: no such section; did you mean task\.steps\?$"):
         build(tree)
+
+
+@pytest.mark.parametrize("word", FOLLOWS)
+def test_what_follows_from_other_keys_is_answered_with_them(word: str) -> None:
+    assert not has(trees()[3], f"cluster.{word}")
+    assert word not in SYNONYMS
+    for section in ("cluster", None):
+        said = answer(trees()[3], section, word)
+        assert said.endswith(f"; it {FOLLOWS[word]}")
+    named = re.findall(r"\w+\.\w+", FOLLOWS[word])
+    assert all(has(trees()[3], key) for key in named), named
+
+
+def test_a_flag_of_a_scheduler_is_answered_in_its_spelling() -> None:
+    said = answer(trees()[3], "cluster", "ntasks-per-node")
+    assert said == (
+        "cluster.ntasks-per-node: no such key; it follows from the layout: parallel=, parallel.shard and the other "
+        "degrees, over cluster.gpus_per_node"
+    )

@@ -4,6 +4,12 @@
 without groups; src/cluster/replicas/supervisor.py starts it again.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # a Ctrl-C while the rest is imported, seconds of torch: end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import sys
 from collections.abc import Sequence

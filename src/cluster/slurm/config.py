@@ -38,6 +38,7 @@ from src.storage.json_lines import METRICS_FILE, Lines
 Flags = dict[str, Flag]
 
 REFUSED_FILE = "refused.sh"  # what sbatch was given when it refused
+SILENT = "'sinfo' says whether its controller is up; dry_run=true asks nobody"
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 # What the plan, the site's own keys or the requeue chain decide.
@@ -192,7 +193,7 @@ class Slurm(SiteFacts):
             if dry:
                 print(f"warning: SLURM does not answer, so nobody has asked it: {error}", file=sys.stderr)
                 return
-            raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
+            raise PlanError(f"cluster=slurm: SLURM does not answer: {error}; {SILENT}") from error
         if found:
             raise PlanError(found)
 
@@ -220,7 +221,7 @@ class Slurm(SiteFacts):
         try:
             done: dict[int, Submitted | UserError] = dict(_live([point.folder.path for point in points]))
         except SilentError as error:
-            raise PlanError(f"cluster=slurm: SLURM does not answer: {error}") from error
+            raise PlanError(f"cluster=slurm: SLURM does not answer: {error}; {SILENT}") from error
         for point in points:
             if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
                 print(f"warning: {slow}", file=sys.stderr)
