@@ -1,4 +1,5 @@
-"""Pages made of the code: docs/config.md of the config classes and conf/, docs/metrics.md of src.metrics.names.
+"""Pages made of the code: docs/config.md of the config classes and conf/, docs/metrics.md of src.metrics.names; and
+tables of costs, made of benchmarks/records (docs/costs.py).
 
 After a change of a key or a metric: `python -m docs.reference --write`. Without `--write`, exit code 1 and the pages
 that differ.
@@ -6,8 +7,10 @@ that differ.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+from docs.costs import filled
 from src.config.groups import EXPERIMENT, GROUPS, RECIPE, options
 from src.config.reference.keys import Key, keys, kinds, top_keys
 from src.config.reference.options import ABOUT_GROUPS, about
@@ -75,7 +78,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"config.md": config_page, "metrics.md": metrics_page}
+PAGES: Mapping[str, Callable[[], str]] = {
+    "config.md": config_page,
+    "metrics.md": metrics_page,
+    "layouts.md": partial(filled, "layouts.md"),
+    "precision_and_recompute.md": partial(filled, "precision_and_recompute.md"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
