@@ -1,17 +1,23 @@
 """The pictures of README.md that show real runs: `python -m docs.pictures`, some ten minutes on two CPU cores.
 
 docs/pictures/loss.png    the loss curve of `make demo` on two ranks
+docs/pictures/console.svg what a first run on one's own text prints, here the pages of docs/
 docs/pictures/report.png  the first screen of a sweep's report.html, as headless Chromium shows it
 
 docs/pictures/architecture.svg is drawn by hand.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from io import StringIO
 from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
 
 from docs.browser import browser
 from src.errors import UserError
@@ -30,11 +36,18 @@ SWEEP = [
     "name=lr_${optim.lr}",
 ]
 WINDOW = "1280,1150"  # pixels
+CONSOLE = ["experiment=own_text", "data.files=docs", "task.steps=40"]
+COLUMNS = 104
+FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's comes from elsewhere
 
 
 def main(root: Path) -> None:
     if (program := browser()) is None:
         raise UserError("no browser for a picture of the report; on Debian: apt-get install chromium")
+    words = [sys.executable, "launch.py", *CONSOLE]
+    pipe, both = subprocess.PIPE, subprocess.STDOUT  # as a terminal has them, in their order
+    ended = subprocess.run(words, cwd=HOME, env=_environment(root), stdout=pipe, stderr=both, text=True, check=True)
+    (PICTURES / "console.svg").write_text(console(ended.stdout, root))
     _python(root, "launch.py", *DEMO)
     _python(root, "launch.py", *SWEEP)
     (curve,) = root.glob("demo-*/loss.png")
@@ -48,8 +61,21 @@ def main(root: Path) -> None:
     subprocess.run([program, *window, f"--screenshot={PICTURES / 'report.png'}", page], check=True)
 
 
+def console(told: str, root: Path) -> str:
+    """What a run said, as the SVG of a terminal: the same for the same text. `root` is shown as runs."""
+    terminal = Console(record=True, width=COLUMNS, file=StringIO())
+    terminal.print(Text(f"$ python launch.py {' '.join(CONSOLE)}", style="bold"))
+    for line in told.replace(str(root), "runs").rstrip().splitlines():
+        terminal.print(Text(line, no_wrap=True, overflow="ellipsis"))
+    return FONT_FACE.sub("", terminal.export_svg(title="ropewalk", unique_id="console"))
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return os.environ | {"RUNS": str(root)}
+
+
 def _python(root: Path, *words: str) -> None:
-    subprocess.run([sys.executable, *words], cwd=HOME, env=os.environ | {"RUNS": str(root)}, check=True)
+    subprocess.run([sys.executable, *words], cwd=HOME, env=_environment(root), check=True)
 
 
 if __name__ == "__main__":

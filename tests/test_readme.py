@@ -1,5 +1,9 @@
-"""Every command that README.md shows runs, and every message it shows is what the program says."""
+"""Every command that README.md shows runs, and every message it shows is what the program says.
 
+The slow test types all of them in order; each also runs by itself, shortened, which takes seconds.
+"""
+
+import json
 import os
 import re
 import shlex
@@ -9,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from docs.pictures import console
+from tests.test_tutorials import copied, executed, typed
+
 HOME = Path(__file__).parents[1]
 README = (HOME / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line.partition(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 DIALOGUES = re.findall(r"^\$ (python launch.py .*)\n((?:(?!\$ |```).+\n)+)", README, re.MULTILINE)
+RECORD = "benchmarks/records/one_gpu.json"
 SMALL = ["++task.seq_len=64", "++task.global_batch=4"]
 SHORT = [
     *SMALL,
@@ -38,11 +46,11 @@ def test_commands_are_found() -> None:
     assert len(DIALOGUES) >= 2
 
 
-# What needs eight GPUs is planned by tests/test_commands.py, as every command is.
-HERE = [line for line in LINES if line.startswith("python launch.py") and not line.endswith("8b parallel=tp2_fsdp4")]
+# The quickstart's are about one folder, one after the other.
+HERE = [line for line in LINES if line.startswith("python launch.py") and "runs/first" not in line]
 
 
-LESS: dict[str, list[str]] = {"--help": [], "dry_run=": [], "task=verify": [], "task=bench": SMALL}  # the rest: SHORT
+LESS: dict[str, list[str]] = {"dry_run=": [], "task=verify": [], "task=bench": SMALL}  # the rest: SHORT
 
 
 @pytest.mark.parametrize("command", HERE)
@@ -52,12 +60,10 @@ def test_launch_command(command: str, tmp_path_factory: pytest.TempPathFactory) 
     ended = launched(command, root, *more)
     assert ended.returncode == 0, ended.stderr
     points = 2 if " -m " in command else 1
-    if "--help" in command:
-        assert "--help model=llama3_8b" in ended.stdout
-    elif "cluster=slurm" in command:
+    if "cluster=slurm" in command:
         assert ended.stdout.count("#SBATCH --array=0-1%2") == 2, "an array for each layout"
     elif "dry_run=true" in command:
-        assert re.search(r"parameters\s+│\s+405,", ended.stderr)
+        assert re.search(rf"parameters\s+│\s+{'405' if '405b' in command else '8'},", ended.stderr)
     elif "task=verify" in command:
         assert "passed: " in ended.stdout
     elif "task=bench" in command:
@@ -66,12 +72,54 @@ def test_launch_command(command: str, tmp_path_factory: pytest.TempPathFactory) 
         assert ended.stdout.count("step 2/2") == points
 
 
-@pytest.mark.parametrize("target", [line for line in LINES if line.startswith("make ")])
-def test_make_target(target: str) -> None:
+@pytest.mark.slow
+def test_all_of_it_as_typed_in_order(tmp_path: Path) -> None:
+    """In a copy of the repository, as a newcomer has it after `make .venv/installed`."""
+    home = copied(tmp_path / "ropewalk")
+    told = ""
+    for block in BLOCKS:
+        for command in typed(block):
+            code, said = executed(command, home)
+            assert code == 0, f"{command}\n{said}"
+            told += said
+    assert "resumes " in told
+    assert (home / "runs/lr.pdf").read_bytes().startswith(b"%PDF-")
+    assert (home / "runs/first/exports/step_00000030/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("target", "command"), [("demo", "launch.py experiment=demo"), ("test", "-m pytest")])
+def test_make_target(target: str, command: str) -> None:
     """`make -n` says what would run; the demo's own command is run by tests/end_to_end."""
-    ended = subprocess.run([*shlex.split(target), "--dry-run"], cwd=HOME, capture_output=True, text=True)
+    assert f"`make {target}`" in README or target == "test"
+    ended = subprocess.run(["make", target, "--dry-run"], cwd=HOME, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert {"make demo": "launch.py experiment=demo", "make test": "-m pytest"}[target] in ended.stdout
+    assert command in ended.stdout
+
+
+HEADLINE = (
+    ("8b_bf16", "Llama 3 8B, 16 layers, bf16"),
+    ("8b_fp8", "the same, float8"),
+    ("small_32", "124M Llama, bf16"),
+)
+
+
+def test_the_headline_is_the_records() -> None:
+    """Pairs of one machine each, the same work on both sides."""
+    records = {each["row"]: each["measured"] for each in json.loads((HOME / RECORD).read_text(encoding="utf-8"))}
+    for row, work in HEADLINE:
+        ours = records[row]["ours"]["tokens_per_second"]
+        peers = records[row]["peer"]["tokens_per_second_per_device"]
+        assert f"| {work} | **{ours:,.0f}** | {peers:,.0f} |" in README
+
+
+def test_pictures_are_there_and_fetch_nothing() -> None:
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert named == [f"docs/pictures/{name}" for name in ("loss.png", "console.svg", "report.png", "architecture.svg")]
+    assert [name for name in named if not (HOME / name).is_file()] == []
+    picture = (HOME / "docs/pictures/console.svg").read_text(encoding="utf-8")
+    assert "starts&#160;runs/own_text-" in picture
+    assert "url(http" not in picture
+    assert console("a\n", Path("/nowhere")) == console("a\n", Path("/nowhere"))
 
 
 @pytest.mark.parametrize(("command", "message"), DIALOGUES)
