@@ -93,7 +93,7 @@ def test_stale_keys_are_seen() -> None:
 def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     made = tuple(re.findall(r"^(?:cat >|mkdir) (\S+)", text, re.MULTILINE))  # by the commands of a tutorial
-    made += tuple(place.replace("/", ".") for place in made)
+    made += tuple(place.removesuffix(".py").replace("/", ".") for place in made)
     gone = {path for path in named_paths(text) if not any(HOME.glob(path))}
     gone |= {name for name in named_modules(text) if not exists(name)}
     assert sorted(name for name in gone if not name.startswith(made)) == []

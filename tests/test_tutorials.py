@@ -109,7 +109,7 @@ def test_tutorial(page: Path, tmp_path: Path) -> None:
 
 
 def test_pages_are_found() -> None:
-    assert [page.stem for page in PAGES] == ["first_run", "your_cluster", "your_model"]
+    assert [page.stem for page in PAGES] == ["first_run", "your_cluster", "your_model", "your_optimizer"]
     for page in PAGES:
         languages = re.findall(r"^```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(languages) <= {"sh", "text", ""}, "a block of another kind would not be tested"
