@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import launch
 import src
 
 HOME = Path(__file__).parents[2]
@@ -51,3 +52,19 @@ def test_commands_that_pages_name_are_commands() -> None:
     assert [name for name in sorted({*named, *src.COMMANDS, *ENTRIES}) if src.no_command(name)] == []
     assert src.no_command("src.metrics.curve")
     assert not src.no_command("src.nowhere"), "Python says that itself"
+
+
+def test_a_launcher_that_composes_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "asked", interrupted)
+    monkeypatch.setattr(launch, "keep_interrupts", lambda: None)  # a hook of the whole process
+    monkeypatch.setattr(sys, "argv", ["launch.py", "task.steps=2"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert launch.main() == 130
+    assert capsys.readouterr().err == (
+        "\nCtrl-C: ended; the same command begins again, or goes on: python launch.py task.steps=2\n"
+    )
