@@ -29,6 +29,7 @@ NAMES = (
     MetricName("tflops_causal", "TFLOP/s", "of one device, counting the causal half of attention"),
     MetricName("mfu_full_percent", "%", "tflops_full over the device's peak in bfloat16"),
     MetricName("mfu_causal_percent", "%", "tflops_causal over the same peak"),
+    MetricName("throughput/predicted_ratio", "", "tokens_per_second over that of the plan; only of a device it knows"),
     MetricName("peak_allocated_gib", "GiB", "most memory that tensors took on a GPU since the last line"),
     MetricName("peak_reserved_gib", "GiB", "most memory that the allocator held on a GPU since the last line"),
     MetricName("peak_rss_gib", "GiB", "most memory that a rank on a CPU has held"),

@@ -55,11 +55,14 @@ class Throughput:
         flops_per_token: float,
         flops_per_token_causal: float,
         peak: Peak | None,
+        predicted: float | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`predicted`: tokens per second of one device, as the plan says; None: it does not know the device."""
         self._devices = devices
         self._flops = {"full": flops_per_token, "causal": flops_per_token_causal}
         self._peak = peak
+        self._predicted = predicted
         self._clock = clock
         self.restart()
 
@@ -89,5 +92,7 @@ class Throughput:
             values[f"tflops_{convention}"] = rate * flops / 1e12
             if self._peak is not None:
                 values[f"mfu_{convention}_percent"] = 100.0 * rate * flops / self._peak.flops_per_second
+        if self._predicted is not None:
+            values["throughput/predicted_ratio"] = rate / self._predicted
         self.restart()
         return values

@@ -61,7 +61,9 @@ def test_other_precisions_are_labelled() -> None:
 def test_rates_per_device_and_both_conventions() -> None:
     clock = Clock()
     peak = peak_flops("NVIDIA H200", "bfloat16")
-    rates = Throughput(devices=4, flops_per_token=60e9, flops_per_token_causal=50e9, peak=peak, clock=clock)
+    rates = Throughput(
+        devices=4, flops_per_token=60e9, flops_per_token_causal=50e9, peak=peak, predicted=8_000.0, clock=clock
+    )
     for _ in range(5):
         clock.now += 2.0
         rates.step(tokens=80_000, data_seconds=0.25)
@@ -74,6 +76,7 @@ def test_rates_per_device_and_both_conventions() -> None:
         "mfu_full_percent": pytest.approx(60.667, abs=1e-3),
         "tflops_causal": 500.0,
         "mfu_causal_percent": pytest.approx(50.556, abs=1e-3),
+        "throughput/predicted_ratio": 1.25,
     }
     clock.now += 1.0
     rates.step(tokens=80_000, data_seconds=0.0)
@@ -82,7 +85,9 @@ def test_rates_per_device_and_both_conventions() -> None:
 
 def test_validation_time_is_left_out_and_no_peak_means_no_mfu() -> None:
     clock = Clock()
-    rates = Throughput(devices=1, flops_per_token=1e9, flops_per_token_causal=1e9, peak=None, clock=clock)
+    rates = Throughput(
+        devices=1, flops_per_token=1e9, flops_per_token_causal=1e9, peak=None, predicted=None, clock=clock
+    )
     clock.now += 50.0
     rates.restart()
     clock.now += 2.0

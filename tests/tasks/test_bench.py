@@ -7,8 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from src.metrics.kernels import breakdown
-from src.tasks.bench.rank import _kernels, _routing
+from src.planning.plan import plan
+from src.tasks.bench.rank import _kernels, _predicted, _routing
 from tests.models.shapes import tiny_deepseek, tiny_llama
+from tests.planning.test_time_step import site
 from tests.train.runs import make_run
 
 
@@ -54,3 +56,13 @@ def test_kernels_of_a_gpu_are_not_counted_twice() -> None:
 )
 def test_routing_belongs_to_every_figure(model: Any, said: str | None) -> None:
     assert _routing(make_run(model=model)) == said
+
+
+def test_what_the_plan_says_stands_beside() -> None:
+    planned = plan(make_run({"seq_len": 8192, "micro_batch": 1}, site(), model="llama3_8b", parallel="fsdp8"))
+    assert planned.time is not None
+    found = _predicted(planned)
+    assert found["predicted_of"] == "H200"
+    assert found["predicted_tokens_per_second"] == planned.time.tokens_per_second
+    assert sum(found["predicted_parts"].values()) == pytest.approx(found["predicted_step_seconds"])
+    assert _predicted(plan(make_run())) == {}

@@ -82,6 +82,7 @@ def _measure(
         flops_per_token=planned.flops_per_token,
         flops_per_token_causal=planned.flops_per_token_causal,
         peak=peak,
+        predicted=None if planned.time is None else planned.time.tokens_per_second,
     )
     # As in training: nothing waits for the device between two steps, so the figure is the mean over all of them.
     losses = losses + _steps(training, batches, task.steps)
@@ -100,11 +101,25 @@ def _measure(
         "mean_of_steps": task.steps,
         **{key: value for key, value in mean.items() if key != "data_seconds"},
         "mfu_of": None if peak is None else peak.label,
+        **_predicted(planned),
         "routing": _routing(run),
         **({} if load is None else load.values(layers=False)),
         "losses": losses,
         **memory(device, training.stepper.captured_bytes),
         "planned_peak_gib": planned.memory.peak / 2**30,
+    }
+
+
+def _predicted(planned: Plan) -> dict[str, Any]:
+    """What the plan says of the same steps, beside what was measured; nothing of a device that it does not know."""
+    if (time := planned.time) is None:
+        return {}
+    return {
+        "predicted_of": time.gpu,
+        "predicted_tokens_per_second": time.tokens_per_second,
+        "predicted_step_seconds": time.step.seconds,
+        "predicted_within": time.within,
+        "predicted_parts": time.step.parts,
     }
 
 
