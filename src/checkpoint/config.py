@@ -26,8 +26,10 @@ def hardly_fits(save_seconds: float, grace_seconds: float) -> str | None:
 
 
 class Checkpoint(Config):
-    every: Steps | None
-    """Optimizer steps between two checkpoints; the end and a stop save too; null: never save."""
+    every: Literal["auto"] | Steps | None
+    """Optimizer steps between two checkpoints; the end and a stop save too; auto: as often as loses the least time to
+    failures, by cluster.mtbf_hours_per_gpu; null: never save.
+    """
     keep: Annotated[int, Field(ge=2)] | None
     """Newest checkpoints to keep; null: all."""
     keep_every: Steps | None
@@ -55,7 +57,7 @@ class Checkpoint(Config):
 
     @model_validator(mode="after")
     def _kept_steps_are_saved_steps(self) -> "Checkpoint":
-        if self.keep_every is None:
+        if self.keep_every is None or self.every == "auto":  # which becomes a divisor
             return self
         if self.every is None:
             raise ValueError(f"keep_every={self.keep_every} keeps nothing while every=null; set both to null")
@@ -71,9 +73,15 @@ class Checkpoint(Config):
             raise ValueError(f"progress={self.progress} is about a checkpoint, and initial={what}; pass progress=all")
         return self
 
+    @property
+    def interval(self) -> int | None:
+        """Steps between two checkpoints, which the launcher has decided where they are `auto`; None: never save."""
+        assert self.every != "auto", "the launcher chooses: src.launch.auto_cadence"
+        return self.every
+
     def due(self, step: int, *, last: bool) -> bool:
         """Whether to save after `step`; `last` means that nothing follows: the end of the run or a stop."""
-        return self.every is not None and (last or step % self.every == 0)
+        return self.interval is not None and (last or step % self.interval == 0)
 
     def exports(self, step: int) -> bool:
         """Whether the weights after `step` also become a folder in Hugging Face layout."""

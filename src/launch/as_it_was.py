@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.config.groups import SECTIONS
 from src.config.tree import SITE, Tree, read
+from src.launch.auto_cadence import saved_in_time
 from src.launch.auto_layout import decided
 from src.runs.folder import may_change
 from src.tasks import source
@@ -18,17 +19,18 @@ from src.tasks.inherit import take
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """`src.tasks.source.completed` and what parallel=auto stands for, but for a run that shall go on as it was.
+    """`src.tasks.source.completed` and what parallel=auto stands for, but for a run that shall go on as it was; and
+    what checkpoint.every=auto stands for.
 
     ConfigError, CheckpointError, PlanError.
     """
     recorded = _recorded(tree, typed)
     if recorded is None:
-        return decided(source.completed(tree, typed), typed)
+        return saved_in_time(decided(source.completed(tree, typed), typed))
     changes = [f"{key}={text}" for key, text in typed.items() if key not in ("folder", "dry_run")]
     told = f", with {' '.join(changes)}" if changes else ""
     print(f"as {tree['folder']} was{told}", file=sys.stderr)
-    return overlaid(recorded, tree, typed)
+    return saved_in_time(overlaid(recorded, tree, typed))
 
 
 def _recorded(tree: Tree, typed: Mapping[str, str]) -> Tree | None:

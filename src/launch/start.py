@@ -107,11 +107,16 @@ def checked(trees: list[Tree], names: Sequence[str] = ()) -> "list[tuple[Tree, R
     """
     tell = EachOnce()
     sections = map_collecting_errors(build, trees, names)
+    from src.launch.auto_cadence import interruptions
     from src.planning.plan import plan
     from src.run import Run
 
+    def planned(point: "tuple[Tree, Run]") -> "Plan":
+        tree, run = point
+        return plan(run, None, run.cluster.devices(), unfit(run), interruptions(tree, run))
+
     runs = map_collecting_errors(Run.from_sections, sections, names)
-    plans = map_collecting_errors(lambda run: plan(run, None, run.cluster.devices(), unfit(run)), runs, names)
+    plans = map_collecting_errors(planned, zip(trees, runs, strict=True), names)
     map_collecting_errors(lambda pair: examine(*pair, tell), zip(trees, runs, strict=True), names)
     return list(zip(trees, runs, plans, strict=True))
 

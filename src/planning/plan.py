@@ -22,6 +22,7 @@ from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
+from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction, predict
 from src.planning.training_rules import training_problems
 from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates
@@ -101,11 +102,16 @@ class Plan:
 
 
 def plan(
-    run: Run, corpus: TrainingData | None = None, devices: Devices | None = None, problems: Iterable[str] = ()
+    run: Run,
+    corpus: TrainingData | None = None,
+    devices: Devices | None = None,
+    problems: Iterable[str] = (),
+    interruptions: Interruptions = NOTHING_MEASURED,
 ) -> Plan:
     """Raises PlanError with every problem at once, those of other rooms (`problems`) first.
 
     `devices`: of the machine that shall run it, `run.cluster.devices()`; None: count and memory are not judged.
+    `interruptions`: what the run has measured of its saves and restarts.
     """
     load = load_of(run)
     limit = _memory_limit(run, devices)
@@ -132,7 +138,7 @@ def plan(
         found += one_device_problems(run, room)
     if found:
         raise PlanError(found)
-    answers = replace(_answers(run, load, limit), time=predict(run, load, devices))
+    answers = replace(_answers(run, load, limit), time=predict(run, load, devices, interruptions))
     return answers if corpus is None else answers.with_data(run, corpus)
 
 
@@ -331,6 +337,8 @@ def _section_problems(run: Run) -> list[str]:
     if not _infers(run):  # else there is no gradient, and no optimizer to make
         found += run.optim.problems(storage=run.precision.storage, row_shards=degrees.fsdp, tensor=degrees.tensor)
     found += training_problems(run)
+    if run.checkpoint.every == "auto":
+        found.append("checkpoint.every=auto is decided by launch.py alone; pass steps, such as checkpoint.every=500")
     if run.compile.graph and _infers(run):
         found.append("compile.graph=true replays training steps, and this task takes none; pass compile=blocks")
     if run.recompute.mode == "budget" and not run.compile.blocks:

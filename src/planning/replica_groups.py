@@ -16,7 +16,8 @@ def problems(
         return []
     if not isinstance(run.task, Validates):  # so nothing else matters
         return ["fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none"]
-    found = options.problems(Asked(micro_batches, run.model.n_layers, run.task.steps, run.checkpoint.every))
+    save_every = run.checkpoint.every if isinstance(run.checkpoint.every, int) else None
+    found = options.problems(Asked(micro_batches, run.model.n_layers, run.task.steps, save_every))
     if devices is not None and devices.count is not None and options.copies * world > devices.count:
         room = devices.count // world
         found.append(

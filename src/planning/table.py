@@ -117,11 +117,16 @@ def _time(time: Prediction, plan: Plan) -> list[tuple[str, str]]:
     if time.money is not None:
         rows.append(("price", _interval(time.money, time.within)))
     if (failures := time.failures) is not None:
+        save = f"{_seconds(failures.save_seconds)}, {'measured' if failures.measured else 'planned'}"
         rows += [
             ("hours between failures of the run", f"{failures.hours_between:.3g}"),
+            ("a save stops training for", save),
+            ("from a failure to the next step", _seconds(failures.restart_seconds)),
             ("best checkpoint.every", f"{failures.checkpoint_every:,} steps"),
             ("goodput with that", f"{failures.goodput:.1%}"),
         ]
+        if failures.own_goodput is not None:
+            rows.append(("goodput with this checkpoint.every", f"{failures.own_goodput:.1%}"))
     if not time.measured:
         rows.append(("evidence", f"datasheet of {time.gpu}, shares of an H200"))
     return rows

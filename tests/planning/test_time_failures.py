@@ -38,3 +38,4 @@ def test_by_hand() -> None:
     assert best_interval(1.0, 1e6) == pytest.approx(2e6**0.5, rel=0.002)
     assert best_interval(7200.0, 3600.0) == 3600.0
     assert goodput(1000.0, 0.0, 0.0, 1e9) == pytest.approx(1.0, rel=1e-5)
+    assert goodput(1e12, 1.0, 300.0, 0.2) == goodput(1.0, 1.0, 300.0, 0.2) == 0.0

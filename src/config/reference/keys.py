@@ -96,7 +96,7 @@ def _keys(cls: type[BaseModel], values: Mapping[str, Any], above: str) -> Iterat
         inner = _class_below(value, cls, field, key)
         shown = "" if isinstance(value, Mapping) and inner is not None else _typed(key in values, value)
         unit = next((UNITS[each] for each in annotations.get(name, ()) if each in UNITS), "")
-        legal = " or ".join(choices(field)) if choices(field) else legal_range(field)
+        legal = " or ".join([*choices(field), *filter(None, [legal_range(field)])])
         owner = f"{cls.__module__}.{cls.__name__}"
         yield Key(full, _kind(field, inner), unit, legal, shown, "; ".join(clauses(docs[name])), owner)
         if inner is not None and get_origin(field.annotation) is not dict:
@@ -129,7 +129,7 @@ def _kind(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     if inner is not None:
         word = "keys"
     elif choices(field):
-        word = "true, false or a word" if bool in found else "word"
+        word = "true, false or a word" if bool in found else "whole number or word" if int in found else "word"
     elif tuple in origins or list in origins:
         word = "list"
     elif dict in origins:

@@ -7,6 +7,8 @@ a restart.
 
 from math import exp, expm1, sqrt
 
+HOPELESS = 500.0  # failures in one interval and a restart: of e^500 of them none is over
+
 
 def best_interval(save: float, mtbf: float) -> float:
     """Seconds of work between two saves. `save`: seconds that one stops training for; `mtbf`: mean seconds between
@@ -20,5 +22,7 @@ def best_interval(save: float, mtbf: float) -> float:
 
 def goodput(interval: float, save: float, restart: float, mtbf: float) -> float:
     """Share of all time that is work which is kept, 0 to 1. `restart`: seconds from a failure to the next step."""
+    if (interval + save + restart) / mtbf > HOPELESS:
+        return 0.0
     lost = mtbf * exp(restart / mtbf) * expm1((interval + save) / mtbf)
     return interval / lost

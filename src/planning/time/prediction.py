@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from src.planning.memory import Load, estimate
 from src.planning.time.failures import best_interval, goodput
+from src.planning.time.interruptions import Interruptions
 from src.planning.time.site import SiteFacts
 from src.planning.time.step import Question, StepTime, step_time
 from src.run import Run
@@ -25,9 +26,12 @@ class Failures:
     """What failures cost a run that saves as often as is best for it: failures.py."""
 
     hours_between: float  # of the whole run
-    save_seconds: float
+    save_seconds: float  # that training stands still for a save
+    restart_seconds: float
+    measured: bool  # whether the run itself has saved; else bytes and a stated speed
     checkpoint_every: int  # steps
     goodput: float  # share of all hours that are steps which are kept, 0 to 1
+    own_goodput: float | None  # the same with the run's own checkpoint.every; None: it never saves
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Prediction:
         return cls(**values | {"step": step, "failures": None if failed is None else Failures(**failed)})
 
 
-def predict(run: Run, load: Load, devices: Devices | None) -> Prediction | None:
+def predict(run: Run, load: Load, devices: Devices | None, interruptions: Interruptions) -> Prediction | None:
     """None of a device that is not known, of what takes no training steps, and of replica groups, which are no part of
     the model of a step. `devices`: of the machine that shall run it, if it was asked.
     """
@@ -83,14 +87,31 @@ def predict(run: Run, load: Load, devices: Devices | None) -> Prediction | None:
         gpu_hours=hours * world,
         kilowatt_hours=hours * world * (site.gpu_watts or gpu.watts) / 1000.0,
         money=None if price is None else price * hours * world,
-        failures=_failures(site, load, world, step.seconds),
+        failures=_failures(run, site, load, step.seconds, interruptions),
     )
 
 
-def _failures(site: SiteFacts, load: Load, world: int, step_seconds: float) -> Failures | None:
+def _failures(run: Run, site: SiteFacts, load: Load, step_seconds: float, known: Interruptions) -> Failures | None:
     if site.mtbf_hours_per_gpu is None:
         return None
-    hours, memory = site.mtbf_hours_per_gpu / world, estimate(load)
-    save, mtbf = (memory.parameters + memory.optimizer) / SAVED_PER_SECOND, 3600.0 * hours
-    every = max(1, round(best_interval(save, mtbf) / step_seconds))
-    return Failures(hours, save, every, goodput(every * step_seconds, save, RESTART_SECONDS, mtbf))
+    hours = site.mtbf_hours_per_gpu / run.parallel.world
+    memory, mtbf = estimate(load), 3600.0 * hours
+    save, restart = known.save, known.restart
+    if save is None:
+        save = (memory.parameters + memory.optimizer) / SAVED_PER_SECOND
+    if restart is None:
+        restart = RESTART_SECONDS
+    every, own = max(1, round(best_interval(save, mtbf) / step_seconds)), run.checkpoint.every
+
+    def kept(steps: int) -> float:
+        return goodput(steps * step_seconds, save, restart, mtbf)
+
+    return Failures(
+        hours_between=hours,
+        save_seconds=save,
+        restart_seconds=restart,
+        measured=known.save is not None,
+        checkpoint_every=every,
+        goodput=kept(every),
+        own_goodput=kept(min(own, run.task.steps)) if isinstance(own, int) else None,
+    )

@@ -58,10 +58,10 @@ class ReplicatedLoop(Loop):
         holds.
         """
         before, self._led = self._led, self.groups.leads
-        if before or not self.groups.leads or self.checkpoint.every is None:
+        if before or not self.groups.leads or (every := self.checkpoint.interval) is None:
             return
         step, newest = self.training.state.step, self.store.newest()
-        due = step // self.checkpoint.every * self.checkpoint.every
+        due = step // every * every
         if due > (0 if newest is None else step_of(newest) or 0):
             self._audit.check()
             self._saved = step
