@@ -17,6 +17,9 @@ def render(plan: Plan) -> Group:
     tables = [_table("plan", _facts(plan)), _table("memory of the fullest GPU, estimated", _memory(plan))]
     if plan.time is not None:
         tables.append(_table(f"time on {plan.world} x {plan.time.gpu}, predicted", _time(plan.time, plan)))
+        tables.append(_table("matrix products of blocks, on one rank, of a micro-batch", _products(plan.time)))
+        if plan.time.terms.collectives:
+            tables.append(_table("collectives of one rank, of a step", _collectives(plan.time)))
     return Group(*tables, *warnings)
 
 
@@ -130,6 +133,30 @@ def _time(time: Prediction, plan: Plan) -> list[tuple[str, str]]:
     if not time.measured:
         rows.append(("evidence", f"datasheet of {time.gpu}, shares of an H200"))
     return rows
+
+
+def _products(time: Prediction) -> list[tuple[str, str]]:
+    """How often, rows x inner by inner x columns; seconds of all of them with their gradients."""
+    return [
+        (
+            f"{each.times:.3g} x {each.name.removesuffix('.weight')}: "
+            f"{each.rows:,.0f} x {each.inner:,} x {each.columns:,}",
+            f"{_seconds(each.seconds)}, {each.flops_per_second / 1e12:,.0f} TFLOP/s",
+        )
+        for each in time.terms.products
+    ]
+
+
+def _collectives(time: Prediction) -> list[tuple[str, str]]:
+    """How often, what, of how many bytes; seconds of all of them, beside other work or not."""
+    return [
+        (
+            f"{each.times:,.0f} x {each.algorithm} of {each.what}, {told(int(each.size))}, {each.ranks} ranks on "
+            f"{each.nodes} node{'s' if each.nodes > 1 else ''}",
+            _seconds(each.times * each.seconds),
+        )
+        for each in time.terms.collectives
+    ]
 
 
 def _seconds(value: float) -> str:

@@ -7,6 +7,7 @@ which is stated beside every prediction (`measured`).
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil, log2
 
 TFLOP = 1e12
@@ -87,6 +88,7 @@ class Gpu:
         return size / (self.memory * self.shares.memory)
 
 
+@lru_cache(maxsize=4096)  # a search asks tens of thousands of times for a few shapes
 def _bare(columns: int, inner: int) -> float:
     """TFLOP/s of PRODUCTS between its shapes: weighted by the inverse square of the distance in powers of two."""
     weights = {}

@@ -7,7 +7,9 @@ from src.planning.memory import Load, estimate
 from src.planning.time.failures import best_interval, goodput
 from src.planning.time.interruptions import Interruptions
 from src.planning.time.site import SiteFacts
-from src.planning.time.step import Question, StepTime, step_time
+from src.planning.time.step import Question, StepTime, Terms, step_time, terms
+from src.planning.time.traffic import Collective
+from src.planning.time.work import ProductTime
 from src.run import Run
 from src.runs.cluster import Devices
 
@@ -41,6 +43,7 @@ class Prediction:
     gpu: str
     measured: bool  # whether records of this device are behind it
     step: StepTime
+    terms: Terms
     tokens_per_second: float  # of one GPU
     mfu: float  # 0 to 1, attention counted in full, against the bf16 peak
     within: float  # half of the interval, relative
@@ -52,14 +55,20 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the sum of the step's parts."""
-        return asdict(self) | {"step": asdict(self.step) | {"seconds": self.step.seconds}}
+        named = {name: [each._asdict() for each in found] for name, found in vars(self.terms).items()}
+        return asdict(self) | {"step": asdict(self.step) | {"seconds": self.step.seconds}, "terms": named}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
         step = StepTime(**{each.name: values["step"][each.name] for each in fields(StepTime)})
-        failed = values["failures"]
-        return cls(**values | {"step": step, "failures": None if failed is None else Failures(**failed)})
+        failed, named = values["failures"], values["terms"]
+        found = Terms(
+            tuple(ProductTime(**each) for each in named["products"]),
+            tuple(Collective(**each) for each in named["collectives"]),
+        )
+        failures = None if failed is None else Failures(**failed)
+        return cls(**values | {"step": step, "terms": found, "failures": failures})
 
 
 def predict(run: Run, load: Load, devices: Devices | None, interruptions: Interruptions) -> Prediction | None:
@@ -72,7 +81,8 @@ def predict(run: Run, load: Load, devices: Devices | None, interruptions: Interr
     if (gpu := site.gpu(devices)) is None:
         return None
     fabric, world = site.fabric(gpu, run.cluster.gpus_per_node), run.parallel.world
-    step = step_time(Question(load, gpu, fabric, graph=run.compile.graph))
+    question = Question(load, gpu, fabric, graph=run.compile.graph)
+    step = step_time(question)
     hours = run.task.steps * step.seconds / 3600.0
     rate = run.task.global_batch * run.task.seq_len / step.seconds / world
     price = site.price_per_gpu_hour
@@ -80,6 +90,7 @@ def predict(run: Run, load: Load, devices: Devices | None, interruptions: Interr
         gpu=gpu.name,
         measured=gpu.measured,
         step=step,
+        terms=terms(question),
         tokens_per_second=rate,
         mfu=rate * run.model.counts(run.task.seq_len).flops_per_token / gpu.bf16,
         within=NEAR if gpu.measured and world <= fabric.per_node else FAR,

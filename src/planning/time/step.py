@@ -16,22 +16,14 @@ from src.optim.base import Optimizer
 from src.planning.memory import Load
 from src.planning.recompute_choice import NONE
 from src.planning.time.bubbles import Makespan, StagePass, makespan
-from src.planning.time.collectives import (
-    Fabric,
-    RankGroup,
-    all_reduce_seconds,
-    all_to_all_seconds,
-    gather_seconds,
-    send_seconds,
-)
+from src.planning.time.collectives import Fabric, all_reduce_seconds, gather_seconds
 from src.planning.time.devices import Gpu
-from src.planning.time.work import Work, Worker, shape_of
+from src.planning.time.traffic import Collective, FsdpGroups, block_collectives, fsdp_collectives, hop
+from src.planning.time.work import ProductTime, Work, Worker, shape_of, together
 
 HOST_BLOCK = 1.8e-3  # seconds in which Python launches a compiled block, both directions: benchmarks/README.md
 HOST_BLOCK_EAGER = 5e-3
 HOST_WRAPPED = 1.8e-3  # and as much again where FSDP wraps it: "half of the host's work"
-ASYNC_HIDDEN = 0.5  # of a tensor rank's collectives, with parallel.async_tensor; stated
-TRAVEL_HIDDEN = 0.45  # of the travel of rows to experts: 20 of 43 ms of 16B on fsdp2_ep2
 SPREAD = 0.006  # standard deviation of the speed of a rank; two machines of a kind were 1.6 % apart
 
 
@@ -72,6 +64,7 @@ class StepTime:
         return max(waste, key=lambda name: waste[name])
 
 
+WAITED_FOR = ("tensor", "context", "travel")  # collectives that stand in line
 WASTE = (
     "recompute",
     "tensor",
@@ -103,11 +96,29 @@ def step_time(question: Question) -> StepTime:
     return _Step(question).answer()
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What the parts of a step are sums of, on one rank; the mean of a pipeline's ranks."""
+
+    products: tuple[ProductTime, ...]  # of one micro-batch
+    collectives: tuple[Collective, ...]  # of a step
+
+
+def terms(question: Question) -> Terms:
+    """Each product by its shape, and each collective by algorithm, bytes, ranks and nodes."""
+    return _Step(question).terms()
+
+
 def least_seconds(question: Question) -> float:
     """About the least that `step_time` can be with any recomputation, and sooner known: nothing is computed again,
     and a pipeline only fills and empties once.
     """
-    return _Step(replace(question, load=question.load.changed(recompute=NONE)), simulate=False).answer().seconds
+    return without_order(replace(question, load=question.load.changed(recompute=NONE)))
+
+
+def without_order(question: Question) -> float:
+    """Seconds of a step whose pipeline only fills and empties once; without a pipeline, those of `step_time`."""
+    return _Step(question, simulate=False).answer().seconds
 
 
 @dataclass(frozen=True)
@@ -130,40 +141,18 @@ class _Step:
         self.graph = question.graph
         self.worker = Worker(self.load, self.gpu, question.flash)
         self.kinds = [self._with_collectives(*self.worker.block(kind), kind.experts != ()) for kind in self.shape.kinds]
-        per_node = self.fabric.per_node
-        inner = self.degrees.tensor
-        self.shard = RankGroup.along(self.degrees.fsdp, inner, per_node)
-        self.replicas = RankGroup.along(self.degrees.replicate, inner * self.degrees.fsdp, per_node)
-        apart = self.degrees.expert * self.degrees.expert_tensor
-        self.expert_shard = RankGroup.along(self.degrees.expert_shard, apart, per_node)
+        self.groups = FsdpGroups.of(self.degrees, self.fabric.per_node)
 
     def _with_collectives(self, forward: Work, backward: Work, routed: bool) -> tuple[Work, Work]:
         """A block with what its ranks send each other, and what it computes again."""
-        element = BYTES[self.load.precision.compute]
-        worker, degrees, fabric = self.worker, self.degrees, self.fabric
-        hidden = worker.tokens * self.load.model.dim * element
-        group = RankGroup.along(degrees.tensor, 1, fabric.per_node)
-        exposed = 1.0 - ASYNC_HIDDEN if degrees.async_tensor else 1.0
-        # Attention and MLP each gather what enters them and scatter what they make; so do their gradients.
-        tensor = exposed * 4 * gather_seconds(hidden, group, fabric)
-        ring = RankGroup.along(degrees.context, degrees.tensor, fabric.per_node)
-        rows = worker.tokens * degrees.context * self.load.model.kv_heads / degrees.tensor
-        keys = rows * sum(self.load.model.head_widths)
-        context = gather_seconds(keys * element, ring, fabric)
-        context_back = context + gather_seconds(keys * 4, ring, fabric)  # gradients are added up in fp32
-        travel = 0.0
-        if routed and degrees.expert > 1:
-            experts = RankGroup.along(degrees.expert, degrees.expert_tensor, fabric.per_node)
-            sent = worker.routed_rows * self.load.model.dim * element
-            travel = (1.0 - TRAVEL_HIDDEN) * 2 * all_to_all_seconds(sent, experts, fabric)
-        again = worker.recomputed(forward)
+        sent, back = dict.fromkeys(WAITED_FOR, 0.0), dict.fromkeys(WAITED_FOR, 0.0)
+        for each in block_collectives(self.load, self.worker, self.fabric, routed=routed):
+            sent[each.what] += each.exposed * each.forward * each.seconds
+            back[each.what] += each.exposed * each.backward * each.seconds
+        again = self.worker.recomputed(forward)
         if self.load.recompute.mode in ("full", "every"):
-            share = 1.0 / (self.load.recompute.every or 1)
-            again += share * (tensor + context + travel)
-        return (
-            forward + Work(tensor=tensor, context=context, travel=travel),
-            backward + Work(tensor=tensor, context=context_back, travel=travel, recompute=again),
-        )
+            again += sum(sent.values()) / (self.load.recompute.every or 1)
+        return forward + Work(**sent), backward + Work(**back, recompute=again)
 
     @cached_property
     def stages(self) -> list[_Stage]:
@@ -172,13 +161,16 @@ class _Step:
         if count == 1:
             return [self._stage(list(range(len(self.shape.of_block))), first=True, last=True)]
         cut = stages.split(self.degrees, layers)
-        found = []
+        found, alike = [], dict[tuple[int, ...], _Stage]()
         for number, names in enumerate(cut):
             blocks = [int(name.split(".")[1]) for name in names if "." in name]
             last = number == len(cut) - 1
             if last:
                 blocks += range(layers, len(self.shape.of_block))
-            found.append(self._stage(blocks, first=number == 0, last=last))
+            kinds = (number == 0, last, *(self.shape.of_block[block] for block in blocks))
+            if kinds not in alike:
+                alike[kinds] = self._stage(blocks, first=number == 0, last=last)
+            found.append(alike[kinds])
         return found
 
     def _stage(self, blocks: list[int], *, first: bool, last: bool) -> _Stage:
@@ -270,7 +262,7 @@ class _Step:
             self.degrees.pipeline,
             [self._pass(stage) for stage in self.stages],
             self.load.micro_batches,
-            self._hop(),
+            hop(self.load, self.worker, self.fabric).seconds,
         )
 
     def _pass(self, stage: _Stage) -> StagePass:
@@ -279,11 +271,19 @@ class _Step:
         weights = 0.5 * (back.products + back.experts)
         return StagePass(stage.forward.total, back.total - weights, weights)
 
-    def _hop(self) -> float:
-        states = 1 + self.load.model.prediction_depths
-        size = states * self.worker.tokens * self.load.model.dim * BYTES[self.load.precision.compute]
-        ranks = self.degrees.world // self.degrees.pipeline
-        return send_seconds(size / self.degrees.tensor, self.fabric, same_node=2 * ranks <= self.fabric.per_node)
+    def terms(self) -> Terms:
+        products, found = list[ProductTime](), list[Collective]()
+        for number, kind in enumerate(self.shape.kinds):
+            blocks = self.shape.of_block.count(number) / self.degrees.pipeline
+            products += (each.often(blocks) for each in self.worker.product_times(kind))
+            here = block_collectives(self.load, self.worker, self.fabric, routed=kind.experts != ())
+            found += (each.often(blocks * self.load.micro_batches) for each in here)
+        if self.degrees.pipeline > 1:
+            stages_each = len(self.stages) / self.degrees.pipeline
+            found.append(hop(self.load, self.worker, self.fabric).often(stages_each * self.load.micro_batches))
+        if not self.degrees.on_one_device:
+            found += self._fsdp(self._fullest(self._ranks))
+        return Terms(together(products), together(found))
 
     def _gathers(self) -> float:
         """How often a step gathers each block's weights."""
@@ -300,16 +300,13 @@ class _Step:
         storage, micro = BYTES[self.load.precision.storage], self.load.micro_batches
         float8 = self.load.precision.float8
         sent = 1 if float8 is not None and float8.all_gather else compute
-        gathers, reductions = self._gathers(), micro if self._reduces_each else 1
-        seconds = 0.0
-        for elements, group in ((rank.dense, self.shard), (rank.routed, self.expert_shard)):
-            seconds += gathers * gather_seconds(elements * sent, group, self.fabric)
-            seconds += reductions * gather_seconds(elements * reduce, group, self.fabric)
-            seconds += reductions * all_reduce_seconds(elements * reduce / group.ranks, self.replicas, self.fabric)
-            units = max(1, rank.blocks) - 1  # each unit is a collective of its own
+        gathers, reductions = self._gathers(), self._reductions
+        seconds = sum(each.times * each.seconds for each in self._fsdp(rank))
+        units = max(1, rank.blocks) - 1  # each unit is a collective of its own
+        for elements, group in ((rank.dense, self.groups.dense), (rank.routed, self.groups.routed)):
             seconds += gathers * units * gather_seconds(1.0, group, self.fabric) * (elements > 0)
         whole = rank.dense + rank.routed
-        here = rank.dense / self.shard.ranks + rank.routed / self.expert_shard.ranks
+        here = rank.dense / self.groups.dense.ranks + rank.routed / self.groups.routed.ranks
         cast = gathers * here * (storage + compute + (2 * compute if whole > here else 0))
         cast += reductions * whole * (compute + reduce)
         plain = gathers * whole * 2 * sent
@@ -317,6 +314,14 @@ class _Step:
             plain += (micro - 1) * whole * (compute + 2 * reduce)  # added up whole on each rank
         rate = self.gpu.memory * self.gpu.shares.casts
         return seconds, cast / rate + self.gpu.moved_seconds(plain)
+
+    def _fsdp(self, rank: _Stage) -> tuple[Collective, ...]:
+        times = self._gathers(), float(self._reductions)
+        return fsdp_collectives(self.load, self.fabric, self.groups, (rank.dense, rank.routed), times)
+
+    @property
+    def _reductions(self) -> int:
+        return self.load.micro_batches if self._reduces_each else 1
 
     @property
     def _reduces_each(self) -> bool:
@@ -328,14 +333,14 @@ class _Step:
             return 0.0
         compute, reduce = BYTES[self.load.precision.compute], BYTES[self.load.precision.reduce]
         last = rank.dense + rank.routed if self.degrees.pipeline > 1 else rank.largest
-        group = self.shard if rank.dense else self.expert_shard
+        group = self.groups.dense if rank.dense else self.groups.routed
         seconds = gather_seconds(rank.largest * compute, group, self.fabric)
         seconds += gather_seconds(last * reduce, group, self.fabric)
-        return seconds + all_reduce_seconds(last * reduce / group.ranks, self.replicas, self.fabric)
+        return seconds + all_reduce_seconds(last * reduce / group.ranks, self.groups.replicas, self.fabric)
 
     def _update(self, rank: _Stage) -> float:
         """The optimizer reads and writes weights and state once, and reads gradients twice: for their norm as well."""
-        here = rank.dense / self.shard.ranks + rank.routed / self.expert_shard.ranks
+        here = rank.dense / self.groups.dense.ranks + rank.routed / self.groups.routed.ranks
         storage = BYTES[self.load.precision.storage]
         gradient = storage if not self.degrees.on_one_device else BYTES[self.load.precision.compute]
         copy = BYTES[self.load.precision.compute] if self.degrees.on_one_device else 0

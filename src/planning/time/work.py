@@ -6,10 +6,10 @@ length x (width of a key + width of a value) flops a token and head, since the m
 backwards, where kernels compute the scores again (arXiv 2205.14135).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import BYTES
@@ -80,6 +80,50 @@ class Product(NamedTuple):
     tensor_dim: int | None
     times: float  # in one forward
     name: str
+
+
+class ProductTime(NamedTuple):
+    """A product of a block as one rank holds it: (rows x inner) by (inner x columns), for one micro-batch."""
+
+    name: str
+    rows: float  # a mean where rows are routed
+    columns: int
+    inner: int
+    times: float
+    forward: float  # seconds of one
+    backward: float  # of both gradients
+
+    def often(self, times: float) -> "ProductTime":
+        return self._replace(times=times * self.times)
+
+    @property
+    def seconds(self) -> float:
+        return self.times * (self.forward + self.backward)
+
+    @property
+    def flops_per_second(self) -> float:
+        return 6.0 * self.rows * self.columns * self.inner / (self.forward + self.backward)
+
+
+class Counted(Protocol):
+    """What happens so many times."""
+
+    @property
+    def times(self) -> float: ...
+    def often(self, times: float) -> Self: ...
+
+
+Term = TypeVar("Term", bound=Counted)
+
+
+def together(found: Sequence[Term]) -> tuple[Term, ...]:
+    """Terms that differ in nothing but how often they happen, as one."""
+    times: dict[Term, float] = {}
+    for each in found:
+        if each.times:
+            one = each.often(1.0 / each.times)
+            times[one] = times.get(one, 0.0) + each.times
+    return tuple(one.often(count) for one, count in times.items())
 
 
 class BlockKind(NamedTuple):
@@ -162,7 +206,9 @@ class Worker:
 
     def block(self, kind: BlockKind) -> tuple[Work, Work]:
         """One block's forward and backward, without what is computed again."""
-        plain, again = self._plain(kind)
+        products = self._plain(kind)
+        plain = sum(each.times * each.forward for each in products)
+        again = sum(each.times * each.backward for each in products)
         grouped, grouped_back = self._grouped(kind)
         attention, attention_back = self._attention()
         memory, memory_back = self._memory(kind)
@@ -206,8 +252,21 @@ class Worker:
         """Than bf16: TF32 is off, and fp32 has no tensor cores."""
         return 1.0 if self.load.precision.compute == "bfloat16" else self.gpu.bf16 / self.gpu.float32
 
-    def _plain(self, kind: BlockKind) -> tuple[float, float]:
-        forward = backward = 0.0
+    def product_times(self, kind: BlockKind) -> list[ProductTime]:
+        """Every product of a block; those of routed experts as the one grouped product that they are."""
+        found = self._plain(kind)
+        forward, backward = self._grouped(kind)
+        total = sum(each.columns * each.inner for each in kind.experts)
+        for each in kind.experts:
+            share = each.columns * each.inner / total
+            columns, inner = self._cut(each, self.degrees.expert_tensor)
+            found.append(
+                ProductTime(each.name, self.routed_rows, columns, inner, 1.0, share * forward, share * backward)
+            )
+        return found
+
+    def _plain(self, kind: BlockKind) -> list[ProductTime]:
+        found = list[ProductTime]()
         float8 = self.load.precision.float8
         for product in kind.products:
             columns, inner = self._cut(product, self.degrees.tensor)
@@ -215,9 +274,8 @@ class Worker:
             if float8 is not None and self.gpu.float8 is not None and not float8.emulate:
                 fast = 2.0 * self.tokens * columns * inner / (self.gpu.float8 * self.gpu.shares.float8)
                 first, gradients = fast, [fast, gradients[1] if float8.recipe == "rowwise_with_gw_hp" else fast]
-            forward += product.times * first
-            backward += product.times * sum(gradients)
-        return forward, backward
+            found.append(ProductTime(product.name, self.tokens, columns, inner, product.times, first, sum(gradients)))
+        return found
 
     def _cut(self, product: Product, degree: int) -> tuple[int, int]:
         columns, inner = product.columns, product.inner
