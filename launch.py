@@ -20,6 +20,7 @@ from src.config.reference.help import help_of, wants_help
 from src.errors import UserError, VerdictError
 from src.launch.as_it_was import completed
 from src.launch.dry_run import show
+from src.launch.kept_layout import check_places, measured_places
 from src.launch.start import EachOnce, Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
 from src.storage.streams import ReaderMayLeave
@@ -76,8 +77,11 @@ def main() -> int:
         if dry and (disagreements := show(dry)):
             raise VerdictError(disagreements)
         live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
+        check_places(live)
         if question.swept and live:
-            return sweep(live, sys.argv[1:])
+            code = sweep(live, sys.argv[1:])
+            measured_places(live)
+            return code
         status, code = start(*live[0][:3], Shared(command)) if live else ("shown", 0)
     except UserError as error:
         return refused(error)

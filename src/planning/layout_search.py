@@ -2,13 +2,15 @@
 with the least recomputation that fits, in the order of predicted time.
 
 What cannot fit goes first, by the bytes of weights and state alone. What is left is ordered by a time that hardly any
-exact one beats, and looked at exactly until the best are known.
+exact one beats; the first of it gets the recomputation that fits and its time without its pipeline's order, and only
+where it is still the first, the exact time, until the best are known.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import product
+from typing import Any
 
 from src.distributed.parallel_dims import ParallelDims, ScheduleName
 from src.distributed.pipeline import stages
@@ -16,9 +18,10 @@ from src.distributed.precision.config import BYTES
 from src.distributed.recompute import Recompute
 from src.planning.memory import RUNTIME_BYTES, Load, estimate
 from src.planning.recompute_choice import LADDER
-from src.planning.time.step import Question, StepTime, least_seconds, state_bytes, step_time
+from src.planning.time.step import Question, StepTime, least_seconds, state_bytes, step_time, without_order
 from src.planning.time.work import shape_of
 
+DEGREES = ("replicate", "shard", "context", "tensor", "expert", "pipeline")
 MICRO_BATCHES = (1, 2, 4)  # sequences
 LONG_SEQUENCE = 32_768  # tokens from which on a sequence is cut though there is batch enough
 INTERLEAVED = (2, 4)  # stages of a rank
@@ -26,10 +29,10 @@ INTERLEAVED = (2, 4)  # stages of a rank
 
 @dataclass(frozen=True)
 class Space:
-    """What the search may choose. A degree that is given stays; so do recomputation and micro-batch."""
+    """What the search may choose. What is given of the layout stays; so do recomputation and micro-batch."""
 
     gpus: int
-    degrees: Mapping[str, int]
+    degrees: Mapping[str, Any]  # fields of ParallelDims
     micro_batch: int | None
     recompute: Recompute | None
     global_batch: int
@@ -52,14 +55,26 @@ class Found:
         words += [degrees.pipeline_schedule] if degrees.pipeline > 1 else []
         words += [f"layers_per_stage={degrees.layers_per_stage}"] if degrees.layers_per_stage else []
         words += ["reshard=never"] if degrees.reshard == "never" else []
+        words += ["sync_each_micro_batch"] if degrees.sync_each_micro_batch else []
         return " ".join([*words, f"micro_batch={self.load.micro_batch}", f"recompute={self.load.recompute}"])
 
 
-def best(question: Question, space: Space, limit_bytes: int | None, count: int = 5) -> list[Found]:
+def any_layout(_degrees: ParallelDims) -> bool:
+    return True
+
+
+def best(
+    question: Question,
+    space: Space,
+    limit_bytes: int | None,
+    count: int = 5,
+    among: Callable[[ParallelDims], bool] = any_layout,
+) -> list[Found]:
     """The `count` fastest layouts, fastest first; none where nothing fits. `question`: of the run on any layout."""
     room = limit_bytes if limit_bytes is not None else 2**62
-    heap: list[tuple[float, int, Question, Found | None]] = []
-    for number, load in enumerate(_loads(question.load, space)):
+    # The last: None at first, then the peak of what fits, then all of it.
+    heap: list[tuple[float, int, Question, int | Found | None]] = []
+    for number, load in enumerate(legal(question.load, space, among)):
         if _least_bytes(load) <= room:
             asked = replace(question, load=load)
             heap.append((least_seconds(asked), number, asked, None))
@@ -67,16 +82,20 @@ def best(question: Question, space: Space, limit_bytes: int | None, count: int =
     found: list[Found] = []
     while heap and len(found) < count:
         _, number, asked, known = heappop(heap)
-        if known is not None:
+        if isinstance(known, Found):
             found.append(known)
-            continue
-        if (exact := _exact(asked, space, room)) is not None:
+        elif known is None:
+            if (fits := fitting(asked, space, room)) is not None:
+                fitted, peak = fits
+                heappush(heap, (without_order(fitted), number, fitted, peak))
+        else:
+            exact = Found(asked.load, step_time(asked), known)
             heappush(heap, (exact.step.seconds, number, asked, exact))
     return found
 
 
-def _exact(question: Question, space: Space, room: int) -> Found | None:
-    """With the least recomputation that fits; None: nothing does."""
+def fitting(question: Question, space: Space, room: int) -> tuple[Question, int] | None:
+    """With the least recomputation that fits, and the bytes of the fullest GPU; None: nothing fits."""
     load = question.load
     ladder: Sequence[Recompute] = LADDER if space.recompute is None else (space.recompute,)
     if load.degrees.splits_backward:
@@ -87,7 +106,7 @@ def _exact(question: Question, space: Space, room: int) -> Found | None:
         changed = load.changed(recompute=option)
         peak = estimate(changed).peak
         if peak <= room:
-            return Found(changed, step_time(replace(question, load=changed)), peak)
+            return replace(question, load=changed), peak
     return None
 
 
@@ -100,22 +119,22 @@ def _least_bytes(load: Load) -> int:
     storage, compute = BYTES[load.precision.storage], BYTES[load.precision.compute]
     resting = here * (2 * storage + state_bytes(load.optim, load.model))
     gathered = 0.0 if degrees.reshards_after_forward else (dense + routed) * compute
-    if degrees.pipeline > 1:
+    if degrees.pipeline > 1 or (load.micro_batches > 1 and not degrees.sync_each_micro_batch):
         gathered += (dense + routed) * BYTES[load.precision.reduce]
     return int(resting + gathered) + RUNTIME_BYTES
 
 
-def _loads(load: Load, space: Space) -> Iterator[Load]:
-    """Legal ones, as far as models, batches and schedules say."""
+def legal(load: Load, space: Space, among: Callable[[ParallelDims], bool] = any_layout) -> Iterator[Load]:
+    """Loads that models, batches and schedules allow, whether they fit or not."""
     for degrees in _layouts(load, space):
-        if load.model.problems_of_shape(degrees):
+        if not among(degrees) or load.model.problems_of_shape(degrees):
             continue
         for size in (space.micro_batch,) if space.micro_batch else MICRO_BATCHES:
             together = size * degrees.data_ranks
             if space.global_batch % together or load.seq_len % degrees.sequence_parts:
                 continue
             numbers = space.global_batch // together
-            for each in _schedules(load, degrees):
+            for each in _as_given(_schedules(load, degrees, numbers), space):
                 if not stages.problems(each, load.model.n_layers, numbers):
                     yield load.changed(degrees=each, micro_batch=size, micro_batches=numbers)
 
@@ -162,11 +181,22 @@ def _shards(data: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(each for each in (data, 64, 8, 1) if data % each == 0))
 
 
-def _schedules(load: Load, degrees: ParallelDims) -> Iterator[ParallelDims]:
+def _as_given(found: Iterator[ParallelDims], space: Space) -> Iterator[ParallelDims]:
+    """With what is given beside the degrees, each layout once."""
+    given = {name: value for name, value in space.degrees.items() if name not in DEGREES}
+    if not given:
+        yield from found
+        return
+    yield from dict.fromkeys(each.model_copy(update=given) for each in found)
+
+
+def _schedules(load: Load, degrees: ParallelDims, micro_batches: int) -> Iterator[ParallelDims]:
     if degrees.pipeline == 1:
-        yield degrees.model_copy(update={"pipeline_schedule": "1F1B", "layers_per_stage": None, "reshard": "default"})
-        if degrees.fsdp > 1:
-            yield degrees.model_copy(update={"pipeline_schedule": "1F1B", "layers_per_stage": None, "reshard": "never"})
+        plain = {"pipeline_schedule": "1F1B", "layers_per_stage": None}
+        cut = degrees.fsdp > 1
+        for reshard in ("default", "never") if cut else ("default",):
+            for sync in (True, False) if cut and micro_batches > 1 else (False,):
+                yield degrees.model_copy(update={**plain, "reshard": reshard, "sync_each_micro_batch": sync})
         return
     yield _with(degrees, "1F1B", None)
     units = load.model.n_layers + degrees.first_stage_less + degrees.last_stage_less
@@ -178,4 +208,4 @@ def _schedules(load: Load, degrees: ParallelDims) -> Iterator[ParallelDims]:
 
 def _with(degrees: ParallelDims, schedule: ScheduleName, layers: int | None) -> ParallelDims:
     changes = {"pipeline_schedule": schedule, "layers_per_stage": layers, "reshard": "default"}
-    return degrees.model_copy(update=changes)
+    return degrees.model_copy(update={**changes, "sync_each_micro_batch": False})

@@ -171,7 +171,7 @@ class _Weights:
     """Elements on one rank: its share, and each FSDP unit when gathered."""
 
     def __init__(self, parts: "dict[str, list[_LocalWeight]]", share: StageShare) -> None:
-        here = [each for module, weights in parts.items() if module in share.modules for each in weights]
+        here = [each for module in parts if module in share.modules for each in parts[module]]
         self.local, self.state = sum(each.local for each in here), sum(each.state for each in here)
         self.shapes = {each.weight.name: each.weight.shape for each in here}
         self.units: dict[str, int] = {}

@@ -12,12 +12,12 @@ from src.config.composition.requests import asked
 from src.errors import PlanError
 from src.launch.auto_layout import decided
 from src.planning.auto_layout import decide
-from src.planning.layout_search import Space, _exact, _loads, best
+from src.planning.layout_search import Found, Space, best, fitting, legal
 from src.planning.memory import GIB
 from src.planning.plan import load_of, plan
 from src.planning.time.collectives import Fabric
 from src.planning.time.devices import GPUS
-from src.planning.time.step import Question
+from src.planning.time.step import Question, step_time
 from src.run import Run
 from tests.planning.test_time_step import site
 from tests.train.runs import make_run
@@ -37,10 +37,11 @@ def space(gpus: int, global_batch: int, **given: Any) -> Space:
 
 def test_the_best_are_those_of_looking_at_everything() -> None:
     asked_for, where, room = question("llama3_8b", 32), space(16, 32), int(80 * GIB)
-    loads = [replace(asked_for, load=load) for load in _loads(asked_for.load, where)]
-    exact = [(each, found) for each in loads if (found := _exact(each, where, room)) is not None]
+    loads = [replace(asked_for, load=load) for load in legal(asked_for.load, where)]
+    fits = [found for each in loads if (found := fitting(each, where, room)) is not None]
+    exact = [Found(each.load, step_time(each), peak) for each, peak in fits]
     assert len(exact) > 20
-    wanted = sorted(found.step.seconds for _, found in exact)[:5]
+    wanted = sorted(each.step.seconds for each in exact)[:5]
     assert [each.step.seconds for each in best(asked_for, where, room)] == pytest.approx(wanted, rel=0.02)
 
 
@@ -96,7 +97,7 @@ def test_the_config_gets_what_was_chosen(
     argv += ["cluster.gpu_model=H100", "cluster.gpu_memory_gib=80", *(f"{key}={text}" for key, text in typed.items())]
     (tree,) = asked(argv).trees
     (tmp_path / "parallel").mkdir()
-    monkeypatch.setattr("src.launch.auto_layout.CONF", tmp_path)
+    monkeypatch.setattr("src.launch.kept_layout.CONF", tmp_path)
     monkeypatch.setattr("src.cluster.local.config.Local.devices", lambda _: None)
     found = decided(tree, typed)
     run = Run.from_sections(build(found))

@@ -29,6 +29,7 @@ _BARE = re.compile(r"[A-Za-z_./][\w./:@+-]*")  # means itself in Hydra's grammar
 _WORD = re.compile(r"(?i)null|true|false|yes|no|on|off|nan|inf")
 OFF = ("off", "none")  # options that choose nothing
 SWEEP_FLAGS = ("-m", "--multirun")
+_SEVERAL = re.compile(r"parallel=auto:(?P<count>[1-9]\d?)")  # the fastest so many layouts, each a point of a sweep
 MOST_BRACKETS = 50  # of one argument; Python's own stack ends Hydra's grammar soon after
 # Any text but null, with the commas, quotes and brackets that mean something elsewhere.
 TEXTS = (
@@ -50,9 +51,22 @@ def arguments(argv: Sequence[str]) -> list[str]:
         raise ConfigError(problems)
     flags: list[str] = []
     others: list[str] = []
-    for before, each in pairwise(["", *argv]):
+    for before, each in pairwise(["", *_spelt_out(argv)]):
         (flags if _of_a_flag(before, each) else others).append(each)
     return flags + [_settable(_current(each)) for each in others]  # Hydra wants all assignments in one place
+
+
+def _spelt_out(argv: Sequence[str]) -> Iterator[str]:
+    """`parallel=auto:3` stands for `-m parallel=auto parallel.place=1,2,3`."""
+    for each in argv:
+        if (match := _SEVERAL.fullmatch(each)) is None:
+            yield each
+        else:
+            yield from (
+                "-m",
+                "parallel=auto",
+                f"parallel.place={','.join(map(str, range(1, int(match['count']) + 1)))}",
+            )
 
 
 def assignments(given: Sequence[str]) -> list[str]:
