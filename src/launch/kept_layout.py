@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 PLACE, WRITE = "parallel.place", "parallel.write"
 MEASURED = "# Measured by task=bench over parallel=auto"
 BENCH_FILE = "bench.json"
+LONGEST_NAME = 60
 
 
 def check_name(name: str, *, measured: bool) -> None:
     """UserError for a name that is taken or no name of an option. `measured`: what a measurement wrote may be written
     again.
     """
+    if not name.replace("_", "a").isalnum() or len(name) > LONGEST_NAME:
+        raise UserError(f"{WRITE}={name}: up to {LONGEST_NAME} letters, digits and _ make the name of an option")
     path = _path(name)
-    if not name.replace("_", "a").isalnum():
-        raise UserError(f"{WRITE}={name}: letters, digits and _ make the name of an option")
     if path.exists() and not (measured and path.read_text(encoding="utf-8").startswith(MEASURED)):
         raise UserError(f"{WRITE}={name}: {path} exists; pass another name")
 

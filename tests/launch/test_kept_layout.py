@@ -65,6 +65,9 @@ def test_what_measures_nothing_is_refused(conf: Path) -> None:
         check_places(points)
     with pytest.raises(UserError, match=r"parallel.place=99: \d+ layouts fit; at most"):
         asked([*ARGV, "task=bench", "parallel=auto", "parallel.place=99", "parallel.tensor=8"], completed)
+    for name in ("a-b", "x" * 300):
+        with pytest.raises(UserError, match="up to 60 letters, digits and _ make the name of an option"):
+            asked([*ARGV, "task=bench", "parallel=auto", f"parallel.write={name}"], completed)
     (tree,) = asked([*ARGV, "task=bench", "parallel=auto"]).trees
     with pytest.raises(UserError, match=r"parallel=auto is decided by launch.py alone; pass a layout"):
         checked([tree])
