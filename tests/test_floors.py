@@ -26,7 +26,10 @@ FENCES = {
     "omegaconf": ("src.config", "launch"),
     "submitit": ("src.cluster.slurm",),
     "wandb": ("src.metrics",),
+    "wandb_workspaces": ("src.metrics",),
     "tensorboard": ("src.metrics",),
+    "trackio": ("src.metrics",),
+    "mlflow": ("src.metrics",),
     "torch.utils.tensorboard": ("src.metrics",),
     "torchft": ("src.fault_tolerance",),
     "torch.distributed": (

@@ -167,6 +167,9 @@ _RUN = {
     "use_wandb": "tracker=wandb",
     "wandb_project": "tracker=wandb",
     "enable_tensorboard": "tracker=tensorboard",
+    "use_mlflow": "tracker=mlflow",
+    "mlflow_tracking_uri": "tracker=mlflow",
+    "use_trackio": "tracker=trackio",
     "slurm": "cluster=slurm",
 }
 # What a person may type elsewhere, and what decides it here.

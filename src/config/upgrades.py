@@ -75,6 +75,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.data.hub.HubSource": {"bad_rows": "refuse"},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
     "src.distributed.compile.Compile": {"graph": False},
+    "src.metrics.trackers.config.Tracker": {"trackio": None, "mlflow": None},
     "src.models.deepseek_v3.config.DeepseekV3Config": {
         "latent_norm_eps": None,
         "mtp": {"depths": 0, "weight": 0.3, "later_weight": 0.1, "later_from": 0.676},

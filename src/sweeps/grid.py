@@ -33,7 +33,7 @@ class Grid(Config):
     """sweep=grid: the points are those that were asked for."""
 
     name: str | None
-    """Name of the sweep's folder below <root>/sweeps and of its wandb group; null: what the points' names share."""
+    """Name of the sweep's folder below <root>/sweeps and of its group; null: what the points' names share."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ def title(trees: Sequence[Tree], salt: str = "") -> str:
 
 
 def in_group(trees: Sequence[Tree], name: str) -> list[Tree]:
-    """With the sweep's name as their wandb group, unless they have their own."""
-    found = []
-    for tree in trees:
-        wandb = tree["tracker"].get("wandb")
-        grouped = tree["tracker"] if wandb is None else tree["tracker"] | {"wandb": wandb | _group(wandb, name)}
-        found.append(tree | {"tracker": grouped})
-    return found
+    """With the sweep's name as their group in every tracker that has groups, unless they have their own."""
+    return [tree | {"tracker": _grouped(tree["tracker"], name)} for tree in trees]
 
 
-def _group(wandb: Mapping[str, Any], name: str) -> dict[str, str]:
-    return {"group": wandb.get("group") or name}
+def _grouped(tracker: Mapping[str, Any], name: str) -> Tree:
+    return {
+        key: section | {"group": section["group"] or name}
+        if isinstance(section, dict) and "group" in section
+        else section
+        for key, section in tracker.items()
+    }
 
 
 def names(overrides: Sequence[Mapping[str, str]]) -> list[str]:

@@ -37,7 +37,7 @@ class Optuna(Config):
     """The objective is the final validation loss."""
 
     name: str | None
-    """Name of the sweep's folder below <root>/sweeps and of its wandb group; null: what the points' names share."""
+    """Name of the sweep's folder below <root>/sweeps and of its group; null: what the points' names share."""
     trials: Count
     """Points in all; more in a later call goes on from those that are there."""
     batch: Count

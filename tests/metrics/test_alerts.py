@@ -192,7 +192,8 @@ def test_a_run_that_hangs_is_told_while_it_hangs(folder: Path, server: Server) -
     """By the thread of a log that is fed as rank 0 feeds it; nothing else of the run moves."""
     attempt(folder, 1, START, None)
     watcher = AlertSink(folder, options(stall_seconds=0.001, stall_factor=1.01, events=["stalled"]))
-    log = Tracker(queue_points=10, finish_seconds=5.0, wandb=None, tensorboard=None).open(folder, {}, [watcher])
+    none = dict.fromkeys(("wandb", "tensorboard", "trackio", "mlflow"))
+    log = Tracker(queue_points=10, finish_seconds=5.0, **none).open(folder, {}, [watcher])
     for step in range(3):
         log.record(step, {"loss": 3.0, "step_seconds": 0.01, "data_seconds": 0.0})
     assert server.arrived.wait(60)

@@ -162,13 +162,10 @@ def test_last_attempt_wins(tmp_path: Path) -> None:
 
 def test_every_file_of_the_group_builds_and_opens_nothing(tmp_path: Path) -> None:
     chosen = {file.stem: section(file.stem) for file in CONF.glob("*.yaml")}
-    trackers = {name: (one.wandb is not None, one.tensorboard is not None) for name, one in chosen.items()}
-    assert trackers == {
-        "jsonl": (False, False),
-        "wandb": (True, False),
-        "tensorboard": (False, True),
-        "all": (True, True),
-    }
+    fields = ("wandb", "tensorboard", "trackio", "mlflow")
+    trackers = {name: {each for each in fields if getattr(one, each) is not None} for name, one in chosen.items()}
+    alone = {each: {each} for each in fields}
+    assert trackers == {"jsonl": set(), "all": {"wandb", "tensorboard"}} | alone
 
 
 def test_a_missing_package_is_told_by_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ PLACES = (
     *("root", "folder", FROM, "run", "task.run", "to", "task.to", "prompts", "task.prompts", "checkpoint.initial"),
     *("data.files", "data.path", "data.separator", "tokenizer.path", "tokenizer.bos", "tokenizer.eos"),
     *("cluster.account", "cluster.qos", "cluster.python", "tracker.wandb.project", "tracker.wandb.entity"),
+    *("tracker.trackio.project", "tracker.mlflow.uri", "tracker.mlflow.experiment"),
 )
 
 

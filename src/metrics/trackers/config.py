@@ -11,7 +11,9 @@ from src.config.base import Config
 from src.config.bounds import Count, SecondsOrNone
 from src.metrics.goodput import Meter
 from src.metrics.trackers.background import Side, Sink
+from src.metrics.trackers.mlflow import MLflow
 from src.metrics.trackers.tensorboard import EventFiles
+from src.metrics.trackers.trackio import Trackio
 from src.metrics.trackers.weights_and_biases import WeightsAndBiases
 from src.storage.json_lines import METRICS_FILE, Lines
 
@@ -29,6 +31,10 @@ class Tracker(Config):
     """Points to Weights & Biases; null: none; tracker=wandb and tracker=all have the keys."""
     tensorboard: EventFiles | None
     """Event files for TensorBoard; null: none; tracker=tensorboard and tracker=all have the keys."""
+    trackio: Trackio | None
+    """Points to Trackio on this machine; null: none; tracker=trackio has the keys."""
+    mlflow: MLflow | None
+    """Points to MLflow; null: none; tracker=mlflow has the keys."""
 
     def open(self, folder: Path, facts: Mapping[str, Any], beside: Iterable[Sink] = ()) -> "Log":
         """The log of one attempt at the run in this folder; `facts` are shown with it. For rank 0 alone. `beside`: what
@@ -39,6 +45,10 @@ class Tracker(Config):
             sinks.append(self.wandb.sink(folder, facts, self.finish_seconds))
         if self.tensorboard is not None:
             sinks.append(self.tensorboard.sink(folder))
+        if self.trackio is not None:
+            sinks.append(self.trackio.sink(folder, facts))
+        if self.mlflow is not None:
+            sinks.append(self.mlflow.sink(folder, facts))
         return Log(folder, (Side(sink, self.queue_points) for sink in sinks), self.finish_seconds)
 
 
