@@ -4,7 +4,7 @@ python -m benchmarks.support_matrix                 measure what is missing or s
 python -m benchmarks.support_matrix --again         measure every cell again
 python -m benchmarks.support_matrix --only "pp2 |"  only cells whose name contains this
 python -m benchmarks.support_matrix --check         measure nothing: are all cells there, none broken, the page theirs?
-python -m benchmarks.support_matrix --sample        measure one cell in 47 and compare; each commit has the next sample
+python -m benchmarks.support_matrix --sample        measure one cell in 97 and compare; each commit has the next sample
 python -m benchmarks.support_matrix --sample=7      this one
 
 support_matrix.json beside this file keeps every cell with the commit at which it was measured. A cell is stale when a
@@ -69,7 +69,7 @@ CONCERNS = {
     # They start ranks, look at machines, multiply experts in float8, and name tensors of files, which no cell does.
     **dict.fromkeys(("process", "float8_experts", "hugging_face"), "no cell"),
 }
-SAMPLES = 47  # 9 cells each, some 100 CPU seconds; a prime, so that a sample has all features and layouts
+SAMPLES = 97  # 5 cells each, some 50 CPU seconds; a prime, so that a sample has all features and layouts
 
 MOST_RANKS, MOST_RANKS_ROUTED = 8, 4  # every way to spread experts fits four
 # 4 layers for two stages on each of two ranks, 4 key heads for tp4, 64 tokens for two pieces on each of 2 x 2 ranks.
@@ -395,7 +395,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure every cell again")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--check", action="store_true", help="measure nothing; say what is missing or broken")
-    parser.add_argument("--sample", type=int, nargs="?", const=turn(), help="measure one cell in 47 and compare")
+    parser.add_argument("--sample", type=int, nargs="?", const=turn(), help="measure one cell in 97 and compare")
     given = parser.parse_args()
     problems = outdated() if given.check else []
     if given.sample is not None:
