@@ -300,8 +300,8 @@ def page(text: str) -> str:
 def pictures() -> None:
     """MFU over the number of GPUs, by model and by kind of layout; tokens/s over the speed of links."""
     for name, (title, scaling) in zip(("strong", "weak"), SCALINGS.items(), strict=True):
-        panels = [Panel(f"{title}, {gpu}", [_mfu(model, gpu, scaling) for model in MODELS]) for gpu in SITES]
-        draw(PICTURES / f"scale_{name}.svg", panels, "GPUs", "MFU, %")
+        panels = [Panel(gpu, [_mfu(model, gpu, scaling) for model in MODELS]) for gpu in SITES]
+        draw(PICTURES / f"scale_{name}.svg", panels, "GPUs", "MFU, %", title)
     panels = [Panel(model.name, [line for name in KINDS if (line := _kind_line(model, name)).x]) for model in MODELS]
     draw(PICTURES / "scale_layouts.svg", panels, "H100", "MFU, %")
     panels = [Panel(model.name, [_link_line(found, each) for each in METHODS]) for model in MODELS

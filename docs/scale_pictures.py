@@ -25,8 +25,8 @@ class Panel:
     lines: Sequence[Line]
 
 
-def draw(path: Path, panels: Sequence[Panel], horizontal: str, vertical: str) -> None:
-    """An SVG with a legend for all panels below them."""
+def draw(path: Path, panels: Sequence[Panel], horizontal: str, vertical: str, title: str = "") -> None:
+    """An SVG with a title above all panels and a legend below; they share a vertical axis that begins at 0."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -36,6 +36,7 @@ def draw(path: Path, panels: Sequence[Panel], horizontal: str, vertical: str) ->
         figure = Figure(figsize=(2.9 * max(2, len(panels)), 3.6), layout="constrained")
         drawn = {}
         first = None
+        top = 1.05 * max(y for panel in panels for line in panel.lines for y in line.y)
         for number, panel in enumerate(panels, start=1):
             axes = figure.add_subplot(1, len(panels), number, sharey=first)
             first = first or axes
@@ -49,13 +50,15 @@ def draw(path: Path, panels: Sequence[Panel], horizontal: str, vertical: str) ->
             axes.xaxis.set_major_locator(FixedLocator(ticks[:: 1 if len(ticks) < 6 else 3]))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, top)
             axes.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
             axes.set_xlabel(horizontal)
             if number == 1:
                 axes.set_ylabel(vertical)
             axes.grid(color="#e4e4e4", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
+        if title:
+            figure.suptitle(title, fontsize=10, fontweight="bold")
         columns = min(len(names), 6 if max(map(len, names)) < 20 else 2)
         figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
