@@ -60,7 +60,8 @@ def _answer(asking: socket.socket) -> None:
             root = next((each for each in life["path"] if Path(each, "src").is_dir()), None)
             if root is None or (kind := _kind(root)) == "no":
                 return
-            if life["words"][0] != "-m" and kind == "warm" and Path(root).resolve() != HOME:
+            reads_conf = life["words"][0] != "-m" or life["words"][1].startswith("src.config.")
+            if reads_conf and kind == "warm" and Path(root).resolve() != HOME:
                 return  # it would read conf/ beside the code that is warm, and freeze that
             process = forkserver().Process(target=_live, args=(life, ends, root, kind == "warm"))
             process.start()
