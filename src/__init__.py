@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 ENTRY = '__name__ == "__main__"'
-COMMANDS = ("src.runs", "src.sweeps", "src.planning", "src.config.comments", "src.metrics.trackers.sync")
+TRACKERS = ("src.metrics.trackers.sync", "src.metrics.trackers.dashboard")
+COMMANDS = ("src.runs", "src.sweeps", "src.planning", "src.config.comments", *TRACKERS)
 
 
 def no_command(module: str) -> bool:

@@ -12,6 +12,7 @@ from src.config.tree import Tree, identity
 from src.errors import ConfigError, UserError
 from src.runs.folder import place
 from src.storage.atomic_write import atomic_write
+from src.tasks.bench.config import BENCH_FILE, Bench
 
 if TYPE_CHECKING:
     from src.distributed.parallel_dims import ParallelDims
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 PLACE, WRITE = "parallel.place", "parallel.write"
 MEASURED = "# Measured by task=bench over parallel=auto"
-BENCH_FILE = "bench.json"
 LONGEST_NAME = 60
 
 
@@ -55,8 +55,6 @@ def keep(name: str, degrees: "ParallelDims", evidence: Sequence[str]) -> None:
 
 def check_places(points: "Sequence[Point]") -> None:
     """ConfigError where layouts are swept by their place and no figure of them would be measured."""
-    from src.tasks.bench.config import Bench
-
     swept = len({overrides.get(PLACE) for *_, overrides in points}) > 1
     if swept and not all(isinstance(run.task, Bench) for _, run, _, _ in points):
         raise ConfigError("parallel=auto:N measures layouts, and this task does not; pass task=bench, or parallel=auto")

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from src.run import Run
 
 
+BENCH_FILE = "bench.json"  # of a run folder
+
+
 class Bench(Config):
     """Measure `steps` optimizer steps after `warmup_steps`; the figures go into bench.json of the run folder."""
 

@@ -19,12 +19,11 @@ from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.storage.atomic_write import atomic_write
-from src.tasks.bench.config import Bench
+from src.tasks.bench.config import BENCH_FILE, Bench
 from src.train.expert_load import expert_load
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
 from src.train.step.stepper import Readback
 
-BENCH_FILE = "bench.json"
 PROFILED_STEPS = 2
 
 
