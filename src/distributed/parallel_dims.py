@@ -67,8 +67,7 @@ class ParallelDims(Config):
     @model_validator(mode="after")
     def _a_world_that_exists(self) -> "ParallelDims":
         if self.world > MOST_RANKS:
-            shape = " * ".join(f"{axis}={degree}" for axis, degree in self.axes.items() if degree > 1)
-            raise ValueError(f"{shape} are {self.world} ranks; at most {MOST_RANKS}")
+            raise ValueError(f"{self.product} are {self.world} ranks; at most {MOST_RANKS}")
         return self
 
     @property
@@ -81,6 +80,21 @@ class ParallelDims(Config):
             "context": self.context,
             "tensor": self.tensor,
         }
+
+    @property
+    def product(self) -> str:
+        """Degrees above 1, as a product: "pipeline=2 * shard=4"."""
+        return " * ".join(f"{axis}={degree}" for axis, degree in self.axes.items() if degree > 1)
+
+    def told(self, micro_batch: int | None, recompute: object) -> str:
+        """In the words of the command line, without what is so by default: what a search of layouts decides."""
+        words = [f"{axis}={degree}" for axis, degree in self.axes.items() if degree > 1]
+        words += [f"expert={self.expert}"] if self.expert > 1 else []
+        words += [self.pipeline_schedule] if self.pipeline > 1 else []
+        words += [f"layers_per_stage={self.layers_per_stage}"] if self.layers_per_stage else []
+        words += [f"reshard={self.reshard}"] if self.reshard != "default" else []
+        words += ["sync_each_micro_batch"] if self.sync_each_micro_batch else []
+        return " ".join([*words, f"micro_batch={micro_batch}", f"recompute={recompute}"])
 
     @property
     def world(self) -> int:

@@ -71,12 +71,7 @@ class Figure:
 
     @property
     def text(self) -> str:
-        degrees, found = self.run.parallel, []
-        found += [f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1]
-        found += [f"expert={degrees.expert}"] if degrees.expert > 1 else []
-        found += [degrees.pipeline_schedule] if degrees.pipeline > 1 else []
-        found += ["reshard=never"] if degrees.reshard == "never" else []
-        return " ".join([*found, f"micro_batch={self.run.task.micro_batch}", f"recompute={self.run.recompute}"])
+        return self.run.parallel.told(self.run.task.micro_batch, self.run.recompute)
 
     @property
     def line(self) -> str:
@@ -113,9 +108,8 @@ def measured_places(points: "Sequence[Point]") -> None:
 
 
 def _figure(tree: Tree, run: "Run", planned: "Plan", overrides: Mapping[str, str]) -> Figure:
-    predicted = None if planned.time is None else planned.time.tokens_per_second
     found = _bench(tree, run).get("tokens_per_second")
-    return Figure(int(overrides[PLACE]), run, predicted, None if found is None else float(found))
+    return Figure(int(overrides[PLACE]), run, planned.predicted_rate, None if found is None else float(found))
 
 
 def _bench(tree: Tree, run: "Run") -> dict[str, Any]:

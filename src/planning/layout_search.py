@@ -48,15 +48,7 @@ class Found:
 
     @property
     def text(self) -> str:
-        """In the words of the command line."""
-        degrees = self.load.degrees
-        words = [f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1]
-        words += [f"expert={degrees.expert}"] if degrees.expert > 1 else []
-        words += [degrees.pipeline_schedule] if degrees.pipeline > 1 else []
-        words += [f"layers_per_stage={degrees.layers_per_stage}"] if degrees.layers_per_stage else []
-        words += ["reshard=never"] if degrees.reshard == "never" else []
-        words += ["sync_each_micro_batch"] if degrees.sync_each_micro_batch else []
-        return " ".join([*words, f"micro_batch={self.load.micro_batch}", f"recompute={self.load.recompute}"])
+        return self.load.degrees.told(self.load.micro_batch, self.load.recompute)
 
 
 def any_layout(_degrees: ParallelDims) -> bool:

@@ -69,6 +69,11 @@ class Plan:
     time: Prediction | None  # None: of a device that is not known, and of what takes no training steps
     warnings: tuple[str, ...]
 
+    @property
+    def predicted_rate(self) -> float | None:
+        """Tokens per second of one GPU; None where `time` is."""
+        return None if self.time is None else self.time.tokens_per_second
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `memory` with its sums."""
         memory = asdict(self.memory) | {"allocated": self.memory.allocated, "peak": self.memory.peak}
@@ -150,8 +155,7 @@ def load_of(run: Run) -> Load:
     if isinstance(run.task, Infers):
         run = run.task.computed(run)
     micro_batch = batch.micro_batch(run)
-    sequences_per_pass = micro_batch * run.parallel.data_ranks
-    micro_batches = max(1, ceil(run.task.global_batch / sequences_per_pass))
+    micro_batches = max(1, ceil(run.task.global_batch / (micro_batch * run.parallel.data_ranks)))
     if _infers(run):  # a forward pass follows no schedule: as many as any schedule likes
         micro_batches = stages.stage_count(run.parallel, run.model.n_layers)
     return Load(
@@ -226,9 +230,8 @@ def _answers(run: Run, load: Load, limit: int | None) -> Plan:
 
 def _local_elements(run: Run, modules: frozenset[str]) -> int:
     """On one rank that holds these modules."""
-    degrees = run.parallel
     mine = (weight for weight in run.model.weights() if stages.module_of(weight.name) in modules)
-    return sum(weight.local_elements(degrees) for weight in mine)
+    return sum(weight.local_elements(run.parallel) for weight in mine)
 
 
 def _parameters(run: Run, modules: frozenset[str]) -> int:
@@ -253,16 +256,15 @@ def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
     found += degrees.problems(
         flex=run.model.attention == "flex", compiled_blocks=run.compile.blocks, gpu=machines.has_gpu(run, devices)
     )
-    shape = " * ".join(f"{axis}={degree}" for axis, degree in degrees.axes.items() if degree > 1)
     if devices is not None and devices.count is not None and degrees.world > devices.count:
         found.append(
-            f"parallel asks for {degrees.world} ranks ({shape}) and there are {devices.count} GPUs; "
+            f"parallel asks for {degrees.world} ranks ({degrees.product}) and there are {devices.count} GPUs; "
             f"choose a layout of at most {devices.count} ranks"
         )
     if (size := run.cluster.gpus_per_node) is not None and degrees.world > size and degrees.world % size:
         lower = degrees.world // size * size
         found.append(
-            f"parallel asks for {degrees.world} ranks ({shape}), which do not fill nodes of "
+            f"parallel asks for {degrees.world} ranks ({degrees.product}), which do not fill nodes of "
             f"cluster.gpus_per_node={size} ({lower} or {lower + size} do)"
         )
     return found

@@ -44,6 +44,19 @@ def test_derived_sizes() -> None:
     ]
 
 
+def test_a_layout_in_words() -> None:
+    """Of all that a search decides nothing is left out; what is so by default is."""
+    single: ParallelDims = section("parallel", "single")
+    assert single.told(4, "none") == "micro_batch=4 recompute=none"
+    sizes = {"shard": 8, "pipeline": 4, "expert": 2, "layers_per_stage": 2, "pipeline_schedule": "Interleaved1F1B"}
+    degrees = changed(single, **sizes, reshard="never", sync_each_micro_batch=True)
+    assert degrees.told(1, "full") == (
+        "pipeline=4 shard=8 expert=2 Interleaved1F1B layers_per_stage=2 reshard=never sync_each_micro_batch "
+        "micro_batch=1 recompute=full"
+    )
+    assert degrees.product == "pipeline=4 * shard=8"
+
+
 @pytest.mark.parametrize(
     ("expert_tensor", "expert", "left"),
     [(1, 4, 2), (2, 4, 1)],  # of the 8 ranks of shard 4 and tensor 2

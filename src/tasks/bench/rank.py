@@ -81,7 +81,7 @@ def _measure(
         flops_per_token=planned.flops_per_token,
         flops_per_token_causal=planned.flops_per_token_causal,
         peak=peak,
-        predicted=None if planned.time is None else planned.time.tokens_per_second,
+        predicted=planned.predicted_rate,
     )
     # As in training: nothing waits for the device between two steps, so the figure is the mean over all of them.
     losses = losses + _steps(training, batches, task.steps)

@@ -158,7 +158,7 @@ def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
         flops_per_token=planned.flops_per_token,
         flops_per_token_causal=planned.flops_per_token_causal,
         peak=None if name is None else peak_flops(name, run.precision.arithmetic),
-        predicted=None if planned.time is None else planned.time.tokens_per_second,
+        predicted=planned.predicted_rate,
     )
 
 
