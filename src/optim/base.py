@@ -10,7 +10,7 @@ from src.config.bounds import GradientNorm, LearningRate, WeightDecay
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from src.optim.owners import Owners
 
@@ -152,6 +152,12 @@ class Optimizer(Config):
             {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay, **dict(options)}
             for (lr, decay, options, _), parameters in groups.items()
         ]
+
+
+def skipped_update(optimizer: "torch.optim.Optimizer") -> "Tensor | None":
+    """0-dim: above 0 where the last `step()` has left weights and state as they were; None: nobody has said."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found
 
 
 def bfloat16_problem(**betas: float) -> str | None:

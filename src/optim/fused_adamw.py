@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from src.optim.base import skipped_update
 from src.optim.elementwise import local
 
 
@@ -34,7 +35,7 @@ class FusedAdamW(torch.optim.AdamW):
                 _all(states, "step"),
                 fused=True,
                 grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
+                found_inf=skipped_update(self),
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,

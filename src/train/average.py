@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from src.distributed.model_stages import ModelStages
+from src.optim.base import skipped_update
 from src.optim.elementwise import local
 
 
@@ -42,7 +43,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """After each step; one that was skipped changes nothing. The host waits for the device only with `offload`."""
-        skipped: Tensor | None = getattr(self._optimizer, "found_inf", None)
+        skipped = skipped_update(self._optimizer)
         for name, weight in self._weights.items():
             average = local(self.tensors[name])
             now = local(weight).to(average.device).float()

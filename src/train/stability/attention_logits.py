@@ -19,6 +19,7 @@ from src.distributed.collectives import world_max
 from src.distributed.matrix_owners import box_of
 from src.distributed.model_stages import ModelStages
 from src.distributed.precision.float8 import plain
+from src.optim.base import skipped_update
 from src.optim.elementwise import local
 
 QUERIES = 256  # of a slice: (batch, heads, 256, length) logits are there at once
@@ -101,7 +102,7 @@ class QKClip:
         """Collective. After a step; one that was skipped changes nothing. Does not wait for the device."""
         largest = self._logits.reduce()
         factors = torch.where(largest > self._threshold, self._threshold / largest, 1.0)
-        skipped: Tensor | None = getattr(self._optimizer, "found_inf", None)
+        skipped = skipped_update(self._optimizer)
         if skipped is not None:
             factors = torch.where(skipped.to(factors.device) > 0, torch.ones_like(factors), factors)
         for layer, weight, heads, powers in self._rows:
