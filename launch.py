@@ -5,6 +5,11 @@ Every point of a sweep is checked before the first one starts. A point that fail
 sweep ends with the first code that is not 0; Ctrl-C ends all of it.
 """
 
+from src.interrupts import end_at_once, raise_again
+
+if __name__ == "__main__":
+    end_at_once()
+
 import os
 import shlex
 import signal
@@ -57,6 +62,7 @@ def main() -> int:
         print(VERSION)
         return 0
     open_closed_streams()
+    raise_again()
     keep_interrupts()
     command = shlex.join(["python", *sys.argv])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of printing and leaving with code 1

@@ -3,13 +3,14 @@
 Nothing but the folder is read: config.yaml as it was resolved and the code as it was frozen when the run was started.
 """
 
-import signal
+from src.interrupts import end_at_once
 
-if __name__ == "__main__":  # a Ctrl-C while the rest is imported, seconds of torch: end without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_at_once()
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import time
@@ -88,8 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     end_with(given.launcher)
     open_closed_streams()
-    # Until the task installs its own handlers there is nothing to save: die at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once()  # until the task installs its own handlers there is nothing to save
     rank = LauncherEnv.read().rank
     keep_log(log_folder(given.folder, given.attempt) / f"rank_{rank}.log", terminal=rank == 0)
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -1,5 +1,10 @@
 """python -m src.planning calibrate FOLDER...: factors of this site's speed, from runs that have measured steps."""
 
+from src.interrupts import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 import argparse
 import sys
 from pathlib import Path

@@ -112,7 +112,8 @@ sys.exit(outcome.exit_code)
 
 def repository(into: Path) -> Path:
     """A copy of the rooms under test, with stand-ins for those above and beside them."""
-    for name in ("__init__.py", "errors.py", "version.py", "config/tree.py", "config/upgrades.py", "train/stop.py"):
+    named = ("__init__.py", "errors.py", "interrupts.py", "version.py", "config/tree.py", "config/upgrades.py")
+    for name in (*named, "train/stop.py"):
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "src" / name, into / "src" / name)
     for room in ("cluster", "distributed/process", "runs", "storage"):

@@ -11,9 +11,11 @@ import pytest
 
 import launch
 import src
+from src import interrupts
 
 HOME = Path(__file__).parents[2]
 ENTRIES = ("src.cluster.rank", "src.cluster.replicas.worker", "src.cluster.local.side_by_side")
+COMMANDS = (("launch.py", "task.steps=2"), *(("-m", name, "-h") for name in ("src.runs", "src.sweeps", "src.planning")))
 
 
 def cold(*words: str, path: Path = HOME) -> "subprocess.Popen[str]":
@@ -21,20 +23,34 @@ def cold(*words: str, path: Path = HOME) -> "subprocess.Popen[str]":
     kept = {key: value for key, value in os.environ.items() if key != "WARM"}
     environment = kept | {"PYTHONPATH": f"{path}{os.pathsep}{HOME}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-P", *words], env=environment, text=True, **pipes)
+    return subprocess.Popen([sys.executable, "-P", *words], env=environment, text=True, cwd=HOME, **pipes)
 
 
-@pytest.mark.parametrize("module", ENTRIES)
-def test_a_rank_that_imports_ends_without_a_traceback(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [*(("-m", module, "nowhere") for module in ENTRIES), *COMMANDS])
+def test_what_imports_ends_without_a_traceback(words: tuple[str, ...], tmp_path: Path) -> None:
     slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
-    for needed in ("pydantic", "yaml"):  # each of them needs one of these
+    for needed in ("pydantic", "yaml", "rich"):  # each of them needs one of these
         (tmp_path / f"{needed}.py").write_text(slow)
-    process = cold("-m", module, "nowhere", path=tmp_path)
+    process = cold(*words, path=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler])
+def test_an_interrupt_that_was_ignored_stays_ignored(before: signal.Handlers) -> None:
+    """nohup, or a script's background job: meant not to hear it."""
+    handler = signal.signal(signal.SIGINT, before)
+    ignored = before is signal.SIG_IGN
+    try:
+        interrupts.end_at_once()
+        assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
+        interrupts.raise_again()
+        assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_a_module_that_is_no_command_says_so() -> None:

@@ -4,14 +4,14 @@
 does.
 """
 
-import signal
+from src.interrupts import end_at_once
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # a Ctrl-C while the rest is imported, seconds of torch: end without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_at_once()
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time

@@ -4,11 +4,10 @@
 without groups; src/cluster/replicas/supervisor.py starts it again.
 """
 
-import signal
+from src.interrupts import end_at_once
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # a Ctrl-C while the rest is imported, seconds of torch: end without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    end_at_once()
 
 import os
 import sys

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from src.interrupts import raise_again
 from src.metrics.console import format_left, format_record
 from src.runs.commands.listing import age
 from src.runs.commands.show import commands
@@ -32,6 +33,7 @@ def watch(folder: Path, *, once: bool, as_json: bool, poll_seconds: float = POLL
 
     A terminal sees one picture change; a file or a pipe gets a line for each change.
     """
+    raise_again()
     screen, before = terminal(), ""
     try:
         with Live(console=screen, auto_refresh=False, transient=True) as live:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from src.errors import FolderError, UserError
+from src.interrupts import raise_again
 from src.runs.commands.serve.run_pages import RunPages, WebAnswer
 
 ADDRESS = "127.0.0.1"
@@ -107,6 +108,7 @@ def _text(words: str) -> WebAnswer:
 
 def serve(root: Path, port: int, *, as_json: bool) -> int:
     """Until Ctrl-C. FolderError for a folder that is not there or a port that is taken."""
+    raise_again()
     if not root.is_dir():
         raise FolderError(f"{root}: no such folder; pass --root, or set RUNS")
     try:
