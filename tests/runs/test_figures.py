@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from src.runs.commands.figures.software import ALWAYS, USED
 from src.runs.commands.figures.tables import escaped
 from src.runs.commands.main import main
 from tests.runs.made import made
@@ -147,6 +148,10 @@ def test_the_software_of_a_run_is_cited(root: Path, capsys: pytest.CaptureFixtur
     assert re.findall(r"^@(\w+)\{", text, re.MULTILINE) == ["software", "inproceedings", "misc"]
     assert text.count("{") == text.count("}")
     assert "version = {0.1.0}," in text, "of the folder's newest attempt, which names none"
+    trackers = ("wandb", "trackio", "mlflow")
+    chosen = {name: [one["key"] for used, one in USED if used({"tracker": {name: {}}})] for name in trackers}
+    assert chosen == {"wandb": ["wandb"], "trackio": ["trackio"], "mlflow": ["zaharia2018accelerating"]}
+    assert all({"author", "title", "year"} <= set(one) for one in (*ALWAYS, *(one for _, one in USED)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from src.runs.commands.summary import Summary
 from src.runs.folder import attempts
 from src.version import VERSION
 
-# As these projects ask to be cited, long lists of authors shortened; torchft does not say.
+# As these projects ask to be cited, long lists of authors shortened; compared with CITATION.cff of PyTorch, datasets,
+# tokenizers and MLflow, and with the pages of Hydra, torchao and wandb, on 2026-11-30. torchft and Trackio do not say.
 PYTORCH = {
     "key": "Ansel_PyTorch_2_2024",
     "type": "inproceedings",
@@ -33,7 +34,7 @@ HYDRA = {
 TORCHAO = {
     "key": "torchao",
     "type": "software",
-    "author": "{torchao maintainers and contributors}",
+    "author": "{torchao}",
     "title": "{TorchAO}: {PyTorch}-Native Training-to-Serving Model Optimization",
     "year": "2024",
     "url": "https://github.com/pytorch/ao",
@@ -53,6 +54,7 @@ DATASETS = {
     "title": "Datasets: A Community Library for Natural Language Processing",
     "booktitle": "Proceedings of the 2021 Conference on Empirical Methods in Natural Language Processing:"
     " System Demonstrations",
+    "pages": "175--184",
     "year": "2021",
     "url": "https://aclanthology.org/2021.emnlp-demo.21",
 }
@@ -72,6 +74,24 @@ WANDB = {
     "year": "2020",
     "note": "Software available from wandb.com",
     "url": "https://www.wandb.com/",
+}
+TRACKIO = {
+    "key": "trackio",
+    "type": "software",
+    "author": "Abid, Abubakar and Nation, Zach and Noorassa, Saba",
+    "title": "{Trackio}: lightweight, local-first experiment tracking",
+    "year": "2025",
+    "url": "https://github.com/gradio-app/trackio",
+}
+MLFLOW = {
+    "key": "zaharia2018accelerating",
+    "type": "article",
+    "author": "Zaharia, Matei A. and Chen, Andrew and Davidson, Aaron and others",
+    "title": "Accelerating the Machine Learning Lifecycle with {MLflow}",
+    "journal": "IEEE Data Engineering Bulletin",
+    "volume": "41",
+    "pages": "39--45",
+    "year": "2018",
 }
 
 
@@ -95,6 +115,8 @@ USED: Sequence[tuple[Callable[[Tree], bool], Mapping[str, str]]] = (
     (lambda tree: any("Hub" in name for name in _targets(tree, "data")), DATASETS),
     (lambda tree: any(name.endswith((".Bpe", ".File")) for name in _targets(tree, "tokenizer")), TOKENIZERS),
     (lambda tree: _of(tree, "tracker", "wandb") is not None, WANDB),
+    (lambda tree: _of(tree, "tracker", "trackio") is not None, TRACKIO),
+    (lambda tree: _of(tree, "tracker", "mlflow") is not None, MLFLOW),
 )
 
 
