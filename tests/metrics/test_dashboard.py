@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from wandb_workspaces.workspaces import Workspace, internal
 
 from src.metrics.names import NAMES, metric_name
 from src.metrics.trackers import dashboard
@@ -44,6 +45,19 @@ def test_every_panel_shows_what_runs_record(panels: dict[str, list[dict[str, Any
             assert names, config
     titles = Counter(config["chartTitle"] for config in every)
     assert max(titles.values()) == 1
+
+
+def test_the_library_reads_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it reads the view of a project that its server has: every panel is there again, and written the same."""
+    assert dashboard.main(["--project", "p", "--json"]) == 0
+    text = capsys.readouterr().out
+    spec = internal.WorkspaceViewspec.model_validate_json(text)
+    view = internal.View(entity="me", project="p", display_name="Mine", name="nw-1-v", id="1", spec=spec)
+    board = Workspace._from_model(view)
+    read = {section.name: [panel.title for panel in section.panels] for section in board.sections}
+    assert read == {title: [each.title for each in specs] for title, specs in dashboard.SECTIONS.items()}
+    first, second = (json.loads(each)["section"]["panelBankConfig"] for each in (text, dashboard.spec(board)))
+    assert first == second
 
 
 def test_each_section_has_its_numbers(panels: dict[str, list[dict[str, Any]]]) -> None:
