@@ -1,19 +1,22 @@
 """The kernels of a DeepSeek-V3 layer one by one, on one GPU: which is the fastest, and how far from the hardware.
 
 python -m benchmarks.kernels                     everything, at the 16B's shape: 4 sequences of 4096 tokens
-python -m benchmarks.kernels --only attention    one part of it: attention, router, sorting, moving, experts
+python -m benchmarks.kernels --only products     one part of it: products, attention, router, sorting, moving, experts
 python -m benchmarks.kernels --cpu               tiny shapes on the CPU: does it run
 
 Each line is the median of --repeats runs on random data, in milliseconds; TFLOP/s count the causal half of attention,
-GB/s what must be read and written at least. All are kept in records/kernels.json beside this file.
+GB/s what must be read and written at least. All are kept in records/kernels.json beside this file (of another device
+than an H200 in a file of its own). The products of Llama 3 8B also go into src/planning/time/products.json, from where
+plans take the speed of the device.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from src.cluster.local.config import LocalDevices
 from src.distributed.precision.float8_experts import emulated, kernels
 from src.models.attention.cores import CausalAttention, block_mask
 from src.models.moe.experts import Experts, Product, grouped_product
 from src.models.moe.moe import combine, dispatch, sorting
 from src.models.moe.router import precise_product
+from src.planning.time.devices import PRODUCTS_FILE, REFERENCE, measured_products
+from src.planning.time.site import recognised
 
-RECORD = Path(__file__).parent / "records" / "kernels.json"
+RECORDS = Path(__file__).parent / "records"
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -51,13 +57,15 @@ class Shape:
     experts: int = 64
     top_k: int = 6
     hidden: int = 1408
+    rows: int = 8192  # of products
+    part: int = 1  # of both sides of their weights
 
     @property
     def tokens(self) -> int:
         return self.batch * self.length
 
 
-TINY = Shape(batch=2, length=64, dim=32, heads=2, query=24, value=16, experts=8, top_k=3, hidden=16)
+TINY = Shape(batch=2, length=64, dim=32, heads=2, query=24, value=16, experts=8, top_k=3, hidden=16, rows=16, part=256)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,18 @@ def attention(shape: Shape, device: torch.device) -> Iterator[Work]:
         mask = block_mask("causal", None, None, shape.batch, shape.length, device)
         flex: Callable[..., Tensor] = torch.compile(flex_attention)
         yield Work("flex", lambda: flex(*seen(), block_mask=mask), inputs, flops)
+
+
+def products(shape: Shape, device: torch.device) -> Iterator[Work]:
+    """Plain ones, in the shapes of the planner's table: rows of `inner` numbers by a weight of `columns` rows."""
+    for columns, inner in measured_products()[REFERENCE]:
+        width, depth = columns // shape.part, inner // shape.part
+        x, weight = (
+            torch.randn(rows, depth, device=device, dtype=torch.bfloat16).requires_grad_()
+            for rows in (shape.rows, width)
+        )
+        forward = partial(F.linear, x, weight)
+        yield Work(f"{columns}x{inner}", forward, (x, weight), 2.0 * shape.rows * width * depth)
 
 
 def router(shape: Shape, device: torch.device) -> Iterator[Work]:
@@ -178,7 +198,14 @@ def experts(shape: Shape, device: torch.device) -> Iterator[Work]:
             yield Work(f"all of it, {name}, compiled", torch.compile(run), inputs, 3 * one)
 
 
-PARTS = {"attention": attention, "router": router, "sorting": choosing, "moving": moving, "experts": experts}
+PARTS = {
+    "products": products,
+    "attention": attention,
+    "router": router,
+    "sorting": choosing,
+    "moving": moving,
+    "experts": experts,
+}
 
 
 def milliseconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -225,6 +252,64 @@ def measured(work: Work, repeats: int, device: torch.device) -> dict[str, float 
     return line
 
 
+def rates(lines: Mapping[str, Any]) -> dict[str, float]:
+    """TFLOP/s of each product with both of its gradients, by its shape."""
+    found = {}
+    for name, line in lines.items():
+        part, _, work = name.partition(": ")
+        if part == "products" and "backward_ms" in line:
+            flops = line["forward_tflops"] * line["forward_ms"]
+            found[work] = round(3.0 * flops / (line["forward_ms"] + line["backward_ms"]), 1)
+    return found
+
+
+def tell_planner(name: str, lines: Mapping[str, Any], file: Path = PRODUCTS_FILE) -> None:
+    """Put the products of a device, by its name in src/planning/time/devices.py, into the planner's table."""
+    tables = json.loads(file.read_text(encoding="utf-8"))
+    tables[name] = {key: lines[key] for key in ("device", "torch")} | {"rows": Shape().rows, "tflops": rates(lines)}
+    file.write_text(json.dumps(dict(sorted(tables.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def keep(lines: dict[str, Any], folder: Path = RECORDS) -> Path:
+    """The record of a device with these lines in the place of older ones; only an H200's has no name of its own."""
+    device = str(lines["device"])
+    own = "" if REFERENCE in device else "_" + "_".join(device.lower().split())
+    file = folder / f"kernels{own}.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(known | lines, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def measure(only: str | None, shape: Shape, device: torch.device, name: str, repeats: int) -> dict[str, Any]:
+    """A line for each kernel, printed as it is measured; those of one part of PARTS, or all."""
+    torch._functorch.config.donated_buffer = False  # a backward is run again and again
+    lines: dict[str, Any] = {"device": name, "torch": torch.__version__, "shape": asdict(shape)}
+    for part, works in PARTS.items():
+        for work in works(shape, device) if only in (None, part) else ():
+            line = measured(work, repeats, device)
+            lines[f"{part}: {work.name}"] = line
+            words = (
+                f"{key} {value:9.3f}" if isinstance(value, float) else f"{key}: {value}" for key, value in line.items()
+            )
+            print(f"{part + ': ' + work.name:45}", *words, flush=True)
+    return lines
+
+
+def tell_of(device: torch.device, lines: Mapping[str, Any]) -> None:
+    """The planner, where products were measured and it knows the device."""
+    if not rates(lines):
+        return
+    seen = torch.cuda.get_device_properties(device)
+    here = LocalDevices("cuda", 1, seen.total_memory / 2**30, seen.name, (seen.major, seen.minor))
+    name = recognised(here)
+    if name is None:
+        print("the planner knows no such device: add its datasheet to GPUS in src/planning/time/devices.py and to "
+              "RECOGNISED in src/planning/time/site.py, then the same command")  # fmt: skip
+        return
+    tell_planner(name, lines)
+    print(f"plans take the products of {name} from {PRODUCTS_FILE}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--only", choices=PARTS)
@@ -233,18 +318,10 @@ def main() -> None:
     given = parser.parse_args()
     device, shape = (torch.device("cpu"), TINY) if given.cpu else (torch.device("cuda"), Shape())
     name = "CPU" if given.cpu else torch.cuda.get_device_name()
-    torch._functorch.config.donated_buffer = False  # a backward is run again and again
-    lines: dict[str, Any] = {"device": name, "torch": torch.__version__, "shape": asdict(shape)}
-    for part, works in PARTS.items():
-        for work in works(shape, device) if given.only in (None, part) else ():
-            line = measured(work, given.repeats, device)
-            lines[f"{part}: {work.name}"] = line
-            words = (
-                f"{key} {value:9.3f}" if isinstance(value, float) else f"{key}: {value}" for key, value in line.items()
-            )
-            print(f"{part + ': ' + work.name:45}", *words, flush=True)
+    lines = measure(given.only, shape, device, name, given.repeats)
     if not given.cpu:
-        RECORD.write_text(json.dumps(lines, indent=2) + "\n")
+        print(f"kept in {keep(lines)}")
+        tell_of(device, lines)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from src.planning.advice import PARTS, told
 from src.planning.plan import Plan
+from src.planning.time.devices import measured_products
 from src.planning.time.prediction import Prediction
 
 SOME = ("cache", "outer", "average")  # parts that most runs do not have
@@ -131,7 +132,8 @@ def _time(time: Prediction, plan: Plan) -> list[tuple[str, str]]:
         if failures.own_goodput is not None:
             rows.append(("goodput with this checkpoint.every", f"{failures.own_goodput:.1%}"))
     if not time.measured:
-        rows.append(("evidence", f"datasheet of {time.gpu}, shares of an H200"))
+        own = " beside its own matrix products" if time.gpu in measured_products() else ""
+        rows.append(("evidence", f"datasheet of {time.gpu}, shares of an H200{own}"))
     return rows
 
 

@@ -3,12 +3,16 @@
 Shares of the H200 come from records of one and two GPUs in benchmarks/records (torch 2.11.0+cu130, 700 W); each says
 which. They are of kernels inside of long steps, where the board's power limit and its neighbours slow them: the same
 products alone are 6 % faster, attention 18 %. Of other devices nothing was measured here: they take the H200's shares,
-which is stated beside every prediction (`measured`).
+which is stated beside every prediction (`measured`). Matrix products alone on a device are in products.json, where
+`python -m benchmarks.kernels --only products` puts those of another one.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil, log2
+from pathlib import Path
 
 TFLOP = 1e12
 GB = 1e9
@@ -17,22 +21,32 @@ GB = 1e9
 TILE_ROWS, TILE_COLUMNS = 128, 256
 LEAST_INNER = 1024  # of a tile's share of the inner dimension
 
-# Of one H200: (columns of the result, inner dimension) of a bf16 product over 8192 tokens -> TFLOP/s, the mean of
-# forward and both gradients, alone on the device; the shapes of Llama 3 8B.
-PRODUCTS: dict[tuple[int, int], float] = {
-    (6144, 4096): 745.0,
-    (4096, 4096): 717.0,
-    (28672, 4096): 775.0,
-    (4096, 14336): 716.0,
-    (128256, 4096): 709.0,
-}
+PRODUCTS_FILE = Path(__file__).with_name("products.json")
+REFERENCE = "H200"  # whose products, in proportion to the bf16 peak, stand for those of a device without any
+Products = Mapping[tuple[int, int], float]
+
+
+@cache
+def measured_products() -> Mapping[str, Products]:
+    """Of each device in products.json: (columns of the result, inner dimension) of a bf16 product over 8192 tokens ->
+    TFLOP/s, the mean of forward and both gradients, alone on the device; the shapes of Llama 3 8B.
+    """
+    tables = json.loads(PRODUCTS_FILE.read_text(encoding="utf-8"))
+    return {
+        name: {_shape(text): float(rate) for text, rate in table["tflops"].items()} for name, table in tables.items()
+    }
+
+
+def _shape(text: str) -> tuple[int, int]:
+    columns, inner = text.split("x")
+    return int(columns), int(inner)
 
 
 @dataclass(frozen=True)
 class Shares:
     """Shares of a datasheet's numbers, 0 to 1, unless a comment says otherwise."""
 
-    products: float = 0.945  # of PRODUCTS, inside of a step: one_gpu.json, 8B, 570 ms for 394.7 TFLOP
+    products: float = 0.945  # of products alone, inside of a step: one_gpu.json, 8B, 570 ms for 394.7 TFLOP
     grouped: float = 0.608  # of the bf16 peak, of products of routed experts: 9 layers of 16B, 67.8 ms for 40.8 TFLOP
     float8: float = 0.56  # of the float8 peak, conversions included: one_gpu.json, 8B fp8 beside bf16
     attention: float = 0.561  # of the bf16 peak, over the causal half: flash-attn-4, heads of 128
@@ -71,7 +85,8 @@ class Gpu:
         if min(rows, columns, inner) == 0:
             return 0.0
         flops = 2.0 * rows * columns * inner
-        rate = _bare(columns, inner) / 989.0 * self.bf16 * self.shares.products
+        known = self.name if self.name in measured_products() else REFERENCE
+        rate = _bare(known, columns, inner) * self.bf16 / GPUS[known].bf16 * TFLOP * self.shares.products
         used = self._filled(rows, columns, inner) / self._filled(8192, max(columns, TILE_COLUMNS), inner)
         moved = 2.0 * (rows * inner + inner * columns + rows * columns) / (self.memory * self.shares.memory)
         return max(flops / (rate * min(1.0, used)), moved)
@@ -89,15 +104,17 @@ class Gpu:
 
 
 @lru_cache(maxsize=4096)  # a search asks tens of thousands of times for a few shapes
-def _bare(columns: int, inner: int) -> float:
-    """TFLOP/s of PRODUCTS between its shapes: weighted by the inverse square of the distance in powers of two."""
-    weights = {}
-    for (width, depth), rate in PRODUCTS.items():
+def _bare(name: str, columns: int, inner: int) -> float:
+    """TFLOP/s between the shapes of a device's table: weighted by the inverse square of the distance in powers of
+    two.
+    """
+    weights, table = {}, measured_products()[name]
+    for (width, depth), rate in table.items():
         distance = (log2(columns) - log2(width)) ** 2 + (log2(inner) - log2(depth)) ** 2
         if distance < 1e-9:
             return rate
         weights[width, depth] = 1.0 / distance
-    return sum(PRODUCTS[shape] * weight for shape, weight in weights.items()) / sum(weights.values())
+    return sum(table[shape] * weight for shape, weight in weights.items()) / sum(weights.values())
 
 
 # Datasheets of NVIDIA: H100 and H200 SXM, A100 SXM 80 GB, B200 (HGX, of one GPU).
