@@ -14,10 +14,13 @@ from torch import Tensor
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages, SingleStage
 from src.distributed.parallelize import parallelize
+from src.distributed.process.rank_context import RankContext
 from src.errors import DataError
+from src.models.cache import Cache, attending
 from src.tasks.generate import decoding as generation
 from src.tasks.generate.config import read_prompts
-from src.tasks.generate.decoding import generate
+from src.tasks.generate.decoding import DecodingGroup, generate
+from src.tasks.generate.graph import NextToken, has_graph, next_logits
 from src.tasks.generate.sampling import SamplingParams, sample
 from tests.distributed.layouts import FP32, PLAIN, degrees, parallel_network, recomputed
 from tests.models import test_deepseek, test_llama3
@@ -61,6 +64,77 @@ def test_greedy_text_is_that_of_transformers(family: str, at_once: int, ranks: R
     texts = [row[0, len(prompt) :].tolist() for row, prompt in zip(expected, PROMPTS, strict=True)]
     assert ranks(1, written, family, at_once) == [texts]
     assert len({tuple(text) for text in texts}) == len(PROMPTS)
+
+
+class EagerToken:
+    """`NextToken` without its graph: the pass that a GPU captures, on a CPU."""
+
+    def __init__(self, network: ModelStages, cache: Cache) -> None:
+        self.network, self.cache = network, cache
+        cache.fix()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return next_logits(self.network, self.cache, tokens)
+
+
+class ToldAtOnce:
+    """`Told` of a CPU."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids = ids.clone()
+
+    def ids(self) -> list[int]:
+        return self._ids.tolist()
+
+
+def written_at_fixed_size(family: str, fixed_block: int | None) -> list[list[list[int]]]:
+    """With a cache that grows, and with one that is as large as it will be."""
+    config = MODELS[family].model_copy(update={"fixed_block": fixed_block})
+    model = FAMILIES[family].randomised(config)
+    found = []
+    for fixed in (False, True):
+        with (
+            patch.object(generation, "has_graph", lambda _, fixed=fixed: fixed),
+            patch.object(generation, "NextToken", EagerToken),
+            patch.object(generation, "Told", ToldAtOnce),
+        ):
+            found.append(generate(alone(model), PROMPTS, count=12, rule=GREEDY, seed=0, ends=(), batch=3))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fixed_block", [None, 4])
+def test_a_cache_of_fixed_size_writes_the_same(family: str, fixed_block: int | None, ranks: RankPool) -> None:
+    ((grown, fixed),) = ranks(1, written_at_fixed_size, family, fixed_block)
+    assert grown == fixed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "dtype", "close"), [("llama3", torch.float32, 1e-4), ("deepseek", torch.bfloat16, 0.06)]
+)
+def test_a_captured_token_has_the_logits_of_a_launched_one(family: str, dtype: torch.dtype, close: float) -> None:
+    """Fifteen tokens after three prompts of three lengths. Kernels sum in other orders: bf16 has 8 bits."""
+    process = RankContext.join("cuda", 1, timeout_seconds=60)
+    model = FAMILIES[family].randomised(MODELS[family]).to("cuda")
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    mesh = Mesh(degrees("single"), "cuda")
+    network = SingleStage([model], mesh, process.device)
+    tokens = torch.randint(1, 30, (3, 15, 1), generator=torch.Generator().manual_seed(1))
+    found: list[list[Tensor]] = [[], []]
+    with network.inference():
+        for captured, logits in zip((False, True), found, strict=True):
+            group = DecodingGroup(network, dict(enumerate(PROMPTS[:3])), 16, seed=0)
+            with attending(model, group.cache):
+                group.read(group.tokens)
+                assert has_graph(network)
+                step = NextToken(network, group.cache) if captured else group.read
+                logits += [step(tokens[:, place]).float().cpu() for place in range(15)]
+    process.leave()
+    for launched, replayed in zip(*found, strict=True):
+        torch.testing.assert_close(replayed, launched, rtol=0, atol=close * float(launched.abs().max()))
+    assert not torch.equal(found[1][2], found[1][3])
 
 
 def on_layout(layout: str, family: str, rule: SamplingParams, batch: int) -> list[list[int]]:

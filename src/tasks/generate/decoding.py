@@ -1,6 +1,6 @@
 """Text after prompts, a token at a time, under any layout; every rank ends up with all of it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -13,6 +13,7 @@ from src.distributed.init_weights import seed_of
 from src.distributed.model_stages import ModelStages
 from src.models.base import pass_multiple
 from src.models.cache import Cache, attending
+from src.tasks.generate.graph import NextToken, Told, has_graph
 from src.tasks.generate.sampling import SamplingParams, sample
 
 # A pass over prompts brings this many tokens of all rows at once: at 128,256 words their logits are 0.5 GiB in bf16.
@@ -79,25 +80,44 @@ class DecodingGroup:
         with ExitStack() as stack:
             for part in self.network.stages:
                 stack.enter_context(attending(part, self.cache))
-            logits = self._read(self.tokens)
-            for written in range(1, self.count + 1):
-                uniforms = self._uniforms() if rule.temperature else torch.empty(0)
-                ids = sample(logits, rule, uniforms.to(logits.device)).cpu()
-                for number, chosen in zip(self.numbers, ids.tolist(), strict=False):
+            for written, ids in enumerate(self._ids(rule), 1):
+                for number, chosen in zip(self.numbers, ids, strict=False):
                     if number in writing and chosen not in ends:
                         texts[number].append(chosen)
                     else:
                         writing.discard(number)
-                if written == self.count or not any_rank(bool(writing), self.network.device):
+                if written == self.count or not self._anyone(bool(writing)):
                     break
-                logits = self._read(ids.unsqueeze(1))
         return texts
+
+    def _ids(self, rule: SamplingParams) -> Iterator[list[int]]:
+        """The next id of every row, `count` times."""
+        ids = self._sample(self.read(self.tokens), rule)
+        if not has_graph(self.network):
+            for _ in range(self.count - 1):
+                yield ids.tolist()
+                ids = self._sample(self.read(ids.unsqueeze(1)), rule)
+        else:
+            step = NextToken(self.network, self.cache)
+            for _ in range(self.count - 1):
+                told = Told(ids)
+                ids = self._sample(step(ids.unsqueeze(1)), rule)  # the GPU need not wait until somebody has looked
+                yield told.ids()
+        yield ids.tolist()
+
+    def _sample(self, logits: Tensor, rule: SamplingParams) -> Tensor:
+        uniforms = self._uniforms() if rule.temperature else torch.empty(0)
+        return sample(logits, rule, uniforms.to(logits.device))
+
+    def _anyone(self, writing: bool) -> bool:
+        """Whether a row of any rank is not at its end."""
+        return writing if self.network.mesh.world == 1 else any_rank(writing, self.network.device)
 
     def _uniforms(self) -> Tensor:
         """One number for each row."""
         return torch.stack([torch.rand((), dtype=torch.float64, generator=one) for one in self.generators])
 
-    def _read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor) -> Tensor:
         """tokens (rows, length) join the cache -> logits (rows, vocabulary) after the last of them."""
         at_once = max(TOKENS_AT_ONCE // len(tokens) // self.multiple, 1) * self.multiple
         for piece in tokens.to(self.network.device).split(at_once, dim=1):
@@ -106,5 +126,5 @@ class DecodingGroup:
                 piece = F.pad(piece, (0, -length % self.multiple))
             positions, mask = self.cache.positions(piece.shape[1]), self.cache.mask(piece.shape[1])
             logits = self.network.logits(piece, length - 1, positions, mask)
-            self.cache.filled += length
+            self.cache.add(length)
         return logits
