@@ -5,9 +5,11 @@ On an H200, forward / backward in TFLOP/s, causal, 4.0.0b36 beside cuDNN: 2 x 32
 attention, 4 x 16 x 4096, 192 and 128 wide: 674 / 445 beside 568 / 430.
 """
 
+import os
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,18 @@ CUDNN_FORWARD = 1024
 # Tokens of a document on average, at least, for `within_documents`: the backward pass pads its sums in fp32 by up to
 # one tile of 128 rows a document, and would need ever more memory.
 SHORTEST = 128
+
+
+@cache
+def _kernels() -> Any:
+    """The package's interface. What it compiles stays on disk, beside inductor's cache: by itself each process would
+    compile anew.
+    """
+    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # of a run, where it has one of its own
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(beside or home) / "flash_attention"))
+    return import_module("flash_attn.cute.interface")
 
 
 @cache
@@ -84,10 +98,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) 
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
         out, lse, *_ = cudnn(q, k, v, attn_bias=None, compute_log_sumexp=True, is_causal=True, scale=scale)
         return out, lse.reshape(q.shape[:3])
-    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found,unused-ignore]
-
     by_token = (each.transpose(1, 2) for each in (q, k, v))
-    out, lse, *_ = _flash_attn_fwd(*by_token, softmax_scale=scale, causal=causal, return_lse=True)
+    out, lse, *_ = _kernels()._flash_attn_fwd(*by_token, softmax_scale=scale, causal=causal, return_lse=True)
     return out.transpose(1, 2), lse
 
 
@@ -101,10 +113,8 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. `out` and `lse` may be those of a softmax over more keys than these."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-
     q, k, v, out, grad = (_packed(each.transpose(1, 2)) for each in (q, k, v, out, grad))
-    grads = _flash_attn_bwd(
+    grads = _kernels()._flash_attn_bwd(
         q, k, v, out, grad, lse, scale, causal, deterministic=torch.are_deterministic_algorithms_enabled()
     )
     grad_q, grad_k, grad_v = (each.transpose(1, 2) for each in grads[:3])
@@ -114,10 +124,8 @@ def backward(
 @torch.library.custom_op("flash_attention_4::varlen_forward", mutates_args=())
 def varlen_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """The result (batch, heads, length, v width) and its log sum exp (heads, batch * length), natural, fp32."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
     flat = (_flat(each) for each in (q, k, v))
-    out, lse, *_ = _flash_attn_fwd(
+    out, lse, *_ = _kernels()._flash_attn_fwd(
         *flat, cu_seqlens_q=starts, cu_seqlens_k=starts, softmax_scale=scale, causal=True, return_lse=True
     )
     return _rows(out, q), lse
@@ -134,10 +142,8 @@ def varlen_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-
     flat = (_packed(_flat(each)) for each in (q, k, v, out, grad))
-    grads = _flash_attn_bwd(
+    grads = _kernels()._flash_attn_bwd(
         *flat,
         lse,
         scale,
