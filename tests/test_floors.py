@@ -62,6 +62,7 @@ WRITERS = {
     "src.runs.commands.extend": "renames folders",
     "src.runs.frozen_code": "writes into a draft folder, which gets its name as a whole",
     "src.data.shards": "streams more than fits into memory, then renames",
+    "src.data.packing.rows": "streams more than fits into memory, then renames",
     "src.cluster.rank_log": "appends what a process says",
     "src.cluster.replicas.lighthouse": "appends what a process says",
     "src.cluster.local.side_by_side": "appends what a process says",

@@ -60,6 +60,9 @@ _SITE: Mapping[str, Any] = {
     "mtbf_hours_per_gpu": None,
 }
 
+# How samples are made of documents.
+_ROWS: Mapping[str, Any] = {"packing": "concatenate", "bos_at_row_start": False}
+
 # Class -> its keys that an earlier version of the class had not, with the value that does what that version did, such
 # as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
 ADDED: Mapping[str, Mapping[str, Any]] = {
@@ -67,12 +70,12 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.checkpoint.config.Checkpoint": {"keep_best": None, "progress": "all"},
     "src.cluster.local.config.Local": {"at_once": None, **_SITE},
     "src.cluster.slurm.config.Slurm": _SITE,
-    "src.data.config.Hub": {"bad_rows": "refuse", "hold_out": "documents"},
-    "src.data.config.Mixture": {"hold_out": "documents"},
-    "src.data.config.Stdlib": {"hold_out": "documents"},
-    "src.data.config.Synthetic": {"hold_out": "documents"},
-    "src.data.config.Text": {"bad_rows": "refuse", "hold_out": "documents"},
-    "src.data.hub.HubSource": {"bad_rows": "refuse"},
+    "src.data.config.Hub": {"bad_rows": "refuse", "data_dir": None, "hold_out": "documents", **_ROWS},
+    "src.data.config.Mixture": {"hold_out": "documents", **_ROWS},
+    "src.data.config.Stdlib": {"hold_out": "documents", **_ROWS},
+    "src.data.config.Synthetic": {"hold_out": "documents", **_ROWS},
+    "src.data.config.Text": {"bad_rows": "refuse", "hold_out": "documents", **_ROWS},
+    "src.data.hub.HubSource": {"bad_rows": "refuse", "data_dir": None},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
     "src.distributed.compile.Compile": {"graph": False},
     "src.metrics.trackers.config.Tracker": {"trackio": None, "mlflow": None},

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.config import Data
-from src.data.corpus import Corpus, part_windows
+from src.data.corpus import Corpus
 from src.data.order import Permutation, Unsigned, key_of, sample_hashes
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ class Batches:
                 "tokens": count * self._seq_len,
                 "share": count / max(position, 1),
                 "target": part.weight / weights,
-                "epochs": count / max(part_windows(part, "train", self._seq_len), 1),
+                "epochs": count / max(self._corpus.rows(number, "train", self._seq_len).count, 1),
             }
-            for part, count in zip(self._corpus.parts, counts, strict=True)
+            for number, (part, count) in enumerate(zip(self._corpus.parts, counts, strict=True))
         }
 
     def validation(self, samples: int | None) -> Iterator[Batch]:
@@ -207,7 +207,7 @@ class Batches:
         tokens = np.full((self._micro_batch, self._seq_len), filler, np.int64)
         labels = np.full_like(tokens, IGNORED)
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
-            read = self._corpus.read_window(split, source, window, self._seq_len)
+            read = self._corpus.rows(source, split, self._seq_len).read(window)
             tokens[row, : len(read) - 1] = read[:-1]
             labels[row, : len(read) - 1] = read[1:]
         checksum = _sum(sample_hashes(samples, sources, windows))
@@ -219,6 +219,8 @@ class Batches:
         import torch
 
         ends = tokens == (-1 if self._corpus.eos_id is None else self._corpus.eos_id)
+        if self._corpus.rules.bos is not None and self._corpus.rules.bos == self._corpus.eos_id:
+            ends[:, 0] = False  # the one mark of such a tokenizer begins the row here, and ends nothing
         if self._data.mask_document_starts:
             labels[ends] = IGNORED
         positions, documents = _within_documents(ends) if self._data.document_masks else (None, None)
@@ -247,7 +249,7 @@ def _within_documents(ends: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArr
 
 
 def _permutations(corpus: Corpus, split: str, seq_len: int, seed: int) -> list[Permutation | None]:
-    sizes = [part_windows(part, split, seq_len) for part in corpus.parts]
+    sizes = [corpus.rows(number, split, seq_len).count for number in range(len(corpus.parts))]
     keys = [key_of(seed, split, part.name) for part in corpus.parts]
     return [Permutation(size, key) if size else None for size, key in zip(sizes, keys, strict=True)]
 

@@ -1,6 +1,7 @@
 """Config classes of the section `data`: one source, or a mixture of several with weights in tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import Field, InstanceOf, model_validator
@@ -8,7 +9,9 @@ from pydantic import Field, InstanceOf, model_validator
 from src.config.base import Config
 from src.config.bounds import PerNode, Scale
 from src.data.hub import HubSource
-from src.data.sources import HoldOut, Source, StdlibSource, SyntheticSource, TextSource
+from src.data.packing.rules import Packing, RowRules
+from src.data.sources import DataSource, HoldOut, Source, StdlibSource, SyntheticSource, TextSource
+from src.data.token_files.config import TokenFileSource
 
 
 class Data(Config, ABC):
@@ -18,6 +21,12 @@ class Data(Config, ABC):
     """Share of the documents held out; the content of a document decides its side."""
     hold_out: HoldOut
     """What is held out; documents: whole ones; ends: the last share of each, which serves where there are few."""
+    packing: Packing
+    """How samples are made of documents; concatenate: one stream, cut wherever a sample ends; best_fit: whole
+    documents side by side, padded, of which only those are cut that are longer than a sample.
+    """
+    bos_at_row_start: bool
+    """True: every sample begins with the tokenizer's begin of document, though it begins inside of one."""
     mask_document_starts: bool
     """True: no loss for predicting the first token of another document."""
     document_masks: bool
@@ -33,8 +42,12 @@ class Data(Config, ABC):
         named = () if self.hold_out == "documents" else (self.hold_out,)
         return (self.validation_fraction, *named)
 
+    def row_rules(self, bos: int | None, eos: int | None) -> RowRules:
+        """How rows are made with the marks of a tokenizer."""
+        return RowRules(self.packing, bos if self.bos_at_row_start else None, eos)
+
     @abstractmethod
-    def parts(self) -> dict[str, tuple[float, Source]]:
+    def parts(self) -> Mapping[str, tuple[float, DataSource]]:
         """Weight (not normalised) and source, by the source's name."""
 
 
@@ -58,10 +71,15 @@ class Synthetic(SyntheticSource, Data):
         return {"synthetic": (1.0, self)}
 
 
+class TokenFiles(TokenFileSource, Data):
+    def parts(self) -> dict[str, tuple[float, TokenFileSource]]:
+        return {"tokens": (1.0, self)}
+
+
 class Mixture(Data):
     """Every prefix of the sample order holds the weights, to within one sample of each source."""
 
-    sources: dict[str, InstanceOf[Source]]
+    sources: dict[str, InstanceOf[DataSource]]
     """Sources by their names."""
     weights: dict[str, Scale]
     """Share of each source in tokens; only their ratios count."""
@@ -77,5 +95,5 @@ class Mixture(Data):
             )
         return self
 
-    def parts(self) -> dict[str, tuple[float, Source]]:
+    def parts(self) -> dict[str, tuple[float, DataSource]]:
         return {name: (self.weights[name], self.sources[name]) for name in sorted(self.sources)}

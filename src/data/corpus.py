@@ -1,31 +1,32 @@
 """A tokenised corpus: its sources with their weights, and what a run may ask of it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from src.data.config import Data
 from src.data.fingerprint import fingerprint
 from src.data.order import Interleave
-from src.data.shards import SPLITS, TokenShards
+from src.data.packing.rows import Rows, rows_of
+from src.data.packing.rules import RowRules
+from src.data.shards import SPLITS, TokenStreams
 from src.data.sources import PLACES_KEPT
+from src.data.token_files.streams import open_streams
 from src.data.tokenizer import ByteTokenizer, StoredTokenizer, Tokenizer, open_kept
 from src.data.tokenizer_formats.hub_files import read_facts
 from src.errors import DataError
 
 RECIPE = "data.json"  # of a run folder
+AS_EVER = RowRules()  # rows as every version made them
 
 
 @dataclass(frozen=True)
 class Part:
     name: str
     weight: float
-    shards: TokenShards
+    shards: TokenStreams
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Preparation:
     skipped_places: tuple[str, ...]
     seconds: float
     cached: bool
+    notes: tuple[str, ...] = ()  # of files that were tokenised elsewhere
 
     def lines(self) -> list[str]:
         """The facts in one line, and one for each of the first rows that were skipped."""
@@ -47,18 +49,22 @@ class Preparation:
         empty = f" ({self.empty_documents:,} without text left out)" if self.empty_documents else ""
         line = f"data: {self.documents:,} documents{empty}, {self.tokens:,} tokens, {made}"
         if not self.skipped_rows:
-            return [line]
+            return [line, *self.notes]
         more = ", the first of them" if self.skipped_rows > len(self.skipped_places) else ""
         found = f"warning: {self.skipped_rows:,} bad rows were skipped{more}:"
-        return [line, found, *(f"  {place}" for place in self.skipped_places)]
+        return [line, *self.notes, found, *(f"  {place}" for place in self.skipped_places)]
 
 
 class Corpus:
-    def __init__(self, parts: list[Part], tokenizer: Tokenizer, preparation: Preparation) -> None:
+    def __init__(
+        self, parts: list[Part], tokenizer: Tokenizer, preparation: Preparation, rules: RowRules = AS_EVER
+    ) -> None:
         self.parts = parts
         self.tokenizer = tokenizer
         self.preparation = preparation
+        self.rules = rules
         self.interleave = Interleave([part.weight for part in parts])
+        self._rows: dict[tuple[int, str, int], Rows] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -74,9 +80,9 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of tokens, weights and tokenizer; independent of where the corpus lies."""
+        """Hash of tokens, weights, tokenizer and how rows are made; independent of where the corpus lies."""
         facts = [[part.name, part.weight, part.shards.fingerprint] for part in self.parts]
-        return fingerprint(facts, self.tokenizer.fingerprint)
+        return fingerprint(facts, self.tokenizer.fingerprint, *self.rules.facts)
 
     def tokens(self, split: str) -> int:
         return sum(part.shards.tokens(split) for part in self.parts)
@@ -90,11 +96,19 @@ class Corpus:
 
     def windows(self, split: str, seq_len: int) -> int:
         """Number of samples before any source repeats: an epoch of a single source, the shortest epoch of a mixture."""
-        return self.interleave.longest([part_windows(part, split, seq_len) for part in self.parts])
+        return self.interleave.longest([self.rows(part, split, seq_len).count for part in range(len(self.parts))])
 
-    def read_window(self, split: str, part: int, number: int, seq_len: int) -> NDArray[np.int64]:
-        """seq_len + 1 tokens; neighbouring windows share one. Only the last validation window may be shorter."""
-        return self.parts[part].shards.read(split, number * seq_len, seq_len + 1)
+    def rows(self, part: int, split: str, seq_len: int) -> Rows:
+        """The samples of one source, by number."""
+        key = (part, split, seq_len)
+        if key not in self._rows:
+            self._rows[key] = rows_of(self.parts[part].shards, split, seq_len, self.rules)
+        return self._rows[key]
+
+    def notes(self, seq_len: int) -> list[str]:
+        """How documents lie in the training samples of each source, where that was asked for."""
+        found = [(part.name, self.rows(number, "train", seq_len).notes()) for number, part in enumerate(self.parts)]
+        return [f"data: {name}: {line}" for name, lines in found for line in lines]
 
     def verify(self) -> None:
         """Reads every shard; DataError names the corrupted ones."""
@@ -110,7 +124,8 @@ class Corpus:
             for part in self.parts
             if part.shards.skipped_rows
         }
-        recipe = {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
+        recipe: dict[str, Any] = {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
+        recipe |= {"rows": asdict(self.rules)} if self.rules.facts else {}
         return recipe | ({"skipped": skipped} if skipped else {})
 
 
@@ -126,8 +141,8 @@ def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:
     """Open the corpus of a `recipe` and check the sizes of its shards. DataError when one is missing or truncated."""
     name = recipe["tokenizer"]
     tokenizer = ByteTokenizer() if name is None else open_kept(cache / "tokenizers" / name)
-    parts = [Part(name, weight, TokenShards(cache / "tokens" / folder)) for name, weight, folder in recipe["parts"]]
-    return Corpus(parts, tokenizer, survey(parts, 0.0, cached=True))
+    parts = [Part(name, weight, open_streams(cache / "tokens" / folder)) for name, weight, folder in recipe["parts"]]
+    return Corpus(parts, tokenizer, survey(parts, 0.0, cached=True), RowRules(**recipe.get("rows", {})))
 
 
 def survey(parts: list[Part], seconds: float, *, cached: bool) -> Preparation:
@@ -141,15 +156,8 @@ def survey(parts: list[Part], seconds: float, *, cached: bool) -> Preparation:
         skipped_places=tuple(place for one in shards for place in one.skipped_places)[:PLACES_KEPT],
         seconds=seconds,
         cached=cached,
+        notes=tuple(line for one in shards for line in one.notes()),
     )
-
-
-def part_windows(part: Part, split: str, seq_len: int) -> int:
-    """Windows of one source. Training drops the last tokens that fill none (fewer than seq_len); validation pads
-    them.
-    """
-    predicted = max(part.shards.tokens(split) - 1, 0)
-    return predicted // seq_len if split == "train" else -(-predicted // seq_len)
 
 
 def check(
@@ -187,8 +195,8 @@ def check(
 def _scarcity(corpus: Corpus, data: Data, seq_len: int, global_batch: int, steps: int) -> list[str]:
     problems = []
     counts = corpus.interleave.counts(steps * global_batch)
-    for part, needed in zip(corpus.parts, counts, strict=True):
-        windows, tokens = part_windows(part, "train", seq_len), part.shards.tokens("train")
+    for number, (part, needed) in enumerate(zip(corpus.parts, counts, strict=True)):
+        windows, tokens = corpus.rows(number, "train", seq_len).count, part.shards.tokens("train")
         if windows == 0:
             problems.append(
                 f"{part.name}: {tokens} training tokens fill no sample of task.seq_len={seq_len}: "

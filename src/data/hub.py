@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from src.config.base import Line
 from src.config.bounds import Count
 from src.data.files import BadRow, TextSpan, text_of
 from src.data.fingerprint import fingerprint, hash_files
@@ -18,6 +19,8 @@ class HubSource(RowSource):
     """Name on the hub (allenai/c4), or a local folder in the hub's layout."""
     name: str | None
     """Configuration of the dataset (en); null: its default."""
+    data_dir: Line | None
+    """Folder of the dataset that is read, such as data/python; null: all of it."""
     split: str
     """Split of the dataset that is read."""
     revision: str | None
@@ -32,7 +35,8 @@ class HubSource(RowSource):
         local = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         names = [path.relative_to(folder).as_posix() for path in local]
         where = list(zip(names, hash_files(local, cache), strict=True)) if local else [self.path, self.revision]
-        return fingerprint("hub", where, self.name, self.split, self.field, self.max_documents, *self._choice())
+        more = [] if self.data_dir is None else [f"data_dir={self.data_dir}"]  # which versions before had not
+        return fingerprint("hub", where, self.name, self.split, self.field, self.max_documents, *more, *self._choice())
 
     def pieces(self) -> list[Piece]:
         shards = self._open().num_shards
@@ -75,7 +79,9 @@ class HubSource(RowSource):
         from datasets import load_dataset
 
         try:
-            return load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=True)
+            where = {"data_dir": self.data_dir, "split": self.split, "revision": self.revision}
+            return load_dataset(self.path, self.name, **where, streaming=True)
         except Exception as error:  # the library raises many kinds; each means that this name cannot be opened here
-            what = f"data.path={self.path} data.name={self.name} data.split={self.split}"
+            folder = "" if self.data_dir is None else f" data.data_dir={self.data_dir}"
+            what = f"data.path={self.path} data.name={self.name}{folder} data.split={self.split}"
             raise DataError(f"{what}: cannot be opened: {type(error).__name__}: {error}") from error

@@ -13,8 +13,10 @@ from pathlib import Path
 from src.data.config import Data
 from src.data.corpus import Corpus, Part, survey
 from src.data.fingerprint import fingerprint
-from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, TokenShards, finished, write_index, write_record
-from src.data.sources import HoldOut, Piece, SkippedRows, Source, divided
+from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, finished, write_index, write_record
+from src.data.sources import DataSource, HoldOut, Piece, SkippedRows, Source, divided
+from src.data.token_files.config import TokenFileSource
+from src.data.token_files.streams import index_token_files, open_streams
 from src.data.tokenizer import Tokenizer, TokenizerConfig
 from src.errors import DataError, DiskFullError
 
@@ -30,20 +32,20 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
     began = time.perf_counter()
     cache = cache.resolve()
     opened = tokenizer.open(cache, data)
+    if problems := row_problems(opened, data):
+        raise DataError(problems)
     cached = True
     parts = []
     for name, (weight, source) in data.parts().items():
-        folder = cache / "tokens" / _key(source, opened, data, cache)
-        if not (folder / "index.json").is_file():
-            cached = False
-            try:
-                _tokenise(name, source, opened, folder, data, progress=progress)
-            except DiskFullError:
-                raise
-            except OSError as error:  # sources turn theirs into DataErrors: this one is of the cache
-                raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
-        parts.append(Part(name, weight, TokenShards(folder)))
-    corpus = Corpus(parts, opened, survey(parts, time.perf_counter() - began, cached=cached))
+        if isinstance(source, TokenFileSource):
+            folder = index_token_files(source, opened, data.validation_fraction, cache)
+        else:
+            assert isinstance(source, Source), "a source of neither text nor tokens"
+            folder, made = _shards_of(name, source, opened, cache, data, progress=progress)
+            cached = cached and not made
+        parts.append(Part(name, weight, open_streams(folder)))
+    rules = data.row_rules(opened.bos_id, opened.eos_id)
+    corpus = Corpus(parts, opened, survey(parts, time.perf_counter() - began, cached=cached), rules)
     if empty := [_nothing(part, data.parts()[part.name][1]) for part in parts if not _documents(part)]:
         raise DataError(empty)
     if verify:
@@ -51,11 +53,37 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
     return corpus
 
 
+def row_problems(tokenizer: Tokenizer, data: Data) -> list[str]:
+    """Marks that rows need and the tokenizer has not."""
+    found = []
+    if data.packing == "best_fit" and tokenizer.eos_id is None:
+        found.append("data.packing=best_fit needs a tokenizer with an end of document: name one by tokenizer.eos")
+    if data.bos_at_row_start and tokenizer.bos_id is None:
+        found.append("data.bos_at_row_start=true needs a tokenizer with a begin of document: name one by tokenizer.bos")
+    return found
+
+
+def _shards_of(
+    name: str, source: Source, tokenizer: Tokenizer, cache: Path, data: Data, *, progress: bool
+) -> tuple[Path, bool]:
+    """The folder of a source's shards, and whether they had to be made."""
+    folder = cache / "tokens" / _key(source, tokenizer, data, cache)
+    if (folder / "index.json").is_file():
+        return folder, False
+    try:
+        _tokenise(name, source, tokenizer, folder, data, progress=progress)
+    except DiskFullError:
+        raise
+    except OSError as error:  # sources turn theirs into DataErrors: this one is of the cache
+        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder, True
+
+
 def _key(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> str:
     return fingerprint(FORMAT, source.fingerprint(cache), tokenizer.fingerprint, *data.held_out_by)
 
 
-def _nothing(part: Part, source: Source) -> str:
+def _nothing(part: Part, source: DataSource) -> str:
     shards = part.shards
     found = [f"{part.name}: no document with text in it ({source.whence()})"]
     if empty := sum(shards.empty(split) for split in SPLITS):

@@ -7,11 +7,13 @@ killed preparation goes on where it stopped and several preparers may work on on
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +114,73 @@ def write_index(folder: Path, pieces: int, dtype: str) -> None:
             path.unlink(missing_ok=True)
 
 
-class TokenShards:
-    """The two token streams of one source, memory-mapped; sizes are checked on opening, checksums by `verify`.
+class TokenStreams(ABC):
+    """The two token streams of one source, each of segments that follow each other, memory-mapped. No document lies in
+    two segments.
 
     `skipped_rows` of the source are not among them; `skipped_places` names the first, in the files as they lay then.
     """
+
+    skipped_rows: int = 0
+    skipped_places: Sequence[str] = ()
+
+    def __init__(self, folder: Path, lengths: Mapping[str, Sequence[int]]) -> None:
+        """`folder`: of the cache, which names the streams; `lengths`: tokens of the segments of each split."""
+        self.folder = folder
+        self._ends = {split: np.cumsum([0, *lengths[split]]) for split in SPLITS}
+
+    @abstractmethod
+    def documents(self, split: str) -> int: ...
+
+    @abstractmethod
+    def text_bytes(self, split: str) -> int: ...
+
+    @abstractmethod
+    def empty(self, split: str) -> int:
+        """Documents without text, which are left out."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the tokens, independent of where the folder lies."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Reads what was written since it was last found right; DataError names each file that is wrong now."""
+
+    @abstractmethod
+    def _segment(self, split: str, number: int) -> NDArray[np.integer]:
+        """Tokens of a segment that has some."""
+
+    def notes(self) -> list[str]:
+        """For the console, whenever they are opened by a launcher."""
+        return []
+
+    def tokens(self, split: str) -> int:
+        return int(self._ends[split][-1])
+
+    def segments(self, split: str) -> Iterator[tuple[int, NDArray[np.integer]]]:
+        """Where each segment that has tokens begins in the stream, and its tokens, mapped and not read."""
+        for number, (first, last) in enumerate(pairwise(self._ends[split].tolist())):
+            if last > first:
+                yield first, self._segment(split, number)
+
+    def read(self, split: str, start: int, count: int) -> NDArray[np.int64]:
+        """Tokens [start, start + count) of the stream, cut short at its end."""
+        stop = min(start + count, self.tokens(split))
+        number = int(np.searchsorted(self._ends[split], start, side="right")) - 1
+        parts = []
+        while start < stop:
+            first, last = self._ends[split][number], self._ends[split][number + 1]
+            if last > start:  # a shard may be empty, and an empty file cannot be mapped
+                parts.append(self._segment(split, number)[start - first : min(stop, last) - first])
+            start = int(last)
+            number += 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+class TokenShards(TokenStreams):
+    """Of a folder that this project wrote; sizes are checked on opening, checksums by `verify`."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -126,18 +190,14 @@ class TokenShards:
         body = {key: index[key] for key in index if key != "checksum"} if isinstance(index, dict) else {}
         if not body or index.get("checksum") != fingerprint(body) or body["format"] != FORMAT:
             raise DataError(f"{folder / 'index.json'}: corrupted (its checksum is wrong); {_remedy(folder)}")
-        self.folder = folder
         self._dtype = np.dtype(str(body["dtype"])).newbyteorder("<")
         records = [_shards(record) for record in body["pieces"]]
         self._shards = {split: [record[split] for record in records] for split in SPLITS}
-        self._ends = {split: np.cumsum([0, *(shard.tokens for shard in self._shards[split])]) for split in SPLITS}
-        self._maps: dict[str, NDArray[np.uint32]] = {}
-        self.skipped_rows: int = body.get("skipped", {}).get("rows", 0)
-        self.skipped_places: list[str] = body.get("skipped", {}).get("places", [])
+        super().__init__(folder, {split: [shard.tokens for shard in self._shards[split]] for split in SPLITS})
+        self._maps: dict[str, NDArray[np.integer]] = {}
+        self.skipped_rows = body.get("skipped", {}).get("rows", 0)
+        self.skipped_places = body.get("skipped", {}).get("places", [])
         self._check_sizes()
-
-    def tokens(self, split: str) -> int:
-        return int(self._ends[split][-1])
 
     def documents(self, split: str) -> int:
         return sum(shard.documents for shard in self._shards[split])
@@ -150,21 +210,7 @@ class TokenShards:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the tokens, independent of where the folder lies."""
         return fingerprint([[(shard.tokens, shard.crc32) for shard in self._shards[split]] for split in SPLITS])
-
-    def read(self, split: str, start: int, count: int) -> NDArray[np.int64]:
-        """Tokens [start, start + count) of the stream, cut short at its end."""
-        stop = min(start + count, self.tokens(split))
-        number = int(np.searchsorted(self._ends[split], start, side="right")) - 1
-        parts = []
-        while start < stop:
-            first, last = self._ends[split][number], self._ends[split][number + 1]
-            if last > start:  # a shard may be empty, and an empty file cannot be mapped
-                parts.append(self._map(self._shards[split][number])[start - first : min(stop, last) - first])
-            start = int(last)
-            number += 1
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     def verify(self) -> None:
         """Reads every shard that was written since it was last found right; DataError names each that is wrong now.
@@ -196,7 +242,8 @@ class TokenShards:
         if problems:
             raise DataError(problems)
 
-    def _map(self, shard: Shard) -> NDArray[np.uint32]:
+    def _segment(self, split: str, number: int) -> NDArray[np.integer]:
+        shard = self._shards[split][number]
         if shard.file not in self._maps:
             self._maps[shard.file] = np.memmap(self.folder / shard.file, self._dtype, mode="r")
         return self._maps[shard.file]

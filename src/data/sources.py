@@ -55,20 +55,14 @@ class SkippedRows:
             self.first.append(replace(row, repaired=None))
 
 
-class Source(Config, ABC):
-    """A corpus of documents in pieces. Constructing one reads nothing."""
+class DataSource(Config, ABC):
+    """A corpus: of text (`Source`), or of tokens that were made before (src/data/token_files). Constructing one reads
+    nothing.
+    """
 
     @abstractmethod
     def fingerprint(self, cache: Path) -> str:
-        """Hash that changes whenever the text, its order or its division into documents changes."""
-
-    @abstractmethod
-    def pieces(self) -> list[Piece]:
-        """The pieces in corpus order. DataError when there is nothing to read."""
-
-    @abstractmethod
-    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
-        """The documents of a piece in order and, in their places, rows that are none. DataError names the file."""
+        """Hash that changes whenever the content, its order or its division into documents changes."""
 
     @abstractmethod
     def whence(self) -> str:
@@ -77,6 +71,18 @@ class Source(Config, ABC):
     def problems(self) -> list[str]:
         """What can be seen to be wrong without reading a text, such as a pattern that matches no file."""
         return []
+
+
+class Source(DataSource, ABC):
+    """A corpus of documents in pieces."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """The pieces in corpus order. DataError when there is nothing to read."""
+
+    @abstractmethod
+    def rows(self, piece: Piece) -> Iterator[str | BadRow]:
+        """The documents of a piece in order and, in their places, rows that are none. DataError names the file."""
 
     def texts(self, piece: Piece, skipped: SkippedRows | None = None) -> Iterator[str]:
         """The documents of a piece, in order. DataError names file and line of a bad row, unless the source skips

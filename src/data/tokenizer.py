@@ -18,7 +18,7 @@ from src.config.base import Config, PathField
 from src.config.bounds import Count
 from src.data.config import Data
 from src.data.fingerprint import fingerprint, write_json
-from src.data.sources import divided
+from src.data.sources import Source, divided
 from src.data.tokenizer_files import CODECS, read_tokenizer
 from src.data.tokenizer_formats.base import Ids, Marks, TextCodec
 from src.data.tokenizer_formats.hub_files import read_facts
@@ -212,6 +212,7 @@ class Bpe(TokenizerConfig):
         total = sum(weight for weight, _ in data.parts().values())
         found = 0
         for weight, source in data.parts().values():
+            assert isinstance(source, Source), "source_problems says that token files have no text"
             pieces = source.pieces()
             for piece in pieces:
                 budget = self.sample_bytes * weight / total / len(pieces)
@@ -243,6 +244,23 @@ def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> li
         f"model.vocab_size={model_vocab_size} is less than the tokenizer's {needed}: ids beyond it have no embedding; "
         f"use model.vocab_size={needed} or more"
     ]
+
+
+def source_problems(tokenizer: TokenizerConfig, data: Data) -> list[str]:
+    """What only text can do and is asked of tokens; known before either is read."""
+    tokens = [name for name, (_, source) in data.parts().items() if not isinstance(source, Source)]
+    found = []
+    if tokens and isinstance(tokenizer, Bpe):
+        found.append(
+            f"tokenizer=bpe learns from text, and {', '.join(tokens)} holds tokens already: pass tokenizer=file "
+            "tokenizer.path=<the tokenizer that made them>"
+        )
+    if tokens and data.hold_out == "ends":
+        found.append(
+            f"data.hold_out=ends cuts texts, and {', '.join(tokens)} holds tokens already: pass "
+            "data.hold_out=documents, which holds out the last documents of each file, or data.validation_files"
+        )
+    return found
 
 
 def vocabulary_warnings(tokenizer: TokenizerConfig, model_vocab_size: int) -> list[str]:

@@ -153,11 +153,12 @@ def by_cluster(items: Iterable[Item], cluster: Callable[[Item], object]) -> list
 
 def unfit(run: "Run") -> list[str]:
     """What is wrong with the tokenizer, before it has read a text, and with the task's own inputs."""
-    from src.data.tokenizer import vocabulary_problems
+    from src.data.tokenizer import source_problems, vocabulary_problems
     from src.models.hugging_face import export_problems
     from src.run import Checks
 
     found = vocabulary_problems(run.tokenizer, run.model.vocab_size) if run.task.needs_corpus else []
+    found += source_problems(run.tokenizer, run.data) if run.task.needs_corpus else []
     if run.task.needs_corpus and run.checkpoint.export_every is not None:
         found += export_problems(run.model)
     return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
@@ -222,6 +223,7 @@ def feed(run: "Run", shared: Shared) -> "Corpus | None":
     problems += task.corpus_problems(corpus) if isinstance(task, Evaluates) else []
     if problems:
         raise DataError(problems)
+    shared.tell(corpus.notes(task.seq_len))
     return corpus
 
 

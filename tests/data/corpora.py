@@ -14,6 +14,8 @@ from src.data.tokenizer import Bytes
 KEYS: dict[str, Any] = {
     "validation_fraction": 0.1,
     "hold_out": "documents",
+    "packing": "concatenate",
+    "bos_at_row_start": False,
     "mask_document_starts": False,
     "document_masks": False,
     "max_epochs": None,

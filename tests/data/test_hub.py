@@ -31,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
 def source(folder: Path, **changes: object) -> HubSource:
     keys = {
         "name": "en",
+        "data_dir": None,
         "split": "train",
         "revision": None,
         "field": "text",
