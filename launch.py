@@ -26,6 +26,7 @@ from src.errors import UserError, VerdictError
 from src.launch.as_it_was import completed
 from src.launch.dry_run import show
 from src.launch.kept_layout import check_places, measured_places
+from src.launch.later import started_later
 from src.launch.start import EachOnce, Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
 from src.storage.streams import ReaderMayLeave
@@ -84,6 +85,9 @@ def main() -> int:
             raise VerdictError(disagreements)
         live = [(*checked_point, point.overrides) for checked_point, point in asked_for if not checked_point[1].dry_run]
         check_places(live)
+        if told := started_later([run for _, run, *_ in live], sys.argv[1:]):
+            print(told, file=sys.stderr)
+            return 0
         if question.swept and live:
             code = sweep(live, sys.argv[1:])
             measured_places(live)

@@ -140,6 +140,14 @@ class Remembers(Protocol):
 
 
 @runtime_checkable
+class WithoutModel(Protocol):
+    """A task that builds no model, so that no machine is too small for one."""
+
+    @property
+    def without_model(self) -> bool: ...
+
+
+@runtime_checkable
 class Evaluates(Protocol):
     """A task that reads data and trains nothing on them."""
 

@@ -160,11 +160,17 @@ ALONE = {
     if each != "none"
 }
 STEPLESS = ALONE | {"compile=graph": "replays training steps, and this task takes none; pass compile=blocks"}
+NO_FILES = "data.files=x: matches no file"
+ONE_PROCESS = dict.fromkeys(
+    (f"parallel={each}" for each in options("parallel") if each not in ("single", "auto")),
+    "task=prepare is one process",
+)
 TO_TASK = {
     "bench": ALONE,
     "evaluate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "export": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "generate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "prepare": STEPLESS | ONE_PROCESS | {"tokenizer=file": NOWHERE, "data=text": NO_FILES, "data=tokens": NO_FILES},
     "pretrain": {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "verify": ALONE,
 }

@@ -150,6 +150,16 @@ class QueueBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class LaterBackend(Backend, Protocol):
+    """A backend whose jobs may wait for others."""
+
+    def start_later(self, command: Sequence[str], place: Path) -> str | None:
+        """A small job that types `command` once those that it shall wait for have ended well, and what to tell of it;
+        None where there is nothing to wait for.
+        """
+
+
+@runtime_checkable
 class SharedBackend(Backend, Protocol):
     """A backend of this machine that may run several points of a sweep at once."""
 

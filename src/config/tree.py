@@ -45,6 +45,7 @@ STEERING: Mapping[str, str] = {
     "task.nonfinite": "what follows where there is no number",
     "task.nonfinite_cap": "what follows where there is no number",
     "task.gc_every": "when Python tidies up",
+    "task.log_seconds": "what is told, not what is computed",
     "task.rehearse": "for a dry run",
     "task.rehearse_ranks": "for a dry run",
     "checkpoint.every": "when state is kept, not what it is",

@@ -1,18 +1,23 @@
-"""Tokenizes text into shards: once for each content and tokenizer, in parallel, resumable."""
+"""Tokenizes text into shards: once for each content and tokenizer, in parallel, resumable.
+
+Any number of preparers may work on one folder, on one machine or several: each takes pieces that nobody has
+(src/data/preparing/claims.py), and all of them return when the last piece is done.
+"""
 
 import multiprocessing
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from src.data.config import Data
 from src.data.corpus import Corpus, Part, survey
 from src.data.fingerprint import fingerprint
+from src.data.preparing.claims import claimed
+from src.data.preparing.progress import Progress, bar, quiet
 from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, finished, write_index, write_record
 from src.data.sources import DataSource, HoldOut, Piece, SkippedRows, Source, divided
 from src.data.token_files.config import TokenFileSource
@@ -21,14 +26,35 @@ from src.data.tokenizer import Tokenizer, TokenizerConfig
 from src.errors import DataError, DiskFullError
 
 DOCUMENTS_PER_BATCH = 256
+LOOK_SECONDS = 1.0  # between two looks at a signal, and at what others have done
+
+Stopped = Callable[[], bool]  # whether somebody has asked to end
 
 
-def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bool, verify: bool = True) -> Corpus:
+class PreparationStoppedError(Exception):
+    """Somebody asked to end; what is done stays, and the next preparer goes on."""
+
+
+def never() -> bool:
+    """Of a preparation that nobody stops but by ending its process."""
+    return False
+
+
+def prepare(
+    data: Data,
+    tokenizer: TokenizerConfig,
+    cache: Path,
+    *,
+    progress: bool | Progress,
+    verify: bool = True,
+    stopped: Stopped = never,
+) -> Corpus:
     """The tokenised corpus, made first where `cache` lacks it. DataError when text, tokenizer or shards are no good.
 
     Safe to call from several processes and hosts at once: they share the pieces of work. `verify` reads every shard's
-    checksum, which a rank may leave to the process that started it.
+    checksum, which a rank may leave to the process that started it. PreparationStoppedError soon after `stopped`.
     """
+    shown = (bar if progress else quiet) if isinstance(progress, bool) else progress
     began = time.perf_counter()
     cache = cache.resolve()
     opened = tokenizer.open(cache, data)
@@ -41,7 +67,7 @@ def prepare(data: Data, tokenizer: TokenizerConfig, cache: Path, *, progress: bo
             folder = index_token_files(source, opened, data.validation_fraction, cache)
         else:
             assert isinstance(source, Source), "a source of neither text nor tokens"
-            folder, made = _shards_of(name, source, opened, cache, data, progress=progress)
+            folder, made = _shards_of(name, source, opened, cache, data, shown, stopped)
             cached = cached and not made
         parts.append(Part(name, weight, open_streams(folder)))
     rules = data.row_rules(opened.bos_id, opened.eos_id)
@@ -64,14 +90,14 @@ def row_problems(tokenizer: Tokenizer, data: Data) -> list[str]:
 
 
 def _shards_of(
-    name: str, source: Source, tokenizer: Tokenizer, cache: Path, data: Data, *, progress: bool
+    name: str, source: Source, tokenizer: Tokenizer, cache: Path, data: Data, shown: Progress, stopped: Stopped
 ) -> tuple[Path, bool]:
     """The folder of a source's shards, and whether they had to be made."""
     folder = cache / "tokens" / _key(source, tokenizer, data, cache)
     if (folder / "index.json").is_file():
         return folder, False
     try:
-        _tokenise(name, source, tokenizer, folder, data, progress=progress)
+        _tokenise(name, source, tokenizer, folder, data, shown, stopped)
     except DiskFullError:
         raise
     except OSError as error:  # sources turn theirs into DataErrors: this one is of the cache
@@ -97,21 +123,28 @@ def _documents(part: Part) -> int:
     return sum(part.shards.documents(split) for split in SPLITS)
 
 
-def _tokenise(name: str, source: Source, tokenizer: Tokenizer, folder: Path, data: Data, *, progress: bool) -> None:
+def _tokenise(
+    name: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    data: Data,
+    shown: Progress,
+    stopped: Stopped,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pieces = source.pieces()
-    waiting = [number for number in range(len(pieces)) if not finished(folder, number)]
-    # Another preparer may be at work on the same folder: a random start lets both do different pieces.
-    start = random.SystemRandom().randrange(len(waiting)) if waiting else 0
-    waiting = waiting[start:] + waiting[:start]
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    jobs = [
-        _PieceJob(source, pieces[number], number, tokenizer, folder, dtype, (data.validation_fraction, data.hold_out))
-        for number in waiting
-    ]
-    with _bar(f"tokenising {name}", len(pieces), len(pieces) - len(jobs), shown=progress) as advance:
-        for _ in _done(jobs, data.processes or _cores()):
-            advance()
+    held = (data.validation_fraction, data.hold_out)
+    with shown(name, folder, pieces) as look:
+        while waiting := [number for number in range(len(pieces)) if not finished(folder, number)]:
+            # Another preparer may begin at the same moment: a random start lets both do different pieces.
+            start = random.SystemRandom().randrange(len(waiting))
+            chosen = waiting[start:] + waiting[:start]
+            jobs = [_PieceJob(source, pieces[number], number, tokenizer, folder, dtype, held) for number in chosen]
+            if not _share(jobs, data.processes or _cores(), look, stopped):
+                time.sleep(LOOK_SECONDS)  # the rest is being done by others, who may still fail
+            look()
     write_index(folder, len(pieces), dtype)
 
 
@@ -137,13 +170,20 @@ class _PieceJob:
         self.dtype = dtype
         self.held = held
 
-    def __call__(self) -> None:
-        if finished(self.folder, self.number):  # meanwhile, by another preparer
-            return
+    def __call__(self, stopped: Stopped = never) -> bool:
+        """Whether it is done now; false where another preparer is at it."""
+        with claimed(self.folder / f".{self.number:05d}.claim") as ours:
+            if ours and not finished(self.folder, self.number):
+                self._write(stopped)
+        return ours or finished(self.folder, self.number)
+
+    def _write(self, stopped: Stopped) -> None:
         writers = {split: ShardWriter(self.folder, f"{self.number:05d}.{split}.bin", self.dtype) for split in SPLITS}
         skipped = SkippedRows()
         try:
             for texts in _batched(self.source.texts(self.piece, skipped)):
+                if stopped():
+                    raise PreparationStoppedError
                 parts = [part for text in texts for part in divided(text, *self.held)]
                 encoded = self.tokenizer.documents([text for _, text in parts])
                 for (split, text), ids in zip(parts, encoded, strict=True):
@@ -170,23 +210,40 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
         yield waiting
 
 
-def _done(jobs: list[_PieceJob], processes: int) -> Iterator[None]:
-    """One item for each finished job; the first failure stops the rest."""
+def _share(jobs: Sequence[_PieceJob], processes: int, look: Callable[[], None], stopped: Stopped) -> bool:
+    """Do those that nobody else does; whether there was one. The first failure stops the rest."""
     if min(len(jobs), processes) <= 1:
+        done = False
         for job in jobs:
-            job()
-            yield
-        return
+            if stopped():
+                raise PreparationStoppedError
+            done |= job(stopped)
+            look()
+        return done
     # Spawned, not forked: the caller may hold threads and CUDA.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(len(jobs), processes), mp_context=context, initializer=_die_with_parent)
     try:
-        futures: list[Future[None]] = [pool.submit(job) for job in jobs]
-        for future in as_completed(futures):
-            future.result()
-            yield
+        futures: set[Future[bool]] = {pool.submit(job) for job in jobs}
+        took = False
+        for results in _as_done(futures, look, stopped):
+            took |= any(results)
+        return took
+    except PreparationStoppedError:
+        for worker in list(pool._processes.values()):  # a piece may take minutes; nobody reads what is half-written
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _as_done(futures: set[Future[bool]], look: Callable[[], None], stopped: Stopped) -> Iterator[list[bool]]:
+    while futures:
+        done, futures = wait(futures, LOOK_SECONDS, FIRST_COMPLETED)
+        if stopped():
+            raise PreparationStoppedError
+        yield [future.result() for future in done]
+        look()
 
 
 def _cores() -> int:
@@ -204,15 +261,3 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _bar(title: str, total: int, completed: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("pieces"))
-    console = Console(stderr=True, markup=False, emoji=False)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=completed)
-        yield lambda: bar.advance(task)

@@ -3,7 +3,7 @@
 from src.config.groups import options
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, estimate
-from src.run import Run
+from src.run import Run, WithoutModel
 from src.runs.cluster import Devices
 
 NARROWEST_FLEX_HEAD = 16  # elements: what the GPU's matrix units multiply at once
@@ -65,9 +65,11 @@ def host_problems(run: Run, load: Load, devices: Devices | None) -> list[str]:
 
 def host_bytes(run: Run, devices: Devices | None) -> int | None:
     """Memory of the machine on whose CPU all ranks compute; None where there is none, and for a dry run, whose ranks
-    would live elsewhere.
+    would live elsewhere, or build no model.
     """
-    return None if devices is None or devices.host_gib is None or run.dry_run else int(devices.host_gib * GIB)
+    if devices is None or devices.host_gib is None or run.dry_run or isinstance(run.task, WithoutModel):
+        return None
+    return int(devices.host_gib * GIB)
 
 
 def has_gpu(run: Run, devices: Devices | None) -> bool:

@@ -25,7 +25,7 @@ from src.planning.recompute_choice import NONE, cheapest
 from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction, predict
 from src.planning.training_rules import training_problems
-from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates
+from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates, WithoutModel
 from src.runs.cluster import Devices
 from src.runs.records import PLAN_FILE
 
@@ -119,7 +119,7 @@ def plan(
     `interruptions`: what the run has measured of its saves and restarts.
     """
     load = load_of(run)
-    limit = _memory_limit(run, devices)
+    limit = None if isinstance(run.task, WithoutModel) else _memory_limit(run, devices)
     if run.recompute.mode == "auto":
         load = load.changed(recompute=cheapest(load, limit))
     found = [

@@ -31,6 +31,7 @@ INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "se
 AVERAGES = "ema.weights."  # in a checkpoint
 TOKENIZER = "src.data.tokenizer.File"
 BYTES = "src.data.tokenizer.Bytes"
+PREPARE = "src.tasks.prepare.config.Prepare"
 
 
 class Reads(Protocol):
@@ -64,9 +65,16 @@ def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
         if "name" not in typed:
             kind, source = str(task["_target_"]).rpartition(".")[2].lower(), tree["task"]["run"].rstrip("/")
             tree["name"] = f"{kind}-{source.rpartition('/')[2].partition('@')[0]}"
+    if isinstance(task, dict) and task.get("_target_") == PREPARE and "name" not in typed:
+        tree = tree | {"name": f"prepare-{_kind(tree.get('data'))}"}
     model = tree.get("model")
     auto = isinstance(model, dict) and model.get("_target_") == AUTO
     return with_vocabulary(_with_model(tree, typed) if auto else tree)
+
+
+def _kind(data: object) -> str:
+    """A word for the data: what it is, not how its files are called."""
+    return str(data.get("_target_", "")).rpartition(".")[2].lower() if isinstance(data, dict) else "data"
 
 
 def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from src.checkpoint.config import hardly_fits
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
 from src.cluster.local.side_by_side import PackedRun
-from src.cluster.slurm import client
+from src.cluster.slurm import client, later
 from src.cluster.slurm.batch_script import Flag, flags, job_folder, job_name, kept, setup, teardown
 from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
 from src.cluster.slurm.payload import QueuedJob
@@ -93,6 +93,8 @@ class Slurm(SiteFacts):
     """Seconds from USR2 to the time limit; must exceed one save."""
     requeues: CountFromZero
     """New starts after time limits and failures of the infrastructure; 0: none."""
+    after: Names | None
+    """Jobs, or run folders (a glob may name several), whose newest jobs must have ended well first; null: none."""
     array_parallelism: Count
     """Points of one job array that run at the same time."""
     preflight_seconds: Seconds
@@ -135,6 +137,8 @@ class Slurm(SiteFacts):
                 f"grace_seconds={self.grace_seconds} is no part of minutes={self.minutes}; at most "
                 f"{60 * self.minutes - 1} seconds"
             )
+        if self.after and "dependency" in self.sbatch:
+            raise ValueError("sbatch.dependency and after both say what to wait for; pass one of them")
         return self
 
     @property
@@ -174,6 +178,17 @@ class Slurm(SiteFacts):
         del parameters["teardown"]
         (handle,) = self._send(place, parameters, [job])
         return handle
+
+    def start_later(self, command: Sequence[str], place: Path) -> str | None:
+        """A job that types this command (launch.py and its arguments) when those of `after` have ended well, and what
+        to tell of it; None where all of them have ended. Its log is below `place`.
+        """
+        if not self.after or not (before := later.live_before(self.after)):
+            return None
+        place.mkdir(parents=True, exist_ok=True)
+        with _outside_of_jobs():
+            job = later.submit(later.starter(self, self._python, command, Path.cwd(), place / "%j.log"))
+        return f"job {job} starts this command when {', '.join(before)} ended well; log: {place / f'{job}.log'}"
 
     def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
         """PlanError for what the partition lacks, else with sbatch's own words on accounts, limits and flags."""
@@ -335,6 +350,7 @@ class Slurm(SiteFacts):
             "gpus-per-node": asked.tasks_per_node,
             "mem": None if asked.memory_gib is None else f"{int(1024 * asked.memory_gib)}M",
             "requeue" if self.requeues else "no-requeue": True,
+            **later.waiting(self.after),
         }
         return parameters | {"additional_parameters": kept(extra | self.sbatch)}
 
