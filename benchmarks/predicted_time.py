@@ -12,13 +12,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import comb
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from src.config.build import build
 from src.config.composition.requests import asked
+from src.planning.memory import Load
 from src.planning.plan import load_of
-from src.planning.time.collectives import Fabric
+from src.planning.time.collectives import Fabric, Reached
 from src.planning.time.devices import GPUS, Gpu
 from src.planning.time.step import Question, StepTime, step_time
 from src.run import Run
@@ -53,6 +55,8 @@ class Row:
     gpu: Gpu = GPUS["H200"]
     flash: bool = False  # flash-attn-4
     graph: bool = False
+    once: Literal["by router", "in turn"] | None = None  # how experts are chosen, where tokens go to each rank once
+    balanced: bool = False  # whether all experts get as many rows
     source: str = ""
 
     def question(self) -> Question:
@@ -62,11 +66,15 @@ class Row:
         task = run.task.model_copy(  # type: ignore[attr-defined]  # Bench, a Config
             update={"seq_len": length, "micro_batch": micro_batch, "global_batch": global_batch}
         )
-        model = type(run.model)(**dict(run.model) | dict(self.model))
-        load = load_of(replace(run, parallel=single, task=task, model=model))
+        fields: dict[str, Any] = dict(run.model) | dict(self.model)
+        if self.balanced:
+            fields["moe"] = fields["moe"].model_copy(update={"force_load_balance": True})
+        load = load_of(replace(run, parallel=single, task=task, model=type(run.model)(**fields)))
         gpu = self.gpu
         network = CARD * gpu.shares.network
-        return Question(load, gpu, Fabric(gpu.nvlink * gpu.shares.nvlink, network), self.flash, self.graph)
+        fabric = Fabric(gpu.nvlink * gpu.shares.nvlink, network)
+        reached = None if self.once is None else _reached(load, fabric.per_node, in_turn=self.once == "in turn")
+        return Question(load, gpu, fabric, self.flash, self.graph, reached)
 
     def step(self) -> StepTime:
         return step_time(self.question())
@@ -76,6 +84,22 @@ class Row:
         """Tokens per second of one GPU."""
         load = self.question().load
         return self.batch[0] * self.batch[2] / self.step().seconds / load.degrees.world
+
+
+def _reached(load: Load, per_node: int, *, in_turn: bool) -> Reached:
+    """Expected ranks and nodes of a token's experts, which are all as likely, or are neighbours that take turns."""
+    mixture, ranks = load.model.mixture, load.degrees.expert
+    assert mixture is not None
+    kept = mixture.num_limited_groups / mixture.num_expert_groups
+    count, chosen = round(mixture.num_experts * kept), mixture.top_k
+
+    def parts(whole: int) -> float:
+        if in_turn:
+            return max(1.0, chosen * whole / mixture.num_experts)
+        left = count - mixture.num_experts // whole
+        return whole * kept * (1.0 - comb(left, chosen) / comb(count, chosen))
+
+    return Reached(parts(ranks), parts(max(1, ranks // per_node)))
 
 
 @cache
@@ -193,7 +217,10 @@ def _published() -> Iterator[Row]:
     seventy, largest = ("model=llama3_70b", FP8, full), ("model=llama3_405b", FP8, full)
     deep = {"tensor": 8, "pipeline": 8, "shard": 8, "async_tensor": True}
     bridge_moe = {"tensor": 2, "pipeline": 8, "shard": 64, "expert": 64, "layers_per_stage": 2, **INTERLEAVED}
-    four = {"pipeline": 4, "expert": 64, **INTERLEAVED}
+    four = {"pipeline": 4, "expert": 64, "layers_per_stage": 2, **INTERLEAVED}  # VP 8
+    # HybridEP and DeepEP; Automodel's gate is a fake one, and its attention cuDNN's.
+    router, forced = {"once": "by router"}, {"once": "by router", "balanced": True}
+    turns = {"once": "in turn", "balanced": True, "flash": False}
     for name, measured, presets, degrees, batch, gpu, source, more in (
         ("8B bf16 8 GPUs, CP2", 10_682, eight, {"shard": 4, **context}, (8192, 1, 128), h100, nemo, {}),
         ("8B bf16 128 GPUs, CP2", 10_630, eight, {"shard": 64, **context}, (8192, 1, 2048), h100, nemo, {}),
@@ -208,24 +235,26 @@ def _published() -> Iterator[Row]:
         ("8B fp8 128 GPUs", 8_380, (*LLAMA, GATHER, third), {"shard": 128}, (8192, 2, 256), bad, titan, {}),
         ("8B bf16 64 GPUs, TP8", 4_378, eight, {"shard": 8, "tensor": 8}, (8192, 1, 8), bad, asynchronous, {}),
         ("70B fp8 256 GPUs, TP8", 829, seventy, {"shard": 32, "tensor": 8}, (8192, 16, 512), bad, titan, {}),
-        ("405B fp8 512 GPUs, 1F1B", 100, largest, deep, (8192, 1, 256), bad, titan, {}),
-        ("405B fp8 512 GPUs, interleaved", 128, largest, {**deep, **INTERLEAVED}, (8192, 1, 256), bad, titan, {}),
+        ("405B fp8 512 GPUs, 1F1B", 100, largest, deep, (8192, 4, 256), bad, titan, {}),
+        ("405B fp8 512 GPUs, interleaved", 128, largest, {**deep, **INTERLEAVED}, (8192, 4, 256), bad, titan, {}),
         ("16B bf16 16 GPUs, EP8", 22_528, (*EXPERTS, *LEAN), {"shard": 16, "expert": 8, **never}, (4096, 2, 1024), h100,
-         old, {"model": small}),
+         old, {"model": small, **router}),
         ("16B bf16 16 GPUs, EP16", 10_670, (*EXPERTS, BF16, third), {"shard": 16, "expert": 16}, (4096, 1, 1024), h100,
          old, {"model": small}),
-        ("30B bf16 8 GPUs, EP8", 12_040, (thirty, BF16, full), {"shard": 8, "expert": 8}, (4096, 4, 256), h100,
-         automodel, {}),
+        ("30B bf16 8 GPUs, EP8", 12_040, (thirty, BF16, full), {"shard": 8, "expert": 8}, (4096, 4, 512), h100,
+         automodel, turns),
         ("671B bf16 1,024 GPUs, TP2 PP8 EP64", 1_061, (giant, BF16, third), bridge_moe, (4096, 1, 8192), h100, bridge,
-         {}),
+         forced),
         ("671B fp8 1,024 GPUs, TP2 PP8 EP64", 1_297, (giant, FP8, third), bridge_moe, (4096, 1, 8192), h100, bridge,
-         {}),
-        ("671B bf16 256 GPUs, PP4 EP64", 1_002, (giant, BF16, full), {"shard": 64, **four}, (4096, 1, 2048), h100,
-         automodel, {}),
-        ("671B bf16 1,024 GPUs, PP4 EP64", 865, (giant, BF16, full), {"shard": 256, **four}, (4096, 1, 8192), h100,
-         automodel, {}),
+         forced),
+        ("671B bf16 256 GPUs, PP4 EP64", 1_002, (giant, BF16, full), {"shard": 64, **four}, (4096, 1, 512), h100,
+         automodel, turns),
+        ("671B bf16 1,024 GPUs, PP4 EP64", 865, (giant, BF16, full), {"shard": 256, **four}, (4096, 1, 2048), h100,
+         automodel, turns),
     ):  # fmt: skip
-        yield Row(name, "published", measured, presets, degrees, batch, gpu=gpu, source=source, flash=True, **more)
+        yield Row(
+            name, "published", measured, presets, degrees, batch, gpu=gpu, source=source, **{"flash": True} | more
+        )
 
 
 def table() -> str:

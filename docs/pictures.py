@@ -1,4 +1,5 @@
-"""The pictures of README.md that show real runs: `python -m docs.pictures`, some ten minutes on two CPU cores.
+"""The pictures of README.md that show real runs: `python -m docs.pictures`, some ten minutes on two CPU cores;
+`python -m docs.pictures report` makes one of them.
 
 docs/pictures/loss.png    the loss curve of `make demo` on two ranks
 docs/pictures/console.svg what a first run on one's own text prints, here the pages of docs/
@@ -7,6 +8,7 @@ docs/pictures/report.png  the first screen of a sweep's report.html, as headless
 docs/pictures/architecture.svg is drawn by hand.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -41,17 +43,23 @@ COLUMNS = 104
 FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's comes from elsewhere
 
 
-def main(root: Path) -> None:
-    if (program := browser()) is None:
-        raise UserError("no browser for a picture of the report; on Debian: apt-get install chromium")
+def console_of_a_run(root: Path) -> None:
     words = [sys.executable, "launch.py", *CONSOLE]
     pipe, both = subprocess.PIPE, subprocess.STDOUT  # as a terminal has them, in their order
     ended = subprocess.run(words, cwd=HOME, env=_environment(root), stdout=pipe, stderr=both, text=True, check=True)
     (PICTURES / "console.svg").write_text(console(ended.stdout, root))
+
+
+def loss_of_the_demo(root: Path) -> None:
     _python(root, "launch.py", *DEMO)
-    _python(root, "launch.py", *SWEEP)
     (curve,) = root.glob("demo-*/loss.png")
     shutil.copy(curve, PICTURES)
+
+
+def report_of_a_sweep(root: Path) -> None:
+    if (program := browser()) is None:
+        raise UserError("no browser for a picture of the report; on Debian: apt-get install chromium")
+    _python(root, "launch.py", *SWEEP)
     (sweep,) = root.glob("sweeps/*")
     _python(root, "-m", "src.sweeps", "report", str(sweep))
     # No sandbox: the page is our own, and root, as in a container, has none.
@@ -78,6 +86,19 @@ def _python(root: Path, *words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=HOME, env=_environment(root), check=True)
 
 
+ALL = {"console": console_of_a_run, "loss": loss_of_the_demo, "report": report_of_a_sweep}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m docs.pictures", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(ALL)}; without a name all")
+    chosen = parser.parse_args().names
+    if unknown := sorted(set(chosen) - set(ALL)):
+        parser.error(f"{unknown[0]}: no such picture; there are {', '.join(ALL)}")
+    for name in chosen or ALL:
+        with tempfile.TemporaryDirectory() as folder:
+            ALL[name](Path(folder))
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        main(Path(folder))
+    main()

@@ -11,14 +11,16 @@ from src.planning.table import render
 from src.planning.time.collectives import (
     Fabric,
     RankGroup,
+    Reached,
     all_reduce_seconds,
     all_to_all_seconds,
     gather_seconds,
     send_seconds,
+    sent_once_seconds,
 )
 from src.planning.time.devices import GPUS
 from src.planning.time.site import NO_FACTS, SiteFacts, recognised
-from src.planning.time.step import Question, StepTime, step_time
+from src.planning.time.step import Question, StepTime, step_time, terms
 from tests.train.runs import Gpus, changed, make_run, section
 
 GB = 1e9
@@ -65,6 +67,9 @@ def test_collectives_by_hand() -> None:
     assert all_reduce_seconds(size, far, PLAIN) == pytest.approx(30 / 50)
     assert all_to_all_seconds(size, node, PLAIN) == pytest.approx(14 / 200)
     assert all_to_all_seconds(size, two, PLAIN) == pytest.approx(max(7 / 200, 8 / 50))
+    assert sent_once_seconds(GB, node, PLAIN, Reached(4.5, 1.0)) == pytest.approx(4.5 * 7 / 8 / 200)
+    assert sent_once_seconds(GB, two, PLAIN, Reached(4.5, 1.5)) == pytest.approx(max(4.5 * 7 / 8 / 200, 1.5 / 2 / 50))
+    assert sent_once_seconds(GB, two, PLAIN, Reached(1.0, 1.0)) < all_to_all_seconds(6 * GB, two, PLAIN)
     assert send_seconds(GB, PLAIN, same_node=True) == pytest.approx(1 / 200)
     assert send_seconds(GB, PLAIN, same_node=False) == pytest.approx(1 / 50)
     alone = RankGroup(1, 1)
@@ -125,6 +130,42 @@ def test_parts_of_a_step() -> None:
     experts = seconds(task={"seq_len": 4096}, model="deepseek_v3_16b", parallel=layout(shard=8, expert=8))
     assert experts.experts > 0
     assert experts.travel > 0
+
+
+def test_rows_travel_to_experts_beside_the_shared_ones() -> None:
+    """By hand, of 16B: the way there hides behind two shared experts of 1,408, the way back behind nothing. A slow
+    network hides no more than that, and without shared experts nothing is hidden.
+    """
+    gpu, rows, width, dim = GPUS["H200"], 4096, 2 * 1408, 2048
+    forward = 2 * gpu.product_seconds(rows, width, dim) + gpu.product_seconds(rows, dim, width)
+    backward = sum(
+        times * (gpu.product_seconds(rows, inner, columns) + gpu.product_seconds(columns, inner, rows))
+        for times, columns, inner in ((2, width, dim), (1, dim, width))
+    )
+    for network, per_node in ((50 * GB, 8), (50 * GB, 1), (5 * GB, 1)):
+        fabric = replace(PLAIN, network=network, per_node=per_node)
+        task = {"seq_len": rows, "micro_batch": 1, "global_batch": 8}
+        run = make_run(task, model="deepseek_v3_16b", parallel=layout(shard=8, expert=8), precision="bf16",
+                       compile="blocks")  # fmt: skip
+        there, back = [each for each in terms(Question(load_of(run), gpu, fabric)).collectives if each.what == "travel"]
+        assert (there.exposed < 1.0, back.exposed) == (True, 1.0)
+        assert there.seconds == pytest.approx(rows * 6 * dim * 2 * 7 / 8 / (network if per_node == 1 else 200 * GB))
+        hidden = (min(there.seconds, forward) + min(there.seconds, backward)) / 2
+        assert there.exposed == pytest.approx(1.0 - hidden / there.seconds)
+    qwen = make_run(task, model="qwen3_30b_a3b", parallel=layout(shard=8, expert=8), precision="bf16", compile="blocks")
+    (both,) = [each for each in terms(Question(load_of(qwen), gpu, PLAIN)).collectives if each.what == "travel"]
+    assert both.exposed == 1.0
+
+
+def test_gradients_of_experts_are_added_up_among_their_own_ranks() -> None:
+    """At the end of a pipeline nothing hides them: two copies of each expert, a node apart, are joined by one card, not
+    by the eight through which 16 ranks of other weights enter a node.
+    """
+    sections = {"model": "deepseek_v3_16b", "parallel": layout(shard=16, expert=8, pipeline=2)}
+    task = {"seq_len": 4096, "micro_batch": 1, "global_batch": 128}
+    slow, fast = (seconds(replace(PLAIN, network=speed), task, **sections) for speed in (25 * GB, 50 * GB))
+    routed = 13 * 64 * 3 * 2048 * 1408 / 8  # weights of a rank, of half of the 26 layers
+    assert slow.exposed - fast.exposed == pytest.approx(routed * 4 / 2 * (1 / 25 - 1 / 50) / GB, rel=0.02)
 
 
 def test_the_plan_says_it() -> None:

@@ -39,6 +39,14 @@ class RankGroup:
         return ceil(self.ranks / self.local)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Among how many ranks and nodes the experts of one token are, in the mean."""
+
+    ranks: float
+    nodes: float
+
+
 def gather_seconds(size: float, group: RankGroup, fabric: Fabric) -> float:
     """All-gather into `size` bytes on every rank, or reduce-scatter of `size` bytes: one round of a ring."""
     if group.ranks == 1:
@@ -62,6 +70,18 @@ def all_to_all_seconds(size: float, group: RankGroup, fabric: Fabric) -> float:
         return 0.0
     inside = size * (group.local - 1) / group.ranks / fabric.nvlink
     outside = size * (group.ranks - group.local) / group.ranks / fabric.network
+    latency = fabric.nvlink_latency if group.nodes == 1 else fabric.network_latency
+    return max(inside, outside) + latency * log2(max(2, group.ranks))
+
+
+def sent_once_seconds(size: float, group: RankGroup, fabric: Fabric, reached: Reached) -> float:
+    """Tokens of `size` bytes on each rank go once through the network to each node that has experts of theirs, and
+    from there by NVLink to each such rank, as DeepEP does (arXiv 2412.19437, 3.2.2).
+    """
+    if group.ranks == 1:
+        return 0.0
+    inside = size * reached.ranks * (group.local - 1) / group.local / fabric.nvlink
+    outside = size * reached.nodes * (group.nodes - 1) / group.nodes / fabric.network
     latency = fabric.nvlink_latency if group.nodes == 1 else fabric.network_latency
     return max(inside, outside) + latency * log2(max(2, group.ranks))
 

@@ -14,7 +14,7 @@ from src.run import Run
 from src.runs.cluster import Devices
 
 # Half of the interval in which the truth is expected: docs/predicted_time.md has the rows. On a device that was
-# measured and in one node the worst of four GPUs is 8 % off; elsewhere it is held against figures of other people.
+# measured and in one node the worst of four GPUs is 7 % off; elsewhere it is held against figures of other people.
 NEAR, FAR = 0.12, 0.25
 
 

@@ -1,8 +1,9 @@
 """Seconds of one optimizer step on a layout, term by term, from shapes, a device and the links of a site.
 
 Kernels run one after the other on one stream; FSDP's gathers and reductions run beside them on another, and slow matrix
-products down while they do. Collectives of tensor, context and expert ranks stand in line with what needs them. The
-stages of a pipeline follow their schedule's order of operations: bubbles.py.
+products down while they do. Collectives of tensor, context and expert ranks stand in line with what needs them, but for
+rows that go to experts beside the products of shared ones. The stages of a pipeline follow their schedule's order of
+operations: bubbles.py.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +17,10 @@ from src.optim.base import Optimizer
 from src.planning.memory import Load
 from src.planning.recompute_choice import NONE
 from src.planning.time.bubbles import Makespan, StagePass, makespan
-from src.planning.time.collectives import Fabric, all_reduce_seconds, gather_seconds
+from src.planning.time.collectives import Fabric, Reached, all_reduce_seconds, gather_seconds
 from src.planning.time.devices import Gpu
 from src.planning.time.traffic import Collective, FsdpGroups, block_collectives, fsdp_collectives, hop
-from src.planning.time.work import ProductTime, Work, Worker, shape_of, together
+from src.planning.time.work import BlockKind, ProductTime, Work, Worker, shape_of, together
 
 HOST_BLOCK = 1.8e-3  # seconds in which Python launches a compiled block, both directions: benchmarks/README.md
 HOST_BLOCK_EAGER = 5e-3
@@ -89,6 +90,8 @@ class Question:
     fabric: Fabric
     flash: bool = True  # whether flash-attn-4 is there
     graph: bool = False  # whether a step is one CUDA graph
+    # Of a dispatcher that sends a token once to each node and rank; None: a row for each expert, as ours does.
+    reached: Reached | None = None
 
 
 def step_time(question: Question) -> StepTime:
@@ -130,7 +133,8 @@ class _Stage:
     backward: Work
     dense: int  # elements at work on a rank, gathered
     routed: int
-    largest: int  # elements of its largest unit, gathered
+    largest: tuple[int, int]  # the same of its largest unit
+    beside: float  # seconds of collectives beside its products, both directions
 
 
 class _Step:
@@ -138,21 +142,26 @@ class _Step:
         self.simulate = simulate
         self.load, self.gpu, self.fabric = question.load, question.gpu, question.fabric
         self.degrees, self.shape = self.load.degrees, shape_of(self.load.model)
-        self.graph = question.graph
+        self.graph, self.reached = question.graph, question.reached
         self.worker = Worker(self.load, self.gpu, question.flash)
-        self.kinds = [self._with_collectives(*self.worker.block(kind), kind.experts != ()) for kind in self.shape.kinds]
+        self.kinds = [self._with_collectives(kind) for kind in self.shape.kinds]
         self.groups = FsdpGroups.of(self.degrees, self.fabric.per_node)
 
-    def _with_collectives(self, forward: Work, backward: Work, routed: bool) -> tuple[Work, Work]:
-        """A block with what its ranks send each other, and what it computes again."""
+    def _with_collectives(self, kind: BlockKind) -> tuple[Work, Work, float]:
+        """A block with what its ranks send each other, and what it computes again; and seconds of what is sent beside
+        its products.
+        """
+        forward, backward = self.worker.block(kind)
         sent, back = dict.fromkeys(WAITED_FOR, 0.0), dict.fromkeys(WAITED_FOR, 0.0)
-        for each in block_collectives(self.load, self.worker, self.fabric, routed=routed):
+        beside = 0.0
+        for each in block_collectives(self.load, self.worker, self.fabric, kind, self.reached):
             sent[each.what] += each.exposed * each.forward * each.seconds
             back[each.what] += each.exposed * each.backward * each.seconds
+            beside += (1.0 - each.exposed) * each.times * each.seconds
         again = self.worker.recomputed(forward)
         if self.load.recompute.mode in ("full", "every"):
             again += sum(sent.values()) / (self.load.recompute.every or 1)
-        return forward + Work(**sent), backward + Work(**back, recompute=again)
+        return forward + Work(**sent), backward + Work(**back, recompute=again), beside
 
     @cached_property
     def stages(self) -> list[_Stage]:
@@ -174,15 +183,16 @@ class _Step:
         return found
 
     def _stage(self, blocks: list[int], *, first: bool, last: bool) -> _Stage:
-        forward, backward = Work(), Work()
+        forward, backward, beside = Work(), Work(), 0.0
         counts = {kind: sum(self.shape.of_block[block] == kind for block in blocks) for kind in range(len(self.kinds))}
         for kind, number in counts.items():
             if number:
-                forward, backward = forward + self.kinds[kind][0] * number, backward + self.kinds[kind][1] * number
+                there, back, hidden = self.kinds[kind]
+                forward, backward, beside = forward + there * number, backward + back * number, beside + hidden * number
         tensor, apart = self.degrees.tensor, self.degrees.expert * self.degrees.expert_tensor
         dense = sum(self.shape.dense[block] for block in blocks) // tensor
         routed = sum(self.shape.routed[block] for block in blocks) // apart
-        units = [self.shape.dense[block] // tensor + self.shape.routed[block] // apart for block in blocks]
+        units = [(self.shape.dense[block] // tensor, self.shape.routed[block] // apart) for block in blocks]
         ends = []
         if first:
             ends.append(self.shape.embedding // tensor)
@@ -190,7 +200,8 @@ class _Step:
             heads = 1 + self.load.model.prediction_depths
             forward += Work(loss=heads * self.worker.head(self.shape.vocabulary))
             ends.append(self.shape.head // tensor)
-        return _Stage(len(blocks), forward, backward, dense + sum(ends), routed, max([*units, *ends], default=0))
+        largest = max([*units, *((each, 0) for each in ends)], default=(0, 0), key=sum)
+        return _Stage(len(blocks), forward, backward, dense + sum(ends), routed, largest, beside)
 
     def answer(self) -> StepTime:
         numbers = self.load.micro_batches
@@ -198,7 +209,7 @@ class _Step:
         traffic, copies = self._traffic(each)
         both = self._busiest * numbers
         span = self._makespan()
-        room = both.computed
+        room = max(0.0, both.computed - numbers * self._beside)  # one link cannot carry two collectives at a time
         beside = min(traffic, room)
         slowed = self.gpu.shares.contention * beside * min(1.0, both.matrices / max(room, 1e-12))
         ends = self._ends(each)
@@ -236,6 +247,11 @@ class _Step:
         work = [sum((each.forward + each.backward for each in mine), Work()) for mine in self._ranks]
         return max(work, key=lambda each: each.total)
 
+    @cached_property
+    def _beside(self) -> float:
+        """Seconds of collectives beside products, of one micro-batch, on the rank that has the most of them."""
+        return max(sum(stage.beside for stage in mine) for mine in self._ranks)
+
     def _fullest(self, ranks: list[list[_Stage]]) -> _Stage:
         """The weights of the pipeline rank that has the most of them: of all of its stages."""
         fullest = max(ranks, key=lambda mine: sum(stage.dense + stage.routed for stage in mine))
@@ -245,7 +261,8 @@ class _Step:
             fullest[0].backward,
             sum(stage.dense for stage in fullest),
             sum(stage.routed for stage in fullest),
-            max(stage.largest for stage in fullest),
+            max((stage.largest for stage in fullest), key=sum),
+            sum(stage.beside for stage in fullest),
         )
 
     def _makespan(self) -> Makespan:
@@ -276,7 +293,7 @@ class _Step:
         for number, kind in enumerate(self.shape.kinds):
             blocks = self.shape.of_block.count(number) / self.degrees.pipeline
             products += (each.often(blocks) for each in self.worker.product_times(kind))
-            here = block_collectives(self.load, self.worker, self.fabric, routed=kind.experts != ())
+            here = block_collectives(self.load, self.worker, self.fabric, kind, self.reached)
             found += (each.often(blocks * self.load.micro_batches) for each in here)
         if self.degrees.pipeline > 1:
             stages_each = len(self.stages) / self.degrees.pipeline
@@ -332,11 +349,14 @@ class _Step:
         if self.degrees.on_one_device:
             return 0.0
         compute, reduce = BYTES[self.load.precision.compute], BYTES[self.load.precision.reduce]
-        last = rank.dense + rank.routed if self.degrees.pipeline > 1 else rank.largest
-        group = self.groups.dense if rank.dense else self.groups.routed
-        seconds = gather_seconds(rank.largest * compute, group, self.fabric)
-        seconds += gather_seconds(last * reduce, group, self.fabric)
-        return seconds + all_reduce_seconds(last * reduce / group.ranks, self.groups.replicas, self.fabric)
+        last = (rank.dense, rank.routed) if self.degrees.pipeline > 1 else rank.largest
+        seconds = 0.0
+        for first, whole, group in zip(rank.largest, last, (self.groups.dense, self.groups.routed), strict=True):
+            seconds += gather_seconds(first * compute, group, self.fabric) * (first > 0)
+            seconds += gather_seconds(whole * reduce, group, self.fabric) * (whole > 0)
+            part = whole * reduce / group.ranks
+            seconds += all_reduce_seconds(part, self.groups.replicas, self.fabric) * (whole > 0)
+        return seconds
 
     def _update(self, rank: _Stage) -> float:
         """The optimizer reads and writes weights and state once, and reads gradients twice: for their norm as well."""

@@ -8,15 +8,16 @@ from src.planning.memory import Load
 from src.planning.time.collectives import (
     Fabric,
     RankGroup,
+    Reached,
     all_reduce_seconds,
     all_to_all_seconds,
     gather_seconds,
     send_seconds,
+    sent_once_seconds,
 )
-from src.planning.time.work import Worker
+from src.planning.time.work import BlockKind, Worker
 
 ASYNC_HIDDEN = 0.5  # of a tensor rank's collectives, with parallel.async_tensor; stated
-TRAVEL_HIDDEN = 0.45  # of the travel of rows to experts: 20 of 43 ms of 16B on fsdp2_ep2
 
 Algorithm = Literal["gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 
@@ -42,8 +43,10 @@ class Collective(NamedTuple):
         return self._replace(forward=times * self.forward, backward=times * self.backward)
 
 
-def block_collectives(load: Load, worker: Worker, fabric: Fabric, *, routed: bool) -> tuple[Collective, ...]:
-    """Of one block and micro-batch. `routed`: whether the block has routed experts."""
+def block_collectives(
+    load: Load, worker: Worker, fabric: Fabric, kind: BlockKind, reached: Reached | None = None
+) -> tuple[Collective, ...]:
+    """Of one block and micro-batch. `reached` as in Question."""
     element, degrees = BYTES[load.precision.compute], load.degrees
     found = list[Collective]()
     if degrees.tensor > 1:
@@ -63,11 +66,16 @@ def block_collectives(load: Load, worker: Worker, fabric: Fabric, *, routed: boo
         )
         # Gradients of keys and values are added up in fp32.
         found.append(_of(ring, "context", "reduce-scatter", keys * 4, gather_seconds(keys * 4, ring, fabric), (0, 1)))
-    if routed and degrees.expert > 1:
+    if kind.experts and degrees.expert > 1:
         experts = RankGroup.along(degrees.expert, degrees.expert_tensor, fabric.per_node)
         sent = worker.routed_rows * load.model.dim * element
         seconds = all_to_all_seconds(sent, experts, fabric)
-        found.append(_of(experts, "travel", "all-to-all", sent, seconds, (2, 2), 1.0 - TRAVEL_HIDDEN))
+        if reached is not None and (mixture := load.model.mixture) is not None:
+            seconds = sent_once_seconds(sent / mixture.top_k, experts, fabric, reached)
+        # Rows go to experts beside the shared experts, and come back beside nothing; so it is in both directions.
+        beside = sum(min(1.0, each / seconds) for each in worker.shared(kind)) / 2
+        found.append(_of(experts, "travel", "all-to-all", sent, seconds, (1, 1), 1.0 - beside))
+        found.append(_of(experts, "travel", "all-to-all", sent, seconds, (1, 1)))
     return tuple(found)
 
 

@@ -32,6 +32,7 @@ SELECTIVE_PRODUCTS = 0.36
 # Imbalance of routed experts on the busiest rank, divided by the root of the experts that it has: unequal experts cost
 # 1.0 % of 16B's step on fsdp2_ep2, where each rank has 32.
 IMBALANCE = 0.17
+SHARED = ".shared_experts."  # in a weight's name
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,11 @@ class Worker:
             Work(products=again, experts=grouped_back, attention=attention_back, memory=memory_back),
         )
 
+    def shared(self, kind: BlockKind) -> tuple[float, float]:
+        """Of the experts that all tokens meet: their forward, and both gradients."""
+        mine = [each for each in self._plain(kind) if SHARED in each.name]
+        return sum(each.times * each.forward for each in mine), sum(each.times * each.backward for each in mine)
+
     def recomputed(self, forward: Work) -> float:
         """Seconds that a block's backward spends on its forward again, on the average of all blocks."""
         mode = self.load.recompute.mode
@@ -254,7 +260,7 @@ class Worker:
 
     def product_times(self, kind: BlockKind) -> list[ProductTime]:
         """Every product of a block; those of routed experts as the one grouped product that they are."""
-        found = self._plain(kind)
+        found = list(self._plain(kind))
         forward, backward = self._grouped(kind)
         total = sum(each.columns * each.inner for each in kind.experts)
         for each in kind.experts:
@@ -265,7 +271,17 @@ class Worker:
             )
         return found
 
+    @cached_property
+    def _known(self) -> dict[BlockKind, list[ProductTime]]:
+        return {}
+
     def _plain(self, kind: BlockKind) -> list[ProductTime]:
+        """Products that all tokens meet; kept, since three questions ask for them."""
+        if kind not in self._known:
+            self._known[kind] = self._plain_products(kind)
+        return self._known[kind]
+
+    def _plain_products(self, kind: BlockKind) -> list[ProductTime]:
         found = list[ProductTime]()
         float8 = self.load.precision.float8
         for product in kind.products:
