@@ -83,6 +83,14 @@ class Averages(Protocol):
 
 
 @runtime_checkable
+class Merges(Protocol):
+    """A task that holds a mean of weights beside those that it reads."""
+
+    @property
+    def average_bytes(self) -> int: ...
+
+
+@runtime_checkable
 class ClipsLogits(Protocol):
     """A task that bounds attention logits."""
 

@@ -170,6 +170,7 @@ TO_TASK = {
     "evaluate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "export": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "generate": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
+    "merge": STEPLESS | {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "prepare": STEPLESS | ONE_PROCESS | {"tokenizer=file": NOWHERE, "data=text": NO_FILES, "data=tokens": NO_FILES},
     "pretrain": {"tokenizer=bpe": SMALL, "tokenizer=file": NOWHERE},
     "verify": ALONE,
@@ -183,6 +184,8 @@ def test_each_task_takes_each_option_of_the_others_or_says_in_a_line_why_not(tas
     chosen = made(f"task={task}")
     if task == "generate":
         chosen = chosen.model_copy(update={"prompt": "a"})
+    if task == "merge":
+        chosen = chosen.model_copy(update={"sources": ("x", "x")})
     default, refused = build(composed()) | {"task": chosen}, {}
     for choice in OFFERED:
         run = Run.from_sections(default | {choice.partition("=")[0]: made(choice)})

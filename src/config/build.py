@@ -12,7 +12,7 @@ from pydantic import ValidationError, field_validator
 from src.config import synonyms, wording
 from src.config.base import Config, PathField
 from src.config.bounds import Seed
-from src.config.groups import EXPERIMENT, RECIPE, SECTIONS, SHORT, tasks_with
+from src.config.groups import EXPERIMENT, RECIPE, SECTIONS, SHORT, SHORT_OF, tasks_with
 from src.config.presets import section_of, with_target
 from src.config.tree import Tree
 from src.config.upgrades import ADDED_SECTIONS
@@ -220,7 +220,7 @@ def _stranger(key: str, value: object, tree: Tree) -> str:
             return f"{key}: no such section; it {rule}"
         if (meant := synonyms.ours(leaf)) is not None:
             return f"{key}: no such section; did you mean {meant}?"
-    if key in SHORT and (homes := tasks_with(key)):
+    if key in SHORT and key not in SHORT_OF and (homes := tasks_with(key)):
         offer = " or ".join(f"task={each}" for each in homes)
         return f"{key}: this task has no such key; pass {offer}"
     if not isinstance(value, Mapping) or wording.nearest(key, names) is None:

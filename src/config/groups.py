@@ -55,7 +55,12 @@ SHORT = (
     "text",
     "send",
     "batch",
+    "runs",
+    "steps",
+    "weights",
 )
+# Of these, what only one class takes so: for the others `steps=` is a slip for the steps of a training.
+SHORT_OF = {"steps": "src.tasks.merge.config.Merge"}
 
 
 def options(group: str, conf: Path = CONF) -> list[str]:

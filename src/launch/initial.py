@@ -125,6 +125,8 @@ def _tensors(run: "Run", path: Path) -> list[str]:
     for each in run.model.weights():
         for name, kept in run.optim.state(each.name, each.shape).items():
             here[f"optimizer.{each.name}.{name}"] = (kept.shape, kept.dtype)
+    if not any(name.startswith("optimizer.") for name in there):  # as task=merge writes
+        return [f"{path}: has weights alone, and no optimizer to go on with; pass checkpoint.progress=none"]
     missing = here.keys() - there.keys()
     # Beside weights and moments there are each parameter's count of updates, and buffers, which the ranks look at.
     more = {each for each in there.keys() - here.keys() if each.startswith(("model.", "optimizer."))}

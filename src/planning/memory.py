@@ -122,7 +122,8 @@ def _of_rank(load: Load, share: StageShare, weights: "_Weights") -> Memory:
     gradients, accumulated = _gradients(load, weights)
     if load.degrees.cpu_offload:  # what rests, rests in the host
         parameters = optimizer = outer = average = gradients = 0
-    lent = parameters if average else 0  # while a validation reads the average, these are held beside it
+    # While a validation reads the average, these are held beside it; a merge reads its own when it is done.
+    lent = parameters if average and not load.forward_only else 0
     gathered, reducing = _traffic(load, weights)
     activations, working = _activations(load, share)
     activations += _travelling(load, share) + _waiting_heads(load, share, weights) + _looking_ahead(load, share)

@@ -24,8 +24,8 @@ from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
 from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction, predict
-from src.planning.training_rules import training_problems
-from src.run import Averages, Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates, WithoutModel
+from src.planning.training_rules import average_bytes, training_problems
+from src.run import Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates, WithoutModel
 from src.runs.cluster import Devices
 from src.runs.records import PLAN_FILE
 
@@ -172,17 +172,10 @@ def load_of(run: Run) -> Load:
         forward_only=_infers(run),
         texts=texts,
         columns=columns,
-        ema_bytes=_ema_bytes(run),
+        ema_bytes=average_bytes(run),
         layer_norms=isinstance(run.task, MeasuresLayers) and run.task.layer_norms,
         outer_bytes=run.fault_tolerance.outer_bytes(BYTES[run.precision.storage]),
     )
-
-
-def _ema_bytes(run: Run) -> int:
-    """On the device, of each weight."""
-    if not isinstance(run.task, Averages) or run.task.ema_decay is None or run.task.ema_offload:
-        return 0
-    return BYTES[run.task.ema_dtype]
 
 
 def _answers(run: Run, load: Load, limit: int | None) -> Plan:

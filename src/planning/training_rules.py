@@ -1,6 +1,7 @@
 """Rules about what a training step does besides its update: averages, penalties, norms of layers."""
 
-from src.run import Averages, ClipsLogits, MeasuresLayers, Penalises, Run, WatchesSpikes
+from src.distributed.precision.config import BYTES
+from src.run import Averages, ClipsLogits, MeasuresLayers, Merges, Penalises, Run, WatchesSpikes
 
 
 def training_problems(run: Run) -> list[str]:
@@ -58,3 +59,12 @@ def _average_problems(run: Run) -> list[str]:
             "pass task.ema_offload=false, or compile=blocks"
         )
     return found
+
+
+def average_bytes(run: Run) -> int:
+    """On the device, of each weight: of a moving average, or of a mean that is being made."""
+    if isinstance(run.task, Merges):
+        return run.task.average_bytes
+    if not isinstance(run.task, Averages) or run.task.ema_decay is None or run.task.ema_offload:
+        return 0
+    return BYTES[run.task.ema_dtype]

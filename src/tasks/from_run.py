@@ -29,7 +29,10 @@ def begun_from(tree: Tree, typed: Mapping[str, str]) -> Tree:
     folder = step.parents[1]
     theirs = read(folder / "config.yaml")
     if theirs["task"].get("_target_") != PRETRAIN:
-        raise CheckpointError(f"{FROM}={text}: {folder} is no run of task=pretrain, and has no optimizer to go on with")
+        raise CheckpointError(
+            f"{FROM}={text}: {folder} is no run of task=pretrain, and has no optimizer to go on with; its weights "
+            f"start a run by checkpoint.initial={step} checkpoint.progress=none"
+        )
     keys = _spelt(typed)
     found = ours | {key: _chosen(key, theirs, ours, keys) for key in ours if key in theirs and key not in SITE}
     if "tokenizer" not in keys and (kept := kept_tokenizer(folder, theirs)) is not None:

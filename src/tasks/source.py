@@ -16,7 +16,7 @@ from src.config.base import path_text
 from src.config.groups import CONF, FROM
 from src.config.tree import Tree, read
 from src.errors import CheckpointError
-from src.hugging_face.hub import fetch
+from src.hugging_face.hub import fetch, is_local
 from src.hugging_face.load import model_section, noted
 from src.tasks.fitted import AUTO, fitted, with_vocabulary
 from src.tasks.from_run import begun_from
@@ -54,6 +54,8 @@ def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
         return with_vocabulary(begun_from(tree, typed))
     tree = fitted(tree, typed)
     task = tree.get("task")
+    if isinstance(task, dict) and "runs" in task:
+        return with_vocabulary(_of_runs(tree, typed))
     if isinstance(task, dict) and isinstance(task.get("run"), str):
         check_typed(typed)
         try:
@@ -77,13 +79,52 @@ def _kind(data: object) -> str:
     return str(data.get("_target_", "")).rpartition(".")[2].lower() if isinstance(data, dict) else "data"
 
 
-def _of_run(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """With the sections of an earlier run, and its newest step where none is given."""
+def _of_runs(tree: Tree, typed: Mapping[str, str]) -> Tree:
+    """With the sections of the first of several runs or exports, and a source and a step for each checkpoint."""
+    check_typed(typed)
+    sources, steps = tree["task"]["runs"], tree["task"]["steps"]
+    sources = [sources] if isinstance(sources, str) else sources
+    if not isinstance(sources, list) or not all(isinstance(each, str) for each in sources):
+        return tree  # the task's class says what is wrong
+    steps = steps if isinstance(steps, list) else [steps] * len(sources)
+    sources = sources * len(steps) if len(sources) == 1 else sources
+    if not steps or len(sources) != len(steps):
+        return tree
+    each = [_one_of_runs(tree, typed, *pair) for pair in zip(sources, steps, strict=True)]
+    first = each[0]
+    auto = isinstance(first["model"], dict) and first["model"].get("_target_") == AUTO
+    found = _with_model(first, typed) if auto else first
+    pairs = {"runs": [one["task"]["run"] for one in each], "steps": [one["task"]["step"] for one in each]}
+    kept = {key: value for key, value in found["task"].items() if key not in ("run", "step")}
+    name = {} if "name" in typed else {"name": f"merge-{pairs['runs'][0].rstrip('/').rpartition('/')[2]}"}
+    return found | {"checkpoint": tree["checkpoint"], "task": kept | pairs} | name
+
+
+def _one_of_runs(tree: Tree, typed: Mapping[str, str], source: str, step: object) -> Tree:
+    """The tree as if this run or export were the only one."""
+    try:
+        path_text(source)
+    except ValueError as error:
+        raise CheckpointError(f"task.runs: {error}") from error
+    if not source.startswith(FOREIGN):
+        return _of_run(
+            tree | {"task": tree["task"] | {"run": source, "step": step}}, typed, ("task.runs", "task.steps")
+        )
+    if not is_local(folder := source.removeprefix(FOREIGN)):
+        raise CheckpointError(f"task.runs={source}: is no folder here; download it, and pass {FOREIGN}<folder>")
+    if step is not None:
+        raise CheckpointError(f"task.steps={step}: {source} has no steps; pass null in its place")
+    source = f"{FOREIGN}{Path(folder).expanduser().absolute()}"
+    return _of_elsewhere(tree | {"task": tree["task"] | {"run": source, "step": None}}, typed)
+
+
+def _of_run(tree: Tree, typed: Mapping[str, str], keys: tuple[str, str] = ("task.run", "task.step")) -> Tree:
+    """With the sections of an earlier run, and its newest step where none is given. `keys`: that name the two."""
     task = tree["task"]
     folder = Path(task["run"]).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"task.run={folder}: no run folder, it has no config.yaml{meant(folder, tree)}")
-    checkpoint = find(folder, task.get("step"))
+        raise CheckpointError(f"{keys[0]}={folder}: no run folder, it has no config.yaml{meant(folder, tree)}")
+    checkpoint = find(folder, task.get("step"), keys)
     if task.get("ema"):
         _check_average(folder, checkpoint)
     earlier = sections(folder)

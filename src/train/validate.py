@@ -11,8 +11,9 @@ from src.distributed.model_stages import ModelStages
 from src.models.cross_entropy import IGNORED
 
 
-def validate(network: ModelStages, batches: Batches, samples: int, stopped: Callable[[], bool]) -> float | None:
-    """Collective. Nats per valid token over the first `samples` held-out samples; None when `stopped` came true.
+def validate(network: ModelStages, batches: Batches, samples: int | None, stopped: Callable[[], bool]) -> float | None:
+    """Collective. Nats per valid token over the first `samples` held-out samples, or all (None); None when `stopped`
+    came true.
 
     One division at the end: the mean of means would weigh short rows too much.
     """

@@ -38,11 +38,25 @@ TEXTS = (
 )
 # Paths and words: =, spaces, ~ and brackets are part of the value; a comma parts the values of a sweep, as everywhere.
 PLACES = (
-    *("root", "folder", FROM, "run", "task.run", "to", "task.to", "prompts", "task.prompts", "checkpoint.initial"),
+    *(
+        "root",
+        "folder",
+        FROM,
+        "run",
+        "task.run",
+        "runs",
+        "task.runs",
+        "to",
+        "task.to",
+        "prompts",
+        "task.prompts",
+        "checkpoint.initial",
+    ),
     *("data.files", "data.path", "data.separator", "tokenizer.path", "tokenizer.bos", "tokenizer.eos"),
     *("cluster.account", "cluster.qos", "cluster.python", "tracker.wandb.project", "tracker.wandb.entity"),
     *("tracker.trackio.project", "tracker.mlflow.uri", "tracker.mlflow.experiment"),
 )
+LISTS = ("data.files", "runs", "task.runs")  # of these, that may be several in brackets
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -106,7 +120,7 @@ def _settable(argument: str) -> str:
 def _in_hydras_words(argument: str) -> bool:
     """Whether what stands behind = is null, a list, in quotes, a function such as choice(a,b), or escaped."""
     key, _, text = argument.partition("=")
-    listed = text.startswith("[") and key == "data.files"
+    listed = text.startswith("[") and key in LISTS
     if text != "null" and not (listed or text[:1] in ("'", '"') or "\\" in text or _FUNCTION.fullmatch(text)):
         return False
     try:

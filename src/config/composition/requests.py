@@ -21,7 +21,7 @@ from src.config.composition.command_line import SWEEP_FLAGS, arguments, assignme
 from src.config.composition.composer import COMPOSITION_ERRORS, UNEXPECTED, Composer, composer, parsed
 from src.config.composition.origins import ValueOrigin, ValueOrigins, annotated
 from src.config.composition.resolution import resolve
-from src.config.groups import CONF, FROM, SHORT
+from src.config.groups import CONF, FROM, SHORT, SHORT_OF
 from src.config.tree import Tree
 from src.errors import ConfigError, UserError
 from src.storage.streams import ReaderMayLeave
@@ -174,8 +174,9 @@ class _Points:
 def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:
     """`run=...` becomes task.run where the task has such a key; elsewhere it stays, to be refused as a stranger."""
     theirs = set(cfg.task) if isinstance(cfg.get("task"), DictConfig) else set()  # with those that must be given yet
+    target = cfg.task.get("_target_") if theirs else None
     for key in SHORT:
-        if key not in cfg or key not in theirs:
+        if key not in cfg or key not in theirs or SHORT_OF.get(key, target) != target:
             continue
         if f"task.{key}" in typed:
             raise ConfigError(f"{key}={typed.get(key)}: task.{key} is given too; they are one key")

@@ -15,7 +15,7 @@ from src.config.tree import leaves_of
 from src.config.wording import bare
 
 ABOUT_GROUPS = {
-    "task": "prepare data, train, measure, verify, evaluate, generate, export",
+    "task": "prepare, train, measure, verify, evaluate, generate, export or merge",
     "model": "the network, by family and size; a released one brings its recipe",
     "parallel": "how ranks divide the work: shard, tensor, context, expert, pipeline",
     "precision": "dtypes of weights, products and gradient sums",

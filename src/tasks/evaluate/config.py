@@ -43,20 +43,7 @@ class Evaluate(Config):
 
     def corpus_problems(self, corpus: "Corpus") -> list[str]:
         """Why the corpus has not the sequences that are asked for; empty when it has."""
-        held = corpus.windows(self.split, self.seq_len)
-        if held == 0:
-            share = "raise" if self.split == "validation" else "lower"
-            return [
-                f"task.split={self.split}: {corpus.documents(self.split)} documents with {corpus.tokens(self.split)} "
-                f"tokens make no sequence of task.seq_len={self.seq_len} in every source; {share} "
-                "data.validation_fraction, or pass a smaller task.seq_len"
-            ]
-        if self.samples is not None and self.samples > held:
-            return [
-                f"task.samples={self.samples} is more than the {held} sequences of task.split={self.split} at "
-                f"task.seq_len={self.seq_len}; pass task.samples={held} or less, or null for all"
-            ]
-        return []
+        return held_problems(corpus, self.split, self.seq_len, self.samples, f"task.split={self.split}")
 
     def computed(self, run: "Run") -> "Run":
         """Weights in the dtype of the products."""
@@ -67,3 +54,23 @@ class Evaluate(Config):
         from src.tasks.evaluate.rank import evaluate
 
         return evaluate(self, run, folder)
+
+
+def held_problems(corpus: "Corpus", split: str, seq_len: int, samples: int | None, named: str) -> list[str]:
+    """Why a split of the corpus has not so many sequences (None: at least one); empty when it has. `named`: the split,
+    for people.
+    """
+    held = corpus.windows(split, seq_len)
+    if held == 0:
+        share = "raise" if split == "validation" else "lower"
+        return [
+            f"{named}: {corpus.documents(split)} documents with {corpus.tokens(split)} "
+            f"tokens make no sequence of task.seq_len={seq_len} in every source; {share} "
+            "data.validation_fraction, or pass a smaller task.seq_len"
+        ]
+    if samples is not None and samples > held:
+        return [
+            f"task.samples={samples} is more than the {held} sequences of {named} at "
+            f"task.seq_len={seq_len}; pass task.samples={held} or less, or null for all"
+        ]
+    return []
