@@ -18,6 +18,7 @@ from src.fault_tolerance.config import FaultTolerance
 from src.metrics.alerts.config import Alerts
 from src.metrics.trackers.config import Tracker
 from src.models.base import ModelConfig
+from src.models.parametrization.config import Parametrization
 from src.optim.base import Optimizer
 from src.optim.schedule import Schedule
 from src.runs.cluster import Cluster
@@ -182,6 +183,7 @@ class Run:
     data: Data
     tokenizer: TokenizerConfig
     optim: Optimizer
+    parametrization: Parametrization
     schedule: Schedule
     checkpoint: Checkpoint
     tracker: Tracker

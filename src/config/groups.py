@@ -16,6 +16,7 @@ SECTIONS = (
     "data",
     "tokenizer",
     "optim",
+    "parametrization",
     "schedule",
     "checkpoint",
     "tracker",

@@ -104,6 +104,12 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
 ADDED_SECTIONS: Mapping[str, str] = {
     # 0.1 -> 0.2
     "alert": "none",
+    "parametrization": "standard",
+}
+
+# Of these, what a section is that does so: with it the section is no part of a run's identity.
+NEUTRAL_SECTIONS: Mapping[str, Tree] = {
+    "parametrization": {"_target_": "src.models.parametrization.config.Standard"},
 }
 
 _ABSENT = object()
@@ -123,8 +129,8 @@ def upgraded(tree: Mapping[str, Any]) -> Tree:
 
 
 def without_neutral(tree: Mapping[str, Any]) -> Tree:
-    """A copy without the keys of ADDED that have their neutral value."""
-    found = deepcopy(dict(tree))
+    """A copy without the keys of ADDED that have their neutral value, and without neutral sections."""
+    found = deepcopy({key: value for key, value in tree.items() if NEUTRAL_SECTIONS.get(key, _ABSENT) != value})
     for section, keys in _additions(found):
         for key, neutral in keys.items():
             if _get(section, key) == neutral:

@@ -5,12 +5,17 @@ weights on one rank or a thousand. A seed checkpoint is not needed.
 """
 
 import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from src.models.parametrization.init import Initializer
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -19,11 +24,11 @@ def seed_of(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
+def initialise(model: Decoder, seed: int, initializers: "Mapping[str, Initializer] | None" = None) -> None:
     """Fill every parameter of a model that is on its device already. The largest whole parameter exists for a
-    moment.
+    moment. `initializers`: by name; None: as the model says.
     """
-    initializers = model.initializers()
+    initializers = model.initializers() if initializers is None else initializers
     for name, parameter in model.named_parameters():
         # Drawn where ranks compute, for a host's generator gives other numbers than a GPU's.
         device = torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device

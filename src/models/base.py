@@ -103,6 +103,11 @@ class ModelConfig(Config):
                 found[weight.name] = (self.kv_heads if keys else self.n_heads, weight.tensor_dim)
         return found
 
+    @property
+    def query_weight(self) -> str:
+        """Name, in the attention, of the weight that the size of queries follows."""
+        return "wq"
+
     def logit_rows(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """What to scale for a head's attention logits to have a factor: by the weight's name in the attention, how many
         rows of each head are to have which power of it. Empty: logits do not follow weights, or nobody wrote it down.

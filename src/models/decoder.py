@@ -15,9 +15,9 @@ from src.models.attention.cores import Mask, block_mask
 from src.models.attention.flash_attention import document_starts
 from src.models.base import ModelConfig
 from src.models.cross_entropy import Output
-from src.models.init import Constant, Initializer, Normal
 from src.models.moe.moe import MoE, balance
 from src.models.mtp.module import Ahead, MultiTokenPredictor, PredictionModule, look_ahead
+from src.models.parametrization.init import Constant, Initializer, Normal
 from src.models.rope import rotary_table
 
 

@@ -89,6 +89,12 @@ class Optimizer(Config):
         """What else the group of a parameter has, hashable; `heads` as in `build`."""
         return {}
 
+    def orthogonal(self, name: str, shape: tuple[int, ...], heads: Mapping[str, Heads]) -> tuple[int, int] | None:
+        """Rows and columns of the matrices in a parameter that an update makes orthogonal and multiplies by the root of
+        the longer side; None: every number moves by about the learning rate. `heads` as in `build`.
+        """
+        return None
+
     def smaller_state(self) -> tuple[str, Self] | None:
         """The command-line words of a variant with fewer bytes of state, and that variant; None: there is none."""
         return None
@@ -125,28 +131,34 @@ class Optimizer(Config):
         device: "torch.device",
         owners: "Owners | None" = None,
         heads: Mapping[str, Heads] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> "torch.optim.Optimizer":
         """The optimizer of the parameters that ask for gradients, with zero state in place: a checkpoint loads into it.
 
         `owners`: as in `from_groups`. `heads`: of each matrix of attention, by name, the heads that cut its rows (0) or
-        columns (1). Raises ConfigError where the device has no such optimizer.
+        columns (1). `rates`: by name, what the learning rate is multiplied by; what a step decays stays as it is.
+        Raises ConfigError where the device has no such optimizer.
         """
         from src.optim.state import materialise
 
         named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-        optimizer = self.from_groups(self._groups(named, heads or {}), device, owners)
+        optimizer = self.from_groups(self._groups(named, heads or {}, rates or {}), device, owners)
         materialise(optimizer, {parameter: self.state(name, parameter.shape) for name, parameter in named}, owners)
         return optimizer
 
     def _groups(
-        self, named_parameters: "Sequence[tuple[str, nn.Parameter]]", heads: Mapping[str, Heads]
+        self,
+        named_parameters: "Sequence[tuple[str, nn.Parameter]]",
+        heads: Mapping[str, Heads],
+        rates: Mapping[str, float],
     ) -> list[dict[str, Any]]:
         """One group for each learning rate, decay and option, on each device mesh: torch's kernels take one."""
         groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for name, parameter in named_parameters:
             mesh = getattr(parameter, "device_mesh", None)
             options = tuple(self.options(name, parameter, heads).items())
-            key = (self.learning_rate(name, parameter), self.decay(name, parameter), options, mesh)
+            rate = rates.get(name, 1.0)  # a step shrinks weights by lr * decay, whatever the factor
+            key = (self.learning_rate(name, parameter) * rate, self.decay(name, parameter) / rate, options, mesh)
             groups.setdefault(key, []).append(parameter)
         return [
             {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay, **dict(options)}

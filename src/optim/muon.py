@@ -107,6 +107,15 @@ class Muon(Optimizer):
         matrix = part_of(name, parameter.ndim) == "matrices"
         return {"matrices": matrix, "heads": heads.get(name) if matrix and self.per_head else None}
 
+    def orthogonal(self, name: str, shape: tuple[int, ...], heads: Mapping[str, Heads]) -> tuple[int, int] | None:
+        if part_of(name, len(shape)) != "matrices":
+            return None
+        rows, columns = shape[-2:]
+        if not self.per_head or name not in heads:
+            return rows, columns
+        count, axis = heads[name]
+        return (rows // count, columns) if axis == 0 else (rows, columns // count)
+
     def _own(self, name: str, parameter: "nn.Parameter") -> AdamWPart | None:
         part = part_of(name, parameter.ndim)
         own: AdamWPart | None = None if part == "matrices" else getattr(self, part)

@@ -6,7 +6,7 @@ from src.run import Averages, ClipsLogits, MeasuresLayers, Merges, Penalises, Ru
 
 def training_problems(run: Run) -> list[str]:
     """Options of the task that this run's model, layout or compiler cannot have."""
-    found = _average_problems(run)
+    found = [*run.parametrization.problems(run.model), *_average_problems(run)]
     if isinstance(run.task, MeasuresLayers) and run.task.layer_norms and run.compile.graph:
         found.append("task.layer_norms=true looks into steps, and compile.graph=true replays them; pass compile=blocks")
     if isinstance(run.task, Penalises) and run.task.router_z_loss > 0.0 and not run.model.routed:

@@ -12,7 +12,7 @@ from src.config.wording import nearest
 from src.errors import CheckpointError, ConfigError, some
 
 KEPT = "src.data.tokenizer.Kept"
-IDLE = ("optim", "schedule", "recompute")
+IDLE = ("optim", "parametrization", "schedule", "recompute")
 
 
 def sections(folder: Path) -> Tree:

@@ -52,13 +52,17 @@ def build_training(
     mesh = mesh or Mesh(run.parallel, ranks.device.type)
     network = build_uninitialized(run, ranks, mesh)
     for part in network.stages:
-        initialise(part, run.seed)
+        initialise(part, run.seed, run.parametrization.initializers(run.model, part.initializers()))
     if isinstance(run.task, Penalises):
         network.router_z_loss = run.task.router_z_loss
         for head in (part.output for part in network.stages if part.output is not None):
             head.z_loss = run.task.z_loss
     optimizer = run.optim.build(
-        network.named_parameters(), ranks.device, owners_of(run, mesh, ranks.device), run.model.heads()
+        network.named_parameters(),
+        ranks.device,
+        owners_of(run, mesh, ranks.device),
+        run.model.heads(),
+        run.parametrization.rates(run.model, run.optim.orthogonal),
     )
     float8 = run.precision.float8
     network.follow = [] if float8 is None else [partial(float8.after_update, part) for part in network.stages]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.models.deepseek_v3.config import DeepseekV3Config
-from src.models.init import Constant, Normal
+from src.models.parametrization.init import Constant, Normal
 from src.models.rope import inverse_frequencies, scale_yarn
 from tests.models import shapes
 from tests.models.shapes import STRETCHED, tiny_deepseek

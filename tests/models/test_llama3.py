@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from src.models.cross_entropy import IGNORED, Output
-from src.models.init import Constant, Normal
 from src.models.llama3.config import Llama3Config
+from src.models.parametrization.init import Constant, Normal
 from src.models.rope import inverse_frequencies, rotary_table, rotate, scale_llama3
 from tests.models.shapes import SCALED, randomised, tiny_llama
 

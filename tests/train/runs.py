@@ -102,6 +102,7 @@ CHOICE = {
     "data": "synthetic",
     "tokenizer": "bytes",
     "optim": "adamw",
+    "parametrization": "standard",
     "schedule": "wsd",
     "checkpoint": "every_500",
     "tracker": "jsonl",

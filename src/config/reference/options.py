@@ -15,7 +15,7 @@ from src.config.tree import leaves_of
 from src.config.wording import bare
 
 ABOUT_GROUPS = {
-    "task": "prepare, train, measure, verify, evaluate, generate, export or merge",
+    "task": "prepare, train, measure, verify, evaluate, generate, export, merge",
     "model": "the network, by family and size; a released one brings its recipe",
     "parallel": "how ranks divide the work: shard, tensor, context, expert, pipeline",
     "precision": "dtypes of weights, products and gradient sums",
@@ -24,6 +24,7 @@ ABOUT_GROUPS = {
     "data": "the text that is trained on",
     "tokenizer": "how text becomes token ids",
     "optim": "the optimizer: learning rate, decay, clipping",
+    "parametrization": "how initialisation and learning rates follow the model's width",
     "schedule": "the learning rate over the steps",
     "checkpoint": "when to save, what to keep, what to start from",
     "tracker": "where metrics go beside the run folder",

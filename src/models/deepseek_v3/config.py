@@ -232,11 +232,14 @@ class DeepseekV3Config(ModelConfig):
     def prediction_depths(self) -> int:
         return self.mtp.depths
 
+    @property
+    def query_weight(self) -> str:
+        return "wq" if self.q_lora_rank is None else "wq_b"
+
     def logit_rows(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """The turning part of the key is all heads': that of the query has the whole factor."""
-        queries = "wq" if self.q_lora_rank is None else "wq_b"
         return {
-            queries: ((self.qk_nope_head_dim, 0.5), (self.qk_rope_head_dim, 1.0)),
+            self.query_weight: ((self.qk_nope_head_dim, 0.5), (self.qk_rope_head_dim, 1.0)),
             "wkv_b": ((self.qk_nope_head_dim, 0.5), (self.v_head_dim, 0.0)),
         }
 

@@ -102,6 +102,10 @@ class Qwen3Config(GroupedQueryConfig):
         return self.head_dim, self.head_dim
 
     @property
+    def query_weight(self) -> str:
+        return "q_norm"  # behind the matrix
+
+    @property
     def mixture(self) -> MixtureOfExperts | None:
         return self.moe
 

@@ -41,7 +41,7 @@ CERTIFICATE_FILE = "certificate.json"
 TABLE_COLUMNS = 110  # where the output is a file
 DOCUMENT_TOKENS = 24  # mean length of the documents that a row is made of
 MOST_IGNORED = 0.75  # of a row's labels: ranks must differ in what counts, or a mean of means would do
-SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim")
+SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim", "parametrization")
 
 
 def verify(task: Verify, run: Run, folder: Path) -> bool:

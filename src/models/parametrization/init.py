@@ -13,6 +13,10 @@ class Normal:
     std: float
     cut: float | None = None
 
+    def scaled(self, factor: float) -> "Normal":
+        """The same numbers times `factor`."""
+        return Normal(self.std * factor, self.cut)
+
     def fill(self, weight: Tensor, generator: torch.Generator) -> None:
         """Draw the values, in place; `weight` is fp32 and whole."""
         weight.normal_(0.0, self.std, generator=generator)
@@ -30,6 +34,10 @@ class Constant:
     """Every element the same."""
 
     value: float
+
+    def scaled(self, factor: float) -> "Constant":
+        """The same number times `factor`."""
+        return Constant(self.value * factor)
 
     def fill(self, weight: Tensor, generator: torch.Generator) -> None:
         """Set every element, in place; the generator is not used."""
