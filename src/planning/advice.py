@@ -94,7 +94,7 @@ def _turns(load: Load) -> Iterator[tuple[str, Load]]:
     tensor = degrees.model_copy(update={"tensor": 2 * degrees.tensor})
     if not load.model.problems(tensor):
         yield f"parallel.tensor={2 * degrees.tensor}", load.changed(degrees=tensor)
-    if not degrees.reshards_after_forward:
+    if not degrees.reshards_after_forward and not degrees.splits_backward:
         policy = "always" if degrees.pipeline > 1 or load.texts else "default"
         again = degrees.model_copy(update={"reshard": policy})
         yield f"parallel.reshard={policy}", load.changed(degrees=again)

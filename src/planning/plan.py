@@ -280,6 +280,11 @@ def _pipeline_problems(run: Run, micro_batches: int) -> list[str]:
             "for each of its weights, whose gradients are taken apart; pass recompute=none or "
             "parallel.pipeline_schedule=Interleaved1F1B"
         )
+    if degrees.splits_backward and degrees.reshards_after_forward:  # the weights of the graph would be gone
+        found.append(
+            f"parallel.reshard={degrees.reshard} lets go of weights whose gradients parallel.pipeline_schedule={name} "
+            "asks for later; pass parallel.reshard=default or parallel.pipeline_schedule=Interleaved1F1B"
+        )
     return found
 
 

@@ -105,3 +105,12 @@ def test_ranks_on_a_cpu_share_its_memory() -> None:
     assert line.startswith("does not fit: there is no GPU here, and the 4 ranks need about 2")
     assert "of the 24.0 GiB of this machine; pass a smaller model, cluster=slurm" in line
     assert plan(replace(run, dry_run=False), devices=Gpus(host_gib=300.0)).world == 4
+
+
+def test_weights_stay_for_gradients_that_are_asked_for_later() -> None:
+    """With reshard=always torch's backward pass for weights finds the sharded parameters, not those of the graph, and
+    gives no gradient: `RANDOM_RUNS`' seed 113.
+    """
+    layout = changed(section("parallel", "pp2"), pipeline_schedule="InterleavedZeroBubble", reshard="always")
+    with pytest.raises(PlanError, match=r"parallel.reshard=always lets go of weights .*pass parallel.reshard=default"):
+        plan(make_run({"global_batch": 16}, parallel=layout))
