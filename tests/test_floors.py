@@ -41,6 +41,7 @@ FENCES = {
     "torch.distributed.elastic": ("src.cluster",),  # starts processes; no collective
     "os.environ": (
         "src.distributed.process.rank_context",
+        "src.models.attention.flash_attention",
         "src.metrics.trackers.wandb_address",
         "src.metrics.alerts.send",
         "src.cluster",
