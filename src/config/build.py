@@ -83,6 +83,15 @@ def target_class(tree: Tree, section: str, *, within: str = "src.") -> type[Conf
     return cls
 
 
+def object_of(value: Tree, path: str, *, within: str = "src.") -> object:
+    """The object of one `_target_` beside the sections; ConfigError with all that is wrong in it."""
+    builder = _Builder(within)
+    found = builder.descend(value, path)
+    if builder.problems:
+        raise ConfigError(builder.problems)
+    return found
+
+
 class _Builder:
     """Collects problems while it descends; what it returns counts only if there are none."""
 

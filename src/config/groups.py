@@ -31,6 +31,8 @@ EXPERIMENT = "experiment"
 GROUPS = (*SECTIONS, RECIPE, EXPERIMENT)
 # `from=<run>[@step]` stands for a run's config and `checkpoint.initial`; src/tasks/from_run.py spells it out.
 FROM = "from"
+# `scale=` of experiment=ladder, and the rules that it turns; src/tasks/ladder.py spells them out.
+SCALE, LADDER = "scale", "ladder"
 # Keys that a task which has them takes without its section: `run=...` is `task.run=...`.
 SHORT = (
     "run",

@@ -26,6 +26,7 @@ from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
 Row = tuple[SweepPoint, RunStatus]
+RESAMPLED, FEWEST_RESAMPLED = 200, 40  # draws: with fewer, 95 % are a draw themselves
 WIDEST = 10_000  # columns: no value of a sweep is cut short in a file
 COLOURS: dict[State, str] = {
     "finished": "green",
@@ -174,6 +175,16 @@ def report(ledger: Ledger, every_seconds: float | None = None) -> int:
     return 0
 
 
+def fit(ledger: Ledger, left_out: Sequence[int] | None, resampled: int) -> int:
+    """A scaling law through the finished runs, and what it foretells of one that is left out; drawn in the page."""
+    from src.sweeps.fit import fitted, lines, write
+
+    facts = fitted(ledger, left_out, resampled)
+    write(ledger, facts)
+    print(*lines(facts), sep="\n")
+    return report(ledger)
+
+
 def terminal() -> Console:
     """As wide as the terminal; a file or a pipe wraps nothing."""
     width = None if sys.stdout.isatty() else WIDEST
@@ -199,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     plain: dict[str, Callable[[Ledger], int]] = {"status": status, "table": table, "report": report}
     some: dict[str, Callable[[Ledger, Sequence[int]], int]] = {"retry": retry, "cancel": cancel}
-    for name, act in {**plain, **some, "extend": extend}.items():
+    for name, act in {**plain, **some, "extend": extend, "fit": fit}.items():
         command = commands.add_parser(name, help=act.__doc__, description=act.__doc__)
         command.add_argument("folder", type=Path, help="<root>/sweeps/<name>-<hash>")
         if name in some:
@@ -210,12 +221,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.choices["report"].add_argument(
         "--every", type=float, metavar="SECONDS", help="write it again so often, until no point is queued or running"
     )
+    commands.choices["fit"].add_argument(
+        "--leave-out", type=int, nargs="*", metavar="NUMBER", help="of runs to foretell; default: that of most compute"
+    )
+    commands.choices["fit"].add_argument(
+        "--resampled", type=int, default=RESAMPLED, metavar="TIMES", help="draws of the runs that give the intervals"
+    )
     given = parser.parse_args(arguments)
     try:
         ledger = Ledger.open(given.folder)
         if given.command in some:
             return some[given.command](ledger, given.numbers)
         with ReaderMayLeave():
+            if given.command == "fit":
+                return fit(ledger, given.leave_out, max(given.resampled, FEWEST_RESAMPLED))
             if given.command == "report":
                 return report(ledger, given.every)
             return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from src.run import Run
 
 SWEEPS = "sweeps"
-ADVICE = "python -m src.sweeps status|table|report|retry|cancel|extend"
+ADVICE = "python -m src.sweeps status|table|report|fit|retry|cancel|extend"
 
 
 class Grid(Config):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import step_of
 from src.config.base import path_text
-from src.config.groups import CONF, FROM
+from src.config.groups import CONF, FROM, LADDER, SCALE
 from src.config.tree import Tree, read
 from src.errors import CheckpointError
 from src.hugging_face.hub import fetch, is_local
@@ -21,6 +21,7 @@ from src.hugging_face.load import model_section, noted
 from src.tasks.fitted import AUTO, fitted, with_vocabulary
 from src.tasks.from_run import begun_from
 from src.tasks.inherit import check_typed, find, meant, overlaid, sections
+from src.tasks.ladder import scaled
 
 if TYPE_CHECKING:
     from src.distributed.model_stages import ModelStages
@@ -52,6 +53,8 @@ def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
     """
     if FROM in tree:
         return with_vocabulary(begun_from(tree, typed))
+    if SCALE in tree or LADDER in tree:
+        return scaled(with_vocabulary(tree), typed)
     tree = fitted(tree, typed)
     task = tree.get("task")
     if isinstance(task, dict) and "runs" in task:

@@ -209,8 +209,14 @@ function parallel() {
   return [[trace], { margin: { l: 60, r: 60, t: 44, b: 26 }, height: 340 }];
 }
 
-const KINDS = { curves, against, parallel, importance, best, rates, times };
-const zooms = (place) => ["curves", "against", "best"].includes(place.dataset.kind);
+// Traces that Python has made: of a fit.
+function given(place) {
+  const { traces, layout } = structuredClone(content.drawn[place.dataset.title]);
+  return [traces, layout];
+}
+
+const KINDS = { given, curves, against, parallel, importance, best, rates, times };
+const zooms = (place) => ["given", "curves", "against", "best"].includes(place.dataset.kind);
 const name = (place) => place.dataset.title;
 
 function common(layout) {

@@ -8,19 +8,23 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import quote
 
 from src.config import tree as trees
 from src.metrics.history import read
 from src.runs.folder import attempts
 from src.storage.atomic_write import atomic_write
+from src.storage.json_lines import facts_in
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.report.content import Shown, content
 from src.sweeps.report.looks import legend, looks
+from src.sweeps.report.scaling import FIT_FILE, figures_of
 from src.sweeps.report.sections import ConfigOf, Link, cards, config_sections, failures, figures, run_table
 from src.sweeps.status import LIVE, RunStatus
 
@@ -41,7 +45,8 @@ POLICY = "; ".join(
 def write(ledger: Ledger, rows: Sequence[tuple[SweepPoint, RunStatus]]) -> Path:
     """report.html of the sweep folder."""
     command = shlex.join(["python", "launch.py", *ledger.argv])
-    return write_page(ledger.path / REPORT_FILE, ledger.path.name, command, rows, ledger.swept(), ledger.tree)
+    where, name = ledger.path / REPORT_FILE, ledger.path.name
+    return write_page(where, name, command, rows, ledger.swept(), ledger.tree, facts_in(ledger.path / FIT_FILE))
 
 
 def _recorded(point: SweepPoint) -> trees.Tree:
@@ -55,15 +60,16 @@ def write_page(
     rows: Sequence[tuple[SweepPoint, RunStatus]],
     swept: Sequence[str],
     config: ConfigOf = _recorded,
+    law: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """The page of these runs, at `path`. `command`: shown below its name; `swept`: keys in which the runs differ;
-    `config`: of a run.
+    `config`: of a run; `law`: facts of a fit.
     """
 
     def link(to: Path) -> str:  # relative, so that it holds where the whole root was moved
         return quote(os.path.relpath(to, path.parent))
 
-    atomic_write(path, page(name, command, rows, swept, config, link, _inlined()))
+    atomic_write(path, page(name, command, rows, swept, config, link, _inlined(), law))
     return path
 
 
@@ -75,8 +81,9 @@ def page(
     config: ConfigOf = _recorded,
     link: Link = str,
     plotly: str = "",
+    law: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The text of a page. `link`: address of a path; `plotly`: the element that brings plotly.js."""
+    """The text of a page. `link`: address of a path; `plotly`: the element that brings plotly.js; `law`: of a fit."""
     values = [{key: point.overrides.get(key, "") for key in swept} for point, _ in rows]
     drawn = looks(values, swept)
     shown = [
@@ -85,6 +92,7 @@ def page(
     ]
     facts = content(shown, swept, legend(values, swept, drawn))
     live = any(each.now.state in LIVE for each in shown)
+    facts |= {"drawn": figures_of(law)}
     facts |= {"refresh": REFRESH_SECONDS if live else None}
     differences, shared, own = config_sections(shown, swept, config)
     written = time.strftime("%Y-%m-%d %H:%M")

@@ -91,7 +91,7 @@ def figures(facts: Mapping[str, Any], shown: Sequence[Shown], swept: Sequence[st
     """Controls, legend and an empty place for each figure, which the script fills."""
     curves = [_figure(chart["title"], chart["note"], "curves", wide=chart["wide"]) for chart in facts["charts"]]
     done, what = sum(each.finished for each in shown), facts["loss"]
-    others = []
+    others = [_figure(title, each["note"], "given", wide=True) for title, each in facts["drawn"].items()]
     if done and swept:
         note = "Each dot a finished run; the line joins the means."
         others += [_figure(f"Final {what} against {key}", note, "against", key=key) for key in swept]

@@ -11,9 +11,11 @@ from src.runs.commands.compare import FEW, command, differing, side_by_side
 from src.runs.commands.find import runs_in
 from src.runs.commands.listing import COLUMNS
 from src.runs.commands.summary import Summary, summaries
+from src.storage.json_lines import facts_in
 from src.sweeps.ledger import SWEEP, Ledger
 from src.sweeps.report.content import log_of
 from src.sweeps.report.page import POLICY, REFRESH_SECONDS, STYLE, page, plotly_script
+from src.sweeps.report.scaling import FIT_FILE
 
 LOG_BYTES = 1 << 20  # of the end of a log
 LIBRARY = '<script src="/plotly.js"></script>'
@@ -73,7 +75,8 @@ class RunPages:
         ledger = Ledger.open(there[names[0]])
         rows, swept = ledger.standings(), ledger.swept()
         asked = " ".join(["python", "launch.py", *ledger.argv])
-        return page(names[0], asked, rows, swept, ledger.tree, self._link, LIBRARY)
+        law = facts_in(ledger.path / FIT_FILE)
+        return page(names[0], asked, rows, swept, ledger.tree, self._link, LIBRARY, law)
 
     def _sweeps(self) -> list[Path]:
         return sorted(each.parent for each in self._root.glob(f"sweeps/*/{SWEEP}"))
