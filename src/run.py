@@ -14,6 +14,7 @@ from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import Precision
 from src.distributed.recompute import Recompute
 from src.errors import ConfigError
+from src.evaluation.config import Evaluation
 from src.fault_tolerance.config import FaultTolerance
 from src.metrics.alerts.config import Alerts
 from src.metrics.trackers.config import Tracker
@@ -188,6 +189,7 @@ class Run:
     checkpoint: Checkpoint
     tracker: Tracker
     alert: Alerts
+    evaluate: Evaluation
     fault_tolerance: FaultTolerance
     cluster: Cluster
     name: str

@@ -21,6 +21,7 @@ SECTIONS = (
     "checkpoint",
     "tracker",
     "alert",
+    "evaluate",
     "fault_tolerance",
     "cluster",
     "sweep",

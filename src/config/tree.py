@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Where and how a run is watched, not what it computes: these may differ between two starts of one run.
-SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker", "alert", "sweep"})
+SITE = frozenset({"root", "folder", "dry_run", "cluster", "tracker", "alert", "evaluate", "sweep"})
 # Keys that decide no number of a run, by section: no part of its identity, so the same command with another value of
 # one of them goes on with the same run. What is in neither of the two tables decides numbers, if only their last bits.
 STEERING: Mapping[str, str] = {

@@ -78,6 +78,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "src.data.hub.HubSource": {"bad_rows": "refuse", "data_dir": None},
     "src.data.sources.TextSource": {"bad_rows": "refuse"},
     "src.distributed.compile.Compile": {"graph": False},
+    "src.metrics.alerts.config.Alerts": {"straggler_share": None, "straggler_steps": 50},
     "src.metrics.trackers.config.Tracker": {"trackio": None, "mlflow": None},
     "src.models.deepseek_v3.config.DeepseekV3Config": {
         "latent_norm_eps": None,
@@ -105,6 +106,7 @@ ADDED_SECTIONS: Mapping[str, str] = {
     # 0.1 -> 0.2
     "alert": "none",
     "parametrization": "standard",
+    "evaluate": "none",
 }
 
 # Of these, what a section is that does so: with it the section is no part of a run's identity.

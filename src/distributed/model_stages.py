@@ -90,6 +90,21 @@ class ModelStages(ABC):
     def loss(self, batches: Sequence[Batch]) -> Tensor:
         """This rank's part of the summed cross entropy, without gradients. Collective."""
 
+    def row_losses(self, batches: Sequence[Batch]) -> Tensor:
+        """As `loss`, for each sequence: (batches, rows), 0 on ranks without the head. Collective."""
+        heads = [part.output for part in self.stages if part.output is not None]
+        for head in heads:
+            head.by_row = True
+        try:
+            return self._row_losses(batches)
+        finally:
+            for head in heads:
+                head.by_row = False
+
+    @abstractmethod
+    def _row_losses(self, batches: Sequence[Batch]) -> Tensor:
+        """While the head gives a loss for each row."""
+
     @abstractmethod
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         """Collective. (rows, vocabulary) after that column of tokens (rows, length), on all ranks of these rows.
@@ -130,6 +145,11 @@ class SingleStage(ModelStages):
         (model,) = self.stages
         with self._weights_in_place():
             return torch.stack([forward_loss(model, batch, self.device) for batch in batches]).sum()
+
+    def _row_losses(self, batches: Sequence[Batch]) -> Tensor:
+        (model,) = self.stages
+        with self._weights_in_place():
+            return torch.stack([forward_loss(model, batch, self.device) for batch in batches])
 
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         (model,) = self.stages

@@ -161,7 +161,21 @@ def unfit(run: "Run") -> list[str]:
     found += source_problems(run.tokenizer, run.data) if run.task.needs_corpus else []
     if run.task.needs_corpus and run.checkpoint.export_every is not None:
         found += export_problems(run.model)
+    found += _unscored(run)
     return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
+
+
+def _unscored(run: "Run") -> list[str]:
+    """What is wrong with the tasks that score the weights while they train."""
+    from src.evaluation.chosen import problems
+    from src.run import Averages, Validates
+
+    options = run.evaluate
+    if not isinstance(run.task, Validates):
+        return ["evaluate: this task trains nothing; pass evaluate=none"] if options.every or options.tasks else []
+    if options.tasks and not options.every:
+        return [f"evaluate.tasks={','.join(options.tasks)} are asked at no step; pass evaluate.every=1000, or tasks=[]"]
+    return problems(run.evaluate, isinstance(run.task, Averages) and run.task.ema_decay is not None)
 
 
 def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
@@ -206,6 +220,7 @@ def fetched(source: str, run: "Run", tell: Tell = to_stderr) -> "Fetched":
 def feed(run: "Run", shared: Shared) -> "Corpus | None":
     """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
     from src.data.corpus import check
+    from src.evaluation.config import BITS_PER_BYTE
     from src.run import Evaluates, Validates
 
     task = run.task
@@ -220,6 +235,11 @@ def feed(run: "Run", shared: Shared) -> "Corpus | None":
         steps=0 if isinstance(task, Evaluates) else task.steps,
         validation_samples=task.validate_samples if isinstance(task, Validates) and task.validate_every else 0,
     )
+    if run.evaluate.wanted and BITS_PER_BYTE in run.evaluate.tasks and not corpus.windows("validation", task.seq_len):
+        problems.append(
+            f"evaluate.tasks={BITS_PER_BYTE}: data.validation_fraction={run.data.validation_fraction} holds out no "
+            f"window of task.seq_len={task.seq_len}; raise it, or leave that task out"
+        )
     problems += task.corpus_problems(corpus) if isinstance(task, Evaluates) else []
     if problems:
         raise DataError(problems)

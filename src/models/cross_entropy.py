@@ -88,6 +88,7 @@ class Output(nn.Linear):
         self.scale_: Callable[[Tensor, Tensor], Tensor] = scale_
         # One kernel for statistics and gradient_, where a GPU holds every word; see src/models/cross_entropy_kernel.py
         self.losses_: Callable[..., Tensor] | None = None
+        self.by_row = False  # a loss for each sequence of a batch, without gradients, instead of their sum
         self.z_loss = 0.0  # weight of normalizer^2 (PaLM, arXiv 2204.02311, section 5) in gradients, not in the loss
 
     def take_kernels(self) -> None:
@@ -103,6 +104,9 @@ class Output(nn.Linear):
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """The sum over all rows whose label is not -100; `weight` holds the words from `vocabulary.offset` on."""
+        if self.by_row:
+            pairs = zip(hidden.split(1), labels.split(1), strict=True)
+            return torch.stack([self._summed(part, weight, each) for part, each in pairs])
         if labels.ndim == 2:
             return self._summed(hidden, weight, labels)
         parts = zip(hidden.chunk(len(labels)), labels, strict=True)

@@ -19,6 +19,7 @@ from src.hugging_face.origin import Origin
 from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
 from src.hugging_face.write import Held, held
 from src.models.base import ModelConfig
+from src.train.report import Report
 
 SHARD_BYTES = 5 * 10**9
 # What one rank makes of a whole folder before it is put in its place: lines for people, or CheckpointError.
@@ -77,6 +78,17 @@ class Exports:
                 self.failed = f"the export of step {step} failed: {'; '.join(error.problems)}"
 
         self._aside.start(work)
+
+    def tell(self, report: Report) -> None:
+        """What the last export cost and what its check found, once that is known."""
+        if (failed := self.failed) is not None:
+            self.failed = None
+            report.say(f"warning: {failed}; training goes on")
+        if (done := self.last) is not None:
+            self.last = None
+            costs = {"stall_seconds": done.stall_seconds, "write_seconds": done.write_seconds}
+            report.measure(done.step, {f"export/{key}": value for key, value in costs.items()})
+            report.say(f"exported step {done.step}: {'; '.join(done.lines)}")
 
     def finish(self) -> None:
         """Wait until nothing is in flight; raises what is no fault of the disk."""

@@ -35,12 +35,13 @@ from src.train.expert_load import expert_load
 from src.train.exports import Exports
 from src.train.report import Report
 from src.train.resume import go_back
-from src.train.setup import Training
+from src.train.setup import STEP_TIMEOUT_SECONDS, Training
 from src.train.stability.layer_norms import LayerNorms
 from src.train.stability.spikes import MOST_REWINDS
+from src.train.stability.stragglers import StragglerWatch
 from src.train.step.stepper import Readback, StepOutcome
 from src.train.stop import Stop
-from src.train.validate import validate
+from src.train.validate import Evaluator, validate
 
 
 class Cadence(Protocol):
@@ -71,7 +72,9 @@ class Loop:
     checkpoint: Checkpoint
     store: Store
     exports: Exports | None
+    evaluator: Evaluator | None
     norms: LayerNorms | None
+    stragglers: StragglerWatch | None
     throughput: Throughput
     startup: Startup
     report: Report
@@ -104,6 +107,7 @@ class Loop:
         self.throughput.restart()
         if self._owes_validation():
             self._validate(state.step)
+        self._evaluate(state.step)  # of an attempt before this one that was stopped in it
         for batches, waited in self._step_batches():
             if self._stopping:
                 break
@@ -120,6 +124,7 @@ class Loop:
         self._tell_export()
         if state.step == steps != self._validated:
             self._validate(steps)  # a stop had cut it short
+        self._evaluate(state.step)
         return state.step == steps and not self._stopping
 
     def _prepare(self, batches: list[Batch]) -> None:
@@ -251,17 +256,14 @@ class Loop:
 
     def _due(self, step: int) -> bool:
         """Whether anything waits for the device after this step. The first step does: its signal, its compile time."""
-        cadence = (self.cadence.log_every, self.cadence.validate_every)
-        return (
-            step in (self._first, self.plan.steps)
-            or any(every and step % every == 0 for every in cadence)
-            or self.checkpoint.due(step, last=False)
-            or self.checkpoint.exports(step)
-        )
+        validates = self.cadence.validate_every and step % self.cadence.validate_every == 0
+        saves = self.checkpoint.due(step, last=False) or self.checkpoint.exports(step)
+        return bool(self._recorded(step) or validates or saves)
 
     def _recorded(self, step: int) -> bool:
-        """Whether its numbers are; of the first step of this attempt too."""
-        return step in (self._first or step, self.plan.steps) or step % self.cadence.log_every == 0
+        """Whether its numbers are; of the first step of this attempt too, and beside scores."""
+        among = step in (self._first or step, self.plan.steps) or step % self.cadence.log_every == 0
+        return among or self._evaluates(step)
 
     def _end_interval(self, step: int) -> None:
         """Between two steps, with the device idle: tell, validate, save."""
@@ -275,6 +277,7 @@ class Loop:
             self.report.record(step, self._values(step))
         if self.cadence.validate_every and (last or step % self.cadence.validate_every == 0):
             self._validate(step)
+        self._evaluate(step)
         if self.checkpoint.due(step, last=False):
             self._save(last=False)
         if self.checkpoint.exports(step):
@@ -285,11 +288,13 @@ class Loop:
 
     def _values(self, step: int) -> dict[str, float]:
         """Collective. What is recorded of a step."""
+        pace, others = self.throughput.report(), self.stragglers
         return {
             **self._last.metrics,
             "lr": self._learning_rate(step - 1),
             "tokens": float(self.training.state.tokens),
-            **self.throughput.report(),
+            **pace,
+            **({} if others is None else others.values(step, pace["step_seconds"], pace["data_seconds"])),
             **memory(self.training.ranks.device, self.training.stepper.captured_bytes),
             **self._shares(),
             **({} if (watch := self.training.state.spikes) is None else {"spike_score": watch.score}),
@@ -337,6 +342,13 @@ class Loop:
         if self._first is not None:  # before the first step no token was routed
             self.report.picture(step, self._load())
 
+    def _evaluates(self, step: int) -> bool:
+        return self.evaluator is not None and self.evaluator.due(step)
+
+    def _evaluate(self, step: int) -> None:
+        if self.evaluator is not None and not self._stopping and not self.evaluator(step, self._stopped):
+            self._stopping = self._may_stop(asked=True)
+
     def _save(self, *, last: bool) -> None:
         state = self.training.state
         if not self.checkpoint.due(state.step, last=last) or state.step == self._saved:
@@ -372,17 +384,8 @@ class Loop:
         self.exports.start(step, self.training.network, facts)
 
     def _tell_export(self) -> None:
-        """What the last export cost and what its check found, once that is known."""
-        if self.exports is None:
-            return
-        if (failed := self.exports.failed) is not None:
-            self.exports.failed = None
-            self.report.say(f"warning: {failed}; training goes on")
-        if (done := self.exports.last) is not None:
-            self.exports.last = None
-            costs = {"stall_seconds": done.stall_seconds, "write_seconds": done.write_seconds}
-            self.report.measure(done.step, {f"export/{key}": value for key, value in costs.items()})
-            self.report.say(f"exported step {done.step}: {'; '.join(done.lines)}")
+        if self.exports is not None:
+            self.exports.tell(self.report)
 
     def _asked(self) -> bool:
         """Whether this rank wants to end: a signal came, or a save in the background failed and nothing is kept now."""
@@ -390,8 +393,3 @@ class Loop:
 
     def _stopped(self) -> bool:
         return any_rank(self._asked(), self.training.ranks.device)
-
-
-# Compiling and loading may take minutes and have their own, longer limit; a collective of a later step that takes this
-# long hangs. A checkpoint's write waits for the file system between two steps, so it must not be shorter than that.
-STEP_TIMEOUT_SECONDS = 600.0

@@ -1,9 +1,10 @@
 """Console and log output of rank 0; silent on all other ranks."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from src.evaluation.recorded import unscored
 from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
 from src.metrics.incidents import skipped_samples, write_incident
@@ -81,6 +82,12 @@ class Report:
         steps = {record.get("step") for record in Lines(self._folder / METRICS_FILE).read() if name in record}
         begun = any("loss" in record for record in Lines(self._folder / METRICS_FILE).read())
         return begun and step not in steps
+
+    def lacks_scores(self, tasks: Sequence[str], step: int) -> bool:
+        """Whether the run's metrics tell of this step, but not how its weights do in these tasks; false on ranks that
+        only compute.
+        """
+        return self._console is not None and bool(unscored(self._folder, tasks, step))
 
     def picture(self, step: int, load: ExpertLoad | None) -> None:
         """A heat map of experts, where the model has any."""

@@ -28,6 +28,9 @@ from src.train.step.stepper import Stepper
 
 # Loading and compiling hold ranks apart by minutes; a rank that is missing for half an hour will not come.
 START_TIMEOUT_SECONDS = 1800.0
+# A collective of a later step that takes this long hangs. A checkpoint's write waits for the file system between two
+# steps, so it must not be shorter than that.
+STEP_TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

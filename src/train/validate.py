@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Protocol
 
 import torch
 
@@ -38,3 +39,41 @@ def summed_loss(
             total[1] += sum(int((batch.labels != IGNORED).sum()) for batch in group) / mesh.label_copies
     nats, tokens = world_sum(total).tolist()
     return nats, tokens
+
+
+class Evaluator(Protocol):
+    """Scores the weights between two steps."""
+
+    def due(self, step: int) -> bool:
+        """Whether the weights after this step are scored."""
+
+    def __call__(self, step: int, stopped: Callable[[], bool]) -> bool:
+        """Collective. Score them, if that is due and not done yet; false where `stopped` came true, and nothing is told
+        then.
+        """
+
+
+class StoppedError(Exception):
+    """A signal asked for an end between two batches; on all ranks at the same one."""
+
+
+def row_sums(
+    network: ModelStages, batches: Iterable[Batch], stopped: Callable[[], bool]
+) -> tuple[list[float], list[int]]:
+    """Collective, with equally many batches on all data ranks: cross entropy in nats and how many tokens it is over, of
+    each row; those of a batch follow each other, data rank by data rank. StoppedError when `stopped` came true.
+    """
+    mesh, waiting = network.mesh, iter(batches)
+    found: list[torch.Tensor] = []
+    with network.inference():
+        while group := list(islice(waiting, network.width)):
+            if stopped():
+                raise StoppedError
+            shape = (2, len(group), mesh.data_ranks, len(group[0].tokens))
+            sums = torch.zeros(shape, dtype=torch.float64, device=network.device)
+            sums[0, :, mesh.data_rank] = network.row_losses(group).double() / mesh.loss_copies
+            counts = torch.stack([(batch.labels != IGNORED).sum(-1) for batch in group])
+            sums[1, :, mesh.data_rank] = counts.to(network.device).double() / mesh.label_copies
+            found.append(sums.flatten(1))
+    nats, tokens = world_sum(torch.cat(found, dim=1)).tolist() if found else ([], [])
+    return nats, [round(each) for each in tokens]

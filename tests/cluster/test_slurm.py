@@ -161,6 +161,8 @@ class Asked:
                 else "h100\n"
             )
             return subprocess.CompletedProcess(command, 0, answer, "")
+        if command[1] in ("--help", "--version"):
+            return subprocess.CompletedProcess(command, 0, "slurm-wlm 22.05.8", "")
         assert command == ["sbatch", "--test-only"]
         self.tested.append(options["input"])
         return subprocess.CompletedProcess(command, 1 if self.refuses else 0, "", self.refuses)
@@ -323,3 +325,38 @@ def test_an_element_of_an_array_goes_by_its_own_id(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert SlurmScheduler().own_job() == "7_1"
+
+
+@pytest.mark.parametrize(
+    ("version", "parameters", "help_text", "requeue", "waits"),
+    [
+        ("slurm 25.11.1", "bf_interval=30,enable_expedited_requeue", "  --wait-for-children", "expedite", True),
+        ("slurm 26.05.0", "enable_expedited_requeue", "", "expedite", False),
+        ("slurm 25.11.1", "bf_interval=30", "  --wait-for-children", "", True),  # the site has not allowed it
+        ("slurm-wlm 22.05.8", "enable_expedited_requeue", "  --wait=sec", "", False),
+    ],
+)
+def test_what_a_newer_slurm_offers_is_taken_where_it_is(
+    version: str,
+    parameters: str,
+    help_text: str,
+    requeue: str,
+    waits: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = f"Configuration data\nSchedulerParameters     = {parameters}\nSchedulerTimeSlice      = 30 sec"
+    for name, says in {"sbatch": version, "scontrol": config, "srun": help_text}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat << 'END'\n{says}\nEND\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    lines = site().script([(tmp_path / "run", TWO_NODES)])
+    assert flags(lines)["requeue"] == requeue
+    (ranks,) = (line for line in lines.splitlines() if line.startswith("srun "))
+    assert ("--wait-for-children" in ranks) == waits
+    off = site(srun={"wait-for-children": None}, requeues=0).script([(tmp_path / "run", TWO_NODES)])
+    assert "--wait-for-children" not in off
+    assert "no-requeue" in flags(off)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not client.expedites()
+    assert not client.waits_for_children()

@@ -73,9 +73,9 @@ PATIENCE_SECONDS = 60.0
 class Shot:
     """A signal that one rank gets at a chosen moment of its life."""
 
-    where: Literal["start", "step", "validation"]
+    where: Literal["start", "step", "validation", "evaluation"]
     number: int = signal.SIGTERM
-    at: int = 1  # which step, which batch of validation
+    at: int = 1  # which step, which batch of validation or of an evaluation
     rank: int = 0
     saved: int | None = None  # not before the checkpoint of this step is complete: it is written beside the steps
     told: int | None = None  # not before rank 0 has recorded this step
@@ -99,6 +99,7 @@ class Shot:
             "start": "src.tasks.pretrain.rank.resume",
             "step": "src.train.step.Stepper.__call__",
             "validation": "src.distributed.model_stages.SingleStage.loss",
+            "evaluation": "src.distributed.model_stages.SingleStage.row_losses",
         }[self.where]
         calls = 0
 

@@ -107,6 +107,7 @@ CHOICE = {
     "checkpoint": "every_500",
     "tracker": "jsonl",
     "alert": "none",
+    "evaluate": "none",
     "fault_tolerance": "none",
 }
 

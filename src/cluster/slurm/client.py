@@ -103,6 +103,33 @@ def minutes(text: str) -> int | None:
     return int(days or 0) * 1440 + hours * 60 + minute
 
 
+# The first version with expedited requeue, which a site allows by a scheduler parameter.
+EXPEDITES = (25, 11)
+EXPEDITED = "enable_expedited_requeue"
+
+
+def expedites() -> bool:
+    """Whether a job that lost a node may come back at once, first in the queue; false where nobody answers."""
+    try:
+        version = re.search(r"(\d+)\.(\d+)", _ask("sbatch", "--version"))
+        if version is None or (int(version[1]), int(version[2])) < EXPEDITES:
+            return False
+        allowed = re.search(rf"^SchedulerParameters\s*=.*\b{EXPEDITED}\b", _ask("scontrol", "show", "config"), re.M)
+        return allowed is not None
+    except SilentError:
+        return False
+
+
+def waits_for_children() -> bool:
+    """Whether srun can hold a step until the processes that its tasks started have ended, too; false where it does not
+    answer.
+    """
+    try:
+        return "--wait-for-children" in _ask("srun", "--help")
+    except SilentError:
+        return False
+
+
 # What stays as it is, however long the job waits. Of nodes that are busy or down now the queue is the answer.
 _FOR_EVER = re.compile(r"[Ii]nvalid|not (?:permitted|allowed)|denied|exceeds|violates|configuration is not available")
 

@@ -329,6 +329,7 @@ class Slurm(SiteFacts):
     def _parameters(self, asked: Resources, jobs: Sequence[QueuedJob]) -> dict[str, Any]:
         """In submitit's words."""
         step: Flags = {"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task}
+        step |= {"wait-for-children": True} if client.waits_for_children() else {}
         parameters: dict[str, Any] = {
             "job_name": job_name(jobs),
             "partition": self.partition,
@@ -349,7 +350,7 @@ class Slurm(SiteFacts):
             **{key: getattr(self, key) for key in ("account", "qos", "constraint", "exclude")},
             "gpus-per-node": asked.tasks_per_node,
             "mem": None if asked.memory_gib is None else f"{int(1024 * asked.memory_gib)}M",
-            "requeue" if self.requeues else "no-requeue": True,
+            **({"requeue": "expedite" if client.expedites() else True} if self.requeues else {"no-requeue": True}),
             **later.waiting(self.after),
         }
         return parameters | {"additional_parameters": kept(extra | self.sbatch)}

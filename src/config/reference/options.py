@@ -29,6 +29,7 @@ ABOUT_GROUPS = {
     "checkpoint": "when to save, what to keep, what to start from",
     "tracker": "where metrics go beside the run folder",
     "alert": "who is told of a failure, and how",
+    "evaluate": "which tasks score the weights while they train, and how often",
     "fault_tolerance": "replica groups that survive each other, or exchange rarely",
     "cluster": "where ranks run: this machine, or a site's batch system",
     "sweep": "which points -m makes of several values",

@@ -96,6 +96,11 @@ class Pipeline(ModelStages):
         losses = self._forward(self._ready(batches))
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
+    def _row_losses(self, batches: Sequence[Batch]) -> Tensor:
+        losses = self._forward(self._ready(batches))
+        shape = (len(batches), len(batches[0].tokens))
+        return torch.stack(losses) if losses else torch.zeros(shape, device=self.device)
+
     def logits(self, tokens: Tensor, column: int, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         results = self._forward([(tokens, {"positions": positions, "mask": mask})])
         shape = (len(tokens), self.stages[0].config.vocab_size)

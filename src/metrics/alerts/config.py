@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, Strict
 from src.config.base import Config, Line
 from src.config.bounds import Count, CountFromZero, Seconds
 
-Event = Literal["failed", "diverged", "stalled", "spike", "preempted", "finished"]
+Event = Literal["failed", "diverged", "stalled", "spike", "preempted", "finished", "straggler"]
 
 
 def _variable(name: str) -> str:
@@ -21,6 +21,7 @@ def _variable(name: str) -> str:
 
 Variable = Annotated[str, AfterValidator(_variable)]
 Factor = Annotated[float, Field(gt=1.0, le=1e6)]
+Share = Annotated[float, Field(ge=0.01, le=100.0)]
 Deviations = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
@@ -39,6 +40,10 @@ class Alerts(Config):
     """Seconds that a stall lasts at least."""
     spike_deviations: Deviations
     """A loss so many standard deviations above the mean of the last 50 lines of metrics is a spike."""
+    straggler_share: Share | None
+    """How much longer than the median's a rank's own work takes, such as 0.1, to be slow; null: nobody measures it."""
+    straggler_steps: Count
+    """Steps in a row for which a rank, or a node, is slow before it is named."""
     preemptions: Count
     """Stops of a run within 24 hours that are too many."""
     retries: CountFromZero

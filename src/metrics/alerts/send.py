@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -63,6 +64,11 @@ def tell(folder: Path, options: Alerts, event: Event, detail: str = "") -> None:
             lines.append({"missed": missed, "of": event, "time": round(time.time(), 3)})
     except (OSError, UserError):
         return
+
+
+def tell_aside(folder: Path, options: Alerts, event: Event, detail: str) -> None:
+    """As `tell`, from a thread of its own: training waits for nobody who is told."""
+    threading.Thread(target=tell, args=(folder, options, event, detail), name="alert", daemon=True).start()
 
 
 def tell_end(folder: Path, options: Alerts) -> None:

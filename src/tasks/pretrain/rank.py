@@ -18,6 +18,7 @@ from src.hugging_face.companions import Sources, companions
 from src.hugging_face.load import noted
 from src.hugging_face.origin import ends_of, origin_of
 from src.hugging_face.save import Form
+from src.metrics.alerts.send import tell_aside
 from src.metrics.alerts.watcher import AlertSink
 from src.metrics.console import Console
 from src.metrics.curve import plot
@@ -26,6 +27,7 @@ from src.metrics.throughput import Throughput, peak_flops
 from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
+from src.tasks.evaluate.live import LiveEvaluation, TrainingEvaluator
 from src.tasks.export.check_folder import check_apart
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
@@ -38,6 +40,7 @@ from src.train.resume import resume
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, make_deterministic
 from src.train.stability.attention_logits import AttentionLogits
 from src.train.stability.layer_norms import LayerNorms
+from src.train.stability.stragglers import StragglerWatch
 from src.train.stop import Stop
 
 
@@ -68,6 +71,8 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
             if groups is not None:
                 groups.leave()
             _farewell(task, run, home, corpus, training, report, finished)
+            if finished and isinstance(loop.evaluator, TrainingEvaluator):
+                loop.evaluator.conclude()
             status = "done" if finished else "stopped"
         finally:
             report.close(status)
@@ -124,7 +129,9 @@ def _loop(
         checkpoint=run.checkpoint,
         store=store,
         exports=_exports(run, folder, corpus),
+        evaluator=_evaluator(run, folder, corpus, training, batches, report) if run.evaluate.wanted else None,
         norms=_norms(training, run) if task.layer_norms else None,
+        stragglers=_stragglers(run, folder, training, report),
         throughput=_throughput(run, planned, training.ranks.device),
         startup=startup,
         report=report,
@@ -132,6 +139,19 @@ def _loop(
         facts={"run": folder.name, "layout": planned.axes},
         grace_seconds=run.cluster.grace_seconds,
     )
+
+
+def _stragglers(run: Run, folder: Path, training: Training, report: Report) -> StragglerWatch | None:
+    """Collective. Where alert.straggler_share asks for it."""
+    if (share := run.alert.straggler_share) is None:
+        return None
+
+    def tell(words: str) -> None:
+        report.say(f"warning: {words}")
+        if training.ranks.rank == 0:
+            tell_aside(folder, run.alert, "straggler", words)
+
+    return StragglerWatch(share, run.alert.straggler_steps, training.ranks.device, tell)
 
 
 def _norms(training: Training, run: Run) -> LayerNorms:
@@ -149,6 +169,14 @@ def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
     origin = origin_of(folder)
     beside = companions(run.model, tokenizer, run.tokenizer, form, Sources(origin, ()))
     return Exports(folder / "exports", run.model, form, beside, origin, check_apart)
+
+
+def _evaluator(
+    run: Run, folder: Path, corpus: Corpus, training: Training, batches: Batches, report: Report
+) -> TrainingEvaluator:
+    rows, length = Plan.read(folder).micro_batch, run.task.seq_len
+    live = LiveEvaluation(run.evaluate, training.network, batches, corpus, rows, length, origin_of(folder))
+    return TrainingEvaluator(live, training.state.average, report, run.task.steps)
 
 
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:
