@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.config.groups import options as clusters
 from src.config.wording import nearest
 from src.errors import DataError
 from src.evaluation import harness
@@ -40,13 +41,20 @@ class ChosenTasks:
         return cls(tuple(files), tuple(library), BITS_PER_BYTE in options.tasks)
 
 
-def problems(options: Evaluation, averaged: bool) -> list[str]:
-    """What of `evaluate` cannot be done; empty where nothing is evaluated. `averaged`: the run keeps an average."""
+def problems(options: Evaluation, averaged: bool, saves_every: int | None = None) -> list[str]:
+    """What of `evaluate` cannot be done; empty where nothing is evaluated. `averaged`: the run keeps an average;
+    `saves_every`: steps between its checkpoints, None: it saves none.
+    """
     if options.every and not options.tasks:
         return [f"evaluate.every={options.every} names no task; pass 'evaluate.tasks=[{BITS_PER_BYTE}]' or every=0"]
     if not options.tasks:
         return []
-    found = []
+    found = _problems_beside(options, saves_every) if options.cluster is not None else []
+    if options.arguments and options.cluster is None:
+        found.append(
+            f"evaluate.arguments={','.join(options.arguments)}: there is no command to give them to; pass "
+            "evaluate.cluster=local, or arguments=[]"
+        )
     if options.ema and not averaged:
         found.append("evaluate.ema=true: the run keeps no average (task.ema_decay=null); pass evaluate.ema=false")
     try:
@@ -69,6 +77,28 @@ def problems(options: Evaluation, averaged: bool) -> list[str]:
         found.append(f"evaluate.seeds={options.seeds}: no task has worked examples to draw; pass seeds=1, or fewshot=1")
     if not draws and options.fewshot:
         found.append(f"evaluate.fewshot={options.fewshot}: no task has questions; pass evaluate.fewshot=null")
+    return found
+
+
+def _problems_beside(options: Evaluation, saves_every: int | None) -> list[str]:
+    """Of commands that read checkpoints."""
+    found = []
+    if options.cluster not in (known := clusters("cluster")):
+        near = nearest(str(options.cluster), known) or known[0]
+        found.append(f"evaluate.cluster={options.cluster}: one of {', '.join(known)}; did you mean {near}?")
+    if saves_every is None or options.every % saves_every:
+        nearest_step = (
+            "" if saves_every is None else f"; pass evaluate.every={-(-options.every // saves_every) * saves_every}"
+        )
+        saves = "null" if saves_every is None else saves_every
+        found.append(
+            f"evaluate.every={options.every} with evaluate.cluster={options.cluster} reads checkpoints, and "
+            f"checkpoint.every={saves} saves others{nearest_step}"
+        )
+    if options.ema:
+        found.append(
+            "evaluate.ema=true: a command beside the run reads its weights; pass false, or evaluate.cluster=null"
+        )
     return found
 
 

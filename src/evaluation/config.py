@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from src.config.base import Config, Names, printable
-from src.config.bounds import Count, StepsOrNever
+from src.config.base import Config, Line, Names, printable
+from src.config.bounds import Count, SecondsOrNone, StepsOrNever
 
 # The held-out text of the run itself, in bits per byte, by source.
 BITS_PER_BYTE = "bits_per_byte"
@@ -37,6 +37,13 @@ class Evaluation(Config):
     """Drawings of these examples, whose mean is the score."""
     ema: bool
     """True: the moving average of task.ema_decay is scored instead of the weights."""
+
+    cluster: Line | None
+    """Option of the group cluster on which a command scores each checkpoint; null: the ranks that train do."""
+    arguments: Names
+    """Further words of that command, such as "parallel=fsdp4"."""
+    wait_seconds: SecondsOrNone
+    """Seconds that a run waits at its end for the scores of such commands."""
 
     @property
     def wanted(self) -> bool:

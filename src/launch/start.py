@@ -168,14 +168,17 @@ def unfit(run: "Run") -> list[str]:
 def _unscored(run: "Run") -> list[str]:
     """What is wrong with the tasks that score the weights while they train."""
     from src.evaluation.chosen import problems
-    from src.run import Averages, Validates
+    from src.run import Averages, Evaluates, Validates
 
     options = run.evaluate
+    if isinstance(run.task, Evaluates) and not options.every:
+        return problems(options, averaged=False)
     if not isinstance(run.task, Validates):
         return ["evaluate: this task trains nothing; pass evaluate=none"] if options.every or options.tasks else []
     if options.tasks and not options.every:
         return [f"evaluate.tasks={','.join(options.tasks)} are asked at no step; pass evaluate.every=1000, or tasks=[]"]
-    return problems(run.evaluate, isinstance(run.task, Averages) and run.task.ema_decay is not None)
+    averaged = isinstance(run.task, Averages) and run.task.ema_decay is not None
+    return problems(options, averaged, run.checkpoint.interval)
 
 
 def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
@@ -345,6 +348,10 @@ def start(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> tuple[str,
         return _join(tree, run, planned, shared), 0
     folder, _ = prepare(tree, run, planned, shared)
     with folder:
+        if folder.finished and run.evaluate.cluster is not None:
+            from src.tasks.evaluate.side_job import enter_late
+
+            shared.tell(enter_late(run, folder.path))
         cluster, world = backend_of(run.cluster), run.parallel.world
         if isinstance(run.fault_tolerance, Options):
             outcome = cluster.submit_groups(folder, world, run.fault_tolerance)

@@ -365,6 +365,8 @@ class Loop:
 
     def _tell_save(self) -> None:
         """What the last save cost, once it is on the disk: at the step that it holds."""
+        if self.evaluator is not None:
+            self.evaluator.aside()
         saved = self.store.last
         if saved is None or saved is self._reported:
             return

@@ -44,10 +44,13 @@ def summed_loss(
 class Evaluator(Protocol):
     """Scores the weights between two steps."""
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, /) -> bool:
         """Whether the weights after this step are scored."""
 
-    def __call__(self, step: int, stopped: Callable[[], bool]) -> bool:
+    def aside(self) -> None:
+        """Between two steps, whichever: start and hear of what runs beside training; not collective."""
+
+    def __call__(self, step: int, stopped: Callable[[], bool], /) -> bool:
         """Collective. Score them, if that is due and not done yet; false where `stopped` came true, and nothing is told
         then.
         """

@@ -169,3 +169,20 @@ def test_every_backend_has_the_whole_protocol() -> None:
     assert not isinstance(here, QueueBackend)
     asked = {name for name in dir(FakeScheduler) if not name.startswith("_")} - {"queue", "submit"}
     assert asked <= set(dir(Slurm.scheduler)) & set(dir(Local.scheduler))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_scored_by_a_job_of_its_own(site: Site) -> None:
+    """Submitted by rank 0 of a job, to the same queue; its scores are at their step, once, before the run ends."""
+    keys = ("evaluate.every=12", "evaluate.tasks=[short_texts]", "evaluate.cluster=fake", "evaluate.wait_seconds=300")
+    code, told = site.launch("name=aside", *keys)
+    assert code == 0, told
+    (run,) = re.findall(r"^job 1: (.+)$", told, re.MULTILINE)
+    until(lambda: (site.queue / "1/state").read_text() == "done", site)
+    assert (site.queue / "2/state").read_text() == "done"
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "evaluate/short_texts/bits_per_byte" in line]
+    assert [line["step"] for line in scored] == [12]
+    (folder,) = (Path(run) / "evaluations").glob("step_*/")
+    assert submissions(folder)[0]["job"] == "2"
+    assert attempts(folder)[0].ended == "finished"

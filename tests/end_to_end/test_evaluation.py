@@ -128,12 +128,3 @@ def test_the_average_is_scored_where_it_is_asked_for(
     averaged = series(folder, "validation_loss_ema")
     assert sorted(averaged) == [4, 8, 12]
     assert sorted(bits, reverse=True) == bits  # as the average falls
-
-
-@pytest.mark.slow
-def test_two_ranks_score_alike(text: tuple[str, ...], ranks: RankPool, tmp_path: Path, undisturbed: Path) -> None:
-    folder = begun(tmp_path, text, *TASKS, "parallel=fsdp2", "task.micro_batch=2")
-    assert ranks(2, live, folder) == [True, True]
-    mine, alone = scores(folder)[12], scores(undisturbed)[12]
-    assert set(mine) == set(alone)
-    assert mine["evaluate/bits_per_byte/text"] == pytest.approx(alone["evaluate/bits_per_byte/text"], rel=1e-3)

@@ -17,7 +17,8 @@ from tests.evaluation.tasks import ROWS, Oracle, write_task
 
 def options(**changes: Any) -> Evaluation:
     neutral = {"every": 10, "tasks": ["bits_per_byte"], "samples": None, "fewshot": None, "seeds": 1, "ema": False}
-    return Evaluation(**(neutral | changes))
+    aside = {"cluster": None, "arguments": [], "wait_seconds": 0.0}
+    return Evaluation(**(neutral | aside | changes))
 
 
 @pytest.mark.parametrize("name", local_tasks())
@@ -100,6 +101,7 @@ def test_seeds_give_a_spread_and_one_mean(tmp_path: Path) -> None:
     [
         ({"tasks": []}, "evaluate.every=10 names no task"),
         ({"ema": True}, "evaluate.ema=true: the run keeps no average"),
+        ({"arguments": ["parallel=tp2"]}, "evaluate.arguments=parallel=tp2: there is no command"),
         ({"tasks": ["short_texts"], "seeds": 2}, "evaluate.seeds=2: no task has worked examples"),
         ({"tasks": ["bits_per_byte"], "fewshot": 2}, "evaluate.fewshot=2: no task has questions"),
         ({"tasks": ["nowhere.yaml"]}, "nowhere.yaml: cannot be read as a task"),

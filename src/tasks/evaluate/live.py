@@ -124,6 +124,9 @@ class TrainingEvaluator:
             self.report.say(f"step {step}  {line}")
         return True
 
+    def aside(self) -> None:
+        """Nothing: all of it happens between two steps."""
+
     def conclude(self) -> None:
         """The last word of a run that has come to its end."""
         if self.newest is not None:

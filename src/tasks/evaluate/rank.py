@@ -1,6 +1,7 @@
 """What each rank of task=evaluate does: build the layout, fill it, read every source's sequences."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import exp, log
 from pathlib import Path
@@ -16,15 +17,16 @@ from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.distributed.process.rank_context import RankContext, device_type
+from src.hugging_face.origin import origin_of
 from src.run import Run
 from src.storage.atomic_write import atomic_write
 from src.tasks.evaluate.config import Evaluate
+from src.tasks.evaluate.live import LiveEvaluation, lines, numbers
+from src.tasks.evaluate.side_job import EVALUATION_FILE
 from src.tasks.source import load
 from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
 from src.train.stop import Stop
-from src.train.validate import summed_loss
-
-EVALUATION_FILE = "evaluation.json"
+from src.train.validate import StoppedError, summed_loss
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,34 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
         origin = load(task, run, network, folder, rounds=True)
         corpus = reopen(read_recipe(folder), run.cache)
         scores = _scores(task, run, network, corpus, stop)
-        if scores is not None and ranks.rank == 0:
+        asked = None if scores is None else _asked(task, run, network, corpus, folder, stop)
+        if scores is not None and asked is not None and ranks.rank == 0:
             facts = _facts(task, run, origin) | {"data": read(folder / "config.yaml")["data"]}
             values = {name: asdict(score) for name, score in scores.items()}
-            atomic_write(folder / EVALUATION_FILE, json.dumps(facts | {"scores": values}, indent=2) + "\n")
-            _tell(f"{origin}, split {task.split}", scores, folder)
+            told = facts | {"scores": values} | ({"tasks": asked[0]} if run.evaluate.tasks else {})
+            atomic_write(folder / EVALUATION_FILE, json.dumps(told, indent=2) + "\n")
+            _tell(f"{origin}, split {task.split}", scores, folder, asked[1])
         ranks.leave()
-        return scores is not None
+        return asked is not None
 
 
-def _scores(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus, stop: Stop) -> dict[str, Score] | None:
-    """Collective. By source, then "all" where there are several."""
-    batches = Batches(
+def _asked(
+    task: Evaluate, run: Run, network: ModelStages, corpus: Corpus, folder: Path, stop: Stop
+) -> tuple[dict[str, float], list[str]] | None:
+    """Collective. Numbers and lines of the tasks of `evaluate`; None where a signal came."""
+    if not run.evaluate.tasks:
+        return {}, []
+    batches, length = _batches(task, run, network, corpus), task.seq_len
+    live = LiveEvaluation(run.evaluate, network, batches, corpus, task.micro_batch, length, origin_of(folder))
+    try:
+        found, seconds = live.scores(lambda: any_rank(stop.seen is not None, network.device))
+    except StoppedError:
+        return None
+    return numbers(found) | {f"evaluate/{name}/seconds": each for name, each in seconds.items()}, lines(found)
+
+
+def _batches(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus) -> Batches:
+    return Batches(
         corpus,
         run.data,
         seq_len=task.seq_len,
@@ -76,6 +94,11 @@ def _scores(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus, stop
         micro_batch=task.micro_batch,
         micro_batches=1,
     )
+
+
+def _scores(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus, stop: Stop) -> dict[str, Score] | None:
+    """Collective. By source, then "all" where there are several."""
+    batches = _batches(task, run, network, corpus)
     sums: dict[str, tuple[float, float, float]] = {}
     for number, part in enumerate(corpus.parts):
         rows = batches.fixed(task.split, task.samples, source=number)
@@ -110,11 +133,11 @@ def _facts(task: Evaluate, run: Run, origin: Path) -> dict[str, Any]:
     }
 
 
-def _tell(title: str, scores: dict[str, Score], folder: Path) -> None:
+def _tell(title: str, scores: dict[str, Score], folder: Path, asked: Sequence[str]) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("source", "tokens", "loss", "perplexity", "bits per byte"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for name, score in scores.items():
         bits = "" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
         table.add_row(name, f"{score.tokens:,}", f"{score.loss:.4f}", f"{score.perplexity:,.3f}", bits)
-    Console(soft_wrap=True, markup=False, emoji=False).print(table, f"{folder / EVALUATION_FILE}")
+    Console(soft_wrap=True, markup=False, emoji=False).print(table, *asked, f"{folder / EVALUATION_FILE}", sep="\n")

@@ -28,6 +28,7 @@ from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.tasks.evaluate.live import LiveEvaluation, TrainingEvaluator
+from src.tasks.evaluate.side_job import SideEvaluator, SideJobs
 from src.tasks.export.check_folder import check_apart
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
@@ -71,7 +72,7 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
             if groups is not None:
                 groups.leave()
             _farewell(task, run, home, corpus, training, report, finished)
-            if finished and isinstance(loop.evaluator, TrainingEvaluator):
+            if finished and isinstance(loop.evaluator, TrainingEvaluator | SideEvaluator):
                 loop.evaluator.conclude()
             status = "done" if finished else "stopped"
         finally:
@@ -129,7 +130,7 @@ def _loop(
         checkpoint=run.checkpoint,
         store=store,
         exports=_exports(run, folder, corpus),
-        evaluator=_evaluator(run, folder, corpus, training, batches, report) if run.evaluate.wanted else None,
+        evaluator=_evaluator(run, folder, corpus, training, batches, report),
         norms=_norms(training, run) if task.layer_norms else None,
         stragglers=_stragglers(run, folder, training, report),
         throughput=_throughput(run, planned, training.ranks.device),
@@ -173,9 +174,16 @@ def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
 
 def _evaluator(
     run: Run, folder: Path, corpus: Corpus, training: Training, batches: Batches, report: Report
-) -> TrainingEvaluator:
+) -> TrainingEvaluator | SideEvaluator | None:
+    options = run.evaluate
+    if not options.wanted:
+        return None
+    if options.cluster is not None:
+        mine = training.ranks.rank == 0
+        jobs = SideJobs(options, folder.absolute(), run.root.absolute(), run.task.steps) if mine else None
+        return SideEvaluator(jobs, report, options.wait_seconds)
     rows, length = Plan.read(folder).micro_batch, run.task.seq_len
-    live = LiveEvaluation(run.evaluate, training.network, batches, corpus, rows, length, origin_of(folder))
+    live = LiveEvaluation(options, training.network, batches, corpus, rows, length, origin_of(folder))
     return TrainingEvaluator(live, training.state.average, report, run.task.steps)
 
 
