@@ -69,7 +69,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     # 0.1 -> 0.2
     "src.checkpoint.config.Checkpoint": {"keep_best": None, "progress": "all"},
     "src.cluster.local.config.Local": {"at_once": None, **_SITE},
-    "src.cluster.slurm.config.Slurm": {"after": None, **_SITE},
+    "src.cluster.slurm.config.Slurm": {"after": None, "preflight_gpus": False, **_SITE},
     "src.data.config.Hub": {"bad_rows": "refuse", "data_dir": None, "hold_out": "documents", **_ROWS},
     "src.data.config.Mixture": {"hold_out": "documents", **_ROWS},
     "src.data.config.Stdlib": {"hold_out": "documents", **_ROWS},

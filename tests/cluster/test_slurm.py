@@ -360,3 +360,21 @@ def test_what_a_newer_slurm_offers_is_taken_where_it_is(
     monkeypatch.setenv("PATH", "/nowhere")
     assert not client.expedites()
     assert not client.waits_for_children()
+
+
+@pytest.mark.parametrize(("nodes", "excluded"), [(4, "n9,n2"), (3, "n9")])
+def test_nodes_that_were_slow_are_left_out_of_the_next_submission(
+    nodes: int, excluded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where two others than n9, the site's own, remain; of a run that nobody measured nothing is known."""
+    sinfo = "\n".join(f"n{each}|96|1000000|gpu:8|infinite" for each in [*range(1, nodes), 9])
+    for name, says in {"sinfo": sinfo, "scontrol": "n9", "sbatch": "", "srun": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat << 'END'\n{says}\nEND\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = tmp_path / "run"
+    run.mkdir()
+    assert flags(site(exclude="n9").script([(run, TWO_NODES)]))["exclude"] == "n9"
+    Lines(run / "slow_nodes.jsonl").append({"node": "n2", "words": "rank 3 on n2: a product is 20 % below its twins"})
+    assert flags(site(exclude="n9").script([(run, TWO_NODES)]))["exclude"] == excluded
+    assert ("n2 found slow and not left out" in capsys.readouterr().err) == (excluded == "n9")

@@ -2,10 +2,12 @@
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from src.cluster.slurm import client
 from src.cluster.slurm.payload import QueuedJob
 from src.runs.frozen_code import NO_BYTECODE
 
@@ -48,6 +50,16 @@ def kept(given: Mapping[str, Flag]) -> dict[str, Flag]:
 def flags(given: Mapping[str, Flag]) -> list[str]:
     """As arguments."""
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in kept(given).items()]
+
+
+def left_out(excluded: str | None, partition: str | None, slow: Sequence[str], wanted: int) -> str | None:
+    """The site's excluded nodes, and those that a start of the run found slow, if enough others are there for it."""
+    if not slow:
+        return excluded
+    if client.enough_without(partition, excluded, slow, wanted):
+        return ",".join([*([excluded] if excluded else []), *slow])
+    print(f"warning: {', '.join(slow)} found slow and not left out: too few other nodes for the run", file=sys.stderr)
+    return excluded
 
 
 def teardown(python: str, requeues: int, srun: Mapping[str, Flag]) -> list[str]:

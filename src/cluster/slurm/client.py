@@ -103,6 +103,17 @@ def minutes(text: str) -> int | None:
     return int(days or 0) * 1440 + hours * 60 + minute
 
 
+def enough_without(partition: str | None, excluded: str | None, slow: Iterable[str], wanted: int) -> bool:
+    """Whether a partition (None: the default one) has so many nodes beside these; true where nobody answers."""
+    try:
+        name = partition or default_partition()
+        there = {node.name for node in nodes(name)} if name else set[str]()
+        out = set(_ask("scontrol", "show", "hostnames", excluded).split()) if excluded else set[str]()
+    except SilentError:
+        return True
+    return len(there - out - set(slow)) >= wanted
+
+
 # The first version with expedited requeue, which a site allows by a scheduler parameter.
 EXPEDITES = (25, 11)
 EXPEDITED = "enable_expedited_requeue"

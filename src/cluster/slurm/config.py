@@ -18,9 +18,9 @@ from src.checkpoint.config import hardly_fits
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
 from src.cluster.local.side_by_side import PackedRun
 from src.cluster.slurm import client, later
-from src.cluster.slurm.batch_script import Flag, flags, job_folder, job_name, kept, setup, teardown
+from src.cluster.slurm.batch_script import Flag, flags, job_folder, job_name, kept, left_out, setup, teardown
 from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
-from src.cluster.slurm.payload import QueuedJob
+from src.cluster.slurm.payload import QueuedJob, slow_nodes
 from src.cluster.slurm.resources import Resources, problems
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.submission import Prepared, Submitted, all_submitted
@@ -99,6 +99,8 @@ class Slurm(SiteFacts):
     """Points of one job array that run at the same time."""
     preflight_seconds: Seconds
     """Seconds for the first all-reduce; three times that without a further rank arriving."""
+    preflight_gpus: bool
+    """True: each rank first times a product, a copy and a sum over its node; one 15 % below its twins is left out."""
     python: Line | None
     """Interpreter on the nodes, a path or a name, without arguments; null: this one."""
     setup: Names
@@ -311,7 +313,7 @@ class Slurm(SiteFacts):
         return whole_node(self._parameters(asked, jobs[:1]), len(jobs), self.gpus_per_node, self.cpus_per_gpu)
 
     def _job(self, folder: Path, code: str, world: int) -> QueuedJob:
-        return QueuedJob(folder, code, world, Path.cwd(), self.device, self.preflight_seconds)
+        return QueuedJob(folder, code, world, Path.cwd(), self.device, self.preflight_seconds, self.preflight_gpus)
 
     def _text(self, place: Path, parameters: Mapping[str, Any], count: int = 1) -> str:
         """As submitit will write it; also where there is no SLURM."""
@@ -347,7 +349,8 @@ class Slurm(SiteFacts):
             "teardown": teardown(self._python, self.requeues, self.srun),
         }
         extra: Flags = {
-            **{key: getattr(self, key) for key in ("account", "qos", "constraint", "exclude")},
+            **{key: getattr(self, key) for key in ("account", "qos", "constraint")},
+            "exclude": left_out(self.exclude, self.partition, slow_nodes(job.folder for job in jobs), asked.nodes),
             "gpus-per-node": asked.tasks_per_node,
             "mem": None if asked.memory_gib is None else f"{int(1024 * asked.memory_gib)}M",
             **({"requeue": "expedite" if client.expedites() else True} if self.requeues else {"no-requeue": True}),

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -23,10 +25,13 @@ from src.distributed.process.rank_context import LauncherEnv
 from src.errors import FolderError, UserError
 from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import RunFolder
+from src.storage.json_lines import Lines
 
 if TYPE_CHECKING:
+    import torch
     from submitit.core.utils import DelayedSubmission
 
+SLOW_FILE = "slow_nodes.jsonl"  # of a run folder: nodes that were slower than their twins
 LOCK_SECONDS = 60.0  # the launcher holds the folder until sbatch has answered
 # Peers notice a dead rank within moments of each other; the first to leave makes srun end the others.
 LAST_WORDS_SECONDS = 3.0
@@ -45,6 +50,7 @@ class QueuedJob:
     home: Path  # where relative paths of the config count from
     device: Literal["cuda", "cpu"]
     preflight_seconds: float
+    preflight_gpus: bool = False  # whether devices are held against their twins
 
     def __call__(self) -> None:
         os.chdir(self.home)
@@ -89,10 +95,27 @@ class QueuedJob:
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # One port above the run's own, so that both rendezvous may come and go.
-        present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds)
+        then = self._twins(facts, nodes) if self.preflight_gpus else None
+        present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds, then)
         if facts.rank == 0:
             print(table(present), flush=True)
         return run_rank(RankJob(self.folder, self.code))
+
+    def _twins(self, facts: LauncherEnv, nodes: list[str]) -> "Callable[[torch.device], None]":
+        """Rank 0 keeps the list of slow nodes, for this job's next start and the run's next submission."""
+        from src.distributed.process.twins import SlowDevice, check_twins
+
+        known, ranks, per_node = slow_nodes([self.folder]), range(self.world), facts.local_world
+
+        def tell(slow: Sequence[SlowDevice]) -> None:
+            for each in slow if facts.rank == 0 else ():
+                print(f"warning: {each.words}", flush=True)
+                if each.node not in known:
+                    record = {"node": each.node, "words": each.words, "time": round(time.time(), 3)}
+                    Lines(self.folder / SLOW_FILE).append(record)
+
+        node_ranks = [ranks[first : first + per_node] for first in range(0, self.world, per_node)]
+        return partial(check_twins, facts.rank, nodes[facts.rank // per_node], node_ranks, known, tell)
 
     def _hand_over(self, rank: int) -> NoReturn:
         """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it.
@@ -124,6 +147,11 @@ class QueuedJob:
         while not released.exists():
             time.sleep(_POLL_SECONDS)
         os._exit(0)
+
+
+def slow_nodes(folders: Iterable[Path]) -> list[str]:
+    """Nodes that a start of these runs has found slow."""
+    return list(dict.fromkeys(str(line["node"]) for each in folders for line in Lines(each / SLOW_FILE).read()))
 
 
 def _release(mark: Path) -> None:

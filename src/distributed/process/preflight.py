@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from src.distributed.process.rank_context import DeviceType, LauncherEnv
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.distributed_c10d import Store
 
 _POLL_SECONDS = 0.05
@@ -46,11 +47,13 @@ def preflight(
     nodes: Sequence[str],
     address: tuple[str, int],
     seconds: float,
+    then: "Callable[[torch.device], None] | None" = None,
 ) -> list[Presence]:
     """Collective. PreflightError on every rank that arrived, instead of a hang; the ranks in order otherwise.
 
     `nodes`: names by node number. `address`: where rank 0 can open a rendezvous.
-    `seconds`: for the sum, and three times that without one more rank arriving.
+    `seconds`: for the sum, and three times that without one more rank arriving. `then`: called on each rank's device
+    while all are joined, collective.
     """
     if facts.world != world:
         raise PreflightError(f"{facts.world} ranks were started, but the plan has {world}", None)
@@ -60,7 +63,7 @@ def preflight(
         return [mine]
     store = _store(facts, nodes, address, _ARRIVAL_SHARE * seconds)
     present = _gather(store, mine, nodes, facts, _ARRIVAL_SHARE * seconds)
-    _add_up(store, facts, device_type, nodes, seconds)
+    _add_up(store, facts, device_type, nodes, seconds, then)
     return present
 
 
@@ -131,7 +134,14 @@ def _missing(store: "Store", world: int, seconds: float) -> list[int]:
     return missing
 
 
-def _add_up(store: "Store", facts: LauncherEnv, device_type: DeviceType, nodes: Sequence[str], seconds: float) -> None:
+def _add_up(
+    store: "Store",
+    facts: LauncherEnv,
+    device_type: DeviceType,
+    nodes: Sequence[str],
+    seconds: float,
+    then: "Callable[[torch.device], None] | None",
+) -> None:
     """The first collective, over the network that training will use; the group is gone afterwards."""
     import torch
     import torch.distributed as dist
@@ -150,7 +160,11 @@ def _add_up(store: "Store", facts: LauncherEnv, device_type: DeviceType, nodes: 
         total = torch.tensor(float(facts.rank), device=device)
         dist.all_reduce(total)
         got = total.item()
+        if then is not None:
+            then(device)
         dist.destroy_process_group()
+    except PreflightError:
+        raise
     except RuntimeError as error:
         raise PreflightError(
             f"rank {facts.rank} on {node}: the first sum over all ranks failed: {error}", None

@@ -1,0 +1,98 @@
+"""Devices held against their twins before a run: one that is slow by itself holds up all others for its length."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import TYPE_CHECKING
+
+from src.distributed.process.device_speed import best_seconds, copy_seconds, product_seconds
+from src.distributed.process.preflight import PreflightError
+
+if TYPE_CHECKING:
+    import torch
+
+SLOWER = 0.15  # below the speed of its twins' median; they differ by some 5 % among healthy H100
+SUM_BYTES = 1 << 26  # of the sum over a node
+WORK = {"product": "a product", "copy": "a copy", "node_sum": "a sum over its node"}
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """Seconds of each piece of work; 0 where a node has one rank and sums nothing."""
+
+    rank: int
+    node: str
+    device: str
+    product: float
+    copy: float
+    node_sum: float
+
+
+@dataclass(frozen=True)
+class SlowDevice:
+    rank: int
+    node: str
+    words: str
+
+
+def slow_devices(speeds: Sequence[DeviceSpeed]) -> list[SlowDevice]:
+    """Those more than SLOWER below the median of devices of the same name, in the order of their ranks. The lower of
+    the two in the middle counts: of two twins the faster one is healthy.
+    """
+    found = []
+    for each in speeds:
+        twins = [other for other in speeds if other.device == each.device]
+        for work, words in WORK.items():
+            usual, mine = median_low(getattr(other, work) for other in twins), getattr(each, work)
+            below = 1.0 - usual / mine if mine > 0.0 else 0.0
+            if below > SLOWER:
+                where = f"rank {each.rank} on {each.node} ({each.device})"
+                found.append(
+                    SlowDevice(each.rank, each.node, f"{where}: {words} is {100 * below:.0f} % below its twins")
+                )
+                break
+    return found
+
+
+def measured(
+    rank: int, node: str, name: str, device: "torch.device", node_ranks: Sequence[Sequence[int]]
+) -> list[DeviceSpeed]:
+    """Collective, over the default group: the speeds of all ranks. `node_ranks`: the ranks of each node."""
+    import torch
+    import torch.distributed as dist
+
+    groups = [dist.new_group(list(ranks)) for ranks in node_ranks if len(ranks) > 1]
+    mine = next((group for group in groups if rank in dist.get_process_group_ranks(group)), None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where what is gathered as objects travels
+    product, copy = product_seconds(device), copy_seconds(device)
+    seconds = 0.0
+    if mine is not None:
+        numbers = torch.zeros(SUM_BYTES // 4, device=device)
+        seconds = best_seconds(lambda: dist.all_reduce(numbers, group=mine), device)
+    found: list[DeviceSpeed] = [DeviceSpeed(rank, node, name, product, copy, seconds)] * dist.get_world_size()
+    dist.all_gather_object(found, found[0])
+    return found
+
+
+def check_twins(
+    rank: int,
+    node: str,
+    node_ranks: Sequence[Sequence[int]],
+    known: Collection[str],
+    tell: Callable[[Sequence[SlowDevice]], None],
+    device: "torch.device",
+) -> None:
+    """Collective, over the default group. PreflightError that names the nodes of slow devices, for the next start to
+    leave out; of those in `known` only `tell` hears: they were left out, and the job could not start without them.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    slow = slow_devices(measured(rank, node, name, device, node_ranks))
+    tell(slow)
+    fresh = [each for each in slow if each.node not in known]
+    if fresh:
+        raise PreflightError(
+            "; ".join(each.words for each in fresh), ",".join(dict.fromkeys(each.node for each in fresh))
+        )
