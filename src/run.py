@@ -1,7 +1,7 @@
 """One run's frozen sections, with their types: what every room above the config receives instead of a dict."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_type_hints, runtime_checkable
 
@@ -21,7 +21,7 @@ from src.metrics.trackers.config import Tracker
 from src.models.base import ModelConfig
 from src.models.parametrization.config import Parametrization
 from src.optim.base import Optimizer
-from src.optim.schedule import Schedule
+from src.optim.schedule import Schedule, StagedSchedule, in_stages
 from src.runs.cluster import Cluster
 
 
@@ -70,6 +70,15 @@ class Rehearses(Protocol):
     def rehearse(self) -> bool: ...
     @property
     def rehearse_ranks(self) -> tuple[int, ...] | None: ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A task that may go through stages."""
+
+    @property
+    def schedule_begins(self) -> tuple[bool, ...]:
+        """Of each stage, whether its schedule begins with it; empty without stages."""
 
 
 @runtime_checkable
@@ -197,11 +206,13 @@ class Run:
     root: Path
     folder: Path | None
     dry_run: bool | Literal["json", "script"]
+    stages: tuple["Run", ...] = ()  # each a run of its own, of the steps of the stage; the first is as this one begins
 
     @classmethod
     def from_sections(cls, sections: Mapping[str, Any]) -> Self:
         """A run of the objects that `src.config.build.build` returns. ConfigError for a class of another group."""
-        kinds = get_type_hints(cls)
+        stages = tuple(cls.from_sections(each) for each in sections.get("stages", ()))
+        kinds = {name: kind for name, kind in get_type_hints(cls).items() if name != "stages"}
         problems = [
             f"{name}: _target_ is a {type(sections[name]).__name__}, which is no {kinds[name].__name__}"
             for name in kinds
@@ -209,7 +220,7 @@ class Run:
         ]
         if problems:
             raise ConfigError(problems)
-        return cls(**{field.name: sections[field.name] for field in fields(cls)})
+        return cls(**{name: sections[name] for name in kinds}, stages=stages)
 
     def on_one_device(self) -> Self:
         """The same run without a layout, and without anything that is there for speed or memory."""
@@ -237,6 +248,17 @@ class Run:
         if self.parallel.fsdp > 1 or self.parallel.reshard != "default":
             return self
         return replace(self, parallel=self.parallel.model_copy(update={"reshard": "never"}))
+
+    def stage_schedules(self) -> list[StagedSchedule]:
+        """The schedule of each stage, which knows the tokens of all."""
+        assert isinstance(self.task, Staged), "only a task with stages makes some"
+        tasks = [stage.task for stage in self.stages]
+        return in_stages(
+            [stage.schedule for stage in self.stages],
+            self.task.schedule_begins,
+            [task.steps for task in tasks],
+            [task.seq_len * task.global_batch for task in tasks],
+        )
 
     @property
     def cache(self) -> Path:

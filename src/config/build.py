@@ -14,6 +14,7 @@ from src.config.base import Config, PathField
 from src.config.bounds import Seed
 from src.config.groups import EXPERIMENT, RECIPE, SECTIONS, SHORT, SHORT_OF, tasks_with
 from src.config.presets import section_of, with_target
+from src.config.stages import stage_trees
 from src.config.tree import Tree
 from src.config.upgrades import ADDED_SECTIONS
 from src.errors import ConfigError
@@ -49,7 +50,8 @@ class Top(Config):
 
 
 def build(tree: Tree, *, within: str = "src.", sections: Sequence[str] = SECTIONS) -> dict[str, object]:
-    """Top keys and sections, every `_target_` made into its object; one ConfigError with all problems otherwise.
+    """Top keys and sections, every `_target_` made into its object, and the same of each stage (`stages`, of a run in
+    stages alone); one ConfigError with all problems otherwise.
 
     A target must be a Config class of a module whose name starts with `within`.
     """
@@ -65,7 +67,22 @@ def build(tree: Tree, *, within: str = "src.", sections: Sequence[str] = SECTION
         built[name] = builder.section(name, tree.get(name, _neutral(name)))
     if builder.problems:
         raise ConfigError(builder.problems)
+    if staged := stage_trees(tree):
+        built["stages"] = _built_stages(staged, within, sections)
     return built
+
+
+def _built_stages(trees: Sequence[Tree], within: str, sections: Sequence[str]) -> list[dict[str, object]]:
+    """The objects of each stage; one ConfigError that says of which stage each problem is."""
+    found, problems = [], []
+    for number, tree in enumerate(trees, 1):
+        try:
+            found.append(build(tree, within=within, sections=sections))
+        except ConfigError as error:
+            problems += [f"stage {number}: {each}" for each in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def _neutral(name: str) -> Tree | None:

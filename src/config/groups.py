@@ -53,6 +53,7 @@ SHORT = (
     "samples",
     "seq_len",
     "micro_batch",
+    "stages",
     "biases",
     "shard_gb",
     "check",

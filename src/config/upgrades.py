@@ -94,6 +94,7 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "qk_clip": None,
         "spike_score": None,
         "spike_window": 128,
+        "stages": None,
         "on_spike": "note",
         "z_loss": 0.0,
         "router_z_loss": 0.0,

@@ -3,7 +3,7 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,11 @@ class Batches:
         ranks: int,
         micro_batch: int,
         micro_batches: int,
+        read_before: Sequence[int] = (),
     ) -> None:
+        """`read_before`: samples of each source that the run has used up in other orders, behind which this one goes
+        on; empty: none.
+        """
         assert 0 <= rank < ranks, "a data rank outside its group"
         self._corpus = corpus
         self._data = data
@@ -68,7 +72,8 @@ class Batches:
         self._ranks = ranks
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
-        self._name = f"{corpus.fingerprint}/{seed}/{seq_len}"
+        self._read_before = np.array(read_before or [0] * len(corpus.parts), np.int64)
+        self._name = "/".join(map(str, [corpus.fingerprint, seed, seq_len, *(read_before if any(read_before) else ())]))
         self._train = _permutations(corpus, "train", seq_len, seed)
         self._held_out = _permutations(corpus, "validation", seq_len, 0)  # the same rows for every seed: runs compare
         self._summed = (0, 0)
@@ -193,6 +198,8 @@ class Batches:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source and window of each sample."""
         sources, local = self._corpus.interleave(samples)
+        if permutations is self._train:
+            local = local + self._read_before[sources]
         windows = np.empty_like(local)
         for number, permutation in enumerate(permutations):
             chosen = sources == number

@@ -22,6 +22,11 @@ RECIPE = "data.json"  # of a run folder
 AS_EVER = RowRules()  # rows as every version made them
 
 
+def recipe_file(stage: int = 1) -> str:
+    """The file of a run folder that says what a stage of the run reads: data.json, data_2.json, ..."""
+    return RECIPE if stage == 1 else f"data_{stage}.json"
+
+
 @dataclass(frozen=True)
 class Part:
     name: str
@@ -129,11 +134,12 @@ class Corpus:
         return recipe | ({"skipped": skipped} if skipped else {})
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
+def read_recipe(folder: Path, stage: int = 1) -> dict[str, Any]:
     """What `Corpus.recipe` said in data.json of a run folder. DataError where it is missing, cut off or no recipe."""
-    recipe = read_facts(folder / RECIPE)
+    file = folder / recipe_file(stage)
+    recipe = read_facts(file)
     if not isinstance(recipe, dict) or not {"fingerprint", "tokenizer", "parts"} <= recipe.keys():
-        raise DataError(f"{folder / RECIPE}: says nothing of tokens; the command that began the run makes it anew")
+        raise DataError(f"{file}: says nothing of tokens; the command that began the run makes it anew")
     return recipe
 
 

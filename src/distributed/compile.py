@@ -1,5 +1,6 @@
 """Regional torch.compile, one block at a time: blocks share one graph, so compile time does not grow with depth."""
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,3 +91,16 @@ def compile_seconds() -> float:
     spent = {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
     outermost = ("_compile.compile_inner", "compile_fx.<locals>.bw_compiler")
     return sum(spent.get(name, 0.0) for name in outermost)
+
+
+def forget_compilations() -> None:
+    """Drop all that this process has compiled, and the seconds of it: what comes has other shapes, and torch compiles
+    one function for few of them.
+    """
+    if "torch._dynamo" not in sys.modules:  # seconds to import, where nothing was compiled
+        return
+    import torch
+    from torch._dynamo.utils import compilation_time_metrics
+
+    torch.compiler.reset()
+    compilation_time_metrics.clear()

@@ -72,7 +72,7 @@ class ModelStages(ABC):
             with self.weights.in_place():
                 pass
 
-    def before_step(self, step: int, steps: int) -> None:
+    def before_step(self, step: float, steps: float) -> None:
         """Set what follows a schedule besides the learning rate; `step` is counted from 0, of `steps`."""
         for part in self.stages:
             part.before_step(step, steps)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.folder import VALUES, complete, fault, read_initial, read_marker, step_of
 from src.checkpoint.stored import shapes
+from src.config.stages import entries
 from src.config.tree import read
 from src.errors import CheckpointError, UserError, some
 from src.optim.schedule import Schedule
@@ -66,6 +67,8 @@ def _former(config: Path) -> tuple[Schedule, float, int] | None:
     """Schedule, peak learning rate and steps of the run whose folder this is; None where nothing readable says so."""
     try:
         tree = read(config)
+        if entries(tree):  # its rate is that of a span of stages
+            return None
         schedule = {key: value for key, value in tree["schedule"].items() if key != "_target_"}
         return Schedule.model_validate(schedule), float(tree["optim"]["lr"]), int(tree["task"]["steps"])
     except (UserError, ValueError, TypeError, LookupError, AttributeError):

@@ -30,13 +30,24 @@ def opening_lines(run: "Run", plan: "Plan", corpus: "Corpus", folder: Path, comm
             f"{plan.groups * plan.world} x {device}: {axes}; {precision}, {compiled}, recompute {plan.recompute}",
         ),
         ("step", f"{plan.tokens_per_step:,} tokens: {plan.sequences_per_step:,} sequences of {run.task.seq_len:,}"),
-        ("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens{_passes(plan)}"),
+        ("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens{'' if plan.training_stages else _passes(plan)}"),
+        *_stages(run, plan),
         ("data", f"{_sources(run)}; {corpus.preparation.documents:,} documents, {corpus.preparation.tokens:,} tokens"),
         ("tokenizer", f"{type(run.tokenizer).__name__.lower()}, {corpus.vocab_size:,} ids"),
         ("watch", f"python -m src.runs watch {folder}"),
         ("stop", f"Ctrl-C saves; to go on: {command}"),
     ]
     return [line for name, text in rows for line in _wrapped(name, text)]
+
+
+def _stages(run: "Run", plan: "Plan") -> list[tuple[str, str]]:
+    found, begun = [], 0
+    for number, (stage, each) in enumerate(zip(run.stages, plan.training_stages, strict=True), 1):
+        size = f"{each.sequences_per_step:,} sequences of {stage.task.seq_len:,}"
+        told = f"steps {begun + 1:,} to {each.steps:,} of {_sources(stage)}: {size}, {each.tokens:,} tokens"
+        found.append((f"stage {number}", told + _passes(each)))
+        begun = each.steps
+    return found
 
 
 def _passes(plan: "Plan") -> str:

@@ -113,7 +113,12 @@ def checked(trees: list[Tree], names: Sequence[str] = ()) -> "list[tuple[Tree, R
 
     def planned(point: "tuple[Tree, Run]") -> "Plan":
         tree, run = point
-        return plan(run, None, run.cluster.devices(), unfit(run), interruptions(tree, run))
+        devices, measured = run.cluster.devices(), interruptions(tree, run)
+        if not run.stages:
+            return plan(run, None, devices, unfit(run), measured)
+        from src.planning.staged.plans import plan_stages
+
+        return plan_stages(run, devices, unfit, measured)
 
     runs = map_collecting_errors(Run.from_sections, sections, names)
     plans = map_collecting_errors(planned, zip(trees, runs, strict=True), names)
@@ -190,8 +195,9 @@ def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
 
     folder = place(run.root, run.name, identity(tree), run.folder)
     if run.task.needs_corpus:
-        if problems := [line for _, source in run.data.parts().values() for line in source.problems()]:
-            raise DataError(problems)
+        datas = [each.data for each in run.stages or [run]]
+        if problems := [line for data in datas for _, source in data.parts().values() for line in source.problems()]:
+            raise DataError(dict.fromkeys(problems))
         tell(f"warning: {line}" for line in vocabulary_warnings(run.tokenizer, run.model.vocab_size))
     check_initial(run, folder)
     tell(taken(tree, run, folder))
@@ -250,14 +256,14 @@ def feed(run: "Run", shared: Shared) -> "Corpus | None":
     return corpus
 
 
-def check_same_data(corpus: "Corpus", folder: Path) -> None:
+def check_same_data(corpus: "Corpus", folder: Path, stage: int = 1) -> None:
     """DataError where the run has begun with others: it goes on with its own data or not at all."""
-    from src.data.corpus import RECIPE, read_recipe
+    from src.data.corpus import read_recipe, recipe_file
 
-    if not (folder / RECIPE).exists():
+    if not (folder / recipe_file(stage)).exists():
         return
     try:
-        before = read_recipe(folder)
+        before = read_recipe(folder, stage)
     except DataError as error:  # its checkpoints say by their digest whether these are its samples
         print(f"note: {error}; made anew", file=sys.stderr)
         return
@@ -265,11 +271,11 @@ def check_same_data(corpus: "Corpus", folder: Path) -> None:
         raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")
 
 
-def record(corpus: "Corpus", folder: Path) -> None:
+def record(corpus: "Corpus", folder: Path, stage: int = 1) -> None:
     """data.json: what the ranks open."""
-    from src.data.corpus import RECIPE
+    from src.data.corpus import recipe_file
 
-    atomic_write(folder / RECIPE, json.dumps(corpus.recipe(), indent=2) + "\n")
+    atomic_write(folder / recipe_file(stage), json.dumps(corpus.recipe(), indent=2) + "\n")
 
 
 def refuse_queued(folder: Path, scheduler: JobScheduler) -> None:
@@ -303,6 +309,7 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     from src.hugging_face.load import note
     from src.launch.initial import check_samples
     from src.launch.opening import opening_lines
+    from src.planning.staged.data import fed, feeds
     from src.run import Validates
     from src.runs.folder import RunFolder, may_change
     from src.runs.twins import near
@@ -310,8 +317,8 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     source = wanted(tree, run)
     tell = shared.tell
     weights = None if source is None else fetched(source, run, tell)
-    corpus = feed(run, shared)
-    answers = planned if corpus is None else planned.with_data(run, corpus)
+    corpora = feeds(run, lambda each: feed(each, shared))
+    answers = fed(planned, run, corpora)
     tell(f"warning: {line}" for line in answers.warnings)
     tell(f"warning: {line}" for line in run.alert.unheard(os.environ))
     path = place(run.root, run.name, identity(tree), run.folder)
@@ -320,9 +327,10 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
 
     def ask(folder: Path) -> None:
         refuse_queued(folder, scheduler)
-        if corpus is not None:
-            check_same_data(corpus, folder)
-            check_samples(run, folder, corpus)
+        for number, each in enumerate(corpora, 1):
+            check_same_data(each, folder, number)
+        if corpora:
+            check_samples(run, folder, corpora[0])
 
     where: dict[str, Any] = {"root": run.root, "name": run.name, "identity": identity(tree), "folder": path}
     folder = RunFolder.open(tree, facts, **where, scheduler=scheduler, ask=ask, code=shared.code)
@@ -330,10 +338,10 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
         tell([opening(folder)])
         if not folder.resumed and run.folder is None and (twin := near(folder.path.parent, tree, may_change)):
             tell([f"note: {twin}"])
-        if corpus is not None:
-            record(corpus, folder.path)
-            if shared.command is not None and isinstance(run.task, Validates) and not folder.finished:
-                tell(opening_lines(run, answers, corpus, folder.path, shared.command))
+        for number, each in enumerate(corpora, 1):
+            record(each, folder.path, number)
+        if corpora and shared.command is not None and isinstance(run.task, Validates) and not folder.finished:
+            tell(opening_lines(run, answers, corpora[0], folder.path, shared.command))
         if weights is not None:
             note(folder.path, weights)
     except BaseException:

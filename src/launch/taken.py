@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.stored import shapes
+from src.config.stages import stage_at
 from src.config.tree import Tree, difference, read
 from src.launch.initial import initial_of, read_values
 
@@ -24,7 +25,9 @@ def taken(tree: Tree, run: "Run", folder: Path) -> list[str]:
     values, config = read_values(path), path.parents[1] / "config.yaml"
     lines = [f"from {path}: {values['step']:,} steps, {values['position']:,} samples"]
     if config.is_file():
-        changed = [line for line in difference(read(config), tree, steering=True) if _told(line)]
+        changed = [
+            line for line in difference(stage_at(read(config), values["step"]), tree, steering=True) if _told(line)
+        ]
         lines += [f"  {line}" for line in changed[:MOST]]
         lines += [f"  and {len(changed) - MOST} more keys differ"] if len(changed) > MOST else []
     place = f"go on at {values['position']:,}" if run.checkpoint.progress == "samples" else "begin at 0"

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import FolderError
-from src.metrics.history import Series, read
+from src.metrics.history import History, Series, borders, read
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE
 
 CURVE_FILE = "loss.png"
-TRAIN, TRAIN_POINTS, VALIDATION = "#1f4e79", "#9dbcd9", "#d9622b"
+TRAIN, TRAIN_POINTS, VALIDATION, BORDER = "#1f4e79", "#9dbcd9", "#d9622b", "#999999"
 
 
 def plot(folder: Path) -> Path:
@@ -26,6 +26,7 @@ def plot(folder: Path) -> Path:
     figure = Figure(figsize=(9.0, 5.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     _draw(axes, loss, validation, tokens)
+    _mark_borders(axes, history, tokens)
     axes.set_title(folder.resolve().name, loc="left", fontsize=13, fontweight="bold")
     if history.attempts > 1:
         axes.set_title(f"{history.attempts} attempts", loc="right", fontsize=10, color="#666666")
@@ -62,6 +63,15 @@ def _draw(axes: Any, loss: Series, validation: Series, tokens: Series | None) ->
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=10.5)
+
+
+def _mark_borders(axes: Any, history: History, tokens: Series | None) -> None:
+    """A line where each stage but the first begins."""
+    ends = borders(history)
+    for number, place in zip(ends, at_tokens(Series([*ends.values()]), tokens), strict=True):
+        axes.axvline(place, color=BORDER, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        where = {"xy": (place, 1.0), "xycoords": ("data", "axes fraction"), "va": "top"}
+        axes.annotate(f" stage {number}", fontsize=8.5, color="#666666", **where)
 
 
 def at_tokens(series: Series, tokens: Series | None) -> list[float]:

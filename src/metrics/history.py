@@ -56,3 +56,10 @@ def read(folder: Path) -> History:
 def _ordered(points: dict[int, float]) -> Series:
     steps = sorted(points)
     return Series(steps, [points[step] for step in steps])
+
+
+def borders(history: History) -> dict[int, int]:
+    """Of a run in stages: number of each stage but the first -> the last step that was recorded of the one before."""
+    stage = history.series.get("stage", Series())
+    each = zip(stage.steps, stage.values, stage.values[1:], strict=False)
+    return {int(after): step for step, before, after in each if after != before}

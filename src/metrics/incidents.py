@@ -41,8 +41,11 @@ def write_incident(
         logger.warning("%s cannot be written: %s", folder / INCIDENTS_FILE, error)
 
 
-def skipped_samples(folder: Path) -> list[tuple[int, int]]:
-    """First sample, and that behind the last, of each step whose update was left out because it stood out."""
-    lines = Lines(folder / INCIDENTS_FILE).read()
+def skipped_samples(folder: Path, *, after: int = 0) -> list[tuple[int, int]]:
+    """First sample, and that behind the last, of each step whose update was left out because it stood out.
+
+    `after`: a step; those up to it were numbered otherwise.
+    """
+    lines = (line for line in Lines(folder / INCIDENTS_FILE).read() if line.get("step", after + 1) > after)
     samples = [line["samples"] for line in lines if line.get("decision") in ("skip_batch", "rewind")]
     return [(each[0], each[-1] + 1) for each in samples if each]

@@ -26,6 +26,7 @@ NAMES = (
     MetricName("grad_norm", "", "2-norm of all gradients, before clipping"),
     MetricName("lr", "", "learning rate of the step"),
     MetricName("tokens", "tokens", "trained on since the run began, over all ranks"),
+    MetricName("stage", "", "number of the stage that the step is of, from 1; only of a run in stages"),
     MetricName("tokens_per_second", "tokens/s", "of one device, since the last line"),
     MetricName("step_seconds", "s", "of one optimizer step, mean since the last line"),
     MetricName("data_seconds", "s", "of a step that were spent waiting for a batch"),

@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         counts = [moe.tokens_per_expert for moe in self.mixtures()]
         return counts if self.mtp is None else [*counts, self.mtp.nats]
 
-    def before_step(self, step: int, steps: int) -> None:
+    def before_step(self, step: float, steps: float) -> None:
         """Set what follows a schedule besides the learning rate; `step` is counted from 0, of `steps`."""
         if self.mtp is not None:
             self.mtp.before_step(step, steps)

@@ -24,7 +24,7 @@ from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
 from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction, predict
-from src.planning.training_rules import average_bytes, training_problems
+from src.planning.training_rules import average_bytes, rehearsal_problems, training_problems
 from src.run import Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates, WithoutModel
 from src.runs.cluster import Devices
 from src.runs.records import PLAN_FILE
@@ -68,6 +68,7 @@ class Plan:
     fits: bool | None  # None: no limit is known
     time: Prediction | None  # None: of a device that is not known, and of what takes no training steps
     warnings: tuple[str, ...]
+    training_stages: tuple["Plan", ...] = ()  # of a run in stages, each until its last step of the run
 
     @property
     def predicted_rate(self) -> float | None:
@@ -77,7 +78,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `memory` with its sums."""
         memory = asdict(self.memory) | {"allocated": self.memory.allocated, "peak": self.memory.peak}
-        return asdict(self) | {
+        inner = [each.to_dict() for each in self.training_stages]
+        own = {key: value for key, value in asdict(self).items() if key != "training_stages"}
+        return (own | {"training_stages": inner} if inner else own) | {
             "memory": memory,
             "recompute": self.recompute.model_dump(),
             "time": None if self.time is None else self.time.to_dict(),
@@ -90,13 +93,18 @@ class Plan:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read plan.json, which the launcher wrote into the run folder."""
-        values: dict[str, Any] = json.loads((folder / PLAN_FILE).read_text())
+        return cls.from_dict(json.loads((folder / PLAN_FILE).read_text()))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
         parts = {each.name: values["memory"][each.name] for each in fields(Memory)}  # without its sums
         timed = values.get("time")  # of a folder of version 0.1: nothing
         typed = {
             "memory": Memory(**parts),
             "recompute": Recompute(**values["recompute"]),
             "time": None if timed is None else Prediction.from_dict(timed),
+            "training_stages": tuple(map(cls.from_dict, values.get("training_stages", ()))),
         }
         return cls(**values | typed | {key: tuple(values[key]) for key in ("stages", "warnings")})
 
@@ -131,7 +139,7 @@ def plan(
         *([] if _infers(run) else batch.float8_problems(run, load.micro_batch)),
         *_section_problems(run),
         *replica_groups.problems(run, devices, load.micro_batches, _pipeline_problems),
-        *_rehearsal_problems(run),
+        *rehearsal_problems(run),
         *machines.float8_problems(run, devices),
         *machines.kernel_problems(run, devices),
         *machines.graph_problems(run, devices),
@@ -318,16 +326,6 @@ def _follows_the_schedule(run: Run) -> bool:
 def _rehearses(run: Run) -> bool:
     """Then ranks are built and counted, and a batch that does not fit the layout is a warning: nobody trains on it."""
     return isinstance(run.task, Rehearses) and run.task.rehearse
-
-
-def _rehearsal_problems(run: Run) -> list[str]:
-    if not isinstance(run.task, Rehearses) or not run.task.rehearse:
-        return []
-    found = [] if run.dry_run else ["task.rehearse=true builds ranks and trains nothing; pass dry_run=true"]
-    world = run.parallel.world
-    if beyond := [rank for rank in run.task.rehearse_ranks or () if rank >= world]:
-        found.append(f"task.rehearse_ranks={beyond} are beyond the {world} ranks of parallel; at most {world - 1}")
-    return found
 
 
 def _section_problems(run: Run) -> list[str]:

@@ -1,5 +1,7 @@
 """The plan as the table of text that `launch.py` prints."""
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -16,12 +18,46 @@ def render(plan: Plan) -> Group:
     """Two tables and the warnings; print it with a rich console, or `plan.to_json()` for machines."""
     warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
     tables = [_table("plan", _facts(plan)), _table("memory of the fullest GPU, estimated", _memory(plan))]
+    if plan.training_stages:
+        tables.insert(1, _stages(plan.training_stages))
     if plan.time is not None:
         tables.append(_table(f"time on {plan.world} x {plan.time.gpu}, predicted", _time(plan.time, plan)))
         tables.append(_table("matrix products of blocks, on one rank, of a micro-batch", _products(plan.time)))
         if plan.time.terms.collectives:
             tables.append(_table("collectives of one rank, of a step", _collectives(plan.time)))
     return Group(*tables, *warnings)
+
+
+def _stages(stages: Sequence[Plan]) -> Table:
+    """A row for each stage."""
+    table = Table(title="stages", title_justify="left")
+    timed = [each.time for each in stages if each.time is not None]
+    for heading in ("", "steps", "tokens", "of a step", "mesh", "recompute", "last lr", "memory"):
+        table.add_column(heading, justify="right")
+    if len(timed) == len(stages):
+        table.add_column("a step", justify="right")
+        table.add_column("hours", justify="right")
+    begun = 0
+    for number, plan in enumerate(stages, 1):
+        length = plan.tokens_per_step // plan.sequences_per_step
+        row = [
+            str(number),
+            f"{begun + 1:,} to {plan.steps:,}",
+            f"{plan.tokens:,}",
+            f"{plan.sequences_per_step:,} x {length:,}",
+            " x ".join(f"{axis} {degree}" for axis, degree in plan.axes.items()) or "one rank",
+            str(plan.recompute),
+            f"{plan.last_lr:.3g}",
+            told(plan.memory.peak),
+        ]
+        if len(timed) == len(stages):
+            row += [
+                _seconds(timed[number - 1].step.seconds),
+                _interval(timed[number - 1].hours, timed[number - 1].within),
+            ]
+        table.add_row(*row)
+        begun = plan.steps
+    return table
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -40,7 +76,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("ranks", f"{plan.world} on {plan.nodes} node{'s' if plan.nodes > 1 else ''}"),
         *([("replica groups of these ranks", f"{plan.groups}")] if plan.groups > 1 else []),
         ("mesh", mesh),
-        ("sequences per step", f"{plan.sequences_per_step:,}"),
+        ("sequences per step" + " of the first stage" * bool(plan.training_stages), f"{plan.sequences_per_step:,}"),
         ("  = micro-batches x micro-batch x data ranks", batch),
         ("tokens per step", f"{plan.tokens_per_step:,}"),
         ("steps", f"{plan.steps:,}"),

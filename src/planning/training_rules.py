@@ -1,7 +1,7 @@
 """Rules about what a training step does besides its update: averages, penalties, norms of layers."""
 
 from src.distributed.precision.config import BYTES
-from src.run import Averages, ClipsLogits, MeasuresLayers, Merges, Penalises, Run, WatchesSpikes
+from src.run import Averages, ClipsLogits, MeasuresLayers, Merges, Penalises, Rehearses, Run, WatchesSpikes
 
 
 def training_problems(run: Run) -> list[str]:
@@ -68,3 +68,14 @@ def average_bytes(run: Run) -> int:
     if not isinstance(run.task, Averages) or run.task.ema_decay is None or run.task.ema_offload:
         return 0
     return BYTES[run.task.ema_dtype]
+
+
+def rehearsal_problems(run: Run) -> list[str]:
+    """Why some ranks of the layout cannot be built on this CPU instead of training."""
+    if not isinstance(run.task, Rehearses) or not run.task.rehearse:
+        return []
+    found = [] if run.dry_run else ["task.rehearse=true builds ranks and trains nothing; pass dry_run=true"]
+    world = run.parallel.world
+    if beyond := [rank for rank in run.task.rehearse_ranks or () if rank >= world]:
+        found.append(f"task.rehearse_ranks={beyond} are beyond the {world} ranks of parallel; at most {world - 1}")
+    return found

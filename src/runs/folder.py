@@ -7,6 +7,7 @@ checkpoints/  attempts.jsonl  lock
 """
 
 import json
+import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -325,4 +326,5 @@ def _whole(path: Path, config: Path) -> trees.Tree:
 
 def may_change(key: str) -> bool:
     """Whether a run stays the same run with another value of this dotted key."""
+    key = re.sub(r"^task\.stages\.\d+\.", "", key)  # what a stage changes is judged as it is elsewhere
     return trees.steers(key) or any(key == each or key.startswith(f"{each}.") for each in OPERATIONAL)

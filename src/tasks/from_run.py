@@ -10,6 +10,7 @@ from pathlib import Path
 
 from src.checkpoint.folder import complete, step_of
 from src.config.groups import FROM, RECIPE, SHORT
+from src.config.stages import stage_at
 from src.config.tree import SITE, Tree, identity, read
 from src.errors import CheckpointError, ConfigError
 from src.tasks.inherit import find, kept_tokenizer, meant, overlaid
@@ -27,7 +28,7 @@ def begun_from(tree: Tree, typed: Mapping[str, str]) -> Tree:
     _check(ours, typed, text)
     step = _step(text, ours)
     folder = step.parents[1]
-    theirs = read(folder / "config.yaml")
+    theirs = stage_at(read(folder / "config.yaml"), step_of(step) or 0)
     if theirs["task"].get("_target_") != PRETRAIN:
         raise CheckpointError(
             f"{FROM}={text}: {folder} is no run of task=pretrain, and has no optimizer to go on with; its weights "

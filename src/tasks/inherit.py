@@ -7,6 +7,7 @@ from typing import Any
 
 from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import complete, is_complete, step_folder, step_of
+from src.config.stages import stage_at
 from src.config.tree import Tree, read
 from src.config.wording import nearest
 from src.errors import CheckpointError, ConfigError, some
@@ -15,13 +16,14 @@ KEPT = "src.data.tokenizer.Kept"
 IDLE = ("optim", "parametrization", "schedule", "recompute")
 
 
-def sections(folder: Path) -> Tree:
-    """Tokenizer and precision of a run folder.
+def sections(folder: Path, step: int) -> Tree:
+    """The config of a run folder, as it was in the stage that took this step, with its tokenizer and precision for
+    other tasks.
 
     The tokenizer is the stored one, since a trained one cannot be made again from other data; precision without float8,
     which is for training.
     """
-    tree = read(folder / "config.yaml")
+    tree = stage_at(read(folder / "config.yaml"), step)
     if (kept := kept_tokenizer(folder, tree)) is not None:
         tree["tokenizer"] = kept
     tree["precision"] = tree["precision"] | {"float8": None}

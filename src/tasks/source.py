@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from src.checkpoint.config import FOREIGN
 from src.checkpoint.folder import step_of
 from src.config.base import path_text
+from src.config.composition.stages import resolved
 from src.config.groups import CONF, FROM, LADDER, SCALE
 from src.config.tree import Tree, read
 from src.errors import CheckpointError
@@ -47,10 +48,14 @@ class Reads(Protocol):
 
 
 def completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
-    """The tree with what `run=`, `from=`, model=auto and null sizes stand for; what was typed wins.
+    """The tree with what `run=`, `from=`, model=auto, null sizes and stages stand for; what was typed wins.
 
-    CheckpointError or DataError when that is nothing.
+    CheckpointError, ConfigError or DataError when that is nothing.
     """
+    return resolved(_completed(tree, typed), typed)
+
+
+def _completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
     if FROM in tree:
         return with_vocabulary(begun_from(tree, typed))
     if SCALE in tree or LADDER in tree:
@@ -130,7 +135,7 @@ def _of_run(tree: Tree, typed: Mapping[str, str], keys: tuple[str, str] = ("task
     checkpoint = find(folder, task.get("step"), keys)
     if task.get("ema"):
         _check_average(folder, checkpoint)
-    earlier = sections(folder)
+    earlier = sections(folder, step_of(checkpoint) or 0)
     inherited = {key: overlaid(key, earlier[key], tree, typed) for key in INHERITED if key not in typed}
     given = {"run": str(folder), "step": step_of(checkpoint)}
     if "seq_len" in task and not {"seq_len", "task.seq_len"} & typed.keys():

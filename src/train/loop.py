@@ -27,7 +27,7 @@ from src.metrics.memory import memory
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput
 from src.optim.base import Optimizer
-from src.optim.schedule import Schedule
+from src.optim.schedule import Schedule, StagedSchedule
 from src.optim.state import scale_learning_rates
 from src.planning.plan import Plan
 from src.train.audit import SampleAudit
@@ -67,7 +67,7 @@ class Loop:
     plan: Plan
     cadence: Cadence
     optim: Optimizer
-    schedule: Schedule
+    schedule: Schedule | StagedSchedule
     batches: Batches
     checkpoint: Checkpoint
     store: Store
@@ -133,7 +133,7 @@ class Loop:
         if self.norms is not None:
             self.norms.wanted = self._recorded(state.step + 1)
         scale_learning_rates(state.optimizer, self.schedule.multiplier(state.step, steps))
-        self.training.network.before_step(state.step, steps)
+        self.training.network.before_step(*self.schedule.place(state.step, steps))
         if state.spikes is not None:
             self.training.stepper.set_limits(state.spikes.limits(state.step + 1, self._samples(state.step + 1)))
         self._audit.feed(state.step + 1, state.position, batches, share=self._share, summed=self._summed())

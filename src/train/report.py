@@ -24,6 +24,8 @@ class Report:
         """`open_log`: of a rank that may come to speak for other groups too."""
         self._log, self._console, self._folder, self._open_log = log, console, folder, open_log
         self._quiet = False
+        self._marks: Mapping[str, float] = {}
+        self._skips_after = 0
         # Of steps that another group was to record: it may have died before it did.
         self._unrecorded: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=MOST_UNRECORDED)
 
@@ -37,13 +39,17 @@ class Report:
         self._log = self._open_log() if wanted else None
         self._make_good()
 
+    def enter_stage(self, number: int, samples_since: int) -> None:
+        """From now on numbers are of this stage, whose samples are numbered as in all steps after `samples_since`."""
+        self._marks, self._skips_after = {"stage": float(number)}, samples_since
+
     def forget(self) -> None:
         """The steps so far were not this run's: another group's state has taken their place."""
         self._unrecorded.clear()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, to every tracker and to the line that a person watches."""
-        self.measure(step, values)
+        self.measure(step, {**values, **self._marks})
         if self._log is not None and self._console is not None:
             self._console.record(step, values)
 
@@ -123,7 +129,7 @@ class Report:
 
     def skipped_samples(self) -> list[tuple[int, int]]:
         """As incidents.jsonl has them, which knows of steps that no checkpoint does; for rank 0."""
-        return skipped_samples(self._folder)
+        return skipped_samples(self._folder, after=self._skips_after)
 
     def close(self, status: Status) -> None:
         if self._console is not None:

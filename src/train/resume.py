@@ -32,7 +32,8 @@ def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreig
     if another and store.options.progress != "all":
         return begin_from(state, store, batches, origin)
     state.adopt(store.load(origin, state.tree(0.0), optional=OPTIONAL))
-    _check_samples(state, batches, origin)
+    if not state.at_new_samples:
+        _check_samples(state, batches, origin)
     if state.step > steps or (state.step == steps and another):
         raise CheckpointError(
             f"{origin}: has done {state.step} steps, with its optimizer and its samples, and goes on from there: "

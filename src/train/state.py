@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from src.distributed.model_stages import ModelStages
 from src.optim.state import optimizer_state
 from src.train.average import WeightAverage
+from src.train.border import StageBorder
 from src.train.stability.spikes import SpikeWatch
 
 
@@ -33,6 +34,12 @@ class TrainState:
     more: Stateful | None = None
     average: WeightAverage | None = None
     spikes: SpikeWatch | None = None
+    border: StageBorder | None = None  # None: there is no stage before
+
+    @property
+    def at_new_samples(self) -> bool:
+        """Whether a stage begins here, with samples of an order that no step of the stage before was taken from."""
+        return self.border is not None and self.step == self.border.step and self.border.position is not None
 
     def tree(self, learning_rate: float) -> dict[str, Any]:
         """What a checkpoint holds; the tensors are the live ones."""
@@ -63,3 +70,12 @@ class TrainState:
             self.spikes.adopt(tree["spikes"])
         if self.more is not None:
             self.more.adopt(tree)
+        if self.border is not None and self.step == self.border.step:
+            self._cross(self.border)
+
+    def _cross(self, border: StageBorder) -> None:
+        """From the end of the stage before to the first sample of this one."""
+        if border.position is not None:
+            self.position = border.position
+        if self.spikes is not None:
+            self.spikes.begin_anew(forget=border.position is not None)

@@ -102,6 +102,18 @@ def test_losses_are_told_apart(tmp_path: Path) -> None:
     assert told(text)["loss"] == "training loss"
 
 
+def test_the_page_knows_where_the_stages_of_a_run_begin(tmp_path: Path) -> None:
+    ledger = grid(tmp_path, ["1e-4"], ["0", "1"])
+    first, second = ledger.points()
+    for point in (first, second):
+        finished(point, loss=3.0)
+    lines = [json.loads(line) for line in (first.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = sorted({line["step"] for line in lines if "loss" in line})
+    staged = [line | ({"stage": 1 + (line["step"] > steps[1])} if "loss" in line else {}) for line in lines]
+    (first.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in staged))
+    assert [run["borders"] for run in told(page(ledger)[0])["runs"]] == [[steps[1]], []]
+
+
 def test_curves_that_lie_on_each_other_know_it(tmp_path: Path) -> None:
     ledger = grid(tmp_path, ["1e-4"], ["0", "1", "2"])
     first, second, third = ledger.points()

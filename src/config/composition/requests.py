@@ -22,6 +22,7 @@ from src.config.composition.composer import COMPOSITION_ERRORS, UNEXPECTED, Comp
 from src.config.composition.origins import ValueOrigin, ValueOrigins, annotated
 from src.config.composition.resolution import resolve
 from src.config.groups import CONF, FROM, SHORT, SHORT_OF
+from src.config.stages import entries
 from src.config.tree import Tree
 from src.errors import ConfigError, UserError
 from src.storage.streams import ReaderMayLeave
@@ -159,6 +160,7 @@ class _Points:
                 origins = origins.beside(tree, found, ValueOrigin(f"{FROM} {tree[FROM]}"))
             else:
                 found = self.complete(tree, overrides)
+                origins = _of_stages(origins, tree, found)
             self.found.append(ConfigPoint(found, overrides, origins))
         except UserError as error:
             self.errors.append(error)
@@ -169,6 +171,14 @@ class _Points:
         if self.errors:
             raise UserError(dict.fromkeys(line for error in self.errors for line in error.problems))
         return self.found
+
+
+def _of_stages(origins: ValueOrigins, tree: Tree, found: Tree) -> ValueOrigins:
+    """With what the first stage says, and the steps of all of them, where there are stages."""
+    if not entries(found):
+        return origins
+    listed = {"task": tree["task"] | {"stages": found["task"]["stages"]}}
+    return origins.beside(tree | listed, found, ValueOrigin("stages"))
 
 
 def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ class MultiTokenPrediction(Config):
     later_from: Fraction
     """Share of task.steps after which later_weight takes the place of weight; 1: never."""
 
-    def weight_at(self, step: int, steps: int) -> float:
+    def weight_at(self, step: float, steps: float) -> float:
         """Factor on the loss of the step with this number, counted from 0, in a task of `steps` steps."""
         return self.later_weight if step >= self.later_from * steps else self.weight
 

@@ -81,7 +81,7 @@ class MultiTokenPredictor(nn.ModuleList):
         self.weight = torch.full_like(self.weight, self.config.weight, dtype=torch.float32)
         self.nats = torch.zeros_like(self.nats, dtype=torch.float32)
 
-    def before_step(self, step: int, steps: int) -> None:
+    def before_step(self, step: float, steps: float) -> None:
         """Set the weight of the optimizer step with this number, counted from 0, of `steps`."""
         self.weight.fill_(self.config.weight_at(step, steps))
 

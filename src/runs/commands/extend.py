@@ -17,6 +17,7 @@ from src.cluster.batch_system import batch_system
 from src.config import tree as trees
 from src.config.build import build, whole_numbers
 from src.config.presets import section_of
+from src.config.stages import entries
 from src.errors import CheckpointError, ConfigError, FolderError
 from src.optim.schedule import Schedule
 from src.runs.commands.listing import print_json
@@ -31,6 +32,11 @@ STEPS = ("steps", "task.steps")
 def extend(folder: Path, step: int | None, words: Sequence[str], *, yes: bool, as_json: bool) -> int:
     """`words`: steps=2000, and keys of the schedule. ConfigError, CheckpointError, FolderError."""
     before = trees.read(folder / "config.yaml")
+    if entries(before):
+        raise ConfigError(
+            f"{folder}: has stages, whose schedules know how many steps there are; python launch.py from={folder} "
+            "task.steps=... begins a run with its weights"
+        )
     after = changed(before, words)
     build(after)
     old, new = int(before["task"]["steps"]), int(after["task"]["steps"])

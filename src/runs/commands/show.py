@@ -66,7 +66,7 @@ def commands(run: Summary) -> dict[str, str]:
         found["stop"] = stop
     if not run.live and run.state != "finished":
         found["go on"] = f"python launch.py folder={quoted}"
-    if run.state == "finished":
+    if run.state == "finished" and not read_plan(folder).get("training_stages"):
         found["extend"] = f"python -m src.runs extend {quoted} steps={2 * (run.steps or 1)}"
     if complete(folder / "checkpoints"):
         found["fork"] = f"python -m src.runs fork {quoted}"

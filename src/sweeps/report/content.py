@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from src.metrics.history import History, Series
+from src.metrics.history import History, Series, borders
 from src.runs.folder import Attempt
 from src.runs.records import PLAN_FILE
 from src.storage.json_lines import facts_in
@@ -127,6 +127,7 @@ def _run(
         "seconds": {} if spent.share is None else {part: _number(value) for part, value in spent.to_dict().items()},
         "clock": _clock(each),
         "curves": curves,
+        "borders": [*borders(each.history).values()],
     }
 
 

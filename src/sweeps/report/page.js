@@ -74,7 +74,7 @@ function look(run, curve) {
 }
 
 function curves(place) {
-  const chart = content.charts.find((each) => each.title === place.dataset.title), traces = [], ends = [];
+  const chart = content.charts.find((each) => each.title === place.dataset.title), traces = [], ends = [], shapes = [];
   for (const run of shown()) {
     const curve = run.curves[chart.title];
     if (!curve) continue;
@@ -92,9 +92,11 @@ function curves(place) {
       marker: { color: run.colour, size: 6 }, hovertemplate: "%{text}<extra></extra>", meta: run.number,
       connectgaps: false,
     });
+    const border = { type: "line", yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: run.colour, width: 1, dash: "dot" } };
+    shapes.push(...across(run, run.borders).filter((x) => x != null).map((x) => ({ ...border, x0: x, x1: x })));
     if (run.state !== "diverged") ends.push(...raw.map((value, at) => [at / raw.length, value]).filter((each) => each[1] != null));
   }
-  const layout = { xaxis: axis(), yaxis: { type: chosen.logy[chart.title] ? "log" : "linear" } };
+  const layout = { xaxis: axis(), yaxis: { type: chosen.logy[chart.title] ? "log" : "linear" }, shapes };
   if (chart.fall && !chosen.logy[chart.title]) Object.assign(layout.yaxis, withoutFall(ends));
   return [traces, layout];
 }

@@ -1,9 +1,10 @@
 """task=pretrain: train on next tokens, validate, save, and go on from wherever the run folder stands."""
 
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import ConfigDict, Field, Strict, model_validator
 
 from src.config.base import Config, RankNumbers
 from src.config.bounds import (
@@ -19,12 +20,29 @@ from src.config.bounds import (
     Tokens,
     Window,
 )
+from src.config.stages import CHANGES, may_differ, restarts_schedule
 
 if TYPE_CHECKING:
     from src.run import Run
 
 # Of a difference as large as a number, this share is that number's last bit in bfloat16: with less nothing ever moves.
 SLOWEST_BFLOAT16_EMA = 1.0 - 2.0**-7
+
+
+class StageChanges(Config):
+    """A part of a run: where it ends; all other keys are what changes with it, by dotted keys or whole sections."""
+
+    model_config = ConfigDict(extra="allow")
+
+    until: Steps | None
+    """Optimizer step of the run after which the stage ends; null: task.steps, of the last stage."""
+
+    @model_validator(mode="after")
+    def _it_changes_what_may_change(self) -> "StageChanges":
+        for key in self.model_extra or {}:
+            if not may_differ(key):
+                raise ValueError(f"{key} is nothing that a stage changes; it changes {', '.join(CHANGES)}")
+        return self
 
 
 class Pretrain(Config):
@@ -40,6 +58,8 @@ class Pretrain(Config):
     """Sequences per optimizer step, over all ranks."""
     micro_batch: Sequences | None
     """Sequences per rank and forward; null: up to 4, as the layout lets a step be divided."""
+    stages: Annotated[tuple[StageChanges, ...], Field(min_length=2), Strict(strict=False)] | None
+    """Stages that follow each other, {until, ...what changes}: docs/stages.md; null: one."""
     validate_every: StepsOrNever
     """Optimizer steps between two validations; 0: none."""
     validate_samples: Count
@@ -94,6 +114,22 @@ class Pretrain(Config):
                 f"{SLOWEST_BFLOAT16_EMA}, or ema_dtype=float32"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> "Pretrain":
+        ends = [each.until for each in self.stages or ()]
+        if ends and (None in ends[:-1] or ends[-1] is not None):
+            raise ValueError("stages: each ends with until=<optimizer step>, and the last, until=null, with task.steps")
+        steps = [0, *(end for end in ends if end is not None), self.steps]
+        if ends and any(end <= begun for begun, end in pairwise(steps)):
+            raise ValueError(f"stages end after steps {', '.join(map(str, steps[1:]))}, each of which must be higher")
+        return self
+
+    @property
+    def schedule_begins(self) -> tuple[bool, ...]:
+        """Of each stage, whether it names its schedule, which then begins with it; empty without stages."""
+        named = (restarts_schedule(each.model_extra or {}) for each in (self.stages or ())[1:])
+        return (True, *named) if self.stages else ()
 
     @property
     def skips(self) -> int:

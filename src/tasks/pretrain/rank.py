@@ -1,5 +1,7 @@
 """What each rank of task=pretrain does, in order."""
 
+import gc
+import time
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,6 +13,8 @@ from src.checkpoint.store import Store
 from src.config.tree import read
 from src.data.batches import Batches
 from src.data.corpus import Corpus, read_recipe, reopen
+from src.distributed.compile import forget_compilations
+from src.distributed.mesh import Mesh
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
@@ -25,7 +29,6 @@ from src.metrics.curve import plot
 from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
 from src.planning.plan import Plan
-from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
 from src.tasks.evaluate.live import LiveEvaluation, TrainingEvaluator
 from src.tasks.evaluate.side_job import SideEvaluator, SideJobs
@@ -33,6 +36,7 @@ from src.tasks.export.check_folder import check_apart
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
+from src.tasks.pretrain.stages import RunStage, begun, stages_of
 from src.train.exports import SHARD_BYTES, Exports
 from src.train.loop import Loop
 from src.train.replicated.loop import ReplicatedLoop
@@ -58,27 +62,93 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
         if task.deterministic:
             make_deterministic()
         groups, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)
-        asked, run = run.recompute, resolve_auto_recompute(run, home)
-        training = build_training(run, ranks, skips=task.skips, groups=groups)
-        startup.done("init")
-        report = _report(task, run, home, ranks, groups)
-        if run.recompute != asked:
-            report.say(f"recompute: {run.recompute}, the cheapest that fits")
+        life = _RankLife(task, run, home, ranks, groups, stop)
         status: Literal["done", "stopped", "failed"] = "failed"
         try:
-            corpus = reopen(read_recipe(home), run.cache)
-            loop = _loop(task, run, home, corpus, training, startup, report, stop, groups)
-            finished = loop.run()
-            if groups is not None:
-                groups.leave()
-            _farewell(task, run, home, corpus, training, report, finished)
-            if finished and isinstance(loop.evaluator, TrainingEvaluator | SideEvaluator):
-                loop.evaluator.conclude()
+            finished = life.run(startup)
             status = "done" if finished else "stopped"
         finally:
-            report.close(status)
+            life.close(status)
         ranks.leave()
         return finished
+
+
+class _RankLife:
+    """What goes on from one stage to the next; a run without stages has one."""
+
+    def __init__(
+        self, task: Pretrain, run: Run, home: Path, ranks: RankContext, groups: ReplicaGroups | None, stop: Stop
+    ) -> None:
+        self.task, self.whole, self.home, self.ranks, self.groups, self.stop = task, run, home, ranks, groups, stop
+        self._stages = stages_of(run, home)
+        self._meshes: list[Mesh] = []
+        self._report: Report | None = None
+
+    def run(self, startup: Startup) -> bool:
+        """Collective. True when every stage is at its end."""
+        first = 0
+        if len(self._stages) > 1:
+            newest = Store(self.home / "checkpoints", self.whole.checkpoint).newest()
+            first = begun(self._stages, 0 if newest is None else step_of(newest) or 0)
+        for stage in self._stages[first:]:
+            finished = self._through(stage, startup)
+            if not finished or stage.last:
+                return finished
+            self._make_room()
+            startup = Startup(time.time())
+        raise AssertionError("the last stage is the last")
+
+    def close(self, status: Literal["done", "stopped", "failed"]) -> None:
+        if self._report is not None:
+            self._report.close(status)
+
+    def _through(self, stage: RunStage, startup: Startup) -> bool:
+        """Collective. Build what the stage needs and train to its end; all of that is gone when it returns."""
+        task, run = stage.run.task, stage.run
+        assert isinstance(task, Pretrain), "stages are those of this task"
+        mesh = self._known_mesh(run)
+        training = build_training(run, self.ranks, skips=task.skips, mesh=mesh, groups=self.groups)
+        training.state.border = stage.border
+        self._meshes += [training.mesh] if mesh is None else []
+        startup.done("init")
+        report = self._speak(stage)
+        corpus = reopen(read_recipe(self.home, stage.number), run.cache)
+        loop = _loop(task, stage, self.home, corpus, training, startup, report, self.stop, self.groups)
+        finished = loop.run()
+        if finished and not stage.last:
+            return True
+        if self.groups is not None:
+            self.groups.leave()
+        _farewell(self.task, run, self.home, corpus, training, report, finished)
+        if finished and isinstance(loop.evaluator, TrainingEvaluator | SideEvaluator):
+            loop.evaluator.conclude()
+        return finished
+
+    def _speak(self, stage: RunStage) -> Report:
+        """The report, opened with the first stage of this life."""
+        if self._report is None:
+            self._report = _report(self.task, self.whole, self.home, self.ranks, self.groups)
+        asked = self.whole.stages[stage.number - 1] if self.whole.stages else self.whole
+        if stage.count > 1:
+            self._report.enter_stage(stage.number, stage.samples_since)
+            self._report.say(stage.opening())
+        if stage.run.recompute != asked.recompute:
+            self._report.say(f"recompute: {stage.run.recompute}, the cheapest that fits")
+        return self._report
+
+    def _known_mesh(self, run: Run) -> Mesh | None:
+        """That of an earlier stage of this layout. Collective. Its groups may wait again for what is compiled anew."""
+        mesh = next((each for each in self._meshes if each.degrees == run.parallel), None)
+        if self._meshes:
+            self.ranks.set_timeout(START_TIMEOUT_SECONDS, [] if mesh is None else mesh.groups())
+        return mesh
+
+    def _make_room(self) -> None:
+        """Give back what the stage before has held: its modules, their compiled code and cached memory."""
+        gc.collect()
+        forget_compilations()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _report(task: Pretrain, run: Run, folder: Path, ranks: RankContext, groups: ReplicaGroups | None) -> Report:
@@ -94,7 +164,7 @@ def _report(task: Pretrain, run: Run, folder: Path, ranks: RankContext, groups: 
 
 def _loop(
     task: Pretrain,
-    run: Run,
+    stage: RunStage,
     folder: Path,
     corpus: Corpus,
     training: Training,
@@ -104,7 +174,7 @@ def _loop(
     groups: ReplicaGroups | None,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
-    planned = Plan.read(folder)
+    run, planned = stage.run, stage.plan
     batches = Batches(
         corpus,
         run.data,
@@ -114,10 +184,11 @@ def _loop(
         ranks=training.mesh.data_ranks,
         micro_batch=planned.micro_batch,
         micro_batches=planned.micro_batches,
+        read_before=stage.read_before,
     )
     writer = "" if groups is None else f"group_{groups.group}"
     store = Store(folder / "checkpoints", run.checkpoint, writer=writer)
-    report.say(resume(training.state, store, batches, task.steps, noted(folder)))
+    report.say(resume(training.state, store, batches, planned.steps, noted(folder)))
     startup.done("load")
     make = Loop if groups is None else partial(ReplicatedLoop, groups=groups)
     return make(
@@ -125,19 +196,19 @@ def _loop(
         plan=planned,
         cadence=task,
         optim=run.optim,
-        schedule=run.schedule,
+        schedule=stage.schedule,
         batches=batches,
         checkpoint=run.checkpoint,
         store=store,
         exports=_exports(run, folder, corpus),
-        evaluator=_evaluator(run, folder, corpus, training, batches, report),
+        evaluator=_evaluator(stage, Plan.read(folder).steps, folder, corpus, training, batches, report),
         norms=_norms(training, run) if task.layer_norms else None,
         stragglers=_stragglers(run, folder, training, report),
         throughput=_throughput(run, planned, training.ranks.device),
         startup=startup,
         report=report,
         stop=stop,
-        facts={"run": folder.name, "layout": planned.axes},
+        facts={"run": folder.name, "layout": planned.axes} | ({"stage": stage.number} if stage.count > 1 else {}),
         grace_seconds=run.cluster.grace_seconds,
     )
 
@@ -173,18 +244,25 @@ def _exports(run: Run, folder: Path, corpus: Corpus) -> Exports | None:
 
 
 def _evaluator(
-    run: Run, folder: Path, corpus: Corpus, training: Training, batches: Batches, report: Report
+    stage: RunStage,
+    steps: int,
+    folder: Path,
+    corpus: Corpus,
+    training: Training,
+    batches: Batches,
+    report: Report,
 ) -> TrainingEvaluator | SideEvaluator | None:
-    options = run.evaluate
+    """`steps`: of the whole run."""
+    run, options = stage.run, stage.run.evaluate
     if not options.wanted:
         return None
     if options.cluster is not None:
         mine = training.ranks.rank == 0
-        jobs = SideJobs(options, folder.absolute(), run.root.absolute(), run.task.steps) if mine else None
+        jobs = SideJobs(options, folder.absolute(), run.root.absolute(), steps) if mine else None
         return SideEvaluator(jobs, report, options.wait_seconds)
-    rows, length = Plan.read(folder).micro_batch, run.task.seq_len
+    rows, length = stage.plan.micro_batch, run.task.seq_len
     live = LiveEvaluation(options, training.network, batches, corpus, rows, length, origin_of(folder))
-    return TrainingEvaluator(live, training.state.average, report, run.task.steps)
+    return TrainingEvaluator(live, training.state.average, report, steps)
 
 
 def _throughput(run: Run, planned: Plan, device: torch.device) -> Throughput:

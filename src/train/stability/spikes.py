@@ -74,6 +74,14 @@ class SpikeWatch:
         """
         self._skipped.update((first, stop) for first, stop in samples)
 
+    def begin_anew(self, *, forget: bool) -> None:
+        """Steps from here on are like none before: other data, lengths or batches. `forget`: which samples to skip,
+        too, for their numbers now mean others.
+        """
+        self._seen.clear()
+        if forget:
+            self._skipped.clear()
+
     def skips(self, samples: range) -> bool:
         return any(first < samples.stop and samples.start < stop for first, stop in self._skipped)
 

@@ -10,6 +10,7 @@ from src.config.wording import unknown
 from src.errors import FolderError, UserError, some
 from src.metrics.curve import at_tokens
 from src.metrics.history import History, Series, read
+from src.metrics.history import borders as stage_borders
 from src.metrics.names import metric_name
 from src.runs.commands.figures.groups import Group
 from src.runs.commands.summary import Summary, read_plan
@@ -24,6 +25,7 @@ class Curve:
     x: list[float]
     mean: list[float]
     deviation: list[float] | None
+    borders: tuple[float, ...] = ()  # where stages begin, of the first of its runs
 
 
 def _steps(_: Path, __: History, series: Series) -> list[float]:
@@ -100,7 +102,10 @@ def _mean(label: str, histories: Mapping[Summary, History], x: str, y: str) -> t
     notes = [f"{name}: ends at step {ends[name]}, and so does the mean of {label}" for name in early]
     places, values = ([[each[step][part] for each in by_step] for step in shared] for part in (0, 1))
     deviation = [_deviation(each) for each in values] if len(by_step) > 1 else None
-    return Curve(label, names, [statistics.fmean(p) for p in places], [_average(v) for v in values], deviation), notes
+    ((first, history), *_) = histories.items()
+    borders = tuple(AXES[x][1](first.folder, history, Series([*stage_borders(history).values()])) or ())
+    x_means, y_means = [statistics.fmean(each) for each in places], [_average(each) for each in values]
+    return Curve(label, names, x_means, y_means, deviation, borders), notes
 
 
 def _average(values: Sequence[float]) -> float:

@@ -115,6 +115,8 @@ def _line(axes: Any, curve: Curve, dashes: Any, number: int) -> None:
         label=_words(label),
     )
     line.set_gid(f"curve_{number + 1}")
+    for place in curve.borders:
+        axes.axvline(place, color=line.get_color(), linewidth=0.6, linestyle=":", zorder=0)
     if curve.deviation is not None:
         ends = zip(curve.mean, curve.deviation, strict=True)
         low, high = zip(*((mean - each, mean + each) for mean, each in ends), strict=True)
