@@ -34,6 +34,7 @@ AVERAGES = "ema.weights."  # in a checkpoint
 TOKENIZER = "src.data.tokenizer.File"
 BYTES = "src.data.tokenizer.Bytes"
 PREPARE = "src.tasks.prepare.config.Prepare"
+MERGE = "src.tasks.merge.config.Merge"
 
 
 class Reads(Protocol):
@@ -62,7 +63,7 @@ def _completed(tree: Tree, typed: Mapping[str, str]) -> Tree:
         return scaled(with_vocabulary(tree), typed)
     tree = fitted(tree, typed)
     task = tree.get("task")
-    if isinstance(task, dict) and "runs" in task:
+    if isinstance(task, dict) and task.get("_target_") == MERGE and "runs" in task:
         return with_vocabulary(_of_runs(tree, typed))
     if isinstance(task, dict) and isinstance(task.get("run"), str):
         check_typed(typed)
@@ -90,7 +91,7 @@ def _kind(data: object) -> str:
 def _of_runs(tree: Tree, typed: Mapping[str, str]) -> Tree:
     """With the sections of the first of several runs or exports, and a source and a step for each checkpoint."""
     check_typed(typed)
-    sources, steps = tree["task"]["runs"], tree["task"]["steps"]
+    sources, steps = tree["task"]["runs"], tree["task"].get("steps")
     sources = [sources] if isinstance(sources, str) else sources
     if not isinstance(sources, list) or not all(isinstance(each, str) for each in sources):
         return tree  # the task's class says what is wrong
