@@ -18,7 +18,7 @@ from src.run import Run
 HOME = Path(__file__).parents[1]
 PAGES = [HOME / "README.md", HOME / "benchmarks/README.md", *sorted((HOME / "docs").glob("*.md"))]
 # What a reader puts in a placeholder's place: a run, a folder, weights, a site.
-PLACEHOLDER = re.compile(r"<|\.\.\.|hf:|my/|run=runs|from=|--help|interval\(")
+PLACEHOLDER = re.compile(r"<|\.\.\.|hf:|my/|run=runs|runs=|from=|--help|interval\(")
 
 
 def commands(page: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A tensor of 4 GB, which takes no place on the disk, read by a rank that holds a sixteenth of it."""
+"""A tensor of 8 GB, which takes no place on the disk, read by a rank that holds a sixteenth of it."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from src.hugging_face.header import make_header
 from src.hugging_face.read import PIECE_BYTES, THREADS
 
-ROWS, COLUMNS = 2**19, 2**12  # in bfloat16
+ROWS, COLUMNS = 2**20, 2**12  # in bfloat16
 SHARE = 16
 SHARE_BYTES = 2 * ROWS * COLUMNS // SHARE
 HOME = Path(__file__).parents[2]
@@ -32,8 +32,8 @@ def grown(folder: Path, piece_bytes: int) -> int:
 
 @pytest.mark.slow
 def test_the_host_needs_its_share_and_a_little(tmp_path: Path) -> None:
-    """A piece in the file's order for each thread, one in ours, and as much that an allocator keeps of threads; the
-    measure shows pieces of the whole share.
+    """A piece in the file's order for each thread, one in ours, and as much that an allocator keeps of threads, twice;
+    the measure shows pieces of the whole share.
     """
-    assert SHARE_BYTES <= grown(tmp_path, PIECE_BYTES) < SHARE_BYTES + 3 * THREADS * PIECE_BYTES
+    assert SHARE_BYTES <= grown(tmp_path, PIECE_BYTES) < SHARE_BYTES + 6 * THREADS * PIECE_BYTES < 1.9 * SHARE_BYTES
     assert grown(tmp_path, 4 * SHARE_BYTES) > 1.9 * SHARE_BYTES

@@ -26,7 +26,6 @@ CUDNN_FORWARD = 1024
 SHORTEST = 128
 
 
-@cache
 def _kernels() -> Any:
     """The package's interface. What it compiles stays on disk, beside inductor's cache: by itself each process would
     compile anew.
