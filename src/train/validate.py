@@ -7,9 +7,26 @@ from typing import Protocol
 import torch
 
 from src.data.batches import Batch, Batches
+from src.data.corpus import Corpus
 from src.distributed.collectives import world_sum
+from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.models.cross_entropy import IGNORED
+from src.run import Run
+
+
+def rows_for(run: Run, corpus: Corpus, mesh: Mesh, *, seq_len: int, micro_batch: int) -> Batches:
+    """What this rank reads of the corpus in a task that takes no step; `micro_batch`: rows of a pass."""
+    return Batches(
+        corpus,
+        run.data,
+        seq_len=seq_len,
+        seed=run.seed,
+        rank=mesh.data_rank,
+        ranks=mesh.data_ranks,
+        micro_batch=micro_batch,
+        micro_batches=1,
+    )
 
 
 def validate(network: ModelStages, batches: Batches, samples: int | None, stopped: Callable[[], bool]) -> float | None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from src.config.tree import read
-from src.data.batches import Batches
 from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
@@ -26,7 +25,7 @@ from src.tasks.evaluate.side_job import EVALUATION_FILE
 from src.tasks.source import load
 from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
 from src.train.stop import Stop
-from src.train.validate import StoppedError, summed_loss
+from src.train.validate import StoppedError, rows_for, summed_loss
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,9 @@ def _asked(
     """Collective. Numbers and lines of the tasks of `evaluate`; None where a signal came."""
     if not run.evaluate.tasks:
         return {}, []
-    batches, length = _batches(task, run, network, corpus), task.seq_len
-    live = LiveEvaluation(run.evaluate, network, batches, corpus, task.micro_batch, length, origin_of(folder))
+    rows, length = task.micro_batch, task.seq_len
+    batches = rows_for(run, corpus, network.mesh, seq_len=length, micro_batch=rows)
+    live = LiveEvaluation(run.evaluate, network, batches, corpus, rows, length, origin_of(folder))
     try:
         found, seconds = live.scores(lambda: any_rank(stop.seen is not None, network.device))
     except StoppedError:
@@ -83,22 +83,9 @@ def _asked(
     return numbers(found) | {f"evaluate/{name}/seconds": each for name, each in seconds.items()}, lines(found)
 
 
-def _batches(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus) -> Batches:
-    return Batches(
-        corpus,
-        run.data,
-        seq_len=task.seq_len,
-        seed=run.seed,
-        rank=network.mesh.data_rank,
-        ranks=network.mesh.data_ranks,
-        micro_batch=task.micro_batch,
-        micro_batches=1,
-    )
-
-
 def _scores(task: Evaluate, run: Run, network: ModelStages, corpus: Corpus, stop: Stop) -> dict[str, Score] | None:
     """Collective. By source, then "all" where there are several."""
-    batches = _batches(task, run, network, corpus)
+    batches = rows_for(run, corpus, network.mesh, seq_len=task.seq_len, micro_batch=task.micro_batch)
     sums: dict[str, tuple[float, float, float]] = {}
     for number, part in enumerate(corpus.parts):
         rows = batches.fixed(task.split, task.samples, source=number)

@@ -27,7 +27,7 @@ from src.tasks.merge.part import MergePart
 from src.train.resume import adopt
 from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
 from src.train.stop import Stop
-from src.train.validate import validate
+from src.train.validate import rows_for, validate
 
 MERGE_FILE = "merge.json"
 
@@ -84,16 +84,8 @@ def _batches(task: Merge, run: Run, network: ModelStages, folder: Path) -> Batch
     """None: nothing is validated."""
     if not task.needs_corpus:
         return None
-    return Batches(
-        reopen(read_recipe(folder), run.cache),
-        run.data,
-        seq_len=task.seq_len,
-        seed=run.seed,
-        rank=network.mesh.data_rank,
-        ranks=network.mesh.data_ranks,
-        micro_batch=task.micro_batch,
-        micro_batches=1,
-    )
+    corpus = reopen(read_recipe(folder), run.cache)
+    return rows_for(run, corpus, network.mesh, seq_len=task.seq_len, micro_batch=task.micro_batch)
 
 
 def _read(part: MergePart, network: ModelStages, store: Store) -> int:

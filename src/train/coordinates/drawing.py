@@ -1,23 +1,9 @@
 """The coordinate check as a figure: a row for what is looked at, a column for each parametrization."""
 
 from collections.abc import Sequence
-from io import BytesIO
-from typing import Any
 
+from src.metrics.paper_style import LOOK, saved
 from src.train.coordinates.check import Coordinates
-
-LOOK: dict[str, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ropewalk",
-}
-DATES = {"pdf": "CreationDate", "svg": "Date"}  # what would make two files of the same numbers differ
 
 
 def drawn(found: Sequence[Coordinates], form: str) -> bytes:
@@ -47,6 +33,4 @@ def drawn(found: Sequence[Coordinates], form: str) -> bytes:
                 if column == 0:
                     axes.set_ylabel(f"{what}, rms")
         panels[0][-1].legend(title="width", fontsize=8)
-        picture = BytesIO()
-        figure.savefig(picture, format=form, metadata={DATES[form]: None} if form in DATES else None)
-    return picture.getvalue()
+        return saved(figure, form)

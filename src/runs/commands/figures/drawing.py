@@ -4,12 +4,12 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from src.config.wording import nearest, unknown
 from src.errors import UserError
+from src.metrics import paper_style
 from src.runs.commands.figures.curves import AXES, Curve, curves, title
 from src.runs.commands.figures.groups import grouped
 from src.runs.commands.figures.output import write
@@ -20,25 +20,14 @@ from src.sweeps.report.looks import DASHES, DISTINCT
 FORMATS = ("pdf", "png", "svg")
 LOGS = ("none", "x", "y", "xy")
 BAND = 0.2  # opacity of a band of one standard deviation to each side
-# Before a style file, which may change all of it. 4.8 x 3 inches: a column and a half; type 42: conferences refuse
-# type 3 fonts; text of an SVG stays text. The salt makes the ids of an SVG the same every time.
-LOOK: dict[str, Any] = {
+# Before a style file, which may change all of it. 4.8 x 3 inches: a column and a half.
+LOOK: dict[str, Any] = paper_style.LOOK | {
     "figure.figsize": (4.8, 3.0),
     "savefig.dpi": 300,
-    "font.size": 9,
     "axes.prop_cycle": f"cycler(color={[*DISTINCT]})",
     "lines.linewidth": 1.4,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ropewalk",
 }
-DATES = {"pdf": "CreationDate", "svg": "Date"}  # what would make two files of the same numbers differ
 LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 
 
@@ -93,14 +82,12 @@ def drawn(found: Sequence[Curve], x: str, y: str, form: str, *, log: str, style:
         axes.set_ylabel(_words(title(y)))
         if len(found) > 1 or any(curve.deviation for curve in found):
             axes.legend()
-        picture = BytesIO()
         try:
-            figure.savefig(picture, format=form, metadata={DATES[form]: None} if form in DATES else None)
+            return paper_style.saved(figure, form)
         except RuntimeError as error:
             if not matplotlib.rcParams["text.usetex"]:
                 raise
             raise UserError(f"style={style}: text.usetex: {str(error).partition(chr(10))[0]}") from error
-    return picture.getvalue()
 
 
 def _line(axes: Any, curve: Curve, dashes: Any, number: int) -> None:
