@@ -30,7 +30,8 @@ class Layout(RankGrid, Protocol):
 
 def pass_multiple(layout: Layout) -> int:
     """Tokens that a layout can cut evenly: two pieces for each context rank, and each of them for the tensor ranks."""
-    return 2 * layout.context * layout.tensor
+    pieces = 2 * layout.context if layout.context > 1 else 1
+    return pieces * layout.tensor
 
 
 class ModelConfig(Config):
