@@ -69,6 +69,7 @@ def problems(options: Evaluation, averaged: bool, saves_every: int | None = None
         found += [f"evaluate.tasks: {name!r} is {_no_task(name, known)}" for name in chosen.library]
     elif chosen.library:
         found += harness.problems(chosen.library)
+    found += [line for each in chosen.files for line in _too_few_examples(each, options.fewshot)]
     draws = bool(chosen.library) or any(
         (each.fewshot if options.fewshot is None else options.fewshot) and each.kind != "loglikelihood_rolling"
         for each in chosen.files
@@ -78,6 +79,21 @@ def problems(options: Evaluation, averaged: bool, saves_every: int | None = None
     if not draws and options.fewshot:
         found.append(f"evaluate.fewshot={options.fewshot}: no task has questions; pass evaluate.fewshot=null")
     return found
+
+
+def _too_few_examples(task: TaskFile, fewshot: int | None) -> list[str]:
+    """Where a question is to stand behind more worked examples than there are. `fewshot`: None: as the task says."""
+    asked = task.fewshot if fewshot is None else fewshot
+    if not asked or task.kind == "loglikelihood_rolling":
+        return []
+    try:
+        pool, same = task.examples()
+    except DataError as error:
+        return [*error.problems]
+    if asked <= (there := len(pool) - same):
+        return []
+    key = f"{task.path}: num_fewshot" if fewshot is None else "evaluate.fewshot"
+    return [f"{key}={asked}: task {task.name!r} has {there} worked examples for a question; at most {there}"]
 
 
 def _problems_beside(options: Evaluation, saves_every: int | None) -> list[str]:

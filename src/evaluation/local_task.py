@@ -71,7 +71,7 @@ def questions(task: TaskFile, samples: int | None, shots: int, seed: int) -> lis
 def _worked(task: TaskFile, pool: Sequence[Row], own: int | None, shots: int, seed: int, number: int) -> str:
     """Examples with their answers; never the document itself, number `own` of the pool."""
     others = [index for index in range(len(pool)) if index != own]
-    chosen = random.Random(f"{seed}/{number}").sample(others, min(shots, len(others)))
+    chosen = random.Random(f"{seed}/{number}").sample(others, shots)
     worked = (f"{task.question(pool[each])}{task.target_delimiter}{task.target(pool[each])}" for each in chosen)
     return "".join(f"{each}{task.delimiter}" for each in worked)
 

@@ -95,7 +95,7 @@ class TorchFT(FaultTolerance):
     restarts: CountFromZero
     """Restarts of one group after failures; then it stays away."""
     backoff_seconds: Seconds
-    """Seconds before the first restart in a row; twice as long before each further one."""
+    """Seconds before the first restart in a row; twice as long before each further one, up to 300."""
 
     @property
     def copies(self) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import math
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from src.cluster.backend import JobScheduler, SilentError
-from src.errors import FolderError, UserError
+from src.errors import ConfigError, FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
 from src.storage.atomic_write import atomic_write
@@ -27,6 +28,7 @@ from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
 Row = tuple[SweepPoint, RunStatus]
 RESAMPLED, FEWEST_RESAMPLED = 200, 40  # draws: with fewer, 95 % are a draw themselves
+SHORTEST_WAIT = 1  # second between two pages of a report
 WIDEST = 10_000  # columns: no value of a sweep is cut short in a file
 COLOURS: dict[State, str] = {
     "finished": "green",
@@ -165,6 +167,8 @@ def report(ledger: Ledger, every_seconds: float | None = None) -> int:
     """A page with plots that needs nothing but a browser."""
     from src.sweeps.report.page import write
 
+    if every_seconds is not None and not SHORTEST_WAIT <= every_seconds < math.inf:
+        raise ConfigError(f"--every={every_seconds:g}: seconds between two pages, at least {SHORTEST_WAIT}; --every=30")
     while True:
         write_csv(ledger, rows := ledger.standings())
         page = write(ledger, rows)
@@ -179,6 +183,11 @@ def fit(ledger: Ledger, left_out: Sequence[int] | None, resampled: int) -> int:
     """A scaling law through the finished runs, and what it foretells of one that is left out; drawn in the page."""
     from src.sweeps.fit import fitted, lines, write
 
+    if resampled < FEWEST_RESAMPLED:
+        raise ConfigError(
+            f"--resampled={resampled}: of fewer than {FEWEST_RESAMPLED} draws the ends of 95 % are single draws; "
+            f"pass --resampled={FEWEST_RESAMPLED} or more"
+        )
     facts = fitted(ledger, left_out, resampled)
     write(ledger, facts)
     print(*lines(facts), sep="\n")
@@ -234,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return some[given.command](ledger, given.numbers)
         with ReaderMayLeave():
             if given.command == "fit":
-                return fit(ledger, given.leave_out, max(given.resampled, FEWEST_RESAMPLED))
+                return fit(ledger, given.leave_out, given.resampled)
             if given.command == "report":
                 return report(ledger, given.every)
             return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)

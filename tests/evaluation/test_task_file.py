@@ -113,6 +113,17 @@ def test_what_cannot_be_done_is_told_on_the_launcher(changes: dict[str, Any], wo
     assert problems(options(tasks=["copy_words", "bits_per_byte"], seeds=2), averaged=False) == []
 
 
+def test_more_worked_examples_than_there_are_are_refused(tmp_path: Path) -> None:
+    """Of seven rows six stand beside each question; no fewer are taken in silence."""
+    file = str(write_task(tmp_path, "multiple_choice"))
+    assert problems(options(tasks=[file], fewshot=6), averaged=False) == []
+    (found,) = problems(options(tasks=[file], fewshot=7), averaged=False)
+    assert found == "evaluate.fewshot=7: task 'my_multiple_choice' has 6 worked examples for a question; at most 6"
+    write_task(tmp_path, "multiple_choice", num_fewshot=9)
+    (found,) = problems(options(tasks=[file]), averaged=False)
+    assert found.startswith(f"{file}: num_fewshot=9: task ")
+
+
 def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "installed", lambda: False)
     (found,) = problems(options(tasks=["english_speling"]), averaged=False)

@@ -140,6 +140,17 @@ def test_a_group_that_fails_again_and_again_is_given_up(tmp_path: Path, capfd: p
     assert "group 1: exit code 3; it stays away" in said
 
 
+def test_a_first_wait_that_is_longer_than_the_longest_is_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fault_tolerance.backoff_seconds=1000 was 300 in silence."""
+    monkeypatch.setattr("src.cluster.replicas.supervisor.LONGEST_BACKOFF_SECONDS", 0.005)
+    supervised(tmp_path, {0: "sys.exit(3)", 1: "sys.exit(3)"}, restarts=2)
+    said = capfd.readouterr().err
+    assert "group 0: exit code 3; starts again in 0.01 s (restart 1 of 2)" in said
+    assert "group 0: exit code 3; starts again in 0.01 s (restart 2 of 2)" in said
+
+
 def test_what_a_user_must_put_right_is_not_tried_again(tmp_path: Path) -> None:
     _, started, outcome = supervised(tmp_path, {0: "sys.exit(2)", 1: "sys.exit(2)"})
     assert (outcome.status, outcome.exit_code, sorted(started)) == ("failed", 2, [0, 1])

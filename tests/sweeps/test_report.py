@@ -219,6 +219,26 @@ def test_a_page_of_a_sweep_that_runs_is_read_again(tmp_path: Path, monkeypatch: 
     assert told((ledger.path / "report.html").read_text())["refresh"] is None
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "--resampled", "5"], "--resampled=5: of fewer than 40 draws"),
+        (["report", "--every", "0"], "--every=0: seconds between two pages, at least 1"),
+        (["report", "--every", "-3"], "--every=-3: seconds"),
+        (["report", "--every", "inf"], "--every=inf: seconds"),
+    ],
+)
+def test_numbers_of_a_command_are_taken_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    """Never raised in silence to the nearest that would do."""
+    ledger = grid(tmp_path, ["1e-4"], ["0"])
+    command, *rest = words
+    assert main([command, str(ledger.path), *rest]) == 2
+    assert capsys.readouterr().err.startswith(told)
+    assert not (ledger.path / "report.html").exists()
+
+
 def test_a_key_counts_by_what_changes_with_it() -> None:
     """Of two keys by two seeds: all of it, none, and what chance would give; a number of its own per point in bins."""
     points = [{"lr": lr, "seed": seed} for lr in ("1", "2", "3") for seed in ("0", "1", "2")]

@@ -130,7 +130,8 @@ class Groups:
             group.ended = "given up"
             tell(f"group {group.number}: {why}; it stays away")
         else:
-            wait = min(self._options.backoff_seconds * 2 ** (group.failures - 1), LONGEST_BACKOFF_SECONDS)
+            first = self._options.backoff_seconds
+            wait = min(first * 2 ** (group.failures - 1), max(first, LONGEST_BACKOFF_SECONDS))
             group.due = now + wait
             tell(
                 f"group {group.number}: {why}; starts again in {wait:g} s "

@@ -4,7 +4,8 @@
     python -m src.train.coordinates model=deepseek_v3_debug optim=muon widths=64,128,256 steps=10 out=check.pdf
 
 Words as of launch.py, and: widths=128,256,512,1024 (values of model.dim; keys of parametrization.base grow along),
-steps=10, seeds=2 (models of each width), out=coordinates.svg (or .pdf, .png). One core, a minute for small models.
+steps=10, seeds=2 (models of the widest; of narrower ones up to 8 times as many), out=coordinates.svg (or .pdf, .png).
+One core, a minute for small models.
 """
 
 import sys
