@@ -4,7 +4,7 @@
     python -m benchmarks.presets --cpu           the two smallest as docs/recipes.md gives them to a CPU
 
 Each row is one process of task=bench on random tokens, on one GPU: a preset once as its recipe says (`task.micro_batch`
-is null, up to 4 sequences at once) and once with as many sequences at once as a GPU likes, captured as a CUDA graph.
+is null, up to 32,768 tokens at once) and once with as many sequences at once as a GPU likes, captured as a CUDA graph.
 The record is written after each row.
 """
 

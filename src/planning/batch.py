@@ -1,24 +1,63 @@
 """Batch arithmetic: global_batch = micro_batch * data ranks * passes (gradient accumulation steps), in sequences."""
 
-from math import gcd, lcm
+from collections.abc import Iterator
+from math import ceil, gcd, lcm
 
 from src.distributed.pipeline import stages
 from src.errors import divisors
+from src.planning.memory import Load, estimate
+from src.planning.recompute_choice import cheapest
 from src.run import Run
 
-MOST = 4  # sequences of a pass, where the config leaves their number to the plan
+MOST = 4  # sequences of a pass, where the config leaves their number to the plan and no GPU is known
+# Tokens of a pass on a GPU: Python needs 1.6 to 1.8 ms for a block's forward and backward, which an H200 fills with
+# 32 K tokens of a model of 20 M parameters. With 4 sequences of 512 it computed for a twentieth of the time:
+# benchmarks/records/presets_h200.json.
+GPU_TOKENS = 2**15
+# Of a GPU's memory, that passes of more than MOST sequences may fill: they are no need, and a display or another
+# process may have the rest.
+ROOM = 0.8
 
 
 def micro_batch(run: Run) -> int:
     """Sequences per rank and pass: task.micro_batch; of null the most, up to MOST, that divide a rank's share of the
     step into passes enough for the pipeline and for every replica group.
     """
-    if run.task.micro_batch is not None:
-        return run.task.micro_batch
+    return run.task.micro_batch or next(_sizes(run, MOST), 1)
+
+
+def passes(run: Run, size: int) -> int:
+    """Forwards of one rank per optimizer step, `size` sequences each."""
+    return max(1, ceil(run.task.global_batch / (size * run.parallel.data_ranks)))
+
+
+def fitted(run: Run, load: Load, limit_bytes: int | None) -> Load:
+    """`load` with the passes that suit a GPU of `limit_bytes`, where task.micro_batch is null: GPU_TOKENS long, as far
+    as ROOM and no more recomputation than of MOST sequences let them be; smaller ones where not even those fit. Without
+    a limit, and where nothing fits, as it was. The step is the same samples, summed in another order.
+
+    Pipelines and replica groups share passes between them, so theirs stay small and many.
+    """
+    if run.task.micro_batch is not None or limit_bytes is None:
+        return load
+    shared = run.parallel.pipeline > 1 or run.fault_tolerance.copies > 1
+    most = MOST if shared else max(MOST, GPU_TOKENS * run.parallel.context // run.task.seq_len)
+    kept = cheapest(load, limit_bytes) if run.recompute.mode == "auto" else load.recompute
+    for size in _sizes(run, most):
+        sized = load.changed(micro_batch=size, micro_batches=passes(run, size))
+        room = limit_bytes if size <= MOST else ROOM * limit_bytes
+        if size > MOST and float8_problems(run, size):
+            continue
+        if estimate(sized.changed(recompute=kept)).peak <= room:
+            return sized
+    return load
+
+
+def _sizes(run: Run, most: int) -> Iterator[int]:
+    """Sequences of a pass that divide a rank's share of the step into legal numbers of passes; the largest first."""
     share, copies = max(1, run.task.global_batch // run.parallel.data_ranks), run.fault_tolerance.copies
-    sizes = [size for size in range(MOST, 0, -1) if share % size == 0 and share // size >= copies]
-    fine = (size for size in sizes if not stages.problems(run.parallel, run.model.n_layers, share // size))
-    return next(fine, 1)
+    whole = (size for size in range(min(most, share), 0, -1) if share % size == 0 and share // size >= copies)
+    return (size for size in whole if not stages.problems(run.parallel, run.model.n_layers, share // size))
 
 
 def problems(run: Run) -> list[str]:

@@ -3,6 +3,7 @@
 from src.config.groups import options
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, estimate
+from src.planning.time.site import SiteFacts
 from src.run import Run, WithoutModel
 from src.runs.cluster import Devices
 
@@ -70,6 +71,18 @@ def host_bytes(run: Run, devices: Devices | None) -> int | None:
     if devices is None or devices.host_gib is None or run.dry_run or isinstance(run.task, WithoutModel):
         return None
     return int(devices.host_gib * GIB)
+
+
+def gpu_bytes(run: Run, devices: Devices | None, limit_bytes: int | None) -> int | None:
+    """Memory that passes may be chosen by: `limit_bytes` of the plan, or else what cluster.gpu_model has; None on a CPU
+    and of a GPU that nobody knows.
+    """
+    if not has_gpu(run, devices):
+        return None
+    if limit_bytes is not None:
+        return limit_bytes
+    gpu = run.cluster.gpu(devices) if isinstance(run.cluster, SiteFacts) else None
+    return None if gpu is None else int(gpu.gib * GIB)
 
 
 def has_gpu(run: Run, devices: Devices | None) -> bool:

@@ -8,7 +8,6 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from math import ceil
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -128,6 +127,7 @@ def plan(
     """
     load = load_of(run)
     limit = None if isinstance(run.task, WithoutModel) else _memory_limit(run, devices)
+    load = batch.fitted(run, load, machines.gpu_bytes(run, devices, limit))
     if run.recompute.mode == "auto":
         load = load.changed(recompute=cheapest(load, limit))
     found = [
@@ -163,7 +163,7 @@ def load_of(run: Run) -> Load:
     if isinstance(run.task, Infers):
         run = run.task.computed(run)
     micro_batch = batch.micro_batch(run)
-    micro_batches = max(1, ceil(run.task.global_batch / (micro_batch * run.parallel.data_ranks)))
+    micro_batches = batch.passes(run, micro_batch)
     if _infers(run):  # a forward pass follows no schedule: as many as any schedule likes
         micro_batches = stages.stage_count(run.parallel, run.model.n_layers)
     return Load(

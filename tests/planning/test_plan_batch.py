@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from src.errors import PlanError
-from src.planning.plan import plan
+from src.planning.batch import GPU_TOKENS, ROOM
+from src.planning.memory import GIB
+from src.planning.plan import Plan, plan
+from tests.planning.test_time_step import site
 from tests.train.runs import Gpus, changed, make_run, section
 
 
@@ -38,6 +41,53 @@ def test_passes_are_as_large_as_the_layout_lets_them(
     answers = plan(make_run(task, parallel=parallel, fault_tolerance=copies))
     assert (answers.micro_batch, answers.micro_batches) == expected
     assert answers.sequences_per_step == global_batch
+
+
+def small(devices: Gpus, task: dict[str, Any] | None = None, **choices: Any) -> Plan:
+    """A step of recipe llama3_20m, whose passes are left to the plan."""
+    numbers = {"seq_len": 512, "global_batch": 64, "micro_batch": None} | (task or {})
+    presets = {"model": "llama3_20m", "precision": "bf16", "compile": "blocks", "recompute": "auto"}
+    return plan(make_run(numbers, **(presets | choices)), devices=devices)
+
+
+def test_a_gpu_gets_passes_that_it_is_busy_with() -> None:
+    """Of 4 sequences of 512 tokens a model of 20 M parameters makes a nineteenth of an H200's tokens."""
+    large = Gpus(1, 139.8)
+    whole = small(large)
+    assert (whole.micro_batch, whole.micro_batches, whole.recompute.mode) == (64, 1, "none")
+    assert small(large, {"global_batch": 1024}).micro_batch * 512 == GPU_TOKENS
+    assert small(large, {"global_batch": 1024, "seq_len": 2048}).micro_batch * 2048 == GPU_TOKENS
+    assert small(large, {"global_batch": 84, "seq_len": 1024}).micro_batch == 28  # a divisor
+    assert small(large, {"micro_batch": 2}).micro_batch == 2
+    for none in (Gpus(host_gib=64.0), Gpus(1, None)):  # a CPU, and a GPU of which nothing is known
+        assert small(none).micro_batch == 4
+    named = make_run({"seq_len": 512, "global_batch": 64, "micro_batch": None}, site(), model="llama3_20m")
+    assert plan(named).micro_batch == 64, "of a model of GPU that is named and not here"
+    assert plan(replace(named, cluster=site(gpu_model=None))).micro_batch == 4
+    shared = small(Gpus(2, 139.8), model="llama3_debug", parallel="pp2", task={"seq_len": 128})
+    assert shared.micro_batch == 4, "a pipeline shares passes between its stages"
+
+
+def test_passes_follow_the_memory_of_the_gpu() -> None:
+    """A smaller one has shorter passes, and a fifth of it is left where more than 4 sequences go at once."""
+    sizes = [small(Gpus(1, gib)) for gib in (40.0, 6.0, 4.0)]
+    assert [each.micro_batch for each in sizes] == sorted((each.micro_batch for each in sizes), reverse=True)
+    assert sizes[0].micro_batch == 64
+    assert 4 < sizes[1].micro_batch < 64
+    for each, gib in zip(sizes, (40.0, 6.0, 4.0), strict=True):
+        assert each.memory.peak <= (ROOM if each.micro_batch > 4 else 1.0) * gib * GIB
+        assert each.recompute.mode == "none"
+
+
+def test_what_four_sequences_do_not_leave_room_for_is_smaller() -> None:
+    """And still more than the device has is refused as before."""
+    task = {"seq_len": 8192, "global_batch": 32, "micro_batch": None}
+    eight: dict[str, Any] = {"model": "llama3_8b", "parallel": "fsdp8", "precision": "bf16", "recompute": "none"}
+    two = plan(make_run(task | {"micro_batch": 2}, **eight)).memory.peak / GIB
+    found = plan(make_run(task, **eight), devices=Gpus(8, two + 0.01))
+    assert (found.micro_batch, found.micro_batches) == (2, 2)
+    with pytest.raises(PlanError, match=r"does not fit: .*task\.micro_batch=2 frees"):
+        plan(make_run(task, **eight), devices=Gpus(8, 10.0))
 
 
 def test_a_step_that_cannot_be_divided_names_the_nearest_that_can() -> None:

@@ -27,7 +27,7 @@ class Bench(Config):
     global_batch: Sequences
     """Sequences per optimizer step, over all ranks."""
     micro_batch: Sequences | None
-    """Sequences per rank and forward; null: up to 4, as the layout lets a step be divided."""
+    """Sequences per rank and forward; null: up to 4, on a GPU up to 32,768 tokens, as layout and memory let."""
     profile: bool
     """True: also where the time of two steps goes, into bench.json and profile.md, with a trace beside."""
     rehearse: bool

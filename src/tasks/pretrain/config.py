@@ -57,7 +57,7 @@ class Pretrain(Config):
     global_batch: Sequences
     """Sequences per optimizer step, over all ranks."""
     micro_batch: Sequences | None
-    """Sequences per rank and forward; null: up to 4, as the layout lets a step be divided."""
+    """Sequences per rank and forward; null: up to 4, on a GPU up to 32,768 tokens, as layout and memory let."""
     stages: Annotated[tuple[StageChanges, ...], Field(min_length=2), Strict(strict=False)] | None
     """Stages that follow each other, {until, ...what changes}: docs/stages.md; null: one."""
     validate_every: StepsOrNever
@@ -98,7 +98,7 @@ class Pretrain(Config):
     sample_prompt: str | None
     """Text to continue at the end of the run; null: no sample."""
     sample_tokens: Tokens
-    """Tokens of the sample, if any."""
+    """Tokens of the sample, if any; model.max_seq_len ends it."""
     sample_temperature: Temperature
     """Temperature of the sample; 0: always the likeliest token."""
     rehearse: bool
