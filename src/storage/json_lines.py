@@ -39,6 +39,16 @@ class Lines:
             with self._open("rb") as file:
                 yield from _records(file)
 
+    def since(self, place: int) -> tuple[list[dict[str, Any]], int]:
+        """Whole records from byte `place` on, and the place behind them: what is asked again costs what is new."""
+        try:
+            with self._open("rb") as file:
+                file.seek(place)
+                whole = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return [], 0
+        return list(_records(whole.splitlines())), place + len(whole) + 1 if whole else place
+
     def last(self) -> dict[str, Any] | None:
         """The last whole record, without reading a long file from its start."""
         return next(self.recent(), None)

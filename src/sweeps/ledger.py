@@ -43,11 +43,13 @@ class SweepPoint:
 
 
 class Ledger:
-    """Safe against a kill at any moment; every method reads or appends, none keeps state."""
+    """Safe against a kill at any moment: the file is all there is, and each look at it reads what is new in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().absolute()
         self._events = Lines(self.path / EVENTS)
+        self._facts: dict[str, dict[str, Any]] = {}  # of each point, by its identity, as far as the file was read
+        self._read = 0  # bytes
 
     @classmethod
     def make(cls, path: Path, argv: Sequence[str], space: Mapping[str, str]) -> Self:
@@ -97,10 +99,10 @@ class Ledger:
         identity = trees.identity(tree)
         given = tree["folder"]
         folder = place(Path(tree["root"]), tree["name"], identity, None if given is None else Path(given))
-        known = {point.identity: point for point in self.points()}
+        known = self._known()
         trees.write(self.path / "points" / f"{identity}.yaml", tree)  # the newest root, cluster and tracker
         if identity in known:
-            return known[identity]
+            return SweepPoint(identity=identity, **known[identity])
         point = SweepPoint(len(known) + 1, identity, folder, dict(overrides), proposal=proposal)
         self._note(
             "point", point, number=point.number, folder=str(folder), overrides=dict(overrides), proposal=proposal
@@ -130,9 +132,14 @@ class Ledger:
 
     def points(self) -> list[SweepPoint]:
         """In the order of asking."""
-        found: dict[str, dict[str, Any]] = {}
-        for line in self._events.read():
-            fact = found.setdefault(line["identity"], {"submitted": None, "refused": None, "cancelled": False})
+        found = [SweepPoint(identity=key, **fact) for key, fact in self._known().items()]
+        return sorted(found, key=lambda point: point.number)
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """With what any process has added since the last look."""
+        lines, self._read = self._events.since(self._read)
+        for line in lines:
+            fact = self._facts.setdefault(line["identity"], {"submitted": None, "refused": None, "cancelled": False})
             if line["event"] == "point":
                 fact |= {key: line[key] for key in ("number", "overrides", "proposal")}
                 fact["folder"] = Path(line["folder"])
@@ -142,7 +149,7 @@ class Ledger:
                 fact["refused"] = line["why"]
             elif line["event"] in ("cancelled", "resumed"):
                 fact["cancelled"] = line["event"] == "cancelled"
-        return sorted((SweepPoint(identity=key, **fact) for key, fact in found.items()), key=lambda point: point.number)
+        return self._facts
 
     def standings(self) -> list[tuple[SweepPoint, RunStatus]]:
         """Every point with how it stands now; each scheduler is asked once.

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from src.data.order import Interleave, Permutation, key_of
+from src.data.order import Interleave, Permutation, _schedule, key_of
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 100, 1023, 1025, 4096, 50_000])
@@ -78,3 +78,20 @@ def test_the_longest_prefix_within_limits(limits: list[int]) -> None:
     interleave = Interleave([0.7, 0.3])
     longest = max(n for n in range(1100) if all(a <= b for a, b in zip(interleave.counts(n), limits, strict=True)))
     assert interleave.longest(limits) == longest
+
+
+def looked_at_each(quotas: list[int]) -> list[int]:
+    """The rule as it is written, one place after the other."""
+    period, given, order = sum(quotas), [0] * len(quotas), []
+    for place in range(period):
+        released = [n for n, quota in enumerate(quotas) if given[n] < quota and given[n] * period <= place * quota]
+        order.append(min(released, key=lambda n: -(-(given[n] + 1) * period // quotas[n])))
+        given[order[-1]] += 1
+    return order
+
+
+@pytest.mark.parametrize(
+    "quotas", [[1], [1, 1], [7, 2, 1], [1, 1, 98], [3, 3, 3], [500, 1, 250, 249], [*range(1, 30)], [40] * 25]
+)
+def test_the_earliest_deadline_is_served_first(quotas: list[int]) -> None:
+    assert _schedule(quotas).tolist() == looked_at_each(quotas)

@@ -5,16 +5,19 @@ import json
 import os
 import re
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from src.cluster.slurm import client
+from src.config import tree as trees
 from src.config.tree import identity
 from src.errors import UserError
 from src.runs.lock import Lock
 from src.runs.records import SUBMISSIONS_FILE
+from src.storage import json_lines
 from src.sweeps import grid as sweeps
 from src.sweeps.commands import main
 from src.sweeps.ledger import Ledger
@@ -47,6 +50,28 @@ def test_a_point_is_entered_once_and_survives_a_torn_line(ledger: Ledger) -> Non
     ledger.submitted(before[0])
     assert [point.submitted is not None for point in ledger.points()] == [True, *[False] * 5]
     assert ledger.tree(before[3])["optim"] == {"lr": 3e-4}
+
+
+def test_a_point_more_costs_a_line_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a look at all of those before it: 100 points are 100 lines written, and each is read once."""
+    ledger, parsed = Ledger.make(tmp_path / "sweep", [], {}), list[object]()
+    whole = json_lines._records
+
+    def counting(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+        found = list(whole(lines))
+        parsed.extend(found)
+        return found
+
+    monkeypatch.setattr(json_lines, "_records", counting)
+    monkeypatch.setattr(trees, "write", lambda *_: None)
+    made = [ledger.add(tree(tmp_path, seed=seed), {"seed": str(seed)}) for seed in range(100)]
+    assert len(parsed) == 99
+    assert ledger.points() == made
+    assert len(parsed) == 100
+    other = Ledger.open(ledger.path)  # another command on the same sweep
+    other.cancelled(made[3])
+    assert [point.number for point in ledger.points() if point.cancelled] == [4]
+    assert ledger.add(tree(tmp_path, seed=3), {"seed": "3"}).cancelled
 
 
 def test_every_way_to_stand(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

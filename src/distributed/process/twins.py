@@ -39,12 +39,16 @@ def slow_devices(speeds: Sequence[DeviceSpeed]) -> list[SlowDevice]:
     """Those more than SLOWER below the median of devices of the same name, in the order of their ranks. The lower of
     the two in the middle counts: of two twins the faster one is healthy.
     """
+    twins: dict[str, list[DeviceSpeed]] = {}
+    for each in speeds:
+        twins.setdefault(each.device, []).append(each)
+    usual = {(name, work): median_low(getattr(one, work) for one in alike) for name, alike in twins.items()
+             for work in WORK}  # fmt: skip
     found = []
     for each in speeds:
-        twins = [other for other in speeds if other.device == each.device]
         for work, words in WORK.items():
-            usual, mine = median_low(getattr(other, work) for other in twins), getattr(each, work)
-            below = 1.0 - usual / mine if mine > 0.0 else 0.0
+            mine = getattr(each, work)
+            below = 1.0 - usual[each.device, work] / mine if mine > 0.0 else 0.0
             if below > SLOWER:
                 where = f"rank {each.rank} on {each.node} ({each.device})"
                 found.append(
