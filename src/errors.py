@@ -66,6 +66,23 @@ class DiskFullError(UserError, OSError):
         return error
 
 
+class DiskFaultError(UserError, OSError):
+    """A file system kept failing with what passes by itself, for as long as it was waited for.
+
+    Also an OSError, so that whoever can do without the file needs no other word for it.
+    """
+
+    exit_code = 75  # sysexits' "temporary failure": the same command goes on once the disk answers
+
+    @classmethod
+    def at(cls, path: Path | None, number: int, waited: float) -> Self:
+        """`number`: of the system's error; `waited`: seconds."""
+        what = "the file system" if path is None else str(path)
+        error = cls(f"{what}: {os.strerror(number).lower()}, still after {waited:.0f} s of trying again")
+        error.errno = number
+        return error
+
+
 class UnusableFileError(UserError, OSError):
     """A file that this project keeps is there and cannot be opened or replaced: rights, or a folder of its name.
 

@@ -57,6 +57,7 @@ FENCES = {
 WRITERS = {
     "src.checkpoint.folder": "renames folders",
     "src.checkpoint.store": "renames folders",
+    "src.checkpoint.writer": "is torch's writer into a draft folder",
     "src.hugging_face.save": "writes into a draft folder, which gets its name as a whole",
     "src.hugging_face.write": "writes tensors into a draft folder",
     "src.runs.commands.clean": "renames folders",

@@ -28,9 +28,16 @@ class BackgroundTask:
         self._thread.start()
 
     @property
-    def failed(self) -> bool:
-        """Whether the next `finish` raises."""
-        return self._failure is not None
+    def failure(self) -> Exception | None:
+        """What the next `finish` raises, as far as it is known by now."""
+        return self._failure
+
+    def busy(self, seconds: float) -> bool:
+        """Whether the function still runs when so many seconds have been waited for it."""
+        if self._thread is None:
+            return False
+        self._thread.join(seconds)
+        return self._thread.is_alive()
 
     def finish(self) -> None:
         """Wait for the running function, if any, and raise what it raised."""

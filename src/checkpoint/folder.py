@@ -165,6 +165,12 @@ def measure(path: Path) -> CheckpointFile:
     return CheckpointFile(bytes=size, crc32=f"{checksum:08x}")
 
 
+def of_text(text: str) -> CheckpointFile:
+    """Of a file that holds `text`."""
+    content = text.encode("utf-8", "surrogateescape")
+    return CheckpointFile(len(content), f"{zlib.crc32(content):08x}")
+
+
 def write_durably(path: Path, text: str) -> None:
     """The file has all of `text`, on the disk, or it is not there; so is the step folder that it lies in."""
     atomic_write(path, text, durable=True)

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from src.errors import CheckpointError, DiskFullError, UserError
+from src.errors import CheckpointError, DiskFaultError, DiskFullError, UserError
 from src.storage.space import disk_full
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 class _Outcome(Generic[T]):
     value: T | None
     problems: tuple[str, ...] = ()  # the user's or the disk's
-    full: bool = False  # the disk
+    kind: type[UserError] = CheckpointError  # of the problems
     crash: str = ""  # ours
 
 
@@ -51,7 +51,8 @@ class HostGroup:
             raise RuntimeError(crashes[0])
         problems = dict.fromkeys(problem for outcome in outcomes for problem in outcome.problems)
         if problems:
-            raise (DiskFullError if any(outcome.full for outcome in outcomes) else CheckpointError)(problems)
+            kinds = {outcome.kind for outcome in outcomes if outcome.problems}
+            raise next((kind for kind in (DiskFullError, CheckpointError) if kind in kinds), DiskFaultError)(problems)
         return [outcome.value for outcome in outcomes]  # type: ignore[misc]  # no problem, so the action's own value
 
 
@@ -59,10 +60,11 @@ def _try(action: Callable[[], T], rank: int) -> _Outcome[T]:
     try:
         return _Outcome(action())
     except UserError as error:
-        return _Outcome(None, problems=error.problems, full=isinstance(error, DiskFullError))
+        kinds = (kind for kind in (DiskFullError, DiskFaultError) if isinstance(error, kind))
+        return _Outcome(None, error.problems, next(kinds, CheckpointError))
     except OSError as error:
         if (full := disk_full(error, Path.cwd())) is not None:
-            return _Outcome(None, problems=full.problems, full=True)
-        return _Outcome(None, problems=(f"{error.filename or 'checkpoint'}: {error.strerror or error} (rank {rank})",))
+            return _Outcome(None, full.problems, DiskFullError)
+        return _Outcome(None, (f"{error.filename or 'checkpoint'}: {error.strerror or error} (rank {rank})",))
     except Exception:  # noqa: BLE001  (all ranks must hear of it, or they wait for this one)
         return _Outcome(None, crash=f"rank {rank}:\n{traceback.format_exc()}")

@@ -15,20 +15,35 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from src.checkpoint.stored import FILE, StoredChunk, StoredTensor, read_stored
+from src.storage.patience import Patience
 
 
-class RestrictedReader(FileSystemReader):
-    """DCP's reader of the step folder `path`, whose metadata runs nothing. CheckpointError where it would have."""
+class PatientReader(FileSystemReader):
+    """DCP's reader of the step folder `path`, which waits for what passes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience: Patience) -> None:
         super().__init__(path)
+        self._patience = patience
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        return self._patience(lambda: super(PatientReader, self).read_data(plan, planner))
+
+
+class RestrictedReader(PatientReader):
+    """The same, with metadata that run nothing. CheckpointError where they would have."""
+
+    def __init__(self, path: Path, patience: Patience) -> None:
+        super().__init__(path, patience)
         self._file = path / FILE
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        self._metadata = self._metadata or read(self._file)  # asked for twice; of a large model it takes seconds
+        # Asked for twice; of a large model it takes seconds.
+        self._metadata = self._metadata or self._patience(lambda: read(self._file))
         return self._metadata
 
 

@@ -6,35 +6,35 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from src.checkpoint import folder as files
 from src.checkpoint.background import BackgroundTask
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
-from src.checkpoint.metadata import RestrictedReader
+from src.checkpoint.metadata import PatientReader, RestrictedReader
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json, unlike
-from src.errors import CheckpointError, DiskFullError, some
-from src.storage.space import room
+from src.checkpoint.writer import CheckpointWriter, explained
+from src.errors import CheckpointError, DiskFaultError, DiskFullError, some
+from src.storage.patience import Patience
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+# A save that is still in flight so long after the next one is due hangs, and is not merely slow.
+HANGS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class SavedCheckpoint:
     stall_seconds: float  # training waited in save(): for the save before, and for the copy to the host
     write_seconds: float  # until COMPLETE.json was in place
     bytes: int  # of all ranks
+    faults: int = 0  # of file systems that all ranks have waited out in this attempt
+    waited_seconds: float = 0.0  # by the rank that waited longest for them
 
 
 @dataclass
@@ -60,42 +62,40 @@ class _Write:
     stall_seconds: float | None = None  # None: training waits until the end
 
 
-class _Writer(FileSystemWriter):
-    """Says of a full disk that it is full: torch's own words are of positions in an archive."""
+@dataclass(frozen=True)
+class _Written:
+    """What a rank has written, and what its file systems have cost it so far."""
 
-    def __init__(self, path: Path, needed: int, **options: Any) -> None:
-        super().__init__(path, **options)
-        self._path, self._needed = path, needed
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with room(self._path, self._needed):
-            return super().write_data(plan, planner)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with room(self._path):
-            super().finish(metadata, results)
+    files: dict[str, CheckpointFile]
+    faults: int
+    waited_seconds: float
 
 
 class Store:
     """The checkpoints of one run. Every method is collective: all ranks call it or none does.
 
-    Failures of a save in the background are raised by the next call; the checkpoints before it stay as they are.
+    Failures of a save in the background are raised by the next call; the checkpoints before it stay as they are. One
+    that a passing fault of the disk has ended is told by `lost`, and only a second one in a row is raised.
     """
 
-    def __init__(self, folder: Path, options: Checkpoint, *, writer: str = "") -> None:
+    def __init__(
+        self, folder: Path, options: Checkpoint, *, writer: str = "", patience: Patience | None = None
+    ) -> None:
         """`writer`: a name for this one where others may write here at the same time: replica groups that lost sight
         of each other may both save, even the same step. Each writes under a name of its own, and the first one that is
-        complete stands.
+        complete stands. `patience`: for faults that pass, with those of other rooms counted in it.
         """
         self.folder = folder
         self._writer = writer
         self.options = options
         self.last: SavedCheckpoint | None = None  # the last save that was finished
+        self.lost: DiskFaultError | None = None  # why the newest save is not there
+        self._patience = patience or Patience()
         self._team = HostGroup()
         self._aside = BackgroundTask("checkpoint")
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
-        self._team.on_rank_zero(lambda: files.clean(folder, writer))
+        self._on_rank_zero(lambda: files.clean(folder, writer))
 
     def save(self, step: int, state: dict[str, Any], facts: dict[str, Any], *, wait: bool = False) -> None:
         """Write `state` as the checkpoint of `step`; when it returns, the state may change.
@@ -104,7 +104,7 @@ class Store:
         `checkpoint.asynchronous`, the checkpoint is complete on return. `facts` go into COMPLETE.json.
         """
         began = time.perf_counter()
-        self.finish()
+        self._settle()
         background = self.options.asynchronous and not wait
         flat = flatten(state)
         snapshot = Snapshot(flat.tensors, coordinator=self._team.rank == 0, copy=background)
@@ -119,32 +119,46 @@ class Store:
         """Wait until nothing is in flight; raises what went wrong with the last save."""
         self._aside.finish()
 
+    def _settle(self) -> None:
+        """The same where others follow: a first failure that may pass is `lost`."""
+        try:
+            self._aside.finish()
+        except DiskFaultError as error:  # on all ranks alike
+            if self.lost is not None:
+                raise
+            self.lost = error
+
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed, as far as this rank knows by now: `finish` will raise it."""
-        return self._aside.failed
+        """Whether a save in the background has failed, as far as this rank knows by now, and the next would as well."""
+        failure = self._aside.failure
+        return failure is not None and not isinstance(failure, DiskFaultError)
+
+    def busy(self, seconds: float = HANGS_SECONDS) -> bool:
+        """Not collective. Whether a save is still in flight on this rank after so many seconds of waiting for it."""
+        return self._aside.busy(seconds)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint of this run."""
-        self.finish()
-        found = self._team.on_rank_zero(lambda: files.complete(self.folder))
+        self._settle()
+        found = self._on_rank_zero(lambda: files.complete(self.folder))
         return found[-1] if found else None
 
     def before(self, step: int) -> Path | None:
         """The newest complete checkpoint of this run of fewer steps."""
-        self.finish()
-        found = self._team.on_rank_zero(lambda: files.complete(self.folder))
+        self._settle()
+        found = self._on_rank_zero(lambda: files.complete(self.folder))
         older = [path for path in found if (files.step_of(path) or 0) < step]
         return older[-1] if older else None
 
     def origin(self) -> Path | None:
         """What this run starts from: `newest()`, else `checkpoint.initial`, else None."""
         self.finish()
-        return self._team.on_rank_zero(lambda: self.options.origin(self.folder))
+        return self._on_rank_zero(lambda: self.options.origin(self.folder))
 
     def shared(self, of_rank_zero: Callable[[], T]) -> T:
         """What rank 0 alone can read."""
-        return self._team.on_rank_zero(of_rank_zero)
+        return self._on_rank_zero(of_rank_zero)
 
     def load(
         self, path: Path, state: dict[str, Any], *, optional: Collection[str] = (), rounds: bool = False
@@ -158,7 +172,7 @@ class Store:
         """
         self.finish()
         self._verify(path)
-        values: dict[str, Any] = self._team.on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
+        values: dict[str, Any] = self._on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
         there = {name.partition(".")[0] for name in values}
         state = {key: child for key, child in state.items() if key in there or key not in optional}
         flat = flatten(state)
@@ -181,7 +195,7 @@ class Store:
         """
         self.finish()
         self._verify(path)
-        values: dict[str, Any] = self._team.on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
+        values: dict[str, Any] = self._on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
         wanted = flatten(required).tensors
         entries = {name: flatten({name: tensors}).tensors for name, tensors in optional.items()}
         reader = self._reader(path)
@@ -198,31 +212,32 @@ class Store:
         self._team.on_all(lambda: self._read_tensors(path, Flat(tensors, {}), reader))
         return values, {name for one in looks for name in one[1]}
 
+    def _on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Collective. What may be done twice, with patience."""
+        return self._team.on_rank_zero(lambda: self._patience(action, self.folder))
+
     # Saving: on the thread, or on the caller's when it waits.
 
     def _write(self, job: _Write) -> None:
         path = files.step_folder(self.folder, job.step)
         values = merge(self._team.on_all(lambda: job.values))
         try:
-            marker = self._write_cleanly(path, job, values)
+            self._write_cleanly(path, job, values)
         except DiskFullError:
-            if not self._team.on_rank_zero(lambda: self._make_room(path)):
+            if not self._on_rank_zero(lambda: self._make_room(path)):
                 raise
-            marker = self._write_cleanly(path, job, values)
-        if marker is None:
-            return
-        self._sound.add(path)
-        seconds = time.perf_counter() - job.began
-        stall_seconds = seconds if job.stall_seconds is None else job.stall_seconds
-        self.last = SavedCheckpoint(job.step, path, stall_seconds, seconds, marker.bytes)
+            self._write_cleanly(path, job, values)
+        self.lost = None
 
-    def _write_cleanly(self, path: Path, job: _Write, values: str) -> Marker | None:
-        """None: it is there already."""
+    def _write_cleanly(self, path: Path, job: _Write, values: str) -> None:
+        """Nothing where it is there already."""
         try:
-            return self._write_files(path, job, values) if self._team.on_rank_zero(lambda: self._open(path)) else None
-        except (CheckpointError, DiskFullError):
-            with suppress(CheckpointError, DiskFullError):  # a full disk must not stay full of half a checkpoint
-                self._team.on_rank_zero(lambda: files.clean(self.folder, self._writer))
+            if self._on_rank_zero(lambda: self._open(path)):
+                self._write_files(path, job, values)
+        except (CheckpointError, DiskFullError, DiskFaultError):
+            # A full disk must not stay full of half a checkpoint.
+            with suppress(CheckpointError, DiskFullError, DiskFaultError):
+                self._on_rank_zero(lambda: files.clean(self.folder, self._writer))
             raise
 
     def _make_room(self, path: Path) -> bool:
@@ -236,14 +251,23 @@ class Store:
             files.remove(old)
         return bool(surplus)
 
-    def _write_files(self, path: Path, job: _Write, values: str) -> Marker:
+    def _write_files(self, path: Path, job: _Write, values: str) -> None:
         place = files.draft(path, self._writer)
-        self._team.on_all(lambda: self._write_tensors(place, job.snapshot))
-        written = self._team.on_all(lambda: self._seal(place, values))
-        sealed = {name: file for one in written for name, file in one.items()}
+        written = self._team.on_all(lambda: self._write_tensors(place, job.snapshot, values))
+        sealed = {name: file for one in written for name, file in one.files.items()}
         marker = Marker(job.step, str(torch.__version__), job.facts, sealed)
-        self._team.on_rank_zero(lambda: self._close(path, marker))
-        return marker
+        self._on_rank_zero(lambda: self._close(path, marker))
+        self._sound.add(path)
+        seconds = time.perf_counter() - job.began
+        self.last = SavedCheckpoint(
+            job.step,
+            path,
+            seconds if job.stall_seconds is None else job.stall_seconds,
+            seconds,
+            marker.bytes,
+            sum(one.faults for one in written),
+            max(one.waited_seconds for one in written),
+        )
 
     def _open(self, path: Path) -> bool:
         """Rank 0: an empty folder to write to; False when this step is there already, known to be sound, or saved by
@@ -257,22 +281,24 @@ class Store:
         files.draft(path, self._writer).mkdir()
         return True
 
-    def _write_tensors(self, path: Path, snapshot: Snapshot) -> None:
+    def _write_tensors(self, path: Path, snapshot: Snapshot, values: str) -> _Written:
+        """What this rank has written; rank 0 writes the small values of all."""
         # Reading ahead is for tensors on a GPU; from the thread it would open a context on GPU 0.
         ahead_bytes = 0 if snapshot.copied else 10_000_000
-        writer = _Writer(path, snapshot.bytes, sync_files=True, per_thread_copy_ahead=ahead_bytes)
+        options = {"sync_files": True, "per_thread_copy_ahead": ahead_bytes}
+        writer = CheckpointWriter(path, snapshot.bytes, self._patience, **options)
         try:
             save({}, storage_writer=writer, planner=snapshot, process_group=self._team.group)
         except CheckpointException as error:
-            raise _explained(error, f"{path}: cannot be written") from None
+            raise explained(error, f"{path}: cannot be written") from None
+        return self._seal(path, writer, values)
 
-    def _seal(self, path: Path, values: str) -> dict[str, CheckpointFile]:
-        """Size and checksum of every file that this rank has written."""
-        names = [file.name for file in path.glob(f"__{self._team.rank}_*")]
+    def _seal(self, path: Path, writer: CheckpointWriter, values: str) -> _Written:
+        written = dict(writer.written)
         if self._team.rank == 0:
-            files.write_durably(path / VALUES, values)
-            names += [".metadata", VALUES]
-        return {name: files.measure(path / name) for name in sorted(names)}
+            self._patience(lambda: files.write_durably(path / VALUES, values), path)
+            written[VALUES] = files.of_text(values)
+        return _Written(written, self._patience.faults, self._patience.seconds)
 
     def _close(self, path: Path, marker: Marker) -> None:
         """Rank 0: declare the folder complete, then remove what is not kept."""
@@ -295,14 +321,15 @@ class Store:
     def _verify(self, path: Path) -> None:
         """Each rank checks its share of the files; whatever is wrong, an older checkpoint is offered."""
         try:
-            marker = self._team.on_rank_zero(lambda: files.read_marker(path))
+            marker = self._on_rank_zero(lambda: files.read_marker(path))
             by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
             self._team.on_all(lambda: self._check_files(path, marker, by_size[self._team.rank :: self._team.world]))
         except CheckpointError as error:
             raise CheckpointError([*error.problems, self._team.on_rank_zero(lambda: self._way_out(path))]) from None
 
     def _check_files(self, path: Path, marker: Marker, names: list[str]) -> None:
-        faults = [files.fault(path / name, marker.files[name], self.options.verify) for name in names]
+        verify = self.options.verify
+        faults = [self._patience(partial(files.fault, path / name, marker.files[name], verify)) for name in names]
         problems = [fault for fault in faults if fault is not None]
         if problems:
             raise CheckpointError(problems)
@@ -337,7 +364,7 @@ class Store:
         return reader
 
     def _reader(self, path: Path) -> FileSystemReader:
-        return FileSystemReader(path) if self.options.trusted else RestrictedReader(path)
+        return (PatientReader if self.options.trusted else RestrictedReader)(path, self._patience)
 
     def _read_tensors(self, path: Path, flat: Flat, reader: FileSystemReader) -> None:
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -349,20 +376,7 @@ class Store:
                 process_group=self._team.group,
             )
         except CheckpointException as error:
-            raise _explained(error, f"{path}: cannot be read") from None
-
-
-def _explained(error: CheckpointException, what: str) -> Exception:
-    """The disk's failures in plain words (torch's writer turns a full disk into a RuntimeError), others as they are."""
-    failures = {rank: failure for rank, (failure, _) in error.failures.items()}
-    if full := [failure for failure in failures.values() if isinstance(failure, DiskFullError)]:
-        return DiskFullError(dict.fromkeys(problem for each in full for problem in each.problems))
-    if all(isinstance(failure, (OSError, RuntimeError, UnpicklingError)) for failure in failures.values()):
-        # torch's own words about a pickle advise to run it.
-        foreign = "a tensor's place holds something else; nothing of it was run"
-        said = {rank: foreign if isinstance(each, UnpicklingError) else each for rank, each in failures.items()}
-        return CheckpointError([f"{what} by rank {rank}: {words}" for rank, words in said.items()])
-    return RuntimeError(f"{what}: {error}")
+            raise explained(error, f"{path}: cannot be read") from None
 
 
 def _count(names: set[str]) -> str:

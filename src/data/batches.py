@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from src.data.config import Data
 from src.data.corpus import Corpus
 from src.data.order import Permutation, Unsigned, key_of, sample_hashes
+from src.storage.patience import Patience
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +62,15 @@ class Batches:
         micro_batch: int,
         micro_batches: int,
         read_before: Sequence[int] = (),
+        patience: Patience | None = None,
     ) -> None:
         """`read_before`: samples of each source that the run has used up in other orders, behind which this one goes
-        on; empty: none.
+        on; empty: none. `patience`: for faults of the disk that pass, with those of other rooms counted in it.
         """
         assert 0 <= rank < ranks, "a data rank outside its group"
         self._corpus = corpus
         self._data = data
+        self._patience = patience or Patience()
         self._seq_len = seq_len
         self._rank = rank
         self._ranks = ranks
@@ -214,7 +218,7 @@ class Batches:
         tokens = np.full((self._micro_batch, self._seq_len), filler, np.int64)
         labels = np.full_like(tokens, IGNORED)
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
-            read = self._corpus.rows(source, split, self._seq_len).read(window)
+            read = self._patience(partial(self._corpus.rows(source, split, self._seq_len).read, window))
             tokens[row, : len(read) - 1] = read[:-1]
             labels[row, : len(read) - 1] = read[1:]
         checksum = _sum(sample_hashes(samples, sources, windows))

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from src.checkpoint.config import Checkpoint, hardly_fits
+from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import complete, step_of
 from src.checkpoint.store import Store
 from src.data.batches import Batch, Batches
@@ -33,7 +33,7 @@ from src.planning.plan import Plan
 from src.train.audit import SampleAudit
 from src.train.expert_load import expert_load
 from src.train.exports import Exports
-from src.train.report import Report
+from src.train.report import Report, SaveReport
 from src.train.resume import go_back
 from src.train.setup import STEP_TIMEOUT_SECONDS, Training
 from src.train.stability.layer_norms import LayerNorms
@@ -88,7 +88,8 @@ class Loop:
         self._readback, self._stopping, self._saved = Readback(), self._stopped(), state.step
         self._first: int | None = None  # step of this attempt, once it is done
         self._losses: dict[str, tuple[int, float]] = {}  # the newest of each kind, with its step
-        self._reported, self._warned, self._validated = self.store.last, False, 0
+        self._saves = SaveReport(self.report, self.store, self.grace_seconds)
+        self._validated, self._passed_over = 0, False
         self._back_to: Path | None = None  # a checkpoint, before a spike
         if state.spikes is not None:
             state.spikes.skip(self.store.shared(self.report.skipped_samples))
@@ -353,8 +354,19 @@ class Loop:
         state = self.training.state
         if not self.checkpoint.due(state.step, last=last) or state.step == self._saved:
             return
+        if not last and self._hangs():
+            self.report.say(f"warning: the save before this one is not on the disk yet; step {state.step} is not saved")
+            return
         self._saved = state.step
         self._write(last=last)
+
+    def _hangs(self) -> bool:
+        """Collective. Whether training goes on without a save that is due, as the one before it hangs in some rank's
+        disk. The second time in a row it waits.
+        """
+        hangs = not self._passed_over and any_rank(self.store.busy(), self.training.ranks.device)
+        self._passed_over = hangs
+        return hangs
 
     def _write(self, *, last: bool) -> None:
         state = self.training.state
@@ -364,18 +376,9 @@ class Loop:
         self.store.save(state.step, tree, self.facts | {"tokens": state.tokens, **losses}, wait=last)
 
     def _tell_save(self) -> None:
-        """What the last save cost, once it is on the disk: at the step that it holds."""
         if self.evaluator is not None:
             self.evaluator.aside()
-        saved = self.store.last
-        if saved is None or saved is self._reported:
-            return
-        self._reported = saved
-        costs = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds, "bytes": saved.bytes}
-        self.report.measure(saved.step, {f"checkpoint/{key}": float(value) for key, value in costs.items()})
-        if not self._warned and (slow := hardly_fits(saved.write_seconds, self.grace_seconds)) is not None:
-            self._warned = True
-            self.report.say(f"warning: {slow}")
+        self._saves.tell()
 
     def _export(self, step: int) -> None:
         if self.exports is None:

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from src.checkpoint.config import hardly_fits
+from src.checkpoint.store import Store
 from src.evaluation.recorded import unscored
 from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
@@ -136,3 +138,35 @@ class Report:
             self._console.close()
         if self._log is not None:
             self._log.finish(status)
+
+
+class SaveReport:
+    """Says what each save has cost, once it is on the disk, or that a fault of the disk has ended it."""
+
+    def __init__(self, report: Report, store: Store, grace_seconds: float) -> None:
+        """`grace_seconds`: between a stop signal and the end of ranks that still save."""
+        self._report, self._store, self._grace_seconds = report, store, grace_seconds
+        self._told, self._told_of = store.last, store.lost
+        self._failures, self._warned = 0, False
+
+    def tell(self) -> None:
+        """What is new, at the step that it holds."""
+        self._tell_loss()
+        saved = self._store.last
+        if saved is None or saved is self._told:
+            return
+        self._told = saved
+        costs = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds, "bytes": saved.bytes}
+        if saved.faults or self._failures:
+            costs |= {"failures": self._failures, "faults": saved.faults, "waited_seconds": saved.waited_seconds}
+        self._report.measure(saved.step, {f"checkpoint/{key}": float(value) for key, value in costs.items()})
+        if not self._warned and (slow := hardly_fits(saved.write_seconds, self._grace_seconds)) is not None:
+            self._warned = True
+            self._report.say(f"warning: {slow}")
+
+    def _tell_loss(self) -> None:
+        lost, before = self._store.lost, self._told_of
+        self._told_of = lost
+        if lost is not None and lost is not before:
+            self._failures += 1
+            self._report.say(f"warning: a save failed: {lost}; training goes on, and the next save is the last try")

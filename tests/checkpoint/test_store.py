@@ -62,9 +62,9 @@ def snapshot(folder: Path) -> tuple[bool, int, bool]:
     store = Store(folder, options(asynchronous=True))
     gate, write = threading.Event(), store._write_tensors
 
-    def write_late(*args: Any) -> None:
+    def write_late(*args: Any) -> Any:
         assert gate.wait(60)
-        write(*args)
+        return write(*args)
 
     store._write_tensors = write_late  # type: ignore[method-assign]
     live, facts = state(1, rng={"seeds": [1, 2], "none": None, "on": True}), {"tokens": [1]}

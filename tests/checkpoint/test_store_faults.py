@@ -1,10 +1,15 @@
 """What a store says of damaged files, full disks and states that do not fit; an older checkpoint stays as it was."""
 
+import errno
+import json
+import os
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 from unittest.mock import patch
 
@@ -14,8 +19,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from src.checkpoint.store import Store, _Writer
+from src.checkpoint import folder as files
+from src.checkpoint.store import Store
+from src.checkpoint.writer import CheckpointWriter
 from src.errors import DiskFullError
+from src.storage.patience import Patience
 from tests.checkpoint.options import options, problems
 from tests.checkpoint.states import blank, equals, state, two_saves
 from tests.ranks import RankError, RankPool
@@ -123,13 +131,13 @@ def short_of_room(folder: Path, keep: int | None) -> tuple[str, list[str]]:
     store = Store(folder, options(keep=keep))
     for step in (10, 20, 30):
         store.save(step, big(), {}, wait=True)
-    write = _Writer.write_data
+    write = CheckpointWriter.write_data
 
-    def full(self: _Writer, *given: Any) -> Any:
+    def full(self: CheckpointWriter, *given: Any) -> Any:
         with no_room_on_rank_1(400_000 if len(list(folder.glob("*/COMPLETE.json"))) > 1 else 10**8):
             return write(self, *given)
 
-    with patch.object(_Writer, "write_data", full):
+    with patch.object(CheckpointWriter, "write_data", full):
         try:
             store.save(40, big(), {}, wait=True)
         except DiskFullError as error:
@@ -237,3 +245,145 @@ def test_checkpoints_moved_to_another_disk_and_linked(ranks: RankPool, tmp_path:
     (run / what).rename(disk)
     (run / what).symlink_to(disk)
     assert ranks(2, linked, run / "checkpoints") == [True, True]
+
+
+class Faults:
+    """The first `count` times, opening a file of a step folder fails so on rank 1."""
+
+    def __init__(self, count: int, number: int) -> None:
+        self.left, self.number, self.pauses = count, number, list[float]()
+
+    def patience(self, seconds: float) -> Patience:
+        clock = [0.0]
+
+        def sleep(pause: float) -> None:
+            self.pauses.append(pause)
+            clock[0] += pause
+
+        return Patience(seconds, sleep=sleep, clock=lambda: clock[0])
+
+    @contextmanager
+    def injected(self) -> Iterator[None]:
+        whole = Path.open
+
+        def sick(path: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+            if self.left and dist.get_rank() == 1 and path.parent.name.startswith("step_"):
+                self.left -= 1
+                raise OSError(self.number, os.strerror(self.number), str(path))
+            return whole(path, mode, *more, **named)
+
+        with patch.object(Path, "open", sick):
+            yield
+
+
+def passing_fault(folder: Path, number: int) -> dict[str, Any]:
+    faults = Faults(2, number)
+    store = Store(folder, options(), patience=faults.patience(300))
+    with faults.injected():
+        store.save(10, state(1), {})
+        store.finish()
+    saved = store.last
+    assert saved is not None
+    faults.left = 2
+    tree = state(5)
+    with faults.injected():
+        store.load(saved.path, tree)
+    dist.barrier()
+    return {"sound": equals(tree, 1), "faults": saved.faults, "waited": saved.waited_seconds, "pauses": faults.pauses}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EAGAIN])
+def test_faults_that_pass_in_a_save_and_a_load_are_waited_out_and_counted(
+    ranks: RankPool, tmp_path: Path, number: int
+) -> None:
+    first, second = ranks(2, passing_fault, tmp_path, number)
+    assert first == {"sound": True, "faults": 2, "waited": 3.0, "pauses": []}
+    assert second == {"sound": True, "faults": 2, "waited": 3.0, "pauses": [1.0, 2.0, 1.0, 2.0]}
+
+
+def failed_saves(folder: Path) -> dict[str, Any]:
+    faults = Faults(3, errno.EIO)  # as many as fit into four seconds
+    store = Store(folder, options(), patience=faults.patience(4))
+    with faults.injected():
+        store.save(10, state(1), {})
+        store.busy()
+    store.save(20, state(2), {})
+    lost = str(store.lost)
+    store.finish()
+    there, healed = [path.name for path in files.complete(folder)], store.lost
+    faults.left = 9
+    with faults.injected():
+        store.save(30, state(3), {})
+        store.save(40, state(4), {})
+        store.busy()
+        stops = store.failed
+        told = problems(store.save, 50, state(5), {})
+    dist.barrier()
+    return {"lost": lost, "there": there, "healed": healed, "stops": stops, "told": told}
+
+
+def test_a_failed_save_is_tried_again_at_the_next_one_and_only_the_second_in_a_row_is_raised(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    """`failed`, which stops training between two steps, is for what a person must mend."""
+    first, second = ranks(2, failed_saves, tmp_path)
+    assert first == second
+    place = tmp_path / "step_00000010" / "__1_0.distcp"
+    assert first["lost"] == f"{place}: input/output error, still after 3 s of trying again"
+    assert (first["there"], first["healed"], first["stops"]) == (["step_00000020"], None, False)
+    assert first["told"] == (f"{tmp_path / 'step_00000040' / '__1_0.distcp'}: input/output error, still after 3 s of "
+                             "trying again",)  # fmt: skip
+
+
+def hanging_save(folder: Path) -> tuple[list[bool], list[str]]:
+    store, goes_on = Store(folder, options()), Event()
+    write = CheckpointWriter.write_data
+
+    def hangs(self: CheckpointWriter, *given: Any) -> Any:
+        if dist.get_rank() == 1:
+            goes_on.wait()
+        return write(self, *given)
+
+    with patch.object(CheckpointWriter, "write_data", hangs):
+        idle = store.busy(0.0)
+        store.save(10, state(1), {})
+        busy = store.busy(0.01)
+        goes_on.set()
+        store.finish()
+    return [idle, busy, store.busy(0.0)], [path.name for path in files.complete(folder)]
+
+
+def test_a_save_that_hangs_is_seen_by_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks(2, hanging_save, tmp_path) == [([False, True, False], ["step_00000010"])] * 2
+
+
+def opened(folder: Path) -> list[tuple[str, str]]:
+    """What a save does below its folder: each file that is opened, with its mode, and each listing."""
+    store, seen, on = Store(folder, options()), list[tuple[str, str]](), [True]
+
+    def hook(event: str, given: tuple[Any, ...]) -> None:
+        if on[0] and event in ("open", "os.scandir", "os.listdir") and given and isinstance(given[0], str | Path):
+            path = Path(given[0])
+            if "step_00000010" in path.parts and path.parent != folder:
+                seen.append((path.name, str(given[1])[0] if event == "open" else event))
+            elif path.name == "step_00000010" and event != "open":
+                seen.append((path.name, event))
+
+    sys.addaudithook(hook)
+    store.save(10, state(1), {}, wait=True)
+    on[0] = False
+    return seen
+
+
+def test_a_save_writes_each_file_once_and_reads_none_of_it(ranks: RankPool, tmp_path: Path) -> None:
+    """No listing of a folder that has a file of every rank, and no byte again for its checksum."""
+    first, second = ranks(2, opened, tmp_path)
+    assert second == [("__1_0.distcp", "w")]
+    assert [each for each in first if not each[0].startswith((".COMPLETE", ".values"))] == [
+        ("__0_0.distcp", "w"),
+        (".metadata.tmp", "w"),
+    ]
+    marker = json.loads((tmp_path / "step_00000010" / "COMPLETE.json").read_text())
+    assert sorted(marker["files"]) == [".metadata", "__0_0.distcp", "__1_0.distcp", "values.json"]
+    for name, told in marker["files"].items():
+        assert files.measure(tmp_path / "step_00000010" / name) == files.CheckpointFile(**told)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal, Self
 
 from src.cluster.backend import JobStart
-from src.errors import UserError
+from src.errors import DiskFaultError, UserError
 from src.storage.atomic_write import atomic_write
+from src.storage.patience import FAULTS
 
-Kind = Literal["memory", "user", "code", "node", "peer"]
+Kind = Literal["memory", "user", "code", "node", "peer", "disk"]
 
 # A device that is broken, not a program: the words of CUDA's and the driver's errors.
 _BROKEN_DEVICE = re.compile(
@@ -61,6 +62,8 @@ class RankFailure:
 def classify(error: BaseException) -> Kind:
     """By type first, then by the words of the libraries, which raise RuntimeError for most of it."""
     name, text = type(error).__name__, str(error)
+    if isinstance(error, DiskFaultError) or (isinstance(error, OSError) and error.errno in FAULTS):
+        return "disk"
     if isinstance(error, UserError):
         return "user"
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or _NO_MEMORY.search(text):

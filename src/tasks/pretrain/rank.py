@@ -30,6 +30,7 @@ from src.metrics.startup import Startup
 from src.metrics.throughput import Throughput, peak_flops
 from src.planning.plan import Plan
 from src.run import Run
+from src.storage.patience import Patience
 from src.tasks.evaluate.live import LiveEvaluation, TrainingEvaluator
 from src.tasks.evaluate.side_job import SideEvaluator, SideJobs
 from src.tasks.export.check_folder import check_apart
@@ -174,7 +175,7 @@ def _loop(
     groups: ReplicaGroups | None,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
-    run, planned = stage.run, stage.plan
+    run, planned, patience = stage.run, stage.plan, Patience()
     batches = Batches(
         corpus,
         run.data,
@@ -185,9 +186,10 @@ def _loop(
         micro_batch=planned.micro_batch,
         micro_batches=planned.micro_batches,
         read_before=stage.read_before,
+        patience=patience,
     )
     writer = "" if groups is None else f"group_{groups.group}"
-    store = Store(folder / "checkpoints", run.checkpoint, writer=writer)
+    store = Store(folder / "checkpoints", run.checkpoint, writer=writer, patience=patience)
     report.say(resume(training.state, store, batches, planned.steps, noted(folder)))
     startup.done("load")
     make = Loop if groups is None else partial(ReplicatedLoop, groups=groups)
