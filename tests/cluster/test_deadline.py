@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from src.cluster.diagnosis.verdict import Verdict, settle
 from src.cluster.slurm import client, time_limit
 from src.cluster.slurm.time_limit import Deadline, margin
 from src.runs.folder import attempts
@@ -89,8 +90,9 @@ def test_not_for_ever(folder: Path, sent: list[list[str]], monkeypatch: pytest.M
     left(monkeypatch, [20.0])
     stuck(folder, 1, saves=10, requeues=1)
     stuck(folder, 2, saves=20, requeues=1)
-    assert [each["action"] for each in verdicts(folder)] == ["requeue", "stop"]
-    assert len(sent) == 1
+    assert len(sent) == 2, "each has come further"
+    assert settle(folder, "7", Verdict("peer", "requeue", None, "lost"), 1).action == "stop", "this one has not"
+    assert [each["action"] for each in verdicts(folder)] == ["requeue", "requeue", "stop"]
 
 
 def test_a_save_that_ends_in_time_and_a_run_without_a_signal_are_left_alone(

@@ -52,6 +52,7 @@ def test_the_resources_are_the_plans(tmp_path: Path) -> None:
         ("requeue n2", "(null)", True, ["requeue JOB", "update JobId=JOB ExcNodeList=n2"]),
         ("requeue n2", "n[3-5],n9", True, ["requeue JOB", "update JobId=JOB ExcNodeList=n[3-5],n9,n2"]),
         ("requeue n2", "n1", False, ["requeue JOB"]),
+        ("requeue n2", "old1,old2", True, ["requeue JOB", "update JobId=JOB ExcNodeList=n2"]),
         ("requeue", "n9", True, ["requeue JOB"]),
         ("stop", "n9", True, []),
     ],
@@ -61,13 +62,13 @@ def test_the_batch_script_does_what_the_verdict_says(
     tmp_path: Path, job: str, answer: str, known: str, startable: bool, told: list[str]
 ) -> None:
     """Its last part, with stand-ins for the verdict, scontrol and sbatch; a bad node joins those that are left out,
-    unless SLURM says that the job could then not start. What is requeued is an element of an array, not the array,
-    whose id the last element has.
+    unless SLURM says that the job could then not start; those of earlier failures are then let in again. What is
+    requeued is an element of an array, not the array, whose id the last element has.
     """
     for name, does in {
         "judge": f'echo "{answer}"',
         "scontrol": f'[ $1 = show ] && echo "  ReqNodeList=(null) ExcNodeList={known}" || echo "$@" >> {tmp_path}/told',
-        "sbatch": f'echo "$@" > {tmp_path}/tested; exit {1 - startable}',
+        "sbatch": f'echo "$@" >> {tmp_path}/tested; case "$2" in *old*) exit 1;; esac; exit {1 - startable}',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
@@ -84,8 +85,9 @@ def test_the_batch_script_does_what_the_verdict_says(
         "" if startable else "node n2 is not left out: without n1,n2 too few nodes are left for this job\n"
     )
     if answer == "requeue n2":
-        out = f"{known},n2".removeprefix("(null),")
-        assert (tmp_path / "tested").read_text() == f"--test-only --exclude={out} the script\n"
+        tried = [f"{known},n2".removeprefix("(null),"), *(["n2"] if not startable or "old" in known else [])]
+        said = "".join(f"--test-only --exclude={out} the script\n" for out in tried)
+        assert (tmp_path / "tested").read_text() == said
 
 
 def test_a_signal_to_all_of_the_job_leaves_the_script_to_its_end(tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import attempts, end
 from src.runs.records import PLAN_FILE
 from src.runs.submissions import submissions
-from src.storage.json_lines import Lines
+from src.storage.json_lines import METRICS_FILE, Lines
 
 FILE = "verdicts.jsonl"
-# A failure that comes back at the same checkpoint is no accident, whatever it looks like.
-FAILURES_WITHOUT_PROGRESS = 3
+# A failure that comes back at the same step is no accident, whatever it looks like. Of the same checkpoint it may be:
+# with a failure each 3 hours and 30 minutes to the next checkpoint, three in a row happen once a week.
+FAILURES_AT_ONE_STEP = 3
 
-Kind = Literal["memory", "user", "code", "node", "peer", "died", "hang", "saved", "late"]
+Kind = Literal["memory", "user", "code", "node", "peer", "disk", "died", "hang", "saved", "late"]
 
 ADVICE: dict[Kind, str] = {
     "memory": "a smaller task.micro_batch, recompute=full or more parallel.shard takes less memory; not started again",
@@ -38,6 +39,7 @@ ADVICE: dict[Kind, str] = {
     "code": "an error of the code: starting again would end the same way; submit again once it is mended, to go on",
     "node": "a broken machine",
     "peer": "ranks lost each other",
+    "disk": "a file system kept failing",
     "died": "a process died without a word",
     "hang": "a collective never came to its end",
     "saved": "saved, and only the requeue failed",
@@ -79,6 +81,9 @@ def judge(evidence: Evidence) -> Verdict:
     for failure in evidence.failures:
         if failure.kind == "node":
             return Verdict("node", "requeue", failure.bad_node, f"{ADVICE['node']}: {failure.error}")
+    for failure in evidence.failures:
+        if failure.kind == "disk":
+            return Verdict("disk", "requeue", None, f"{ADVICE['disk']}: {failure.error}")
     if evidence.hang is not None and not evidence.hang.silent:
         return _hung(evidence.hang, evidence.nodes)
     if (down := evidence.log.node_down) is not None:
@@ -104,28 +109,56 @@ def _silent_node(evidence: Evidence) -> str | None:
     return silent[0] if heard and len(silent) == 1 else None
 
 
-def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], checkpoint: str | None, requeues: int) -> Verdict:
-    """No requeue for ever: not beyond `requeues`, nor for a failure that returns without a step forward."""
+@dataclass(frozen=True)
+class Headway:
+    """How far a run has come: what is kept, and how far the newest attempt was beyond it."""
+
+    checkpoint: str | None  # name of the newest complete one
+    step: int | None = None  # the last that the newest attempt logged; None: it logged none
+
+    @classmethod
+    def of(cls, folder: Path) -> "Headway":
+        """As its own records have it."""
+        tried = attempts(folder)
+        begun = datetime.fromisoformat(tried[-1].started).timestamp() if tried else 0.0
+        lines = (line for line in Lines(folder / METRICS_FILE).recent() if line.get("time", 0.0) >= begun)
+        return cls(newest(folder), max((int(line["step"]) for line in lines if "step" in line), default=None))
+
+
+def capped(verdict: Verdict, earlier: Sequence[dict[str, object]], now: Headway, requeues: int) -> Verdict:
+    """No requeue for ever: not beyond `requeues` since the newest checkpoint was saved, nor for a failure that returns
+    at the same step.
+    """
     if verdict.action == "stop":
         return verdict
-    again = [each for each in earlier if each["action"] == "requeue"]
-    here = [each for each in again if each["checkpoint"] == checkpoint]
-    if len(again) >= requeues:
-        why = f"cluster.requeues={requeues} are used up"
-    elif len(here) >= FAILURES_WITHOUT_PROGRESS - 1:
-        why = f"the {FAILURES_WITHOUT_PROGRESS}rd failure in a row without a new checkpoint"
+    here = [each for each in earlier if each["action"] == "requeue" and each["checkpoint"] == now.checkpoint]
+    if len(here) >= requeues:
+        why = f"cluster.requeues={requeues} are used up since {now.checkpoint or 'the first start'}"
+    elif _returns(verdict.kind, here, now):
+        where = "before its first step" if now.step is None else f"at step {now.step}"
+        why = f"the {FAILURES_AT_ONE_STEP}rd failure in a row {where}, without a new checkpoint"
     else:
         return verdict
     return replace(verdict, action="stop", words=f"{verdict.words}\nnot started again: {why}")
 
 
+def _returns(kind: Kind, here: Sequence[dict[str, object]], now: Headway) -> bool:
+    """Whether the failures just before this one came at this very step. What a disk does, and a node before the first
+    step, is no word about the run.
+    """
+    if kind == "disk" or (kind == "node" and now.step is None):
+        return False
+    before = [each.get("step") for each in here[1 - FAILURES_AT_ONE_STEP :] if each.get("kind") != "disk"]
+    return before == [now.step] * (FAILURES_AT_ONE_STEP - 1)
+
+
 def settle(folder: Path, job: str, verdict: Verdict, requeues: int) -> Verdict:
     """Capped, and kept in verdicts.jsonl."""
-    checkpoint = newest(folder)
+    now = Headway.of(folder)
     lines = Lines(folder / FILE)
     earlier = [each for each in lines.read() if each.get("job") == job]
-    verdict = capped(verdict, earlier, checkpoint, requeues)
-    record = {"job": job, "time": round(time.time(), 3), "checkpoint": checkpoint} | asdict(verdict)
+    verdict = capped(verdict, earlier, now, requeues)
+    record = {"job": job, "time": round(time.time(), 3)} | asdict(now) | asdict(verdict)
     lines.append(record)
     return verdict
 

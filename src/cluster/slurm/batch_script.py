@@ -62,11 +62,13 @@ def left_out(excluded: str | None, partition: str | None, slow: Sequence[str], w
     return excluded
 
 
-def teardown(python: str, requeues: int, srun: Mapping[str, Flag]) -> list[str]:
+def teardown(python: str, requeues: int, srun: Mapping[str, Flag], excluded: str | None = None) -> list[str]:
     """After the ranks: why they failed, and whether another start may help. The node's own scontrol acts on it.
 
     A bad node is left out only if sbatch would take this very script without it and without those that the site's
-    facts or an earlier failure left out: an update replaces their list, and a job that cannot start waits for ever.
+    facts (`excluded`) or an earlier failure left out: an update replaces their list, and a job that cannot start waits
+    for ever. Where too few nodes would be left, those of earlier failures may come again: they were mended since, or
+    fail at once and are named in their turn.
     """
     step = shlex.join(["srun", "--overlap", "--nodes=1", "--ntasks=1", *flags(srun)])
     judge = [f"{step} {python}" if srun else python, "-m", "src.cluster.diagnosis.verdict"]
@@ -82,9 +84,13 @@ def teardown(python: str, requeues: int, srun: Mapping[str, Flag]) -> list[str]:
         '    requeue*) bad="${answer#requeue}" && bad="${bad# }"',
         '      if [ -n "$bad" ]; then',
         '        out=$(scontrol show job "$job" | sed -En "s/.*ExcNodeList=([^ (]*).*/\\1/p" | head -n 1)',
-        '        out="${out:+$out,}$bad"',
-        '        if ! sbatch --test-only --exclude="$out" "$0" > /dev/null 2>&1; then',
-        '          echo "node $bad is not left out: without $out too few nodes are left for this job" >&2',
+        f'        every="${{out:+$out,}}$bad" own={shlex.quote(excluded or "")}',
+        '        for out in "$every" "${own:+$own,}$bad"; do',
+        '          sbatch --test-only --exclude="$out" "$0" > /dev/null 2>&1 && break',
+        "          out=",
+        "        done",
+        '        if [ -z "$out" ]; then',
+        '          echo "node $bad is not left out: without $every too few nodes are left for this job" >&2',
         "          bad=",
         "        fi",
         "      fi",

@@ -92,7 +92,7 @@ class Slurm(SiteFacts):
     grace_seconds: Annotated[int, Field(gt=0, le=65535)]  # SLURM keeps 16 bits of it
     """Seconds from USR2 to the time limit; must exceed one save."""
     requeues: CountFromZero
-    """New starts after time limits and failures of the infrastructure; 0: none."""
+    """New starts after time limits and failures of machines since the last new checkpoint; 0: none."""
     after: Names | None
     """Jobs, or run folders (a glob may name several), whose newest jobs must have ended well first; null: none."""
     array_parallelism: Count
@@ -346,7 +346,7 @@ class Slurm(SiteFacts):
             # scancel --signal=USR2 --full reaches this shell, too: it is for the ranks, and srun passes it on.
             "setup": ["trap : USR2", f"export OMP_NUM_THREADS={asked.cpus_per_task}", *self.setup, *setup(jobs)],
             "srun_args": flags(step | self.srun),
-            "teardown": teardown(self._python, self.requeues, self.srun),
+            "teardown": teardown(self._python, self.requeues, self.srun, self.exclude),
         }
         extra: Flags = {
             **{key: getattr(self, key) for key in ("account", "qos", "constraint")},

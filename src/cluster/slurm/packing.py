@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.cluster.diagnosis.verdict import ADVICE, Verdict, settle
+from src.cluster.diagnosis.verdict import ADVICE, Verdict, newest, settle
 from src.cluster.local.side_by_side import Node, Pack, PackedRun
+from src.cluster.slurm.payload import renewed
 from src.cluster.slurm.resources import Resources
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import margin
@@ -33,6 +34,7 @@ class PackedJob:
     cpu: bool
     grace_seconds: float
     requeues: int
+    saved: tuple[str | None, ...] = ()  # the newest checkpoint of each at the last requeue
 
     def __call__(self) -> None:
         """Ends well when every run has; requeues the job when some were stopped, and leaves failed ones alone."""
@@ -50,9 +52,8 @@ class PackedJob:
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit starts at the requeue."""
-        from submitit.core.utils import DelayedSubmission
-
-        return DelayedSubmission(self)
+        now = tuple(newest(share.folder) for share in self.shares)
+        return renewed(replace(self, saved=now), self.requeues if now != self.saved else 0)
 
     @staticmethod
     def _ours(share: PackedRun) -> bool:

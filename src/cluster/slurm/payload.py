@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster.diagnosis import rank_failure
+from src.cluster.diagnosis.verdict import newest
 from src.cluster.local.side_by_side import SAVED
 from src.cluster.rank import RankJob, end_with, run_rank
 from src.cluster.slurm.replica_groups import introduce
@@ -51,6 +52,7 @@ class QueuedJob:
     device: Literal["cuda", "cpu"]
     preflight_seconds: float
     preflight_gpus: bool = False  # whether devices are held against their twins
+    saved: str | None = None  # the newest checkpoint at the last requeue
 
     def __call__(self) -> None:
         os.chdir(self.home)
@@ -69,9 +71,9 @@ class QueuedJob:
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit starts at the requeue."""
-        from submitit.core.utils import DelayedSubmission
-
-        return DelayedSubmission(self)
+        now = newest(self.folder)
+        allowed = int(trees.read(self.folder / "config.yaml")["cluster"]["requeues"])
+        return renewed(replace(self, saved=now), allowed if now != self.saved else 0)
 
     def _live(self, facts: LauncherEnv, nodes: list[str]) -> bool:
         _assert_frozen(self.folder / "code" / self.code)
@@ -147,6 +149,19 @@ class QueuedJob:
         while not released.exists():
             time.sleep(_POLL_SECONDS)
         os._exit(0)
+
+
+def renewed(job: Callable[[], None], allowed: int) -> "DelayedSubmission":
+    """`job` for submitit, which lets it meet its time limit at least `allowed` times more: those before a step forward
+    do not count.
+    """
+    from submitit.core import utils
+
+    class DelayedSubmission(utils.DelayedSubmission):  # submitit asks for this name; pickled by value
+        def set_timeout(self, timeout_min: int, max_num_timeout: int) -> None:
+            super().set_timeout(timeout_min, max(max_num_timeout, allowed))
+
+    return DelayedSubmission(job)
 
 
 def slow_nodes(folders: Iterable[Path]) -> list[str]:
