@@ -80,7 +80,8 @@ class Batches:
         self._name = "/".join(map(str, [corpus.fingerprint, seed, seq_len, *(read_before if any(read_before) else ())]))
         self._train = _permutations(corpus, "train", seq_len, seed)
         self._held_out = _permutations(corpus, "validation", seq_len, 0)  # the same rows for every seed: runs compare
-        self._summed = (0, 0)
+        self._summed = (0, 0)  # a position, and the checksum of all samples before it
+        self._marks = [(0, 0)]  # the same at the last borders of windows, at most two
 
     @property
     def global_batch(self) -> int:
@@ -122,20 +123,43 @@ class Batches:
     def digest(self, position: int) -> str:
         """Hash of corpus, seed, seq_len and the ids of all samples [0, position); the same for every layout.
 
-        Continues from the last call where it can, so that asking at every checkpoint costs only the new samples.
+        Continues from what is known where it can, so that asking at every checkpoint costs only the new samples.
         """
-        start, total = self._summed if self._summed[0] <= position else (0, 0)
-        for first in range(start, position, DIGEST_CHUNK):
-            total += self.checksum(np.arange(first, min(first + DIGEST_CHUNK, position)))
-        total %= 1 << 64
-        self._summed = (position, total)
-        return hashlib.blake2b(f"{self._name}/{position}/{total}".encode(), digest_size=8).hexdigest()
+        known = [each for each in (*self._marks, self._summed) if each[0] <= position]
+        self._summed = max(known, default=(0, 0))
+        self._marks = [each for each in self._marks if each[0] <= position] or [self._summed]
+        self._count_to(position)
+        return hashlib.blake2b(f"{self._name}/{position}/{self._summed[1]}".encode(), digest_size=8).hexdigest()
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """A sample one to two windows (65,536) before the last that was summed, or the first one, and the sum up to
+        it: who recalls it need not count from the start.
+        """
+        return self._marks[0]
+
+    def recall(self, mark: tuple[int, int]) -> None:
+        """Digests are counted from this `mark` of a checkpoint on; (0, 0): from the start."""
+        self._summed, self._marks = mark, [mark]
 
     def taken(self, samples: range, checksum: int) -> None:
         """Ranks took these samples, of this checksum: where the last digest ended with them, the next goes on there."""
         position, total = self._summed
-        if position == samples.start:
-            self._summed = (samples.stop, (total + checksum) % 2**64)
+        if position != samples.start:
+            return
+        if (border := samples.stop // DIGEST_CHUNK * DIGEST_CHUNK) > position:
+            self._count_to(border)
+        self._summed = (samples.stop, (total + checksum) % 2**64)
+
+    def _count_to(self, position: int) -> None:
+        """From what is summed to `position`, which is behind it; the sums at the last two borders of windows stay."""
+        at, total = self._summed
+        while at < position:
+            stop = min((at // DIGEST_CHUNK + 1) * DIGEST_CHUNK, position)
+            at, total = stop, (total + self.checksum(np.arange(at, stop))) % 2**64
+            if at % DIGEST_CHUNK == 0:
+                self._marks = [*self._marks, (at, total)][-2:]
+        self._summed = (at, total)
 
     def hashes(self, samples: NDArray[np.int64]) -> Unsigned:
         """Of training samples, from their numbers, the corpus and the seed alone."""

@@ -370,7 +370,7 @@ class Loop:
 
     def _write(self, *, last: bool) -> None:
         state = self.training.state
-        state.digest = self.batches.digest(state.position)
+        state.digest, state.mark = self.batches.digest(state.position), self.batches.mark
         tree = state.tree(self._learning_rate(max(state.step - 1, 0)))
         losses = {name: loss for name, (step, loss) in self._losses.items() if step == state.step and isfinite(loss)}
         self.store.save(state.step, tree, self.facts | {"tokens": state.tokens, **losses}, wait=last)

@@ -8,10 +8,10 @@ from src.data.batches import Batches
 from src.distributed.model_stages import ModelStages
 from src.errors import CheckpointError, DataError
 from src.hugging_face.load import load
-from src.train.state import TrainState
+from src.train.state import TrainState, mark_of
 
 # Entries of the state's tree that a checkpoint may be without.
-OPTIONAL = ("outer", "ema", "spikes")
+OPTIONAL = ("outer", "ema", "spikes", "digest_mark")
 
 
 def adopt(network: ModelStages, foreign: Path) -> str:
@@ -60,6 +60,7 @@ def begin_from(state: TrainState, store: Store, batches: Batches, origin: Path) 
         state.average.restart()
     if store.options.progress == "samples":
         state.tokens, state.position, state.digest = values["tokens"], values["position"], values["digest"]
+        state.mark = mark_of(values)
         _check_samples(state, batches, origin)
         if state.spikes is not None:
             state.spikes.skip(values.get("spikes.skipped", ()))
@@ -67,9 +68,19 @@ def begin_from(state: TrainState, store: Store, batches: Batches, origin: Path) 
     return f"starts at step 0, sample {state.position}, with the weights of {origin} and {those}"
 
 
+def recounted(batches: Batches, position: int, mark: tuple[int, int], expected: str) -> str:
+    """The digest of the samples before `position`, counted from `mark` on; from the start if that gives another one."""
+    batches.recall(mark)
+    digest = batches.digest(position)
+    if digest != expected and mark != (0, 0):
+        batches.recall((0, 0))
+        digest = batches.digest(position)
+    return digest
+
+
 def _check_samples(state: TrainState, batches: Batches, origin: Path) -> None:
     """DataError where the samples that the state has used up are not those of this config."""
-    digest = batches.digest(state.position)
+    digest = recounted(batches, state.position, state.mark, state.digest)
     if digest != state.digest:
         raise DataError(
             f"{origin}: its first {state.position} samples are not those of this config (digest {state.digest}, here "

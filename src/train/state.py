@@ -1,5 +1,6 @@
 """Training state in a checkpoint (weights, optimizer, data position), independent of the layout that saved it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,12 @@ class Stateful(Protocol):
     def adopt(self, tree: dict[str, Any]) -> None: ...
 
 
+def mark_of(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a checkpoint's values; from the start on where an older version wrote it."""
+    position, total = values.get("digest_mark", (0, 0))
+    return int(position), int(total)
+
+
 @dataclass
 class TrainState:
     """`step` optimizer steps are done, over `tokens` valid labels, and samples [0, `position`) are used up."""
@@ -31,6 +38,7 @@ class TrainState:
     tokens: int = 0
     position: int = 0
     digest: str = ""  # of the ids of samples [0, position)
+    mark: tuple[int, int] = (0, 0)  # from where on a resume counts it again: src.data.batches.Batches.mark
     more: Stateful | None = None
     average: WeightAverage | None = None
     spikes: SpikeWatch | None = None
@@ -50,6 +58,7 @@ class TrainState:
             "tokens": self.tokens,
             "position": self.position,
             "digest": self.digest,
+            "digest_mark": list(self.mark),
             # Weights and sample order are functions of the seed; nothing else in a run is random, but torch's own
             # generator is kept for whoever adds dropout.
             "rng": {"seed": self.seed, "torch": torch.get_rng_state()},
@@ -62,7 +71,7 @@ class TrainState:
     def adopt(self, tree: dict[str, Any]) -> None:
         """Take over the small values of a loaded tree; its tensors were filled in place."""
         self.step, self.tokens, self.position = tree["step"], tree["tokens"], tree["position"]
-        self.digest = tree["digest"]
+        self.digest, self.mark = tree["digest"], mark_of(tree)
         torch.set_rng_state(tree["rng"]["torch"])
         if self.average is not None and "ema" not in tree:  # of a run that kept none
             self.average.restart()

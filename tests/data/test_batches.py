@@ -9,10 +9,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from src.data.batches import Batch, Batches
+from src.data.batches import DIGEST_CHUNK, Batch, Batches
 from src.data.config import Data
 from src.data.corpus import Corpus
+from src.data.order import Unsigned
+from src.train.resume import recounted
 from tests.data.corpora import batches, corpus, mixture, stream, synthetic, texts_of
 
 SEQ_LEN = 32
@@ -79,6 +82,36 @@ def test_the_digest_is_of_what_the_ranks_consumed(mixed: Corpus, layout: tuple[i
     assert grown == [fresh.digest(position) for position in (12, 60, 61, 120)]
     assert ranks[-1].digest(120) == grown[-1]
     assert ranks[0].digest(60) == grown[1]
+
+
+def test_a_resume_counts_a_window_and_not_what_was_before_it(made: Corpus) -> None:
+    """The same digest as from the start; two windows of 65,536 samples at most, however far the run is."""
+    position = 1_000_003
+    straight, stepping = batches(made, synthetic()), batches(made, synthetic())
+    digest, mark = straight.digest(position), straight.mark
+    assert mark[0] == (position // DIGEST_CHUNK - 1) * DIGEST_CHUNK
+    for at in range(0, position, 50_000):  # as steps tell it, whose ranges cross borders of windows
+        taken = range(at, min(at + 50_000, position))
+        stepping.taken(taken, stepping.checksum(np.arange(taken.start, taken.stop)))
+    assert (stepping.digest(position), stepping.mark) == (digest, mark)
+    resumed, counted = batches(made, synthetic()), list[int]()
+
+    def counting(samples: NDArray[np.int64]) -> Unsigned:
+        counted.append(len(samples))
+        return straight.hashes(samples)
+
+    with patch.object(resumed, "hashes", counting):
+        assert recounted(resumed, position, mark, digest) == digest
+        assert sum(counted) == position - mark[0] < 2 * DIGEST_CHUNK
+        assert resumed.mark == mark
+        counted.clear()
+        assert recounted(resumed, position, (mark[0], mark[1] + 1), digest) == digest, "a mark that is not the order's"
+        assert sum(counted) == position - mark[0] + position
+        counted.clear()
+        assert resumed.digest(position - 5) == straight.digest(position - 5)  # after a rewind
+        assert sum(counted) < 2 * DIGEST_CHUNK
+    other = batches(made, synthetic(), seed=1)
+    assert recounted(other, position, mark, digest) != digest
 
 
 def test_the_digest_tells_other_data_orders_and_positions(made: Corpus, mixed: Corpus) -> None:
