@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.cluster.diagnosis.rank_failure import gather_traces
+from src.cluster.diagnosis.rank_failure import classify, gather_traces
 from src.cluster.rank_log import keep_log, only_log, open_closed_streams
 from src.config import tree as trees
 from src.distributed.process.rank_context import LauncherEnv
@@ -53,9 +53,10 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     from src.config.build import build
     from src.run import Run
 
-    if job.source is not None:
+    facts = LauncherEnv.read()
+    rank, local_rank = facts.rank, facts.local_rank
+    if job.source is not None and local_rank == 0:  # 330 files to open: once a node
         verify(job.source)
-    rank = LauncherEnv.read().rank
     tree = trees.read(job.folder / "config.yaml") if tree is None else tree
     try:
         run = Run.from_sections(build(tree))
@@ -63,8 +64,10 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     except Exception as error:
         full = disk_full(error, job.folder)
         told = error if full is None else full
-        with suppress(OSError, LookupError):  # nothing that breaks here may take the place of the error
-            end(job.folder, "failed", f"rank {rank}: {type(told).__name__}: {told}")
+        # Of a dead rank all others hear at once: one of each node says so, and those that failed themselves.
+        if local_rank == 0 or classify(told) != "peer":
+            with suppress(OSError, LookupError):  # nothing that breaks here may take the place of the error
+                end(job.folder, "failed", f"rank {rank}: {type(told).__name__}: {told}")
         if told is error:
             raise
         raise told from error

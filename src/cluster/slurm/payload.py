@@ -7,8 +7,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ LOCK_SECONDS = 60.0  # the launcher holds the folder until sbatch has answered
 # Peers notice a dead rank within moments of each other; the first to leave makes srun end the others.
 LAST_WORDS_SECONDS = 3.0
 _POLL_SECONDS = 0.5
+_SELDOM = 60  # looks
 # What decides about compiled kernels; they are kept by content below it, so more would only split the cache.
 _COMPILED = ("model", "parallel", "precision", "recompute", "compile")
 
@@ -63,7 +66,7 @@ class QueuedJob:
         try:
             finished = self._live(facts, nodes)
             if not finished:
-                self._hand_over(facts.rank)
+                self._hand_over(facts)
             # Python gives handlers up while it ends: a signal of the time limit would then make a failure of the end.
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         except Exception as error:  # noqa: BLE001 (the last word of a rank, whatever it is)
@@ -119,7 +122,7 @@ class QueuedJob:
         node_ranks = [ranks[first : first + per_node] for first in range(0, self.world, per_node)]
         return partial(check_twins, facts.rank, nodes[facts.rank // per_node], node_ranks, known, tell)
 
-    def _hand_over(self, rank: int) -> NoReturn:
+    def _hand_over(self, facts: LauncherEnv) -> NoReturn:
         """All ranks have saved. Rank 0 has submitit requeue the job, unless SLURM is already ending it.
 
         Until then no rank may leave: it would count as done, and SLURM, which grants a job some time before it preempts
@@ -127,7 +130,8 @@ class QueuedJob:
         """
         from submitit.core.utils import UncompletedJobError
 
-        released = rank_failure.place(self.folder, SlurmScheduler().current_start()) / "released"
+        rank, start = facts.rank, SlurmScheduler().current_start()
+        released = rank_failure.place(self.folder, start) / "released"
         if rank == 0 and not SlurmScheduler().is_ending(SlurmScheduler().own_job()):
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit sets its handler before it calls us"
@@ -146,8 +150,8 @@ class QueuedJob:
                 os._exit(SAVED)  # the batch script sees to the requeue
         if rank == 0:
             _release(released)
-        while not released.exists():
-            time.sleep(_POLL_SECONDS)
+        name = f"released.{os.getuid()}.{start.job}.{start.restarts}"
+        await_release(released, Path(tempfile.gettempdir()) / name, leads=facts.local_rank == 0)
         os._exit(0)
 
 
@@ -167,6 +171,20 @@ def renewed(job: Callable[[], None], allowed: int) -> "DelayedSubmission":
 def slow_nodes(folders: Iterable[Path]) -> list[str]:
     """Nodes that a start of these runs has found slow."""
     return list(dict.fromkeys(str(line["node"]) for each in folders for line in Lines(each / SLOW_FILE).read()))
+
+
+def await_release(released: Path, near: Path, *, leads: bool, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Returns when `released` is there. One rank of a node, which `leads`, asks the shared disk for it twice a second
+    and passes it on by `near`, a file of the node; the others ask the disk themselves once in half a minute, should
+    they not see that file.
+    """
+    looks = 0
+    while not (released.exists() if leads or looks % _SELDOM == _SELDOM - 1 else near.exists()):
+        looks += 1
+        sleep(_POLL_SECONDS)
+    if leads:
+        with suppress(OSError):
+            near.touch()
 
 
 def _release(mark: Path) -> None:
