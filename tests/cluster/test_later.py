@@ -73,7 +73,8 @@ def test_a_command_whose_data_are_being_prepared_is_typed_again_behind_them(
     where = site(after=("6",), account="us", setup=("module load cuda",), python=str(tmp_path / "python"))
     run = SimpleNamespace(task=SimpleNamespace(needs_corpus=True), cluster=where, root=Path("runs"))
     told = started_later([run], ["data=text", "data.files=a b/*.txt"])  # type: ignore[list-item]
-    assert told == f"job 77 starts this command when 6 ended well; log: {tmp_path}/runs/later/77.log"
+    why = "when 6 ended well, since samples are of all shards"
+    assert told == f"job 77 starts this command {why}; log: {tmp_path}/runs/later/77.log"
     asked = flags(given.read_text())
     assert asked | {"dependency": "afterok:6", "account": "us", "ntasks": "1", "partition": "h100"} == asked
     assert "gpus-per-node" not in asked

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from src.cluster import rank
 from src.cluster.slurm import client
 from src.cluster.slurm.client import NodeFacts, minutes
-from src.cluster.slurm.config import Slurm, slow_saves
+from src.cluster.slurm.config import Slurm
 from src.cluster.slurm.payload import await_release
 from src.cluster.slurm.resources import Resources, problems
 from src.cluster.slurm.scheduler import SlurmScheduler
+from src.cluster.slurm.time_limit import slow_saves
 from src.cluster.submission import Prepared
 from src.errors import PlanError, UserError
 from src.runs.submissions import submissions
@@ -364,6 +365,35 @@ def test_what_a_newer_slurm_offers_is_taken_where_it_is(
     monkeypatch.setenv("PATH", "/nowhere")
     assert not client.expedites()
     assert not client.waits_for_children()
+
+
+def test_slurms_commands_are_asked_once_for_all_shapes_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run, and then what is submitted: nothing that a SLURM can do changes in between."""
+    for name, says in {
+        "sbatch": "slurm 25.11.1",
+        "scontrol": "SchedulerParameters = bf_interval=30",
+        "srun": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/asked\necho {says}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    where, run = site(), tmp_path / "run"
+    assert where.script([(run, TWO_NODES), (run, PART_OF_ONE)]).count("#!/bin/bash") == 2
+    assert where.script([(run, TWO_NODES | {"nodes": 3, "world": 24})]).count("#!/bin/bash") == 1
+    assert sorted((tmp_path / "asked").read_text().split()) == ["sbatch", "scontrol", "srun"]
+    assert where == site(), "what it has asked makes it no other site: points of one site are submitted together"
+
+
+GOES_ON, ENDING = ("RUNNING", "SIGNALING"), ("COMPLETING", "PREEMPTED", "CANCELLED", "PENDING")
+
+
+@pytest.mark.parametrize(("state", "ending"), [(each, each in ENDING) for each in (*GOES_ON, *ENDING)])
+def test_a_job_that_is_told_of_a_signal_is_not_ended_by_slurm(
+    state: str, ending: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "states", lambda jobs: dict.fromkeys(jobs, state))
+    assert SlurmScheduler().is_ending("7") == ending
+    assert SlurmScheduler().states(["7"])["7"].live == (state not in ("PREEMPTED", "CANCELLED"))
 
 
 @pytest.mark.parametrize(("nodes", "excluded"), [(4, "n9,n2"), (3, "n9")])

@@ -64,7 +64,10 @@ def seconds_left(job: str) -> float | None:
 
 # What squeue --states=all may still show of a job that will not run again.
 ENDED = frozenset(
-    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT")
+    (
+        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED"),
+        *("TIMEOUT", "PREEMPTED"),  # for good: a preempted job that is requeued is COMPLETING, then PENDING
+    )
 )
 
 

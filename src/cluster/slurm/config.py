@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from src.checkpoint.config import hardly_fits
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
 from src.cluster.local.side_by_side import PackedRun
 from src.cluster.slurm import client, later
@@ -23,6 +23,7 @@ from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
 from src.cluster.slurm.payload import QueuedJob, slow_nodes
 from src.cluster.slurm.resources import Resources, problems
 from src.cluster.slurm.scheduler import SlurmScheduler
+from src.cluster.slurm.time_limit import slow_saves
 from src.cluster.submission import Prepared, Submitted, all_submitted
 from src.config.base import Line, Names, printable
 from src.config.bounds import Count, CountFromZero, Gibibytes, Minutes, PerNode, Seconds
@@ -33,7 +34,7 @@ from src.runs.folder import RunFolder
 from src.runs.records import CANCEL_FILE, PLAN_FILE, SUBMISSIONS_FILE
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
-from src.storage.json_lines import METRICS_FILE, Lines
+from src.storage.json_lines import Lines
 
 Flags = dict[str, Flag]
 
@@ -190,7 +191,8 @@ class Slurm(SiteFacts):
         place.mkdir(parents=True, exist_ok=True)
         with _outside_of_jobs():
             job = later.submit(later.starter(self, self._python, command, Path.cwd(), place / "%j.log"))
-        return f"job {job} starts this command when {', '.join(before)} ended well; log: {place / f'{job}.log'}"
+        when = f"when {', '.join(before)} ended well, since samples are of all shards"
+        return f"job {job} starts this command {when}; log: {place / f'{job}.log'}"
 
     def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
         """PlanError for what the partition lacks, else with sbatch's own words on accounts, limits and flags."""
@@ -328,10 +330,20 @@ class Slurm(SiteFacts):
         """As a word of the script."""
         return shlex.quote(sys.executable if self.python is None else os.path.expanduser(self.python))
 
+    @cached_property
+    def _step_flags(self) -> Flags:
+        """Of srun, asked once a command: fifty shapes of jobs would start fifty processes."""
+        return {"wait-for-children": True} if client.waits_for_children() else {}
+
+    @cached_property
+    def _requeue(self) -> Flags:
+        if not self.requeues:
+            return {"no-requeue": True}
+        return {"requeue": "expedite" if client.expedites() else True}
+
     def _parameters(self, asked: Resources, jobs: Sequence[QueuedJob]) -> dict[str, Any]:
         """In submitit's words."""
-        step: Flags = {"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task}
-        step |= {"wait-for-children": True} if client.waits_for_children() else {}
+        step: Flags = {"kill-on-bad-exit": 1, "cpus-per-task": asked.cpus_per_task, **self._step_flags}
         parameters: dict[str, Any] = {
             "job_name": job_name(jobs),
             "partition": self.partition,
@@ -353,7 +365,7 @@ class Slurm(SiteFacts):
             "exclude": left_out(self.exclude, self.partition, slow_nodes(job.folder for job in jobs), asked.nodes),
             "gpus-per-node": asked.tasks_per_node,
             "mem": None if asked.memory_gib is None else f"{int(1024 * asked.memory_gib)}M",
-            **({"requeue": "expedite" if client.expedites() else True} if self.requeues else {"no-requeue": True}),
+            **self._requeue,
             **later.waiting(self.after),
         }
         return parameters | {"additional_parameters": kept(extra | self.sbatch)}
@@ -368,13 +380,6 @@ def _outside_of_jobs() -> Iterator[None]:
     with clean_env():
         os.environ.update(known)
         yield
-
-
-def slow_saves(folder: Path, grace_seconds: float) -> str | None:
-    """A warning when this run's own saves hardly fit into the time between the signal and the end."""
-    seconds = [line.get("checkpoint/write_seconds", 0.0) for line in Lines(folder / METRICS_FILE).read()]
-    slow = hardly_fits(max(seconds, default=0.0), grace_seconds)
-    return None if slow is None else f"{folder}: {slow}"
 
 
 def _live(folders: Sequence[Path]) -> dict[int, FolderError]:

@@ -23,6 +23,8 @@ from src.runs.submissions import submissions
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
+_LOOK_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class PackedJob:
@@ -80,8 +82,8 @@ class PackedJob:
     @staticmethod
     def _go_on_later(requeue: Any) -> None:
         """All have saved. At preemption SLURM requeues by itself; at the time limit submitit does."""
-        if SlurmScheduler().is_ending(SlurmScheduler().own_job()):
-            time.sleep(3600)  # whoever leaves now counts as done, and would not be requeued
+        while SlurmScheduler().is_ending(SlurmScheduler().own_job()):
+            time.sleep(_LOOK_SECONDS)  # whoever leaves now counts as done, and would not be requeued
         try:
             requeue(signal.SIGUSR2, None)
         except SystemExit:

@@ -132,7 +132,10 @@ class QueuedJob:
 
         rank, start = facts.rank, SlurmScheduler().current_start()
         released = rank_failure.place(self.folder, start) / "released"
-        if rank == 0 and not SlurmScheduler().is_ending(SlurmScheduler().own_job()):
+        near = Path(tempfile.gettempdir()) / f"released.{os.getuid()}.{start.job}.{start.restarts}"
+        if rank == 0 and SlurmScheduler().is_ending(SlurmScheduler().own_job()):
+            _leave_to_script(released, near, "SLURM is ending this job")
+        if rank == 0:
             requeue = signal.getsignal(signal.SIGUSR2)
             assert callable(requeue), "submitit sets its handler before it calls us"
             try:
@@ -144,14 +147,9 @@ class QueuedJob:
                     f"{self.folder}: saved, and {error} Submit it again to go on, or raise cluster.requeues"
                 ) from error
             except (OSError, subprocess.SubprocessError) as error:
-                print(f"requeue failed: {error}", file=sys.stderr, flush=True)
-                _release(released)
-                time.sleep(4 * _POLL_SECONDS)  # srun ends by force whoever is still there when this rank has left
-                os._exit(SAVED)  # the batch script sees to the requeue
-        if rank == 0:
+                _leave_to_script(released, near, f"requeue failed: {error}")
             _release(released)
-        name = f"released.{os.getuid()}.{start.job}.{start.restarts}"
-        await_release(released, Path(tempfile.gettempdir()) / name, leads=facts.local_rank == 0)
+        await_release(released, near, leads=facts.local_rank == 0)
         os._exit(0)
 
 
@@ -185,6 +183,19 @@ def await_release(released: Path, near: Path, *, leads: bool, sleep: Callable[[f
     if leads:
         with suppress(OSError):
             near.touch()
+
+
+def _leave_to_script(released: Path, near: Path, words: str) -> NoReturn:
+    """Rank 0 ends with a code that is no success: where nobody has requeued the job after all, its batch script does.
+
+    So what SLURM was ending and then does not, since whoever wanted the nodes has gone, is not taken for done.
+    """
+    print(words, file=sys.stderr, flush=True)
+    _release(released)
+    with suppress(OSError):
+        near.touch()
+    time.sleep(4 * _POLL_SECONDS)  # srun ends by force whoever is still there when this rank has left
+    os._exit(SAVED)
 
 
 def _release(mark: Path) -> None:

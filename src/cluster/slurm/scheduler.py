@@ -15,6 +15,8 @@ from src.runs.submissions import submissions
 
 # squeue's words for a job that has nodes; any other that has not ended waits for them.
 _RUNNING = frozenset(("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING"))
+# Of these, the words for one that nobody ends: a job is SIGNALING for as long as its nodes are being told of a signal.
+_GOES_ON = frozenset(("RUNNING", "SIGNALING"))
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,11 @@ class SlurmScheduler:
         return JobStart(self.own_job(), restarts, tuple(SlurmJobEnvironment().hostnames))
 
     def is_ending(self, job: str) -> bool:
-        """Cancelled, preempted, at its time limit or requeued already; false when squeue does not answer."""
+        """Cancelled, preempted, at its time limit or requeued already; false when squeue does not answer, and during
+        the grace before a preemption, which may still be called off.
+        """
         try:
-            return client.states([job]).get(job) != "RUNNING"
+            return client.states([job]).get(job) not in _GOES_ON
         except SilentError as error:
             print(f"squeue does not answer ({error}); job {job} counts as running", file=sys.stderr)
             return False

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from src.checkpoint.config import hardly_fits
 from src.cluster.diagnosis.verdict import ADVICE, Verdict, newest, settle
 from src.cluster.slurm import client
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.runs.folder import end
+from src.storage.json_lines import METRICS_FILE, Lines
 
 MARGIN_SECONDS = 30.0  # slurmctld looks at time limits every 30 s
 POLL_SECONDS = 5.0
@@ -24,6 +26,13 @@ POLL_SECONDS = 5.0
 def margin(grace_seconds: float) -> float:
     """Of the grace, the seconds before the time limit in which nobody saves any more."""
     return min(MARGIN_SECONDS, grace_seconds / 2)
+
+
+def slow_saves(folder: Path, grace_seconds: float) -> str | None:
+    """A warning when this run's own saves hardly fit into the time between the signal and the end."""
+    seconds = [line.get("checkpoint/write_seconds", 0.0) for line in Lines(folder / METRICS_FILE).read()]
+    slow = hardly_fits(max(seconds, default=0.0), grace_seconds)
+    return None if slow is None else f"{folder}: {slow}"
 
 
 class Deadline:
