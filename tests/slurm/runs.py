@@ -145,16 +145,21 @@ class Site:
             else:
                 shutil.copy(source, copy)
         (_made(folder / "site") / "sitecustomize.py").write_text(BRAKE)
+        self.data = (*write_text(folder), f"root={folder / 'runs'}")
         self.arguments = (
             *(each for each in TINY if not each.startswith(("cluster.", "name="))),
-            *write_text(folder),
-            *(f"task.steps={STEPS}", "checkpoint.every=10", "parallel=fsdp2", f"root={folder / 'runs'}"),
+            *self.data,
+            *(f"task.steps={STEPS}", "checkpoint.every=10", "parallel=fsdp2"),
         )
 
     def launch(self, *argv: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        """launch.py with the arguments of a tiny run, and these."""
+        return self.type(*self.arguments, *argv, check=check)
+
+    def type(self, *argv: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """launch.py of the site's repository, in a folder where no `src` is."""
         done = subprocess.run(
-            [sys.executable, str(self.repository / "launch.py"), *self.arguments, *argv],
+            [sys.executable, str(self.repository / "launch.py"), *argv],
             cwd=_made(self.folder / "elsewhere"),
             env=self.environment(),
             capture_output=True,
