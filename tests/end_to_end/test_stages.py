@@ -4,6 +4,8 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -18,7 +20,7 @@ from src.runs.commands.extend import extend
 from src.runs.commands.figures.curves import curves
 from src.runs.commands.figures.groups import Group
 from src.runs.commands.summary import summaries
-from tests.end_to_end.lives import TINY, Shot, contents, live, series, values, write_text
+from tests.end_to_end.lives import TINY, Shot, contents, live, records, series, values, write_text
 from tests.ranks import RankError, RankPool
 
 STEPS = 3  # of each stage
@@ -175,6 +177,46 @@ def test_other_commands_take_the_stage_that_a_checkpoint_is_of(staged: Path, tmp
     assert early["checkpoint"]["progress"] == late["checkpoint"]["progress"] == "samples"
     with pytest.raises(ConfigError, match="has stages, whose schedules know how many steps there are"):
         extend(staged, None, ["steps=20"], yes=False, as_json=False)
+
+
+SCORED = ("evaluate.every=3", "evaluate.tasks=[bits_per_byte,copy_words]", "evaluate.samples=4")
+
+
+def test_scores_are_of_the_stage_that_took_the_step(base: tuple[str, ...], staged: Path, ranks: RankPool) -> None:
+    """At the borders too, once, though a stop cuts off the one of step 6, the last of its stage."""
+    straight, cut = (opened(*base, STAGES, *SCORED, f"name={name}") for name in ("scored", "cut_off"))
+    assert ranks(1, live, straight) == [True]
+    assert series(straight) == series(staged), "scores decide no number"
+    bits = "evaluate/bits_per_byte/"
+    assert [*series(straight, f"{bits}text")] == [3, 6]
+    assert [*series(straight, f"{bits}synthetic")] == [9]
+    assert ranks(1, live, cut, Shot("evaluation", at=4 + 2)) == [False]  # each evaluation has four batches of one row
+    assert [*series(cut, f"{bits}text")] == [3]
+    assert ranks(1, live, cut) == [True]
+    assert series(cut) == series(staged)
+    for name in (f"{bits}text", f"{bits}synthetic", "evaluate/copy_words/exact_match"):
+        assert series(cut, name) == series(straight, name)
+    for each in (straight, cut):
+        scored = [line["step"] for line in records(each) if "evaluate/bits_per_byte/seconds" in line]
+        assert scored == [3, 6, 9]
+
+
+def live_beside(folder: Path) -> tuple[bool | tuple[str, ...], list[str]]:
+    """A rank's life, and the steps whose checkpoints a command was started to score; none of the commands ends."""
+    steps: list[str] = []
+
+    def started(command: list[str], **_: object) -> SimpleNamespace:
+        steps.extend(word for word in command if word.startswith("step="))
+        return SimpleNamespace(poll=lambda: None)
+
+    with patch("src.tasks.evaluate.side_job.subprocess", SimpleNamespace(Popen=started, DEVNULL=None)):
+        return live(folder), steps
+
+
+def test_a_command_that_scores_outlives_its_stage(base: tuple[str, ...], ranks: RankPool) -> None:
+    options = ("evaluate.cluster=local", "evaluate.wait_seconds=0", "checkpoint.every=3")
+    folder = opened(*base, STAGES, *SCORED, *options, "name=beside")
+    assert ranks(1, live_beside, folder) == [(True, ["step=3", "step=6", "step=9"])]
 
 
 def test_curves_mark_the_borders(staged: Path) -> None:

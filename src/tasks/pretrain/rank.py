@@ -84,6 +84,7 @@ class _RankLife:
         self._stages = stages_of(run, home)
         self._meshes: list[Mesh] = []
         self._report: Report | None = None
+        self._side: SideEvaluator | None = None
 
     def run(self, startup: Startup) -> bool:
         """Collective. True when every stage is at its end."""
@@ -114,7 +115,8 @@ class _RankLife:
         startup.done("init")
         report = self._speak(stage)
         corpus = reopen(read_recipe(self.home, stage.number), run.cache)
-        loop = _loop(task, stage, self.home, corpus, training, startup, report, self.stop, self.groups)
+        side = self._beside(report)
+        loop = _loop(task, stage, self.home, corpus, training, startup, report, self.stop, self.groups, side)
         finished = loop.run()
         if finished and not stage.last:
             return True
@@ -136,6 +138,15 @@ class _RankLife:
         if stage.run.recompute != asked.recompute:
             self._report.say(f"recompute: {stage.run.recompute}, the cheapest that fits")
         return self._report
+
+    def _beside(self, report: Report) -> SideEvaluator | None:
+        """Commands that score checkpoints, if asked for; those of a stage may outlive it."""
+        options, mine = self.whole.evaluate, self.ranks.rank == 0
+        if self._side is None and options.wanted and options.cluster is not None:
+            folder, steps = self.home.absolute(), self._stages[-1].plan.steps
+            jobs = SideJobs(options, folder, self.whole.root.absolute(), steps) if mine else None
+            self._side = SideEvaluator(jobs, report, options.wait_seconds)
+        return self._side
 
     def _known_mesh(self, run: Run) -> Mesh | None:
         """That of an earlier stage of this layout. Collective. Its groups may wait again for what is compiled anew."""
@@ -173,6 +184,7 @@ def _loop(
     report: Report,
     stop: Stop,
     groups: ReplicaGroups | None,
+    side: SideEvaluator | None,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
     run, planned, patience = stage.run, stage.plan, Patience()
@@ -203,7 +215,7 @@ def _loop(
         checkpoint=run.checkpoint,
         store=store,
         exports=_exports(run, folder, corpus),
-        evaluator=_evaluator(stage, Plan.read(folder).steps, folder, corpus, training, batches, report),
+        evaluator=side or _evaluator(stage, Plan.read(folder).steps, folder, corpus, training, batches, report),
         norms=_norms(training, run) if task.layer_norms else None,
         stragglers=_stragglers(run, folder, training, report),
         throughput=_throughput(run, planned, training.ranks.device),
@@ -253,15 +265,11 @@ def _evaluator(
     training: Training,
     batches: Batches,
     report: Report,
-) -> TrainingEvaluator | SideEvaluator | None:
+) -> TrainingEvaluator | None:
     """`steps`: of the whole run."""
     run, options = stage.run, stage.run.evaluate
     if not options.wanted:
         return None
-    if options.cluster is not None:
-        mine = training.ranks.rank == 0
-        jobs = SideJobs(options, folder.absolute(), run.root.absolute(), steps) if mine else None
-        return SideEvaluator(jobs, report, options.wait_seconds)
     rows, length = stage.plan.micro_batch, run.task.seq_len
     live = LiveEvaluation(options, training.network, batches, corpus, rows, length, origin_of(folder))
     return TrainingEvaluator(live, training.state.average, report, steps)
