@@ -2,16 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Self
+from pathlib import Path
+from typing import Annotated, Self, TypeVar
 
 from pydantic import Field, InstanceOf, model_validator
 
 from src.config.base import Config
 from src.config.bounds import PerNode, Scale
-from src.data.hub import HubSource
+from src.data.hub import BRANCH, HubSource
 from src.data.packing.rules import Packing, RowRules
 from src.data.sources import DataSource, HoldOut, Source, StdlibSource, SyntheticSource, TextSource
 from src.data.token_files.config import TokenFileSource
+
+OfHub = TypeVar("OfHub", bound=HubSource)
 
 
 class Data(Config, ABC):
@@ -50,6 +53,25 @@ class Data(Config, ABC):
     def parts(self) -> Mapping[str, tuple[float, DataSource]]:
         """Weight (not normalised) and source, by the source's name."""
 
+    def pinned(self, cache: Path, commits: Mapping[str, str] | None) -> Self:
+        """With each dataset of the hub at a commit (`HubSource.at_commit`): of a run that has begun the one in
+        `commits`, by the source's name; where that has none, as it is named, as every version before did. DataError.
+        """
+        return self
+
+    def branches(self, named: "Data") -> list[str]:
+        """Lines on what was `named` by a branch of the hub, for a person: which commit of it is read."""
+        found = []
+        for name, (_, source) in self.parts().items():
+            asked = named.parts()[name][1]
+            if isinstance(asked, HubSource) and asked.commit is None and not asked.local:
+                where = f"data: {name}: {asked.revision or BRANCH} of {asked.path}"
+                known = source.commit and f"is commit {source.commit} here; data.revision= reads another"
+                found.append(
+                    f"{where} {known or 'as it was once: its commit was not kept by the version that read it'}"
+                )
+        return found
+
 
 class Stdlib(StdlibSource, Data):
     def parts(self) -> dict[str, tuple[float, Source]]:
@@ -64,6 +86,9 @@ class Text(TextSource, Data):
 class Hub(HubSource, Data):
     def parts(self) -> dict[str, tuple[float, Source]]:
         return {"hub": (1.0, self)}
+
+    def pinned(self, cache: Path, commits: Mapping[str, str] | None) -> Self:
+        return _at_commit("hub", self, cache, commits)
 
 
 class Synthetic(SyntheticSource, Data):
@@ -97,3 +122,14 @@ class Mixture(Data):
 
     def parts(self) -> dict[str, tuple[float, DataSource]]:
         return {name: (self.weights[name], self.sources[name]) for name in sorted(self.sources)}
+
+    def pinned(self, cache: Path, commits: Mapping[str, str] | None) -> Self:
+        sources = {
+            name: _at_commit(name, source, cache, commits) if isinstance(source, HubSource) else source
+            for name, source in self.sources.items()
+        }
+        return self.model_copy(update={"sources": sources})
+
+
+def _at_commit(name: str, source: OfHub, cache: Path, commits: Mapping[str, str] | None) -> OfHub:
+    return source if commits is not None and name not in commits else source.at_commit(cache, (commits or {}).get(name))

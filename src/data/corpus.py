@@ -32,6 +32,7 @@ class Part:
     name: str
     weight: float
     shards: TokenStreams
+    commit: str | None = None  # of a dataset of the hub
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Corpus:
     def documents(self, split: str) -> int:
         return sum(part.shards.documents(split) for part in self.parts)
 
+    def commits(self) -> dict[str, str]:
+        """Of its datasets of the hub, by source; without those that a version before has tokenised."""
+        return {part.name: part.commit for part in self.parts if part.commit is not None}
+
     def source_tokens(self) -> dict[str, int]:
         """Training tokens of each source."""
         return {part.name: part.shards.tokens("train") for part in self.parts}
@@ -131,6 +136,7 @@ class Corpus:
         }
         recipe: dict[str, Any] = {"fingerprint": self.fingerprint, "tokenizer": tokenizer, "parts": parts}
         recipe |= {"rows": asdict(self.rules)} if self.rules.facts else {}
+        recipe |= {"commits": commits} if (commits := self.commits()) else {}
         return recipe | ({"skipped": skipped} if skipped else {})
 
 
@@ -143,11 +149,24 @@ def read_recipe(folder: Path, stage: int = 1) -> dict[str, Any]:
     return recipe
 
 
+def known_commits(folder: Path, stage: int = 1) -> dict[str, str] | None:
+    """The commits of the datasets that a stage of the run in this folder reads; None where it has not begun."""
+    try:
+        found = read_recipe(folder, stage).get("commits")
+    except DataError:  # missing or cut off: made anew
+        return None
+    return found if isinstance(found, dict) else {}
+
+
 def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:
     """Open the corpus of a `recipe` and check the sizes of its shards. DataError when one is missing or truncated."""
     name = recipe["tokenizer"]
     tokenizer = ByteTokenizer() if name is None else open_kept(cache / "tokenizers" / name)
-    parts = [Part(name, weight, open_streams(cache / "tokens" / folder)) for name, weight, folder in recipe["parts"]]
+    commits = recipe.get("commits", {})
+    parts = [
+        Part(name, weight, open_streams(cache / "tokens" / folder), commits.get(name))
+        for name, weight, folder in recipe["parts"]
+    ]
     return Corpus(parts, tokenizer, survey(parts, 0.0, cached=True), RowRules(**recipe.get("rows", {})))
 
 

@@ -1,15 +1,24 @@
 """Datasets of the Hugging Face hub, or folders in its layout, streamed: only text that is tokenised is downloaded."""
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from src.config.base import Line
 from src.config.bounds import Count
 from src.data.files import BadRow, TextSpan, text_of
-from src.data.fingerprint import fingerprint, hash_files
+from src.data.fingerprint import fingerprint, hash_files, write_json
+from src.data.preparing.claims import claimed
 from src.data.sources import Piece, RowSource
+from src.data.tokenizer_formats.hub_files import read_facts
 from src.errors import DataError
+
+BRANCH = "main"  # of a dataset that names no revision
+COMMITS = "hub_commits"  # of a cache: which commit a branch was when it was first read there
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LOOK_SECONDS = 0.2
 
 
 class HubSource(RowSource):
@@ -24,7 +33,7 @@ class HubSource(RowSource):
     split: str
     """Split of the dataset that is read."""
     revision: str | None
-    """Branch, tag or commit; pin a commit to train on the same text for ever; null: the newest."""
+    """Branch, tag or commit; a branch is read as it was when this cache first asked the hub; null: main."""
     field: str
     """Column that holds the text."""
     max_documents: Count | None
@@ -37,6 +46,48 @@ class HubSource(RowSource):
         where = list(zip(names, hash_files(local, cache), strict=True)) if local else [self.path, self.revision]
         more = [] if self.data_dir is None else [f"data_dir={self.data_dir}"]  # which versions before had not
         return fingerprint("hub", where, self.name, self.split, self.field, self.max_documents, *more, *self._choice())
+
+    @property
+    def commit(self) -> str | None:
+        named = self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+        return self.revision if named and not self.local else None
+
+    def at_commit(self, cache: Path, commit: str | None = None) -> Self:
+        """At `commit`, or at the one that its revision names for this cache: all workers, elements and later runs read
+        the same text, though the branch moves. DataError where only the hub knows it, and does not say.
+        """
+        if self.local or self.commit is not None:
+            return self
+        return self.model_copy(update={"revision": commit or self._kept_commit(cache)})
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder in the hub's layout, which has no commits."""
+        return Path(self.path).is_dir()
+
+    def _kept_commit(self, cache: Path) -> str:
+        """Asked of the hub once, by one of all preparers of a cache."""
+        kept = cache / COMMITS / f"{fingerprint(self.path, self.revision or BRANCH)}.json"
+        while not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with claimed(kept.with_suffix(".claim")) as ours:
+                if ours and not kept.exists():
+                    facts = {"path": self.path, "revision": self.revision or BRANCH, "commit": self._asked_commit()}
+                    write_json(kept, facts)
+            if not ours:
+                time.sleep(_LOOK_SECONDS)
+        return str(read_facts(kept)["commit"])
+
+    def _asked_commit(self) -> str:
+        from huggingface_hub import HfApi
+
+        try:
+            return str(HfApi().dataset_info(self.path, revision=self.revision, timeout=30.0).sha)
+        except Exception as error:  # of its transport, of the hub, its own
+            raise DataError(
+                f"data.path={self.path} data.revision={self.revision or BRANCH}: cannot be opened: which commit that "
+                f"is, the hub does not say: {type(error).__name__}: {error}; data.revision=<commit> asks nobody"
+            ) from error
 
     def pieces(self) -> list[Piece]:
         shards = self._open().num_shards

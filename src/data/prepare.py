@@ -9,8 +9,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 from src.data.config import Data
@@ -48,15 +49,18 @@ def prepare(
     progress: bool | Progress,
     verify: bool = True,
     stopped: Stopped = never,
+    commits: Mapping[str, str] | None = None,
 ) -> Corpus:
     """The tokenised corpus, made first where `cache` lacks it. DataError when text, tokenizer or shards are no good.
 
     Safe to call from several processes and hosts at once: they share the pieces of work. `verify` reads every shard's
     checksum, which a rank may leave to the process that started it. PreparationStoppedError soon after `stopped`.
+    `commits`: of datasets of the hub, by source, that a run has begun with; None: of a new one.
     """
     shown = (bar if progress else quiet) if isinstance(progress, bool) else progress
     began = time.perf_counter()
     cache = cache.resolve()
+    named, data = data, data.pinned(cache, commits)
     opened = tokenizer.open(cache, data)
     if problems := row_problems(opened, data):
         raise DataError(problems)
@@ -69,9 +73,10 @@ def prepare(
             assert isinstance(source, Source), "a source of neither text nor tokens"
             folder, made = _shards_of(name, source, opened, cache, data, shown, stopped)
             cached = cached and not made
-        parts.append(Part(name, weight, open_streams(folder)))
+        parts.append(Part(name, weight, open_streams(folder), source.commit))
     rules = data.row_rules(opened.bos_id, opened.eos_id)
-    corpus = Corpus(parts, opened, survey(parts, time.perf_counter() - began, cached=cached), rules)
+    facts = survey(parts, time.perf_counter() - began, cached=cached)
+    corpus = Corpus(parts, opened, replace(facts, notes=(*data.branches(named), *facts.notes)), rules)
     if empty := [_nothing(part, data.parts()[part.name][1]) for part in parts if not _documents(part)]:
         raise DataError(empty)
     if verify:

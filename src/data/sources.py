@@ -72,6 +72,11 @@ class DataSource(Config, ABC):
         """What can be seen to be wrong without reading a text, such as a pattern that matches no file."""
         return []
 
+    @property
+    def commit(self) -> str | None:
+        """The state of a dataset of the hub that is read; None: unknown, or the source has no such states."""
+        return None
+
 
 class Source(DataSource, ABC):
     """A corpus of documents in pieces."""

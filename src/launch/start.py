@@ -66,14 +66,15 @@ class Shared:
         """As it was when the first of them was opened."""
         return Code.read()
 
-    def corpus(self, run: "Run") -> "Corpus":
+    def corpus(self, run: "Run", commits: Mapping[str, str] | None = None) -> "Corpus":
         """The tokenised data, made now if they are not there yet. DataError."""
         from src.data.prepare import prepare
 
         wanted = (run.data, run.tokenizer, run.cache)
-        found = next((corpus for given, corpus in self._opened if given == wanted), None)
+        found = next((corpus for given, corpus in self._opened if given == (*wanted, commits)), None)
         if found is None:
-            self._opened.append((wanted, found := prepare(*wanted, progress=True)))
+            found = prepare(*wanted, progress=True, commits=commits)
+            self._opened.append(((*wanted, commits), found))
             self.tell(found.preparation.lines())
         return found
 
@@ -226,8 +227,10 @@ def fetched(source: str, run: "Run", tell: Tell = to_stderr) -> "Fetched":
     return found
 
 
-def feed(run: "Run", shared: Shared) -> "Corpus | None":
-    """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run."""
+def feed(run: "Run", shared: Shared, commits: Mapping[str, str] | None = None) -> "Corpus | None":
+    """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run. `commits`: of
+    datasets of the hub, by source, with which the run has begun.
+    """
     from src.data.corpus import check
     from src.evaluation.config import BITS_PER_BYTE
     from src.run import Evaluates, Validates
@@ -235,7 +238,7 @@ def feed(run: "Run", shared: Shared) -> "Corpus | None":
     task = run.task
     if not task.needs_corpus:
         return None
-    corpus = shared.corpus(run)
+    corpus = shared.corpus(run, commits)
     problems = check(
         corpus,
         run.data,
@@ -317,11 +320,11 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     source = wanted(tree, run)
     tell = shared.tell
     weights = None if source is None else fetched(source, run, tell)
-    corpora = feeds(run, lambda each: feed(each, shared))
+    path = place(run.root, run.name, identity(tree), run.folder)
+    corpora = feeds(run, path, lambda each, commits: feed(each, shared, commits))
     answers = fed(planned, run, corpora)
     tell(f"warning: {line}" for line in answers.warnings)
     tell(f"warning: {line}" for line in run.alert.unheard(os.environ))
-    path = place(run.root, run.name, identity(tree), run.folder)
     facts = answers.to_dict()
     scheduler = backend_of(run.cluster).scheduler
 

@@ -173,15 +173,18 @@ def test_points_with_the_same_data_open_them_once(tmp_path: Path, monkeypatch: p
     """Their text would be listed and hashed for each point: 88 % of the seconds of fifty."""
     opened = list[tuple[object, ...]]()
 
-    def prepare(*given: object, progress: bool) -> Any:
-        opened.append(given)
+    def prepare(*given: object, progress: bool, commits: Mapping[str, str] | None) -> Any:
+        opened.append((*given, commits))
         return SimpleNamespace(preparation=SimpleNamespace(lines=lambda: ["data: 1 document"]))
 
     monkeypatch.setattr("src.data.prepare.prepare", prepare)
     shared, runs = Shared(), [SimpleNamespace(data=each, tokenizer="bytes", cache=tmp_path) for each in "aba"]
     found = [shared.corpus(run) for run in runs]  # type: ignore[arg-type]
     assert found[0] is found[2] is not found[1]
-    assert opened == [("a", "bytes", tmp_path), ("b", "bytes", tmp_path)]
+    begun = [shared.corpus(runs[0], {"hub": "c" * 40}) for _ in range(2)]  # type: ignore[arg-type]
+    assert begun[0] is begun[1] is not found[0], "a run that has begun reads what it began with"
+    assert opened == [("a", "bytes", tmp_path, None), ("b", "bytes", tmp_path, None),
+                      ("a", "bytes", tmp_path, {"hub": "c" * 40})]  # fmt: skip
     assert shared.code is shared.code
 
 

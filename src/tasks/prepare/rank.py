@@ -34,6 +34,7 @@ def prepare_data(task: Prepare, run: Run, folder: Path) -> bool:
         "text_bytes": corpus.preparation.text_bytes,
         "tokenised_here_and_elsewhere": {name: asdict(each) for name, each in lines.sources.items()},
         "fingerprint": corpus.fingerprint,
+        **({"commits": commits} if (commits := corpus.commits()) else {}),
     }
     atomic_write(folder / PREPARE_FILE, json.dumps(facts, indent=2) + "\n")
     print(*corpus.preparation.lines(), *notes, sep="\n", flush=True)
