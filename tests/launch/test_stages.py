@@ -2,6 +2,7 @@
 
 import io
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,36 @@ def test_the_presets_for_long_contexts_fit(experiment: str, gpu: str, gib: int, 
     assert len({each.tokens_per_step for each in plan.training_stages}) == 1
     assert all(each.fits and each.time is not None for each in plan.training_stages)
     assert "131,072" in shown(plan)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "sizes", "tokens"),
+    [
+        ("stages_405b", "llama3_405b", [(4096, 1024), (8192, 1024), (8192, 2048)], [2.52e8, 2.87e12, 1.56e13]),
+        (
+            "stages_671b",
+            "deepseek_v3_671b",
+            [(4096, 1024 * rows) for rows in [*range(3, 16), 15]],
+            [4.69e11, 1.48e13],
+        ),
+    ],
+)
+def test_the_presets_with_growing_batches_have_the_published_ones(
+    experiment: str, model: str, sizes: list[tuple[int, int]], tokens: list[float]
+) -> None:
+    """And in all else the values of the model's recipe."""
+    found = asked([f"experiment={experiment}", "dry_run=true"], completed).trees[0]
+    plain = asked([f"model={model}", "dry_run=true"], completed).trees[0]
+    stages = stage_trees(found)
+    assert sum(each["task"]["steps"] for each in stages) == found["task"]["steps"]
+    assert [(each["task"]["seq_len"], each["task"]["global_batch"]) for each in stages] == sizes
+    steps = [each["task"]["steps"] for each in stages]
+    reached = [*accumulate(count * length * rows for count, (length, rows) in zip(steps, sizes, strict=True))]
+    last = sizes[-1][0] * sizes[-1][1]  # tokens of a step: ends are those of the nearest one
+    assert [min(reached, key=lambda each: abs(each - wanted)) for wanted in tokens] == pytest.approx(tokens, abs=last)
+    for section in ("model", "optim", "precision", "recompute", "compile"):
+        assert stages[-1][section] == plain[section]
+    assert stages[-1]["schedule"] | {"warmup_steps": 0} == plain["schedule"] | {"warmup_steps": 0}
 
 
 def shown(plan: Plan) -> str:
