@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from src.config.build import build
 from src.config.composition.requests import asked
+from src.distributed.pipeline.stages import even
 from src.planning.memory import Load
 from src.planning.plan import load_of
 from src.planning.time.collectives import Fabric, Reached
@@ -217,7 +218,9 @@ def _published() -> Iterator[Row]:
     seventy, largest = ("model=llama3_70b", FP8, full), ("model=llama3_405b", FP8, full)
     deep = {"tensor": 8, "pipeline": 8, "shard": 8, "async_tensor": True}
     bridge_moe = {"tensor": 2, "pipeline": 8, "shard": 64, "expert": 64, "layers_per_stage": 2, **INTERLEAVED}
-    four = {"pipeline": 4, "expert": 64, "layers_per_stage": 2, **INTERLEAVED}  # VP 8
+    # 61 layers by 2 and by 4, rounded down to stages for all ranks; its table says VP 8 of both, its files these.
+    four = {"pipeline": 4, "expert": 64, **INTERLEAVED}
+    seven, fewer = {**four, "stages": even(28, 61, 0, 0)}, {**four, "stages": even(16, 61, 0, 0)}
     # HybridEP and DeepEP; Automodel's gate is a fake one, and its attention cuDNN's.
     router, forced = {"once": "by router"}, {"once": "by router", "balanced": True}
     turns = {"once": "in turn", "balanced": True, "flash": False}
@@ -247,9 +250,9 @@ def _published() -> Iterator[Row]:
          forced),
         ("671B fp8 1,024 GPUs, TP2 PP8 EP64", 1_297, (giant, FP8, third), bridge_moe, (4096, 1, 8192), h100, bridge,
          forced),
-        ("671B bf16 256 GPUs, PP4 EP64", 1_002, (giant, BF16, full), {"shard": 64, **four}, (4096, 1, 512), h100,
+        ("671B bf16 256 GPUs, PP4 EP64", 1_002, (giant, BF16, full), {"shard": 64, **seven}, (4096, 1, 512), h100,
          automodel, turns),
-        ("671B bf16 1,024 GPUs, PP4 EP64", 865, (giant, BF16, full), {"shard": 256, **four}, (4096, 1, 2048), h100,
+        ("671B bf16 1,024 GPUs, PP4 EP64", 865, (giant, BF16, full), {"shard": 256, **fewer}, (4096, 1, 2048), h100,
          automodel, turns),
     ):  # fmt: skip
         yield Row(

@@ -58,7 +58,7 @@ def test_layouts_come_in_their_order(errors: dict[str, list[tuple[Row, float]]])
 
 def test_other_peoples_figures_are_near(errors: dict[str, list[tuple[Row, float]]]) -> None:
     far = {row.name for row, error in errors["published"] if abs(error) > 0.25}
-    assert far <= {"671B bf16 1,024 GPUs, PP4 EP64"}, "docs/predicted_time.md names this one"
+    assert not far, "docs/predicted_time.md says that every row is within 25 %"
 
 
 def test_the_page_has_these_numbers() -> None:
