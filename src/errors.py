@@ -90,6 +90,13 @@ class UnusableFileError(UserError, OSError):
     """
 
 
+class RemoteError(UserError, OSError):
+    """A store at a URL is not there, cannot be reached, has no driver here, or did not take what it was sent.
+
+    Also an OSError: it is to a URL what that is to a path.
+    """
+
+
 class DivergedError(UserError):
     """Loss or gradients stopped being finite; the weights are still those of the last good step."""
 

@@ -28,6 +28,7 @@ FENCES = {
     **dict.fromkeys(("wandb", "wandb_workspaces", "tensorboard", "torch.utils.tensorboard"), ("src.metrics",)),
     **dict.fromkeys(("trackio", "mlflow"), ("src.metrics",)),
     "torchft": ("src.fault_tolerance",),
+    **dict.fromkeys(("fsspec", "s3fs"), ("src.storage",)),
     "torch.distributed": (
         "src.distributed",
         "src.checkpoint",

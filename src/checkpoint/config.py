@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from src.checkpoint.folder import complete, read_initial
-from src.config.base import Config, PathField
+from src.config.base import Config, PathField, Url
 from src.config.bounds import Steps
 
 FOREIGN = "hf:"
@@ -48,6 +48,10 @@ class Checkpoint(Config):
     """Start of a new run: a step_XXXXXXXX folder, the newest one of a run folder, or, weights only, hf:<folder> or
     hf:<hub id>[@revision]; null: random weights.
     """
+    mirror: Url | None
+    """URL under which a folder of the run's name gets a copy of each checkpoint, in the background, such as
+    s3://bucket/runs; a start takes the newest whole one of both; null: none.
+    """
     progress: Literal["all", "samples", "none"]
     """What of its progress a run takes over from initial, beside weights and moments; all: steps and samples, as one
     that goes on with it; samples: steps begin at 0; none: both begin at 0.
@@ -64,6 +68,12 @@ class Checkpoint(Config):
         if self.keep_every % self.every:
             nearest = max(1, round(self.keep_every / self.every)) * self.every
             raise ValueError(f"keep_every={self.keep_every} is not a multiple of every={self.every} ({nearest} is)")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_mirror(self) -> "Checkpoint":
+        if self.mirror is not None and self.every is None:
+            raise ValueError(f"mirror={self.mirror} copies nothing while every=null; set both to null")
         return self
 
     @model_validator(mode="after")

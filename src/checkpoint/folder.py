@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from src.storage.atomic_write import atomic_write, sync_folder
 MARKER = "COMPLETE.json"
 VALUES = "values.json"  # of a step folder: all of the state that is no tensor
 ASIDE = ".replaced"  # an older complete checkpoint of the same step, kept until the new one is complete
+SET_ASIDE = ".set_aside"  # a step folder's ending: no reader takes it for a checkpoint, and a rename brings it back
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 BLOCK_BYTES = 16 * 2**20
 
@@ -62,6 +63,12 @@ def complete(checkpoints: Path) -> list[Path]:
         return []
     found = [path for path in checkpoints.iterdir() if step_of(path) is not None and is_complete(path)]
     return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def set_aside(checkpoints: Path) -> set[int]:
+    """Steps whose checkpoints somebody wants the run to do without."""
+    folders = (path.with_suffix("") for path in checkpoints.glob(f"step_*{SET_ASIDE}"))
+    return {step for step in map(step_of, folders) if step is not None}
 
 
 def read_initial(path: Path) -> Path:
@@ -133,14 +140,16 @@ def expendable(
     return [path for path in found[:-keep] if path not in for_ever]
 
 
-def best(found: list[Path], count: int | None) -> list[Path]:
-    """Those of `found` whose markers have the lowest validation loss, at most `count`; the earlier one of two alike."""
+def best(found: list[Path], count: int | None, *, read: Callable[[Path], Marker] | None = None) -> list[Path]:
+    """Those of `found` whose markers have the lowest validation loss, at most `count`; the earlier one of two alike.
+    `read`: of their markers, where they are not here.
+    """
     if count is None:
         return []
     losses: list[tuple[float, Path]] = []
     for path in found:
         with suppress(CheckpointError):  # one that cannot be read is no reason to keep it or to stop
-            loss = read_marker(path).facts.get("validation_loss")
+            loss = (read or read_marker)(path).facts.get("validation_loss")
             losses += [(float(loss), path)] if isinstance(loss, int | float) else []
     return [path for _, path in sorted(losses)[:count]]
 
@@ -187,11 +196,19 @@ def read_marker(path: Path) -> Marker:
     if not is_complete(path):
         raise CheckpointError(f"{path}: no complete checkpoint ({MARKER} is missing)")
     try:
-        content = json.loads((path / MARKER).read_text())
+        return marker_of((path / MARKER).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path / MARKER}: corrupted ({error})") from error
+
+
+def marker_of(text: bytes) -> Marker:
+    """The marker that this content of a COMPLETE.json describes. ValueError where it is no whole one."""
+    try:
+        content = json.loads(text)
         files = {name: CheckpointFile(**file) for name, file in content.pop("files").items()}
         return Marker(files=files, **content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / MARKER}: corrupted ({error})") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def fault(path: Path, expected: CheckpointFile, verify: str) -> str | None:

@@ -24,6 +24,7 @@ from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
 from src.checkpoint.metadata import PatientReader, RestrictedReader
+from src.checkpoint.mirror import Mirror
 from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json, unlike
 from src.checkpoint.writer import CheckpointWriter, explained
 from src.errors import CheckpointError, DiskFaultError, DiskFullError, some
@@ -79,13 +80,20 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, options: Checkpoint, *, writer: str = "", patience: Patience | None = None
+        self,
+        folder: Path,
+        options: Checkpoint,
+        *,
+        writer: str = "",
+        patience: Patience | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """`writer`: a name for this one where others may write here at the same time: replica groups that lost sight
         of each other may both save, even the same step. Each writes under a name of its own, and the first one that is
-        complete stands. `patience`: for faults that pass, with those of other rooms counted in it.
+        complete stands. `patience`: for faults that pass, with those of other rooms counted in it. `mirror`: of
+        rank 0, who is told of each save.
         """
-        self.folder = folder
+        self.folder, self._mirror = folder, mirror
         self._writer = writer
         self.options = options
         self.last: SavedCheckpoint | None = None  # the last save that was finished
@@ -244,7 +252,7 @@ class Store:
         """Rank 0: what is surplus once this save is done goes before it; false where that is nothing."""
         found, keep = files.complete(self.folder), self.options.keep
         protected = [each for each in (*found[-1:], self._loaded) if each is not None]
-        protected += files.best(found, self.options.keep_best)
+        protected += [*files.best(found, self.options.keep_best), *self._copying()]
         surplus = files.expendable(found, keep and keep - 1, self.options.keep_every, protected=protected)
         for old in surplus:
             log.warning("%s: the disk is full; %s goes before the save", path, old.name)
@@ -308,13 +316,19 @@ class Store:
             files.publish(place, path)
         protected = [path] if self._loaded is None else [path, self._loaded]
         found = files.complete(self.folder)
-        protected += files.best(found, self.options.keep_best)
+        protected += [*files.best(found, self.options.keep_best), *self._copying()]
         try:
             files.clean(self.folder, self._writer)
             for old in files.expendable(found, self.options.keep, self.options.keep_every, protected=protected):
                 files.remove(old)
         except OSError as error:  # no reason to stop training: the new checkpoint is there
             log.warning("%s: old checkpoints cannot be removed: %s", self.folder, error)
+        if self._mirror is not None:
+            self._mirror.wake()
+
+    def _copying(self) -> list[Path]:
+        """Rank 0: what somebody else is reading."""
+        return [] if self._mirror is None else self._mirror.holds()
 
     # Loading
 

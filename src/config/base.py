@@ -1,5 +1,6 @@
 """The base of every object that a config section names with `_target_`."""
 
+import re
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,18 @@ def _at_home(path: Path) -> Path:
         raise ValueError(f"{str(path)!r}: {path.parts[0]} is nobody's home; write the whole path") from error
 
 
+def _url(text: str) -> str:
+    """The value itself; ValueError for what names no place behind a scheme, or holds a password."""
+    scheme, mark, rest = printable(text).partition("://")
+    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) or not rest.strip("/"):
+        raise ValueError(f"{text!r} is no URL of a folder; such as s3://bucket/runs, gs://bucket/runs or file:///disk2")
+    if ":" in rest.partition("/")[0].rpartition("@")[0]:
+        raise ValueError(f"{scheme}://... holds a password, and configs are kept; leave it to the environment")
+    if any(letter in rest for letter in "?#*[]"):
+        raise ValueError(f"{text!r} holds one of ? # * [ ]; a folder's URL has none")
+    return text
+
+
 def _line(text: str) -> str:
     if not text.strip():
         raise ValueError(f"{text!r} is empty; give it some text, or null")
@@ -64,6 +77,7 @@ def _line(text: str) -> str:
 # YAML has no paths and no tuples; these are the only coercions.
 PathField = Annotated[Path, BeforeValidator(path_text), AfterValidator(_at_home), Strict(strict=False)]
 Place = Annotated[str, AfterValidator(path_text)]  # a path, or hf:<hub id>
+Url = Annotated[str, AfterValidator(_url)]  # of a folder elsewhere
 Line = Annotated[str, AfterValidator(_line)]  # a word or several for a command, a script or a service
 Names = Annotated[tuple[str, ...], Strict(strict=False)]
 RankNumbers = Annotated[tuple[CountFromZero, ...], Strict(strict=False)]

@@ -55,6 +55,7 @@ STEERING: Mapping[str, str] = {
     "checkpoint.asynchronous": "who writes, not what",
     "checkpoint.verify": "what is read again before it is believed",
     "checkpoint.export_every": "a copy for others",
+    "checkpoint.mirror": "a second copy of what is kept",
     "checkpoint.trusted": "whose files may be read",
     "fault_tolerance.lighthouse": "where groups meet",
     "fault_tolerance.heartbeat_seconds": "when a group counts as gone",

@@ -67,7 +67,7 @@ _ROWS: Mapping[str, Any] = {"packing": "concatenate", "bos_at_row_start": False}
 # as "src.tasks.pretrain.config.Pretrain": {"z_loss": 0.0}. With that value a key is no part of a run's identity.
 ADDED: Mapping[str, Mapping[str, Any]] = {
     # 0.1 -> 0.2
-    "src.checkpoint.config.Checkpoint": {"keep_best": None, "progress": "all"},
+    "src.checkpoint.config.Checkpoint": {"keep_best": None, "mirror": None, "progress": "all"},
     "src.cluster.local.config.Local": {"at_once": None, **_SITE},
     "src.cluster.slurm.config.Slurm": {"after": None, "preflight_gpus": False, **_SITE},
     "src.data.config.Hub": {"bad_rows": "refuse", "data_dir": None, "hold_out": "documents", **_ROWS},

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.checkpoint.folder import VALUES, complete, fault, read_initial, read_marker, step_of
+from src.checkpoint.remote import MIRROR
 from src.checkpoint.stored import shapes
 from src.config.stages import entries
 from src.config.tree import read
 from src.errors import CheckpointError, UserError, some
 from src.optim.schedule import Schedule
 from src.run import Validates
+from src.storage.remote import RemoteFolder
 
 if TYPE_CHECKING:
     from src.data.corpus import Corpus
@@ -28,7 +30,13 @@ def initial_of(run: "Run", folder: Path) -> Path | None:
 
 
 def check_initial(run: "Run", folder: Path) -> None:
-    """CheckpointError with all that its files, its metadata and its values say against starting from it."""
+    """CheckpointError with all that its files, its metadata and its values say against starting from it; RemoteError
+    where nothing here can read the URL of checkpoint.mirror.
+    """
+    if (mirror := run.checkpoint.mirror) is not None:
+        if not isinstance(run.task, Validates):
+            raise CheckpointError(f"{MIRROR}={mirror}: this task saves no checkpoints as it goes; leave it out")
+        RemoteFolder(mirror, MIRROR)
     path = initial_of(run, folder)
     if path is None:
         return
@@ -38,6 +46,12 @@ def check_initial(run: "Run", folder: Path) -> None:
     problems = [each for each in faults if each is not None] or [*_values(run, path), *fits(run, path)]
     if problems:
         raise CheckpointError(f"checkpoint.initial={each}" for each in problems)
+
+
+def reach_mirror(run: "Run") -> None:
+    """RemoteError unless checkpoint.mirror answers: a wrong word in it is told before anything starts."""
+    if (mirror := run.checkpoint.mirror) is not None:
+        RemoteFolder(mirror, MIRROR).reach()
 
 
 def rewarming(run: "Run", folder: Path) -> str | None:

@@ -310,7 +310,7 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     Returns the plan with what the data say of it. `shared`: one for all points of a sweep.
     """
     from src.hugging_face.load import note
-    from src.launch.initial import check_samples
+    from src.launch.initial import check_samples, reach_mirror
     from src.launch.opening import opening_lines
     from src.planning.staged.data import fed, feeds
     from src.run import Validates
@@ -318,6 +318,7 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     from src.runs.twins import near
 
     source = wanted(tree, run)
+    reach_mirror(run)
     tell = shared.tell
     weights = None if source is None else fetched(source, run, tell)
     path = place(run.root, run.name, identity(tree), run.folder)

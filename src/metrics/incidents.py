@@ -1,9 +1,12 @@
-"""incidents.jsonl: every step whose loss or gradient was not finite or stood out, and what was done about it."""
+"""incidents.jsonl: every step whose loss or gradient was not finite or stood out, and what was done about it; beside
+them what went wrong and was got over.
+"""
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from src.storage.json_lines import Lines
 
@@ -25,18 +28,18 @@ def write_incident(
     """Append one line; `more`: what else is known. Never raises: training must act on the step whether or not it could
     be recorded.
     """
+    _append(folder, step, decision, {"loss": loss, "grad_norm": grad_norm, **more, "samples": list(samples)})
+
+
+def write_trouble(folder: Path, *, step: int, decision: str, words: str) -> None:
+    """Append one line about something else than a step's numbers. Never raises."""
+    _append(folder, step, decision, {"words": words})
+
+
+def _append(folder: Path, step: int, decision: str, more: Mapping[str, Any]) -> None:
     try:
-        Lines(folder / INCIDENTS_FILE).append(
-            {
-                "step": step,
-                "time": round(time.time(), 3),
-                "decision": decision,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                **more,
-                "samples": list(samples),
-            }
-        )
+        record = {"step": step, "time": round(time.time(), 3), "decision": decision, **more}
+        Lines(folder / INCIDENTS_FILE).append(record)
     except OSError as error:
         logger.warning("%s cannot be written: %s", folder / INCIDENTS_FILE, error)
 

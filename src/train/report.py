@@ -9,7 +9,7 @@ from src.checkpoint.store import Store
 from src.evaluation.recorded import unscored
 from src.metrics.console import Console
 from src.metrics.expert_load import ExpertLoad
-from src.metrics.incidents import skipped_samples, write_incident
+from src.metrics.incidents import skipped_samples, write_incident, write_trouble
 from src.metrics.trackers.config import Log, Status
 from src.storage.json_lines import METRICS_FILE, Lines
 from src.train.step.stepper import StepOutcome
@@ -26,6 +26,7 @@ class Report:
         """`open_log`: of a rank that may come to speak for other groups too."""
         self._log, self._console, self._folder, self._open_log = log, console, folder, open_log
         self._quiet = False
+        self._asides: list[Callable[[], None]] = []
         self._marks: Mapping[str, float] = {}
         self._skips_after = 0
         # Of steps that another group was to record: it may have died before it did.
@@ -41,6 +42,10 @@ class Report:
         self._log = self._open_log() if wanted else None
         self._make_good()
 
+    def hear(self, aside: Callable[[], None]) -> None:
+        """Call this before each line of numbers: what goes on beside the steps tells of itself there."""
+        self._asides.append(aside)
+
     def enter_stage(self, number: int, samples_since: int) -> None:
         """From now on numbers are of this stage, whose samples are numbered as in all steps after `samples_since`."""
         self._marks, self._skips_after = {"stage": float(number)}, samples_since
@@ -51,6 +56,8 @@ class Report:
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, to every tracker and to the line that a person watches."""
+        for aside in self._asides:
+            aside()
         self.measure(step, {**values, **self._marks})
         if self._log is not None and self._console is not None:
             self._console.record(step, values)
@@ -128,6 +135,11 @@ class Report:
                 samples=samples,
                 **more,
             )
+
+    def trouble(self, step: int, decision: str, words: str) -> None:
+        """One line of incidents.jsonl that is about no step's numbers."""
+        if self._log is not None:
+            write_trouble(self._folder, step=step, decision=decision, words=words)
 
     def skipped_samples(self) -> list[tuple[int, int]]:
         """As incidents.jsonl has them, which knows of steps that no checkpoint does; for rank 0."""

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from src.checkpoint.folder import complete
+from src.checkpoint.folder import SET_ASIDE, complete
 from src.config.tree import difference, read
 from src.errors import FolderError
 from src.runs.commands import watch
-from src.runs.commands.extend import SET_ASIDE
 from src.runs.commands.main import main
 from src.runs.commands.summary import layout, summaries
 from src.runs.folder import attempts

@@ -51,6 +51,7 @@ PLACES = (
         "prompts",
         "task.prompts",
         "checkpoint.initial",
+        "checkpoint.mirror",
     ),
     *("data.files", "data.path", "data.separator", "tokenizer.path", "tokenizer.bos", "tokenizer.eos"),
     *("cluster.account", "cluster.qos", "cluster.python", "tracker.wandb.project", "tracker.wandb.entity"),

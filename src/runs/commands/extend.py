@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from src.checkpoint.folder import complete, step_of
+from src.checkpoint.folder import SET_ASIDE, complete, step_of
 from src.cluster.batch_system import batch_system
 from src.config import tree as trees
 from src.config.build import build, whole_numbers
@@ -24,7 +24,6 @@ from src.runs.commands.listing import print_json
 from src.runs.folder import reopen
 from src.runs.lock import Lock
 
-SET_ASIDE = ".set_aside"  # a step folder's ending: no reader takes it for a checkpoint, and a rename brings it back
 UNCHANGED = "nothing is changed yet; --yes does it"
 STEPS = ("steps", "task.steps")
 

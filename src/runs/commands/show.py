@@ -131,9 +131,9 @@ def _attempts(tried: Sequence[Attempt]) -> Table:
 def _incidents(happened: Sequence[Mapping[str, Any]]) -> Table:
     found = Table("incident at step", "loss", "gradient norm", "then", box=box.SIMPLE)
     for each in happened[-MOST:]:
-        found.add_row(
-            str(each.get("step")), str(each.get("loss")), str(each.get("grad_norm")), str(each.get("decision"))
-        )
+        then = ": ".join(str(each[key]) for key in ("decision", "words") if key in each)
+        numbers = (str(each[key]) if key in each else "" for key in ("loss", "grad_norm"))
+        found.add_row(str(each.get("step")), *numbers, then)
     if len(happened) > MOST:
         found.add_row(f"and {len(happened) - MOST} before", "", "", "")
     return found

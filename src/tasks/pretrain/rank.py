@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from src.checkpoint.folder import complete, step_of
+from src.checkpoint.mirror import Mirror
 from src.checkpoint.store import Store
 from src.config.tree import read
 from src.data.batches import Batches
@@ -37,6 +38,7 @@ from src.tasks.export.check_folder import check_apart
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.tasks.pretrain.config import Pretrain
+from src.tasks.pretrain.mirrored import Mirroring
 from src.tasks.pretrain.stages import RunStage, begun, stages_of
 from src.train.exports import SHARD_BYTES, Exports
 from src.train.loop import Loop
@@ -85,10 +87,13 @@ class _RankLife:
         self._meshes: list[Mesh] = []
         self._report: Report | None = None
         self._side: SideEvaluator | None = None
+        self._mirroring: Mirroring | None = None
 
     def run(self, startup: Startup) -> bool:
         """Collective. True when every stage is at its end."""
         first = 0
+        if self.whole.checkpoint.mirror is not None:
+            self._mirroring = Mirroring(self.whole, self.home, self.stop, _writer(self.groups))
         if len(self._stages) > 1:
             newest = Store(self.home / "checkpoints", self.whole.checkpoint).newest()
             first = begun(self._stages, 0 if newest is None else step_of(newest) or 0)
@@ -115,8 +120,8 @@ class _RankLife:
         startup.done("init")
         report = self._speak(stage)
         corpus = reopen(read_recipe(self.home, stage.number), run.cache)
-        side = self._beside(report)
-        loop = _loop(task, stage, self.home, corpus, training, startup, report, self.stop, self.groups, side)
+        side, mirror = self._beside(report), None if self._mirroring is None else self._mirroring.mirror
+        loop = _loop(task, stage, self.home, corpus, training, startup, report, self.stop, self.groups, side, mirror)
         finished = loop.run()
         if finished and not stage.last:
             return True
@@ -125,12 +130,17 @@ class _RankLife:
         _farewell(self.task, run, self.home, corpus, training, report, finished)
         if finished and isinstance(loop.evaluator, TrainingEvaluator | SideEvaluator):
             loop.evaluator.conclude()
+        if self._mirroring is not None:
+            self._mirroring.conclude(report)
         return finished
 
     def _speak(self, stage: RunStage) -> Report:
         """The report, opened with the first stage of this life."""
         if self._report is None:
             self._report = _report(self.task, self.whole, self.home, self.ranks, self.groups)
+            if self._mirroring is not None:
+                self._report.hear(partial(self._mirroring.tell, self._report))
+                self._mirroring.tell(self._report)
         asked = self.whole.stages[stage.number - 1] if self.whole.stages else self.whole
         if stage.count > 1:
             self._report.enter_stage(stage.number, stage.samples_since)
@@ -185,6 +195,7 @@ def _loop(
     stop: Stop,
     groups: ReplicaGroups | None,
     side: SideEvaluator | None,
+    mirror: Mirror | None,
 ) -> Loop:
     """Collective. Everything that the steps need, with the state of the newest checkpoint."""
     run, planned, patience = stage.run, stage.plan, Patience()
@@ -200,8 +211,7 @@ def _loop(
         read_before=stage.read_before,
         patience=patience,
     )
-    writer = "" if groups is None else f"group_{groups.group}"
-    store = Store(folder / "checkpoints", run.checkpoint, writer=writer, patience=patience)
+    store = Store(folder / "checkpoints", run.checkpoint, writer=_writer(groups), patience=patience, mirror=mirror)
     report.say(resume(training.state, store, batches, planned.steps, noted(folder)))
     startup.done("load")
     make = Loop if groups is None else partial(ReplicatedLoop, groups=groups)
@@ -225,6 +235,11 @@ def _loop(
         facts={"run": folder.name, "layout": planned.axes} | ({"stage": stage.number} if stage.count > 1 else {}),
         grace_seconds=run.cluster.grace_seconds,
     )
+
+
+def _writer(groups: ReplicaGroups | None) -> str:
+    """This one's name where several may save into one folder."""
+    return "" if groups is None else f"group_{groups.group}"
 
 
 def _stragglers(run: Run, folder: Path, training: Training, report: Report) -> StragglerWatch | None:

@@ -1,0 +1,71 @@
+"""A run whose machine is gone goes on from its mirror, to the last bit."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from src.checkpoint.mirror import Mirror
+from tests.end_to_end.commands import command
+from tests.end_to_end.lives import Shot, contents, live, opened, records, series
+from tests.ranks import RankPool
+from tests.storage.s3 import S3Server, files, known, served
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with served() as server:
+        yield server
+
+
+def live_there(folder: Path, environment: dict[str, str], shot: Shot | None = None) -> bool | tuple[str, ...]:
+    at_once = {"tries": 1, "first_wait_seconds": 0.1}  # no request is tried again before its checkpoint is
+    with known(environment), patch.dict(Mirror.__init__.__kwdefaults__, at_once):
+        return live(folder, shot)
+
+
+def test_a_run_whose_folder_is_gone_goes_on(
+    text: tuple[str, ...], straight: Callable[[str], Path], ranks: RankPool, s3: S3Server
+) -> None:
+    argv = (*text, "parallel=fsdp2", "name=mirrored", f"checkpoint.mirror={s3.bucket('gone')}")
+    folder = opened(*argv)
+    s3.faulty, s3.busy = "PUT .*step_00000006/__0_0.*", 1
+    shot = Shot("step", signal.SIGTERM, at=9, rank=1, saved=6)
+    assert ranks(2, live_there, folder, s3.environment, shot) == [False, False]
+    stopped = max(series(folder))
+    assert stopped < 12
+    (incident,) = map(json.loads, (folder / "incidents.jsonl").open())
+    assert (incident["step"], incident["decision"]) == (6, "mirror")
+    assert "s3://gone/" in incident["words"]
+    assert max(series(folder, "mirror/failures").values()) == 1
+    there = {path.rpartition("/")[2] for path in files("s3").ls(f"gone/{folder.name}")}
+    assert {"config.yaml", "plan.json", "data.json", "checkpoints"} <= there
+
+    shutil.rmtree(folder)
+    assert opened(*argv) == folder
+    assert ranks(2, live_there, folder, s3.environment) == [True, True]
+    whole = straight("fsdp2")
+    assert list(series(folder)) == list(range(stopped + 1, 13))
+    assert series(folder).items() <= series(whole).items()
+    assert contents(folder, 12) == contents(whole, 12)
+    kept = sorted(path.rpartition("/")[2] for path in files("s3").ls(f"gone/{folder.name}/checkpoints"))
+    assert kept == [f"step_{step:08d}" for step in (6, stopped, 12)]  # of both lives
+    (copied,) = (line for line in records(folder) if line["step"] == 12 and "mirror/bytes" in line)
+    written = [path for path in (folder / "checkpoints/step_00000012").iterdir() if path.name != "COMPLETE.json"]
+    assert copied["mirror/bytes"] == sum(path.stat().st_size for path in written)
+
+
+def test_a_mirror_that_is_not_there_is_told_before_anything_starts(
+    text: tuple[str, ...], s3: S3Server, tmp_path: Path
+) -> None:
+    root = (f"root={tmp_path}",)
+    code, said = command(*text, *root, "checkpoint.mirror=s3://nobodys/runs", **s3.environment)
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("checkpoint.mirror=s3://nobodys/runs: ")
+    code, said = command(*root, "task=bench", "checkpoint.mirror=s3://nobodys/runs")
+    assert (code, "this task saves no checkpoints as it goes; leave it out" in said) == (2, True)
+    assert list(tmp_path.iterdir()) == []
