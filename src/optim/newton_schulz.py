@@ -2,6 +2,9 @@
 posts/muon/), and NorMuon's rows of one size (arXiv 2510.05491).
 """
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -20,11 +23,26 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    symmetric = symmetric_product_of(x)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if symmetric is None:
+            gram = x @ x.mT
+            factor = add(gram, gram, gram, beta=b, alpha=c)
+        else:
+            gram = symmetric(x)
+            factor = symmetric(gram, gram, alpha=c, beta=b)
+        x = add(x, factor, x, beta=a)
     return x.mT if tall else x
+
+
+def symmetric_product_of(x: Tensor) -> Callable[..., Tensor] | None:
+    """src/optim/symmetric_kernel.py's, where it is faster than the library's for matrices like x."""
+    if not x.is_cuda or find_spec("triton") is None:
+        return None
+    from src.optim.symmetric_kernel import is_faster, symmetric_product
+
+    return symmetric_product if is_faster(x) else None
 
 
 def of_heads(matrix: Tensor, steps: int, heads: tuple[int, int]) -> Tensor:
