@@ -72,10 +72,10 @@ class AdamW(Optimizer):
 
 
 def own_kernel(groups: list[dict[str, Any]]) -> "Launches | None":
-    """Of src/optim/adamw_kernel.py, where the parameters are on a GPU and Triton is there."""
+    """Of src/optim/kernels/adamw.py, where the parameters are on a GPU and Triton is there."""
     if not groups[0]["params"][0].is_cuda or find_spec("triton") is None:
         return None
-    from src.optim.adamw_kernel import launches
+    from src.optim.kernels.adamw import launches
 
     return launches
 

@@ -20,7 +20,7 @@ Update = Callable[..., tuple[Tensor, Sequence[Tensor]]]
 # One step of many tensors: (gradients, factors, skip, *options) of those of which `Launches` was told.
 Launch = Callable[..., None]
 # ((weight, *state, copy) of each tensor, types of gradients) -> launches by the places of their tensors; an example is
-# src/optim/adamw_kernel.py.
+# src/optim/kernels/adamw.py.
 Launches = Callable[[Sequence[tuple[Any, ...]], Sequence[torch.dtype]], Mapping[tuple[int, ...], Launch]]
 # (learning rate, 0-dim float64; updates of each parameter with this one, float32; options) -> for each parameter, in
 # float32, what its update shall read.

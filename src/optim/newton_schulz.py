@@ -37,10 +37,10 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 
 
 def symmetric_product_of(x: Tensor) -> Callable[..., Tensor] | None:
-    """src/optim/symmetric_kernel.py's, where it is faster than the library's for matrices like x."""
+    """src/optim/kernels/symmetric.py's, where it is faster than the library's for matrices like x."""
     if not x.is_cuda or find_spec("triton") is None:
         return None
-    from src.optim.symmetric_kernel import is_faster, symmetric_product
+    from src.optim.kernels.symmetric import is_faster, symmetric_product
 
     return symmetric_product if is_faster(x) else None
 

@@ -20,7 +20,7 @@ def stepped(
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in SHAPES]
     launches = None
     if kernel:
-        from src.optim.adamw_kernel import launches
+        from src.optim.kernels.adamw import launches
     groups = [
         {"params": weights[:2], "lr": 1e-2, "weight_decay": 0.0},
         {"params": weights[2:], "lr": 1e-3, "weight_decay": 0.1},

@@ -10,7 +10,7 @@ from src.optim.newton_schulz import COEFFICIENTS, orthogonalise, symmetric_produ
 @pytest.mark.parametrize("shape", [(3072, 4104), (4096, 1536), (40, 1400, 2048), (3000, 9000)])
 def test_half_a_product_is_the_whole(shape: tuple[int, ...]) -> None:
     """Rows that end inside of a tile, too. Both round a float32 sum once to bfloat16, whose step is 2^-8."""
-    from src.optim.symmetric_kernel import is_faster, symmetric_product
+    from src.optim.kernels.symmetric import is_faster, symmetric_product
 
     torch.manual_seed(0)
     x = torch.randn(shape, device="cuda").div_(shape[-1] ** 0.5).bfloat16()
