@@ -22,6 +22,7 @@ from src.cluster.local.signals import keep_interrupts
 from src.cluster.rank_log import open_closed_streams
 from src.config.composition.requests import ConfigPoint, asked
 from src.config.reference.help import help_of, wants_help
+from src.config.reference.keys import WIDTH
 from src.errors import UserError, VerdictError
 from src.launch.as_it_was import completed
 from src.launch.dry_run import show
@@ -29,7 +30,7 @@ from src.launch.kept_layout import check_places, measured_places
 from src.launch.later import started_later
 from src.launch.start import EachOnce, Shared, ask_schedulers, checked, start
 from src.storage.space import disk_full
-from src.storage.streams import ReaderMayLeave
+from src.storage.streams import ReaderMayLeave, columns, folded
 from src.sweeps.grid import in_group, names, sweep, title
 from src.sweeps.search import search
 from src.version import VERSION
@@ -54,7 +55,7 @@ def refused(error: UserError) -> int:
     """Says what is wrong, once: rank 0 goes first, and its outer launcher then ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_SECONDS)
-    print(*error.problems, sep="\n", file=sys.stderr, flush=True)
+    print(*(folded(each, sys.stderr) for each in error.problems), sep="\n", file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -70,7 +71,7 @@ def main() -> int:
     try:
         if wants_help(sys.argv[1:]):
             with ReaderMayLeave():
-                print(help_of(sys.argv[1:]))
+                print(help_of(sys.argv[1:], columns(sys.stdout, WIDTH)))
             return 0
         question = asked(sys.argv[1:], completed)
         if question.space:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ENTRY = '__name__ == "__main__"'
 TRACKERS = ("src.metrics.trackers.sync", "src.metrics.trackers.dashboard")
-COMMANDS = ("src.runs", "src.sweeps", "src.planning", "src.config.comments", *TRACKERS)
+COMMANDS = ("src.runs", "src.sweeps", "src.planning", "src.train.coordinates", "src.config.comments", *TRACKERS)
 
 
 def no_command(module: str) -> bool:

@@ -95,7 +95,7 @@ def test_all_of_it_as_typed_in_order(tmp_path: Path) -> None:
             told += said
     assert "resumes " in told
     assert (home / "runs/lr.pdf").read_bytes().startswith(b"%PDF-")
-    assert (home / "runs/first/exports/step_00000030/model.safetensors").is_file()
+    assert (home / "runs/first/exports/step_00000035/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("target", "command"), [("demo", "launch.py experiment=demo"), ("test", "-m pytest")])

@@ -21,6 +21,7 @@ from src.runs.folder import group_folder, place
 from src.runs.frozen_code import Code
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
+from src.storage.streams import folded
 from src.version import VERSION
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ Tell = Callable[[Iterable[str]], None]  # of lines, to a person
 
 
 def to_stderr(lines: Iterable[str]) -> None:
-    """A line each."""
-    print(*(f"{line}\n" for line in lines), sep="", end="", file=sys.stderr)
+    """A line each, on a terminal broken between words."""
+    print(*(f"{folded(line, sys.stderr)}\n" for line in lines), sep="", end="", file=sys.stderr)
 
 
 class EachOnce:

@@ -48,7 +48,7 @@ def _advice(load: Load, memory: Memory, limit_bytes: int) -> str:
     needed = memory.peak - limit_bytes
     lines = [f"{words} frees {told(size)}" + (" and fits" if size >= needed else "") for size, words in worthwhile]
     if worthwhile[0][0] < needed and (together := _together(load, limit_bytes)) is not None:
-        lines.append(f"together {together} fit")
+        lines.append(f"together {together} fit" if " " in together else f"{together} fits")
     return "; ".join(lines)
 
 

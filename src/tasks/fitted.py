@@ -143,7 +143,8 @@ def _paced(tree: Tree, size: int, sure: int, asked: list[str], typed: Mapping[st
     seq_len = task["seq_len"] if "task.seq_len" in typed else min(task["seq_len"], shortest)
     batch = task["global_batch"]
     if "task.global_batch" not in typed:
-        batch = max(1, min(batch, trained // seq_len))
+        there = max(1, trained // seq_len)
+        batch = batch if batch <= there else 1 << there.bit_length() - 1  # which passes divide, as 7 or 13 they do not
     chosen = {"seq_len": seq_len, "global_batch": batch}
     if "steps" in asked:
         chosen["steps"] = max(FEWEST_STEPS, int(PASSES * size / BYTES_PER_TOKEN / (seq_len * batch)))

@@ -45,6 +45,15 @@ def test_help_of_a_group_lists_options_and_keys() -> None:
     assert [line for line in said if len(line) > WIDTH] == []
 
 
+@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("word", [[], ["model"], ["task"], ["data"], ["cluster=slurm"], ["vocab_size"]])
+def test_help_is_no_wider_than_the_terminal(word: list[str], width: int) -> None:
+    """Lines break between words and go on below their column, with every word of a wide one."""
+    said, wide = help_of(["--help", *word], width), help_of(["--help", *word], 1000)
+    assert [line for line in said.splitlines() if len(line) > width] == []
+    assert said.split() == wide.split()
+
+
 def test_help_of_an_option_has_its_values() -> None:
     assert "model.n_layers=32" in help_of(["model=llama3_8b", "-h"]).splitlines()
 

@@ -135,6 +135,13 @@ def test_what_does_not_fit_says_what_would() -> None:
         assert told or not enough
 
 
+def test_one_knob_that_is_turned_twice_fits_alone() -> None:
+    task = {"seq_len": 8192, "micro_batch": 1, "global_batch": 512}
+    with pytest.raises(PlanError, match=r"; parallel\.tensor=4 fits$"):
+        plan(make_run(task, Here(gpu_memory_gib=40.0), model="llama3_8b", parallel=changed(section("parallel", "fsdp8"),
+                      reshard="never"), precision="bf16", compile="blocks"))  # fmt: skip
+
+
 def test_knobs_are_turned_together_when_one_is_not_enough() -> None:
     task = {"seq_len": 8192, "micro_batch": 1, "global_batch": 64}
     choices = {"model": "llama3_405b", "precision": "bf16", "cluster": Here(gpu_memory_gib=79.6)}

@@ -38,6 +38,7 @@ def test_three_documents_train_and_validate(tmp_path: Path, monkeypatch: pytest.
     assert run.model.vocab_size % 128 == 0
     assert run.tokenizer.vocabulary() <= run.model.vocab_size
     assert corpus.windows("train", run.task.seq_len) >= run.task.global_batch
+    assert run.task.global_batch.bit_count() == 1, "a power of two, which passes divide"
     assert corpus.windows("validation", run.task.seq_len) >= tree["task"]["validate_samples"] >= 1
     assert plan.steps == run.task.steps >= 100
 

@@ -25,6 +25,13 @@ from src.errors import ConfigError
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=")
 _FUNCTION = re.compile(r"(choice|range|sort|shuffle|glob|tag)\(.*\)")
 _NO_NAME = re.compile(r"(?i)true|false|yes|no|on|-?\d[\d_.e+-]*|nan|-?inf")
+_PATH = re.compile(r"^[^$(]*([/*~]|\.(txt|md|jsonl?|parquet|bin|npy|model)$)")
+# What a path, typed where an option belongs, was meant to be.
+OF_A_PATH = {
+    "data": "data=text data.files={}",
+    "tokenizer": "tokenizer=file tokenizer.path={}",
+    "model": "model=auto checkpoint.initial=hf:{}",
+}
 _BARE = re.compile(r"[A-Za-z_./][\w./:@+-]*")  # means itself in Hydra's grammar, unless it is a word of YAML
 _WORD = re.compile(r"(?i)null|true|false|yes|no|on|off|nan|inf")
 OFF = ("off", "none")  # options that choose nothing
@@ -162,8 +169,10 @@ def _refused(key: str, value: str | None = None) -> str | None:
 
 
 def _no_option(group: str, value: str) -> str | None:
-    """For a number or a truth value where the name of an option belongs: Hydra would only say that it is none."""
+    """For a path, a number or a truth value where an option belongs: Hydra would only say that it is none."""
     known = options(group)
+    if group in OF_A_PATH and _PATH.search(value) and value not in known:
+        return f"{group}={value}: a path is no option; pass {OF_A_PATH[group].format(value)}"
     for each in value.split(","):
         if each in known or not _NO_NAME.fullmatch(each):
             continue

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from src.config import synonyms
 from src.config.groups import EXPERIMENT, GROUPS, RECIPE, options
 from src.config.presets import defaults
-from src.config.reference.keys import Key, keys, kinds, top_keys
+from src.config.reference.keys import WIDTH, Key, keys, kinds, top_keys
 from src.config.reference.options import ABOUT_GROUPS, listed
 from src.config.wording import nearest
 from src.errors import ConfigError
+from src.storage.streams import broken
 
 FLAGS = ("--help", "-h")
 BEGIN = """\
@@ -35,10 +36,13 @@ More:
   docs/config.md              every key"""
 
 
-def help_of(argv: Sequence[str]) -> str:
-    """The answer to a command line with --help. ConfigError for a word that names no group, option or key."""
+def help_of(argv: Sequence[str], width: int = WIDTH) -> str:
+    """The answer to a command line with --help, in lines of `width` columns. ConfigError for a word that names no
+    group, option or key.
+    """
     words = [each for each in argv if each not in FLAGS and not each.startswith("-")]
-    return "\n\n".join(_of(word) for word in words) if words else _short()
+    said = "\n\n".join(_of(word) for word in words) if words else _short()
+    return "\n".join(broken(line, width) for line in said.split("\n"))
 
 
 def wants_help(argv: Sequence[str]) -> bool:

@@ -1,7 +1,6 @@
 """Every key of the config with its type, unit, range, default and meaning, read from the config classes and conf/."""
 
 import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -49,10 +48,9 @@ class Key:
     owner: str
 
     def lines(self) -> list[str]:
-        """For a terminal: the key with its default, its meaning, and what may stand there."""
+        """The key with its default, its meaning, and what may stand there; long lines are not broken."""
         facts = ", ".join(filter(None, [self.kind, self.legal, self.unit and f"in {self.unit}"]))
-        said = [line for each in (self.meaning, facts) for line in textwrap.wrap(each, WIDTH - len(INDENT))]
-        return [f"{self.name}={self.default}", *(INDENT + line for line in said)]
+        return [f"{self.name}={self.default}", *(INDENT + each for each in (self.meaning, facts) if each)]
 
 
 def top_keys() -> list[Key]:

@@ -71,6 +71,7 @@ def commands(run: Summary) -> dict[str, str]:
     if complete(folder / "checkpoints"):
         found["fork"] = f"python -m src.runs fork {quoted}"
         found["generate"] = f"python launch.py task=generate run={quoted} prompt=..."
+        found["export"] = f"python launch.py task=export run={quoted}"
     return found
 
 
