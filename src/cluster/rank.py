@@ -27,6 +27,7 @@ from src.distributed.process.rank_context import LauncherEnv
 from src.errors import UserError
 from src.runs.folder import end, log_folder
 from src.runs.frozen_code import verify
+from src.storage.patience import Patience
 from src.storage.space import disk_full
 
 
@@ -55,9 +56,10 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
 
     facts = LauncherEnv.read()
     rank, local_rank = facts.rank, facts.local_rank
-    if job.source is not None and local_rank == 0:  # 330 files to open: once a node
-        verify(job.source)
-    tree = trees.read(job.folder / "config.yaml") if tree is None else tree
+    patience, source = Patience(), job.source
+    if source is not None and local_rank == 0:  # 611 files to open: once a node
+        patience(lambda: verify(source))
+    tree = patience(lambda: trees.read(job.folder / "config.yaml")) if tree is None else tree
     try:
         run = Run.from_sections(build(tree))
         finished = run.task.run(run, job.folder)

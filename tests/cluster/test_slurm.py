@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from src.cluster import rank
 from src.cluster.slurm import client
 from src.cluster.slurm.client import NodeFacts, minutes
 from src.cluster.slurm.config import Slurm
-from src.cluster.slurm.payload import await_release
 from src.cluster.slurm.resources import Resources, problems
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import slow_saves
@@ -412,66 +410,3 @@ def test_nodes_that_were_slow_are_left_out_of_the_next_submission(
     Lines(run / "slow_nodes.jsonl").append({"node": "n2", "words": "rank 3 on n2: a product is 20 % below its twins"})
     assert flags(site(exclude="n9").script([(run, TWO_NODES)]))["exclude"] == excluded
     assert ("n2 found slow and not left out" in capsys.readouterr().err) == (excluded == "n9")
-
-
-def test_one_rank_of_a_node_asks_the_shared_disk_whether_all_may_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four nodes of eight ranks that wait for ten seconds: 20 looks a node, where there were 20 a rank."""
-    looks: dict[str, int] = {"shared": 0, "near": 0}
-    whole = Path.exists
-
-    def exists(path: Path) -> bool:
-        looks["shared" if path.name == "released" else "near"] += 1
-        return whole(path)
-
-    monkeypatch.setattr(Path, "exists", exists)
-    for node in range(4):
-        released, near = tmp_path / str(node) / "released", tmp_path / str(node) / "near"
-        near.parent.mkdir()
-        leader = iter(range(20))
-
-        def later(_seconds: float, mark: Path = released, left: Iterator[int] = leader) -> None:
-            if next(left, None) is None:
-                mark.touch()
-
-        await_release(released, near, leads=True, sleep=later)
-        for _ in range(7):
-            await_release(released, near, leads=False, sleep=lambda _: None)
-    assert looks == {"shared": 4 * 22, "near": 4 * 7}
-
-
-def test_a_rank_that_cannot_see_its_nodes_file_still_leaves(tmp_path: Path) -> None:
-    (tmp_path / "released").touch()
-    pauses: list[float] = []
-    await_release(tmp_path / "released", tmp_path / "of another container", leads=False, sleep=pauses.append)
-    assert sum(pauses) < 31
-
-
-def lives(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Ranks of two nodes of eight that verify the code, and that record the end, where all meet this error."""
-    verified, recorded, now = list[int](), list[int](), [0]
-
-    def fails(_self: object, _run: object, _folder: Path) -> bool:
-        raise error
-
-    run = SimpleNamespace(task=SimpleNamespace(run=lambda *given: fails(None, *given)))
-    monkeypatch.setattr(rank, "verify", lambda _: verified.append(now[0]))
-    monkeypatch.setattr(rank, "end", lambda *_: recorded.append(now[0]))
-    monkeypatch.setattr("src.config.build.build", lambda _: {})
-    monkeypatch.setattr("src.run.Run.from_sections", lambda _: run)
-    for number in range(16):
-        now[0] = number
-        facts = {"RANK": number, "WORLD_SIZE": 16, "LOCAL_RANK": number % 8, "LOCAL_WORLD_SIZE": 8}
-        for key, value in facts.items():
-            monkeypatch.setenv(key, str(value))
-        with pytest.raises(type(error)):
-            rank.run_rank(rank.RankJob(folder, "c0de"), {})
-    return verified, recorded
-
-
-def test_one_rank_of_a_node_reads_the_code_and_tells_of_a_lost_peer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert lives(tmp_path, ConnectionResetError("by peer"), monkeypatch) == ([0, 8], [0, 8])
-    assert lives(tmp_path, KeyError("its own"), monkeypatch) == ([0, 8], [*range(16)])

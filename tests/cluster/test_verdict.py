@@ -34,6 +34,11 @@ def evidence(*found: RankFailure, log: str = "", hang: Hang | None = None, saved
     return Evidence(sorted(found, key=lambda each: each.time_ns), findings(log, NODES), hang, NODES, saved)
 
 
+def after(error: Exception, cause: OSError) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -50,6 +55,9 @@ def evidence(*found: RankFailure, log: str = "", hang: Hang | None = None, saved
         (DiskFaultError.at(None, errno.EAGAIN, 301.0), "disk"),
         (DiskFullError.at(Path("/shared"), errno.ENOSPC, 0, 1), "user"),
         (PermissionError(errno.EACCES, "Permission denied"), "code"),
+        (after(DataError("shard 3 cannot be read"), OSError(errno.EIO, "Input/output error")), "disk"),
+        (after(DataError("shard 3 cannot be read"), FileNotFoundError(errno.ENOENT, "No such file")), "user"),
+        (after(RuntimeError("Connection closed by peer"), ConnectionResetError(errno.ECONNRESET, "reset")), "peer"),
         (RuntimeError("shape '[2, 3]' is invalid for input of size 7"), "code"),
         (KeyError("socket"), "code"),
         (SampleError("step 1 is of samples 0 to 3, checksum ecc0d; the ranks took 0"), "code"),

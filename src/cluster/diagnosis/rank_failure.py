@@ -11,7 +11,7 @@ from typing import Literal, Self
 from src.cluster.backend import JobStart
 from src.errors import DiskFaultError, UserError
 from src.storage.atomic_write import atomic_write
-from src.storage.patience import FAULTS
+from src.storage.patience import FAULTS, passing
 
 Kind = Literal["memory", "user", "code", "node", "peer", "disk"]
 
@@ -62,7 +62,8 @@ class RankFailure:
 def classify(error: BaseException) -> Kind:
     """By type first, then by the words of the libraries, which raise RuntimeError for most of it."""
     name, text = type(error).__name__, str(error)
-    if isinstance(error, DiskFaultError) or (isinstance(error, OSError) and error.errno in FAULTS):
+    fault = passing(error)  # also where it was told as an error of the config, say, that could not be read
+    if isinstance(fault, DiskFaultError) or (fault is not None and fault.errno in FAULTS):
         return "disk"
     if isinstance(error, UserError):
         return "user"

@@ -70,7 +70,7 @@ class QueuedJob:
             # Python gives handlers up while it ends: a signal of the time limit would then make a failure of the end.
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         except Exception as error:  # noqa: BLE001 (the last word of a rank, whatever it is)
-            _leave(rank_failure.RankFailure.of(error, facts.rank, node), self.folder, error)
+            leave(rank_failure.RankFailure.of(error, facts.rank, node), self.folder, error, leads=facts.local_rank == 0)
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit starts at the requeue."""
@@ -250,10 +250,16 @@ def _rejoin(path: Path, code: str) -> RunFolder:
             time.sleep(0.5)
 
 
-def _leave(failure: rank_failure.RankFailure, folder: Path, error: Exception) -> NoReturn:
-    """Say it, keep it, and go without waiting for threads or process groups, which may wait for other ranks."""
-    failure.write(rank_failure.place(folder, SlurmScheduler().current_start()))
+def leave(failure: rank_failure.RankFailure, folder: Path, error: Exception, *, leads: bool) -> NoReturn:
+    """Say it, keep it, and go without waiting for threads or process groups, which may wait for other ranks.
+
+    Of a lost peer one rank of each node, which `leads`, has the word: the verdict asks which nodes were heard.
+    """
     text = "\n".join(error.problems) if isinstance(error, UserError) else failure.traceback
+    if leads or failure.kind != "peer":
+        failure.write(rank_failure.place(folder, SlurmScheduler().current_start()))
+    else:
+        text = failure.error
     print(f"rank {failure.rank} on {failure.node} failed\n{text}", file=sys.stderr, flush=True)
     rank_failure.gather_traces(error, folder)
     if failure.kind == "peer":

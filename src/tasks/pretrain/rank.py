@@ -119,7 +119,7 @@ class _RankLife:
         self._meshes += [training.mesh] if mesh is None else []
         startup.done("init")
         report = self._speak(stage)
-        corpus = reopen(read_recipe(self.home, stage.number), run.cache)
+        corpus = Patience()(lambda: reopen(read_recipe(self.home, stage.number), run.cache))
         side, mirror = self._beside(report), None if self._mirroring is None else self._mirroring.mirror
         loop = _loop(task, stage, self.home, corpus, training, startup, report, self.stop, self.groups, side, mirror)
         finished = loop.run()
