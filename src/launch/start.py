@@ -229,9 +229,7 @@ def fetched(source: str, run: "Run", tell: Tell = to_stderr) -> "Fetched":
 
 
 def feed(run: "Run", shared: Shared, commits: Mapping[str, str] | None = None) -> "Corpus | None":
-    """The tokenised data, made now if they are not there yet; DataError when they cannot feed this run. `commits`: of
-    datasets of the hub, by source, with which the run has begun.
-    """
+    """The tokenised data, made now if need be; DataError when they cannot feed this run. `commits`: of a begun run."""
     from src.data.corpus import check
     from src.evaluation.config import BITS_PER_BYTE
     from src.run import Evaluates, Validates

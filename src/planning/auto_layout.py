@@ -85,7 +85,7 @@ def decide(run: Run, typed: Mapping[str, str], devices: Devices | None) -> Decis
         else None,
         global_batch=run.task.global_batch,
     )
-    question = Question(load_of(run), gpu, site.fabric(gpu, run.cluster.gpus_per_node))
+    question = Question(load_of(run), gpu, site.fabric(gpu, run.cluster.gpus_per_node, gpus))
     place = auto.place or 1
     found = best(question, space, int(memory * GIB), max(BEST, place))
     if not found:

@@ -23,6 +23,7 @@ from src.planning.memory import GIB, Load, Memory, estimate
 from src.planning.recompute_choice import NONE, cheapest
 from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction, predict
+from src.planning.time.site import SiteFacts
 from src.planning.training_rules import average_bytes, rehearsal_problems, training_problems
 from src.run import Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates, WithoutModel
 from src.runs.cluster import Devices
@@ -392,4 +393,6 @@ def _warnings(run: Run, micro_batches: int, epochs: float | None) -> list[str]:
         found += float8.left_out(run.model.weights(), run.parallel.tensor)
     if run.parallel.tensor > _ranks_per_node(run):
         found.append(f"parallel.tensor={run.parallel.tensor} crosses nodes of {_ranks_per_node(run)} GPUs: slow")
+    if isinstance(run.cluster, SiteFacts):
+        found += run.cluster.guesses(run.cluster.gpus_per_node, run.parallel.world)
     return found

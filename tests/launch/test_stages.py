@@ -64,6 +64,11 @@ def test_who_decided_a_value_is_said_of_stages_too() -> None:
     keys = ("task.steps", "optim.lr", "task.stages", "task.seq_len", "task.log_every")
     said = ["stages", "stages", "command line", "command line", "default"]
     assert [str(point.origins.of(key)) for key in keys] == said
+    site = ("cluster=slurm", "cluster.gpu_model=H100", "cluster.mtbf_hours_per_gpu=5e4", "model=llama3_1b")
+    often = ("checkpoint.every=auto", "dry_run=true", "stages=[{until:2000},{lr:1e-4}]", "task.steps=4000")
+    (point,) = asked([*site, *often, "parallel=fsdp8"], completed).points
+    assert isinstance(point.tree["checkpoint"]["every"], int)
+    assert str(point.origins.of("checkpoint.every")) == "command line"
 
 
 def test_each_stage_has_what_those_before_it_have_changed() -> None:

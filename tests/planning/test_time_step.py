@@ -201,6 +201,29 @@ def test_a_device_that_is_not_known_has_no_time() -> None:
     assert recognised(Gpus()) is None
 
 
+@pytest.mark.parametrize(("parallel", "nodes"), [("fsdp16", None), ("tp8_fsdp8", 8)])
+def test_more_gpus_than_a_machine_has_are_nodes(parallel: str, nodes: int | None) -> None:
+    """Of `cluster.gpus=64` nobody has said how they are wired: no machine of these devices has more than 16."""
+
+    class NoNodes(OneSite):
+        gpus_per_node: None  # type: ignore[assignment]  # as cluster=local
+
+    sections = {"model": "llama3_8b", "parallel": parallel, "precision": "bf16", "compile": "blocks"}
+    found = plan(make_run(EIGHT, NoNodes(**dict(site()) | {"gpus_per_node": None}), **sections))
+    assert [line for line in found.warnings if "are no one machine" in line] == (
+        []
+        if nodes is None
+        else [
+            "64 GPUs are no one machine: times are those of nodes of 8; cluster.gpus_per_node of a cluster of nodes "
+            "says otherwise"
+        ]
+    )
+    told = plan(make_run(EIGHT, site(), **sections)).time
+    assert found.time is not None
+    assert told is not None
+    assert (found.time.step.seconds == told.step.seconds) == (nodes is not None)
+
+
 def test_factors_of_a_site() -> None:
     run = make_run(EIGHT, site(), model="llama3_8b", parallel="fsdp8", precision="bf16", compile="blocks")
     slower = replace(run, cluster=site(time_factors={"products": 0.5}))

@@ -22,7 +22,7 @@ from src.config.composition.composer import COMPOSITION_ERRORS, UNEXPECTED, Comp
 from src.config.composition.origins import ValueOrigin, ValueOrigins, annotated
 from src.config.composition.resolution import resolve
 from src.config.groups import CONF, FROM, SHORT, SHORT_OF
-from src.config.stages import entries
+from src.config.stages import CHANGES, entries
 from src.config.tree import Tree
 from src.errors import ConfigError, UserError
 from src.storage.streams import ReaderMayLeave
@@ -178,7 +178,9 @@ def _of_stages(origins: ValueOrigins, tree: Tree, found: Tree) -> ValueOrigins:
     if not entries(found):
         return origins
     listed = {"task": tree["task"] | {"stages": found["task"]["stages"]}}
-    return origins.beside(tree | listed, found, ValueOrigin("stages"))
+    theirs = {key.partition(".")[0] for key in CHANGES}
+    others = {key: value for key, value in found.items() if key not in theirs}  # such as checkpoint.every=auto
+    return origins.beside(tree | others | listed, found, ValueOrigin("stages"))
 
 
 def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:

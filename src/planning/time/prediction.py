@@ -80,7 +80,8 @@ def predict(run: Run, load: Load, devices: Devices | None, interruptions: Interr
         return None
     if (gpu := site.gpu(devices)) is None:
         return None
-    fabric, world = site.fabric(gpu, run.cluster.gpus_per_node), run.parallel.world
+    world = run.parallel.world
+    fabric = site.fabric(gpu, run.cluster.gpus_per_node, world)
     question = Question(load, gpu, fabric, graph=run.compile.graph)
     step = step_time(question)
     hours = run.task.steps * step.seconds / 3600.0

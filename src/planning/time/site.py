@@ -10,7 +10,8 @@ from src.planning.time.devices import GPUS, Gpu, Shares, scaled
 from src.runs.cluster import Devices
 
 GIB = 2**30
-ONE_MACHINE = 2**10  # GPUs of a machine that has no other: PerNode's most
+# GPUs of the largest machine that is sold with these devices, and of a node of those that are wired together.
+LARGEST_MACHINE, NODE = 16, 8
 # CUDA's compute capability, and from how many GiB on -> device.
 RECOGNISED: tuple[tuple[tuple[int, int], float, str], ...] = (
     ((9, 0), 120.0, "H200"),
@@ -69,14 +70,23 @@ class SiteFacts(Config):
         name = self.gpu_model or recognised(devices)
         return None if name is None else scaled(GPUS[name], self.time_factors)
 
-    def fabric(self, gpu: Gpu, per_node: int | None) -> Fabric:
-        """Its links. `per_node`: GPUs of a node; None: all are in one machine."""
+    def fabric(self, gpu: Gpu, per_node: int | None, world: int) -> Fabric:
+        """Its links. `per_node`: GPUs of a node; None: all are in one machine, if one holds the `world`."""
         return Fabric(
             nvlink=gpu.nvlink * gpu.shares.nvlink,
             network=self.link_gib_per_second * GIB * gpu.shares.network,
             network_latency=self.link_microseconds * 1e-6,
-            per_node=per_node or ONE_MACHINE,
+            per_node=per_node or (NODE if world > LARGEST_MACHINE else world),
         )
+
+    def guesses(self, per_node: int | None, world: int) -> list[str]:
+        """What times are predicted on without being told, for a person."""
+        if self.gpu_model is None or per_node is not None or world <= LARGEST_MACHINE:
+            return []
+        return [
+            f"{world} GPUs are no one machine: times are those of nodes of {NODE}; cluster.gpus_per_node of a cluster "
+            "of nodes says otherwise"
+        ]
 
 
 def recognised(devices: Devices | None) -> str | None:
