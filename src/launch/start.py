@@ -168,8 +168,7 @@ def unfit(run: "Run") -> list[str]:
     found += source_problems(run.tokenizer, run.data) if run.task.needs_corpus else []
     if run.task.needs_corpus and run.checkpoint.export_every is not None:
         found += export_problems(run.model)
-    found += _unscored(run)
-    return found + (run.task.problems(run) if isinstance(run.task, Checks) else [])
+    return found + _unscored(run) + (run.task.problems(run) if isinstance(run.task, Checks) else [])
 
 
 def _unscored(run: "Run") -> list[str]:

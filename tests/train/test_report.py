@@ -3,10 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
+from src.checkpoint.store import SavedCheckpoint, Store
+from src.errors import DiskFaultError
 from src.metrics.console import Console
-from src.train.report import Report
+from src.train.loop import Loop
+from src.train.report import Report, SaveReport
+from src.train.setup import Training
 
 
 class Log:
@@ -73,3 +80,40 @@ def test_the_newest_of_a_number_is_of_whichever_life(tmp_path: Path) -> None:
     log.record(7, {"groups/lost_steps": 2.0, "loss": 1.0})
     log.record(3, {"loss": 2.0})
     assert each.newest("groups/lost_steps", "loss") == [2.0, 2.0]
+
+
+def test_a_save_that_failed_is_told_once_and_counted_with_the_next(tmp_path: Path) -> None:
+    said, store = list[str](), SimpleNamespace(last=None, lost=None)
+    speaker, _ = report(tmp_path)
+    speaker.lead(True)
+    speaker.say = said.append  # type: ignore[method-assign]
+    saves = SaveReport(speaker, cast(Store, store), 600.0)
+    saves.tell()
+    store.lost = DiskFaultError("/shared: input/output error, still after 299 s of trying again")
+    for _ in range(3):
+        saves.tell()
+    (line,) = said
+    assert line.startswith("warning: a save failed: /shared: input/output error, still after 299 s")
+    assert "training goes on" in line
+    store.last, store.lost = SavedCheckpoint(20, tmp_path, 0.5, 2.0, 100, faults=7, waited_seconds=31.0), None
+    for _ in range(2):
+        saves.tell()
+    (record,) = recorded(tmp_path)
+    assert (record["step"], record["checkpoint/failures"], record["checkpoint/faults"]) == (20, 1.0, 7.0)
+    assert record["checkpoint/waited_seconds"] == 31.0
+
+
+def test_a_save_that_hangs_is_passed_over_once_and_then_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that are due in a row; on every rank alike, whoever's disk it is."""
+    loop, asked = object.__new__(Loop), list[bool]()
+    loop.store = cast(Store, SimpleNamespace(busy=lambda: False))
+    loop.training = cast(Training, SimpleNamespace(ranks=SimpleNamespace(device="cpu")))
+    loop._passed_over = False
+
+    def of_another_rank(mine: bool, _device: object) -> bool:
+        asked.append(mine)
+        return True
+
+    monkeypatch.setattr("src.train.loop.any_rank", of_another_rank)
+    assert [loop._hangs() for _ in range(3)] == [True, False, True]
+    assert asked == [False, False]
