@@ -220,7 +220,8 @@ class Run:
         ]
         if problems:
             raise ConfigError(problems)
-        return cls(**{name: sections[name] for name in kinds}, stages=stages)
+        found = cls(**{name: sections[name] for name in kinds}, stages=stages)
+        return replace(found, checkpoint=found.checkpoint.here(found.cache))
 
     def on_one_device(self) -> Self:
         """The same run without a layout, and without anything that is there for speed or memory."""

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from src.checkpoint.fetched import cached
 from src.checkpoint.folder import complete, read_initial
-from src.config.base import Config, PathField, Url
+from src.config.base import Config, Place, Url
 from src.config.bounds import Steps
+from src.storage.remote import is_url
 
 FOREIGN = "hf:"
 
@@ -44,9 +46,9 @@ class Checkpoint(Config):
     """Check before loading; full: reads every byte (crc32); size: compares file sizes only."""
     export_every: Steps | None
     """Optimizer steps between two exports for transformers, into exports/; null: none."""
-    initial: PathField | None
-    """Start of a new run: a step_XXXXXXXX folder, the newest one of a run folder, or, weights only, hf:<folder> or
-    hf:<hub id>[@revision]; null: random weights.
+    initial: Place | None
+    """Start of a new run: a step_XXXXXXXX folder, the newest one of a run folder, the URL of either, or, weights only,
+    hf:<folder> or hf:<hub id>[@revision]; null: random weights.
     """
     mirror: Url | None
     """URL under which a folder of the run's name gets a copy of each checkpoint, in the background, such as
@@ -100,8 +102,14 @@ class Checkpoint(Config):
     @property
     def foreign(self) -> str | None:
         """Behind `hf:` in `initial`: weights in Hugging Face layout, which src/hugging_face reads."""
-        text = str(self.initial)
-        return text.removeprefix(FOREIGN) if self.initial is not None and text.startswith(FOREIGN) else None
+        text = self.initial
+        return text.removeprefix(FOREIGN) if text is not None and text.startswith(FOREIGN) else None
+
+    def here(self, cache: Path) -> "Checkpoint":
+        """With the folder of the cache that stands for a URL in `initial`, which the launcher fills."""
+        if self.initial is None or not is_url(self.initial):
+            return self
+        return self.model_copy(update={"initial": str(cached(self.initial, cache))})
 
     def origin(self, checkpoints: Path) -> Path | None:
         """What a run with this folder of checkpoints starts from: its own newest, else `initial`, else None.
@@ -115,4 +123,4 @@ class Checkpoint(Config):
             return own[-1]
         if self.initial is None or self.foreign is not None:
             return None
-        return read_initial(self.initial)
+        return read_initial(Path(self.initial).expanduser())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from src.checkpoint import folder as files
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import Marker
-from src.checkpoint.remote import HOME, MIRROR, RemoteCheckpoints, mirror_url
+from src.checkpoint.remote import HOME, MIRROR, TOKENIZERS, RemoteCheckpoints, mirror_url, tokenizers_of
 from src.errors import CheckpointError, RemoteError, UserError
 from src.storage.remote import RemoteFolder, below
 
@@ -50,10 +50,20 @@ class Failure:
 class Mirror:
     """Copies what a run saves. `wake` after each save; the rest is a thread's, for which a crash does not wait."""
 
-    def __init__(self, run: Path, options: Checkpoint, *, tries: int = 5, first_wait_seconds: float = 2.0) -> None:
-        """`run`: its folder. `first_wait_seconds`: after a failure; twice as long after each that follows at once."""
+    def __init__(
+        self,
+        run: Path,
+        options: Checkpoint,
+        cache: Path | None = None,
+        *,
+        tries: int = 5,
+        first_wait_seconds: float = 2.0,
+    ) -> None:
+        """`run`: its folder; `cache`: with its tokenizers. `first_wait_seconds`: after a failure; twice as long after
+        each that follows at once.
+        """
         assert options.mirror is not None
-        self.run, self._options, self._first_wait = run, options, first_wait_seconds
+        self.run, self._options, self._cache, self._first_wait = run, options, cache, first_wait_seconds
         self.url = mirror_url(options.mirror, run)
         self._home = RemoteFolder(self.url, MIRROR)
         self._remote = RemoteCheckpoints(self._home.folder(HOME), tries=tries)
@@ -172,6 +182,19 @@ class Mirror:
                 if self._beside.get(path.name) != stamp:
                     self._home.send(path, path.name)
                     self._beside[path.name] = stamp
+        for name in tokenizers_of(self.run):
+            self._send_tokenizer(name)
+
+    def _send_tokenizer(self, name: str) -> None:
+        """One that was trained cannot be made again where the text is not."""
+        if self._cache is None or name in self._beside:
+            return
+        root, place = RemoteFolder(self.url.rpartition("/")[0], MIRROR), "/".join((*TOKENIZERS, name))
+        there = root.sizes(place)
+        for path in sorted((self._cache / TOKENIZERS[-1] / name).iterdir()):
+            if path.is_file() and there.get(path.name) != path.stat().st_size:
+                root.send(path, f"{place}/{path.name}")
+        self._beside[name] = (0, 0)  # its name says what is in it
 
 
 def bring_back(run: Path, options: Checkpoint, team: "HostGroup", *, writer: str = "", tries: int = 5) -> str | None:

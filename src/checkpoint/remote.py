@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from src.checkpoint.folder import (
     MARKER,
@@ -22,16 +23,24 @@ from src.checkpoint.folder import (
     step_of,
 )
 from src.errors import CheckpointError, RemoteError, some
+from src.storage.json_lines import facts_in
 from src.storage.remote import RemoteFolder, below, patiently
 
 MIRROR = "checkpoint.mirror"
 HOME = "checkpoints"  # in a run's folder, here and there
+TOKENIZERS = ("cache", "tokenizers")  # of a root, here and there
 AT_ONCE = 8  # files of one checkpoint on their way; a connection to an object store carries some 100 MB/s
 
 
 def mirror_url(root: str, run: Path) -> str:
     """Where the run in this folder has its mirror: a folder of the same name."""
     return below(root, run.name)
+
+
+def tokenizers_of(run: Path) -> list[str]:
+    """Names of the stored tokenizers that the recipes of a run folder name."""
+    names = {facts_in(each).get("tokenizer") for each in run.glob("data*.json")}
+    return sorted(name for name in names if isinstance(name, str) and Path(name).name == name)
 
 
 class RemoteCheckpoints:
@@ -106,6 +115,20 @@ class RemoteCheckpoints:
             faults = [each for each in pool.map(one, asked) if each is not None]
         if faults:
             raise CheckpointError(f"fetched from {self.folder.url}/{name}: {each}" for each in faults)
+
+    def faults(self, step: int, *, full: bool) -> list[str]:
+        """What is wrong with one: none where it is whole. `full`: reads every byte, by way of a folder here."""
+        name = _name(step)
+        if (marker := self.marker(step)) is None:
+            return [f"{self.folder.url}/{name}: no {MARKER}, or a file has another size than it says"]
+        found: list[str] = []
+        for file in marker.files if full else ():
+            with TemporaryDirectory() as place:
+                try:
+                    self.fetch(marker, [file], Path(place))
+                except CheckpointError as error:
+                    found += error.problems
+        return found
 
     def prune(self, keep: int | None, keep_every: int | None, keep_best: int | None) -> None:
         """Remove those that no rule keeps, as a run does with its own, and what was left half-sent before the newest;

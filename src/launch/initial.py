@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.checkpoint.fetched import fetch
 from src.checkpoint.folder import VALUES, complete, fault, read_initial, read_marker, step_of
-from src.checkpoint.remote import MIRROR
+from src.checkpoint.remote import HOME, MIRROR
 from src.checkpoint.stored import shapes
 from src.config.stages import entries
-from src.config.tree import read
+from src.config.tree import Tree, read
 from src.errors import CheckpointError, UserError, some
 from src.optim.schedule import Schedule
 from src.run import Validates
-from src.storage.remote import RemoteFolder
+from src.storage.remote import RemoteFolder, is_url
 
 if TYPE_CHECKING:
     from src.data.corpus import Corpus
@@ -26,17 +27,20 @@ def initial_of(run: "Run", folder: Path) -> Path | None:
     initial = run.checkpoint.initial
     if initial is None or run.checkpoint.foreign is not None or not isinstance(run.task, Validates):
         return None
-    return None if complete(folder / "checkpoints") else read_initial(initial)
+    return None if complete(folder / "checkpoints") else read_initial(Path(initial).expanduser())
 
 
-def check_initial(run: "Run", folder: Path) -> None:
-    """CheckpointError with all that its files, its metadata and its values say against starting from it; RemoteError
-    where nothing here can read the URL of checkpoint.mirror.
+def check_initial(tree: Tree, run: "Run", folder: Path) -> None:
+    """CheckpointError with all that its files, its metadata and its values say against starting from it. What a URL
+    names is fetched first. RemoteError where a URL cannot be read.
     """
     if (mirror := run.checkpoint.mirror) is not None:
         if not isinstance(run.task, Validates):
             raise CheckpointError(f"{MIRROR}={mirror}: this task saves no checkpoints as it goes; leave it out")
         RemoteFolder(mirror, MIRROR)
+    url = tree["checkpoint"]["initial"]
+    if isinstance(url, str) and is_url(url) and isinstance(run.task, Validates) and not complete(folder / HOME):
+        fetch(url, run.cache, "checkpoint.initial")
     path = initial_of(run, folder)
     if path is None:
         return

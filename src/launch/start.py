@@ -200,7 +200,7 @@ def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
         if problems := [line for data in datas for _, source in data.parts().values() for line in source.problems()]:
             raise DataError(dict.fromkeys(problems))
         tell(f"warning: {line}" for line in vocabulary_warnings(run.tokenizer, run.model.vocab_size))
-    check_initial(run, folder)
+    check_initial(tree, run, folder)
     tell(taken(tree, run, folder))
     if (line := rewarming(run, folder)) is not None:
         tell([f"warning: {line}"])
@@ -315,9 +315,8 @@ def prepare(tree: Tree, run: "Run", planned: "Plan", shared: Shared) -> "tuple[R
     from src.runs.folder import RunFolder, may_change
     from src.runs.twins import near
 
-    source = wanted(tree, run)
     reach_mirror(run)
-    tell = shared.tell
+    source, tell = wanted(tree, run), shared.tell
     weights = None if source is None else fetched(source, run, tell)
     path = place(run.root, run.name, identity(tree), run.folder)
     corpora = feeds(run, path, lambda each, commits: feed(each, shared, commits))

@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from src.checkpoint.fetched import fetch
 from src.checkpoint.folder import complete, step_of
 from src.config.groups import FROM, RECIPE, SHORT
 from src.config.stages import stage_at
 from src.config.tree import SITE, Tree, identity, read
 from src.errors import CheckpointError, ConfigError
+from src.storage.remote import is_url
 from src.tasks.inherit import find, kept_tokenizer, meant, overlaid
 
 PRETRAIN = "src.tasks.pretrain.config.Pretrain"
@@ -60,6 +62,8 @@ def _step(text: str, ours: Tree) -> Path:
     where, mark, number = text.rpartition("@")
     if not mark or not number.isdigit():
         where, number = text, ""
+    if is_url(where):
+        return fetch(where, Path(ours["root"]).absolute() / "cache", FROM, int(number) if number else None)
     place = Path(where).expanduser().absolute()
     if not number and step_of(place) is not None and place in complete(place.parent):
         return place

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from src.checkpoint.config import FOREIGN
+from src.checkpoint.fetched import fetch as fetch_run
 from src.checkpoint.folder import step_of
 from src.config.base import path_text
 from src.config.composition.stages import resolved
@@ -19,6 +20,7 @@ from src.config.tree import Tree, read
 from src.errors import CheckpointError
 from src.hugging_face.hub import fetch, is_local
 from src.hugging_face.load import model_section, noted
+from src.storage.remote import is_url
 from src.tasks.fitted import AUTO, fitted, with_vocabulary
 from src.tasks.from_run import begun_from
 from src.tasks.inherit import check_typed, find, meant, overlaid, sections
@@ -131,6 +133,12 @@ def _of_run(tree: Tree, typed: Mapping[str, str], keys: tuple[str, str] = ("task
     """With the sections of an earlier run, and its newest step where none is given. `keys`: that name the two."""
     task = tree["task"]
     folder = Path(task["run"]).expanduser().absolute()
+    if is_url(url := task["run"]):
+        if task.get("to", "") is None:
+            raise CheckpointError(f"task.to=null: {url} is no run folder to write into; pass to=<folder>")
+        step = task.get("step") if isinstance(task.get("step"), int) else None
+        found = fetch_run(url, Path(tree["root"]).absolute() / "cache", keys[0], step)
+        folder, task = found.parents[1], task | {"step": step_of(found)}
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{keys[0]}={folder}: no run folder, it has no config.yaml{meant(folder, tree)}")
     checkpoint = find(folder, task.get("step"), keys)

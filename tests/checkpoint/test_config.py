@@ -68,15 +68,15 @@ def test_origin_prefers_the_run_s_own(tmp_path: Path) -> None:
 def test_origin_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     own, other = tmp_path / "own" / "checkpoints", tmp_path / "other" / "checkpoints"
     newest = put(other, 70)
-    assert options(initial=newest).origin(own) == newest
+    assert options(initial=str(newest)).origin(own) == newest
 
     half = step_folder(other, 80)
     half.mkdir()
-    (unfinished,) = problems(options(initial=half).origin, own)
+    (unfinished,) = problems(options(initial=str(half)).origin, own)
     assert f"{half}: has no COMPLETE.json" in unfinished
     assert str(newest) in unfinished
 
-    (absent,) = problems(options(initial=tmp_path / "nowhere").origin, own)
+    (absent,) = problems(options(initial=str(tmp_path / "nowhere")).origin, own)
     assert absent == f"checkpoint.initial={tmp_path / 'nowhere'}: does not exist"
-    (empty,) = problems(options(initial=tmp_path).origin, own)
+    (empty,) = problems(options(initial=str(tmp_path)).origin, own)
     assert "neither a folder step_XXXXXXXX nor a run folder with a complete checkpoint" in empty

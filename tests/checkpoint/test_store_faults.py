@@ -218,7 +218,7 @@ def test_values_that_differ_between_ranks_are_our_fault(ranks: RankPool, tmp_pat
 
 
 def foreign(folder: Path, path: Path) -> bool:
-    store = Store(folder, options(initial=path))
+    store = Store(folder, options(initial=str(path)))
     assert store.origin() == path
     return equals(store.load(path, blank()), 2)
 

@@ -10,10 +10,16 @@ from unittest.mock import patch
 import pytest
 
 from src.checkpoint.mirror import Mirror
+from src.config.tree import read
+from src.errors import CheckpointError
+from src.runs.commands.main import main
+from tests.checkpoint.options import options
 from tests.end_to_end.commands import command
 from tests.end_to_end.lives import Shot, contents, live, opened, records, series
 from tests.ranks import RankPool
 from tests.storage.s3 import S3Server, files, known, served
+
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,45 @@ def test_a_run_whose_folder_is_gone_goes_on(
     (copied,) = (line for line in records(folder) if line["step"] == 12 and "mirror/bytes" in line)
     written = [path for path in (folder / "checkpoints/step_00000012").iterdir() if path.name != "COMPLETE.json"]
     assert copied["mirror/bytes"] == sum(path.stat().st_size for path in written)
+
+
+def test_a_run_at_a_url_is_where_others_begin(
+    text: tuple[str, ...], straight: Callable[[str], Path], ranks: RankPool, tmp_path: Path, capsys: Capture
+) -> None:
+    whole = straight("fsdp2")
+    there = f"file://{tmp_path}/mirror"
+    mirror = Mirror(whole, options(mirror=there), whole.parent / "cache")
+    mirror.wake()
+    assert mirror.finish(60.0)
+    mirror.close()
+    url, argv = f"{there}/{whole.name}", (*text, "parallel=single", "task.steps=14")
+    folder = opened(*argv, "name=onward", f"checkpoint.initial={url}")
+    assert f"checkpoint.initial={url}: fetches step_00000012, " in capsys.readouterr().err
+    assert ranks(1, live, folder) == [True]
+    assert list(series(folder)) == [13, 14]
+    assert opened(*argv, "name=onward", f"checkpoint.initial={url}") == folder  # whatever lies there by then
+    assert read(folder / "config.yaml")["checkpoint"]["initial"] == url
+    root = text[-1]
+    fork = opened(root, f"from={url}@6", "cluster.gpus=0", "parallel=single")
+    initial = Path(read(fork / "config.yaml")["checkpoint"]["initial"])
+    assert (fork.name.partition("-from")[0], contents(initial.parents[1], 6)) == ("straight", contents(whole, 6))
+    out = opened(root, "task=export", f"run={url}", f"to={tmp_path}/out", "cluster.gpus=0")
+    told = read(out / "config.yaml")["task"]
+    assert (Path(told["run"]).name, told["step"], out.name.partition("-")[0]) == (whole.name, 12, "export")
+    with pytest.raises(CheckpointError, match=r"task\.to=null: .* is no run folder to write into"):
+        opened(root, "task=export", f"run={url}")
+    with pytest.raises(CheckpointError, match=r"task\.run=.*: no whole checkpoint of step 7 there; its steps: 6, 12"):
+        opened(root, "task=export", f"run={url}", "step=7", f"to={tmp_path}/out")
+    capsys.readouterr()
+    assert main(["checkpoint", url, "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(each["step"], each["whole"], each["tokens"]) for each in known] == [(6, True, 768), (12, True, 1536)]
+    assert main(["checkpoint", f"{url}/checkpoints/step_00000012", "--full"]) == 0
+    file = tmp_path / "mirror" / whole.name / "checkpoints/step_00000012/values.json"
+    file.write_bytes(file.read_bytes().replace(b"1", b"2"))
+    capsys.readouterr()
+    assert main(["checkpoint", url, "--full"]) == 1
+    assert "values.json: corrupted, crc32" in capsys.readouterr().out
 
 
 def test_a_mirror_that_is_not_there_is_told_before_anything_starts(

@@ -146,7 +146,7 @@ def test_a_decay_that_is_continued_past_its_end_is_told(
         task=run.task.model_copy(update={"steps": 6}),  # type: ignore[attr-defined]
         optim=run.optim.model_copy(update={"lr": lr}),
         schedule=Schedule.model_validate(WSD | {"decay_ratio": decays}),
-        checkpoint=run.checkpoint.model_copy(update={"initial": tmp_path}),
+        checkpoint=run.checkpoint.model_copy(update={"initial": str(tmp_path)}),
         root=tmp_path / "runs",
     )
     monkeypatch.setattr("src.launch.initial.check_initial", lambda *_: None)

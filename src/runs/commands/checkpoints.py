@@ -9,7 +9,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from src.checkpoint.folder import MARKER, VALUES, complete, fault, is_complete, read_marker, step_of
+from src.checkpoint.fetched import opened
+from src.checkpoint.folder import (
+    MARKER,
+    VALUES,
+    Marker,
+    complete,
+    fault,
+    is_complete,
+    read_marker,
+    step_folder,
+    step_of,
+)
 from src.checkpoint.stored import ELEMENT_BYTES, shapes
 from src.errors import CheckpointError, FolderError
 from src.metrics.history import Series, read
@@ -92,6 +103,30 @@ def show_checkpoint(given: Path, *, full: bool, as_json: bool) -> int:
         for path, found in faults.items():
             print(*(f"{path.name}: {each}" for each in found), sep="\n", end="\n" if found else "")
     return 1 if any(faults.values()) else 0
+
+
+def show_elsewhere(url: str, *, full: bool, as_json: bool) -> int:
+    """The same of checkpoints at a URL, where a marker says all that is told. RemoteError."""
+    remote, steps = opened(url, "checkpoint")
+    faults = {Path(step_folder(Path(), step).name): remote.faults(step, full=full) for step in steps}
+    markers = [marker for step in steps if (marker := remote.marker(step)) is not None]
+    known = [_marked(Path(step_folder(Path(), each.step).name), each) for each in markers]
+    if as_json:
+        print_json({
+            "checkpoints": [each.to_dict() | {"whole": not faults[each.path]} for each in known],
+            "faults": {str(path): found for path, found in faults.items() if found},
+        })  # fmt: skip
+    else:
+        terminal().print(table(known, faults))
+        for found in faults.values():
+            print(*found, sep="\n", end="\n" if found else "")
+    return 1 if any(faults.values()) else 0
+
+
+def _marked(path: Path, marker: Marker) -> StepFacts:
+    told = marker.facts
+    losses = (told.get("loss"), told.get("validation_loss"))
+    return StepFacts(path, marker.step, marker.bytes, told.get("tokens"), *losses, told.get("layout", {}), marker.torch)
 
 
 def table(known: Sequence[StepFacts], faults: Mapping[Path, Sequence[str]]) -> Table:

@@ -15,6 +15,7 @@ from src.errors import FolderError, UserError
 from src.runs.commands import find
 from src.runs.commands.filters import FACTS, chosen, conditions
 from src.runs.commands.summary import Summary, summaries
+from src.storage.remote import is_url
 from src.storage.streams import ReaderMayLeave
 
 METRIC = "metric="
@@ -46,8 +47,10 @@ def _best(given: argparse.Namespace) -> int:
 
 def _checkpoint(given: argparse.Namespace) -> int:
     """what lies in a step folder, or in all of a run: steps, tokens, losses, tensors, and whether it is whole"""
-    from src.runs.commands.checkpoints import show_checkpoint
+    from src.runs.commands.checkpoints import show_checkpoint, show_elsewhere
 
+    if is_url(given.folder):
+        return show_elsewhere(given.folder, full=given.full, as_json=given.json)
     path = Path(given.folder).expanduser()
     path = path if path.exists() else find.folder(given.folder, _root(given))
     return show_checkpoint(path, full=given.full, as_json=given.json)
@@ -165,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["clean"].add_argument("--caches", action="store_true", help="and tokens that no run reads")
     commands.choices["list"].add_argument("--sort", choices=sorted(FACTS), help="by this, small ones first")
     commands.choices["best"].add_argument("--highest", action="store_true", help="more is better")
-    commands.choices["checkpoint"].add_argument("folder", help="step_XXXXXXXX, or a run")
+    commands.choices["checkpoint"].add_argument("folder", help="step_XXXXXXXX, or a run, or the URL of either")
     commands.choices["checkpoint"].add_argument("--full", action="store_true", help="compare checksums: reads all")
     commands.choices["serve"].add_argument("--port", type=int, default=8000, help="0: any that is free")
     commands.choices["watch"].add_argument("--once", action="store_true", help="show it once, and leave")

@@ -23,7 +23,7 @@ class Mirroring:
         self._team, self._stop, self._grace_seconds = HostGroup(), stop, run.cluster.grace_seconds
         self._line = bring_back(home, run.checkpoint, self._team, writer=writer)
         self._failing = False
-        self.mirror = Mirror(home, run.checkpoint) if self._team.rank == 0 else None
+        self.mirror = Mirror(home, run.checkpoint, run.cache) if self._team.rank == 0 else None
         if self.mirror is not None:
             self.mirror.wake()  # an attempt before this one may have ended before its last copy did
 
