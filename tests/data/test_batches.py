@@ -1,5 +1,7 @@
 """Batches: the same samples under any layout, rows as the packing rules say, and a prefetch that hides nothing."""
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -15,6 +17,7 @@ from src.data.batches import DIGEST_CHUNK, Batch, Batches
 from src.data.config import Data
 from src.data.corpus import Corpus
 from src.data.order import Unsigned
+from src.storage.patience import Patience
 from src.train.resume import recounted
 from tests.data.corpora import batches, corpus, mixture, stream, synthetic, texts_of
 
@@ -112,6 +115,28 @@ def test_a_resume_counts_a_window_and_not_what_was_before_it(made: Corpus) -> No
         assert sum(counted) < 2 * DIGEST_CHUNK
     other = batches(made, synthetic(), seed=1)
     assert recounted(other, position, mark, digest) != digest
+
+
+def test_a_read_that_fails_with_what_passes_is_tried_again(made: Corpus) -> None:
+    """The same samples, and the prefetch of the next steps knows nothing of it; a file that is gone is told at once."""
+    sound, pauses, left = batches(made, synthetic()), list[float](), [2]
+    patience = Patience(sleep=pauses.append, tell=lambda _: None)
+    sick, rows_read = batches(made, synthetic(), patience=patience), made.rows(0, "train", SEQ_LEN)
+    whole, number = rows_read.read, [errno.EIO]
+
+    def fails(window: int) -> NDArray[np.int64]:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number[0], os.strerror(number[0]), "/shared/tokens.bin")
+        return whole(window)
+
+    expected = [rows(made_of) for made_of in (sound.step(0), sound.step(sound.global_batch))]
+    with patch.object(rows_read, "read", fails):
+        assert [rows(made_of) for made_of in islice(sick.prefetch(0, 2), 2)] == expected
+        assert (pauses, patience.faults, patience.seconds) == ([1.0, 2.0], 2, 3.0)
+        left[0], number[0] = 1, errno.ENOENT
+        with pytest.raises(FileNotFoundError):
+            sick.step(0)
 
 
 def test_the_digest_tells_other_data_orders_and_positions(made: Corpus, mixed: Corpus) -> None:
