@@ -92,6 +92,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "tied embeddings": ("model.tie_word_embeddings=true",),
     "bf16": ("precision=bf16",),
     "float8": ("precision=fp8", "precision.float8.emulate=true"),
+    "muon": ("optim=muon",),
 }
 # Of a DeepSeek-V3; its cells have this word in their names.
 FAMILY = "deepseek"
@@ -102,6 +103,7 @@ ROUTED_FEATURES: dict[str, tuple[str, ...]] = {
     "recompute=selective": ("recompute=selective",),
     "compile=blocks": ("compile=blocks", "precision=bf16"),
     "bf16": ("precision=bf16",),
+    "muon": ("optim=muon",),
 }
 # Of a Qwen3, whose cells have this word in their names: its code is that of the other two but for norms of queries and
 # keys, so a dense one goes through Llama's layouts, and one with experts through DeepSeek's layouts and schedules.
