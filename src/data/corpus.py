@@ -8,10 +8,12 @@ from typing import Any
 
 from src.data.config import Data
 from src.data.fingerprint import fingerprint
+from src.data.mapped.open_maps import OpenMaps
+from src.data.mapped.piece_table import SPLITS
 from src.data.order import Interleave
 from src.data.packing.rows import Rows, rows_of
 from src.data.packing.rules import RowRules
-from src.data.shards import SPLITS, TokenStreams
+from src.data.shards import TokenStreams
 from src.data.sources import PLACES_KEPT
 from src.data.token_files.streams import open_streams
 from src.data.tokenizer import ByteTokenizer, StoredTokenizer, Tokenizer, open_kept
@@ -159,12 +161,14 @@ def known_commits(folder: Path, stage: int = 1) -> dict[str, str] | None:
 
 
 def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:
-    """Open the corpus of a `recipe` and check the sizes of its shards. DataError when one is missing or truncated."""
+    """Open the corpus of a `recipe`. No file of tokens is looked at before it is read: `prepare` has, on the launcher,
+    and thousands of ranks that ask the disk for each of 250,000 files would take hours. DataError for a broken index.
+    """
     name = recipe["tokenizer"]
     tokenizer = ByteTokenizer() if name is None else open_kept(cache / "tokenizers" / name)
-    commits = recipe.get("commits", {})
+    commits, tokens, maps = recipe.get("commits", {}), cache / "tokens", OpenMaps()
     parts = [
-        Part(name, weight, open_streams(cache / "tokens" / folder), commits.get(name))
+        Part(name, weight, open_streams(tokens / folder, maps), commits.get(name))
         for name, weight, folder in recipe["parts"]
     ]
     return Corpus(parts, tokenizer, survey(parts, 0.0, cached=True), RowRules(**recipe.get("rows", {})))

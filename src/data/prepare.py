@@ -17,9 +17,11 @@ from pathlib import Path
 from src.data.config import Data
 from src.data.corpus import Corpus, Part, survey
 from src.data.fingerprint import fingerprint
+from src.data.mapped.open_maps import OpenMaps
+from src.data.mapped.piece_table import SPLITS, Shard, shard_name
 from src.data.preparing.claims import claimed
 from src.data.preparing.progress import Progress, bar, quiet
-from src.data.shards import FORMAT, SPLITS, Shard, ShardWriter, finished, write_index, write_record
+from src.data.shards import FORMAT, ShardWriter, finished, write_index, write_record
 from src.data.sources import DataSource, HoldOut, Piece, SkippedRows, Source, divided
 from src.data.token_files.config import TokenFileSource
 from src.data.token_files.streams import index_token_files, open_streams
@@ -65,7 +67,7 @@ def prepare(
     if problems := row_problems(opened, data):
         raise DataError(problems)
     cached = True
-    parts = []
+    parts, maps = [], OpenMaps()
     for name, (weight, source) in data.parts().items():
         if isinstance(source, TokenFileSource):
             folder = index_token_files(source, opened, data.validation_fraction, cache)
@@ -73,7 +75,8 @@ def prepare(
             assert isinstance(source, Source), "a source of neither text nor tokens"
             folder, made = _shards_of(name, source, opened, cache, data, shown, stopped)
             cached = cached and not made
-        parts.append(Part(name, weight, open_streams(folder), source.commit))
+        parts.append(Part(name, weight, open_streams(folder, maps), source.commit))
+        parts[-1].shards.check_sizes()
     rules = data.row_rules(opened.bos_id, opened.eos_id)
     facts = survey(parts, time.perf_counter() - began, cached=cached)
     corpus = Corpus(parts, opened, replace(facts, notes=(*data.branches(named), *facts.notes)), rules)
@@ -183,7 +186,7 @@ class _PieceJob:
         return ours or finished(self.folder, self.number)
 
     def _write(self, stopped: Stopped) -> None:
-        writers = {split: ShardWriter(self.folder, f"{self.number:05d}.{split}.bin", self.dtype) for split in SPLITS}
+        writers = {split: ShardWriter(self.folder, shard_name(self.number, split), self.dtype) for split in SPLITS}
         skipped = SkippedRows()
         try:
             for texts in _batched(self.source.texts(self.piece, skipped)):

@@ -1,7 +1,8 @@
 """Token shards: one file of little-endian ids for each piece and split, and the index that vouches for all of them.
 
 A folder counts once index.json is renamed in; before that, each finished piece has a record of its own, so that a
-killed preparation goes on where it stopped and several preparers may work on one folder.
+killed preparation goes on where it stopped and several preparers may work on one folder. index.json vouches for
+pieces.npy, which has the numbers of all pieces; an index of an older version has them in itself.
 """
 
 import os
@@ -11,36 +12,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from src.data.files import BadRow, described
 from src.data.fingerprint import fingerprint, is_settled, read_memory, remember, stamp, write_json
+from src.data.mapped.open_maps import OpenMaps
+from src.data.mapped.piece_table import SPLITS, PieceTable, Shard, shard_name
 from src.data.sources import PLACES_KEPT, SkippedRows
 from src.data.tokenizer_formats.hub_files import read_facts
 from src.errors import DataError
 from src.storage.atomic_write import TEMPORARY, temporary_beside
 from src.storage.space import room
 
-FORMAT = 1
-SPLITS = ("train", "validation")
+FORMAT = 1  # of shards and what they are named by
+INDEX_FORMAT = 2  # 1: index.json has the records of all pieces
 STALE_SECONDS = 3600.0
-
-
-@dataclass(frozen=True)
-class Shard:
-    file: str
-    file_bytes: int
-    tokens: int
-    documents: int
-    text_bytes: int
-    empty: int  # documents without text: counted, not written
-    crc32: int
 
 
 class ShardWriter:
@@ -104,7 +96,9 @@ def finished(folder: Path, number: int) -> bool:
 def write_index(folder: Path, pieces: int, dtype: str) -> None:
     """Write index.json from the records of all pieces, with a checksum of its own. Last: it makes the folder count."""
     records = [read_facts(folder / f"{number:05d}.json") for number in range(pieces)]
-    body = {"format": FORMAT, "dtype": dtype, "pieces": records}
+    table = PieceTable.of([_shards(record) for record in records])
+    body: dict[str, object] = {"format": INDEX_FORMAT, "dtype": dtype, "pieces": len(table)}
+    body |= {"crc32": table.write(folder), "fingerprint": table.fingerprint}
     if skipped := [record["skipped"] for record in records if "skipped" in record]:
         first = [BadRow(**row) for each in skipped for row in each["first"]][:PLACES_KEPT]
         body["skipped"] = {"rows": sum(each["count"] for each in skipped), "places": described(first)}
@@ -116,7 +110,7 @@ def write_index(folder: Path, pieces: int, dtype: str) -> None:
 
 class TokenStreams(ABC):
     """The two token streams of one source, each of segments that follow each other, memory-mapped. No document lies in
-    two segments.
+    two segments. A segment's file is looked at when it is first read; a launcher looks at all of them, once.
 
     `skipped_rows` of the source are not among them; `skipped_places` names the first, in the files as they lay then.
     """
@@ -124,10 +118,13 @@ class TokenStreams(ABC):
     skipped_rows: int = 0
     skipped_places: Sequence[str] = ()
 
-    def __init__(self, folder: Path, lengths: Mapping[str, Sequence[int]]) -> None:
-        """`folder`: of the cache, which names the streams; `lengths`: tokens of the segments of each split."""
+    def __init__(self, folder: Path, lengths: Mapping[str, ArrayLike], maps: OpenMaps | None) -> None:
+        """`folder`: of the cache, which names the streams; `lengths`: tokens of the segments of each split; `maps`:
+        where several streams share the descriptors.
+        """
         self.folder = folder
-        self._ends = {split: np.cumsum([0, *lengths[split]]) for split in SPLITS}
+        self._ends = {split: np.concatenate([[0], np.cumsum(lengths[split], dtype=np.int64)]) for split in SPLITS}
+        self._maps = OpenMaps() if maps is None else maps
 
     @abstractmethod
     def documents(self, split: str) -> int: ...
@@ -143,6 +140,10 @@ class TokenStreams(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of the tokens, independent of where the folder lies."""
+
+    @abstractmethod
+    def check_sizes(self) -> None:
+        """Looks at every file once; DataError names each that is missing or has another size."""
 
     @abstractmethod
     def verify(self) -> None:
@@ -180,37 +181,35 @@ class TokenStreams(ABC):
 
 
 class TokenShards(TokenStreams):
-    """Of a folder that this project wrote; sizes are checked on opening, checksums by `verify`."""
+    """Of a folder that this project wrote. Nothing but the index is read on opening."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            index = read_facts(folder / "index.json")
-        except DataError as error:
-            raise DataError(f"{error}; {_remedy(folder)}") from error
-        body = {key: index[key] for key in index if key != "checksum"} if isinstance(index, dict) else {}
-        if not body or index.get("checksum") != fingerprint(body) or body["format"] != FORMAT:
-            raise DataError(f"{folder / 'index.json'}: corrupted (its checksum is wrong); {_remedy(folder)}")
+    def __init__(self, folder: Path, maps: OpenMaps | None = None) -> None:
+        self.folder, body = folder, _read_index(folder)
         self._dtype = np.dtype(str(body["dtype"])).newbyteorder("<")
-        records = [_shards(record) for record in body["pieces"]]
-        self._shards = {split: [record[split] for record in records] for split in SPLITS}
-        super().__init__(folder, {split: [shard.tokens for shard in self._shards[split]] for split in SPLITS})
-        self._maps: dict[str, NDArray[np.integer]] = {}
+        if body["format"] == INDEX_FORMAT:
+            self._where: PieceTable | tuple[int, int] = (body["pieces"], body["crc32"])
+            table, self._fingerprint = self._table(), str(body["fingerprint"])
+        else:
+            table = self._where = PieceTable.of([_shards(record) for record in body["pieces"]])
+            self._fingerprint = table.fingerprint
+        super().__init__(folder, {split: table.column(split, "tokens") for split in SPLITS}, maps)
+        counted = ("documents", "text_bytes", "empty")
+        self._totals = {(split, name): int(table.column(split, name).sum()) for split in SPLITS for name in counted}
         self.skipped_rows = body.get("skipped", {}).get("rows", 0)
         self.skipped_places = body.get("skipped", {}).get("places", [])
-        self._check_sizes()
 
     def documents(self, split: str) -> int:
-        return sum(shard.documents for shard in self._shards[split])
+        return self._totals[split, "documents"]
 
     def text_bytes(self, split: str) -> int:
-        return sum(shard.text_bytes for shard in self._shards[split])
+        return self._totals[split, "text_bytes"]
 
     def empty(self, split: str) -> int:
-        return sum(shard.empty for shard in self._shards[split])
+        return self._totals[split, "empty"]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        return fingerprint([[(shard.tokens, shard.crc32) for shard in self._shards[split]] for split in SPLITS])
+        return self._fingerprint
 
     def verify(self) -> None:
         """Reads every shard that was written since it was last found right; DataError names each that is wrong now.
@@ -219,7 +218,7 @@ class TokenShards(TokenStreams):
         """
         memory = self.folder / "verified.json"
         known = read_memory(memory)
-        everything = [shard for split in SPLITS for shard in self._shards[split]]
+        everything = self._everything()
         stamps = {shard.file: [stamp(self.folder / shard.file)] for shard in everything}
         shards = [shard for shard in everything if known.get(shard.file) != stamps[shard.file]]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -232,21 +231,44 @@ class TokenShards(TokenStreams):
         settled = [shard.file for shard in shards if is_settled(self.folder / shard.file)]
         remember(memory, {file: stamps[file] for file in settled})
 
-    def _check_sizes(self) -> None:
-        problems = []
-        for shard in (shard for split in SPLITS for shard in self._shards[split]):
-            size = _size(self.folder / shard.file)
-            if size != shard.file_bytes:
-                found = "missing" if size is None else f"truncated or grown ({size} bytes, not {shard.file_bytes})"
-                problems.append(f"{self.folder / shard.file}: {found}; {_remedy(self.folder)}")
-        if problems:
+    def check_sizes(self) -> None:
+        found = (_fault(self.folder / shard.file, shard.file_bytes) for shard in self._everything())
+        if problems := [f"{problem}; {_remedy(self.folder)}" for problem in found if problem]:
             raise DataError(problems)
 
+    def _everything(self) -> list[Shard]:
+        table = self._table()
+        return [shard for split in SPLITS for shard in table.shards(split)]
+
+    def _table(self) -> PieceTable:
+        """Mapped for as long as it is needed."""
+        if isinstance(self._where, PieceTable):
+            return self._where
+        try:
+            return PieceTable.read(self.folder, *self._where)
+        except DataError as error:
+            raise DataError(f"{error}; {_remedy(self.folder)}") from error
+
     def _segment(self, split: str, number: int) -> NDArray[np.integer]:
-        shard = self._shards[split][number]
-        if shard.file not in self._maps:
-            self._maps[shard.file] = np.memmap(self.folder / shard.file, self._dtype, mode="r")
-        return self._maps[shard.file]
+        path = self.folder / shard_name(number, split)
+        first, last = self._ends[split][number], self._ends[split][number + 1]
+        return self._maps.get(path, lambda: self._map(path, int(last - first)))
+
+    def _map(self, path: Path, tokens: int) -> NDArray[np.integer]:
+        if (problem := _fault(path, tokens * self._dtype.itemsize)) is not None:
+            raise DataError(f"{problem}; {_remedy(self.folder)}")
+        return np.memmap(path, self._dtype, mode="r")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = read_facts(folder / "index.json")
+    except DataError as error:
+        raise DataError(f"{error}; {_remedy(folder)}") from error
+    body = {key: index[key] for key in index if key != "checksum"} if isinstance(index, dict) else {}
+    if not body or index.get("checksum") != fingerprint(body) or body["format"] not in (FORMAT, INDEX_FORMAT):
+        raise DataError(f"{folder / 'index.json'}: corrupted (its checksum is wrong); {_remedy(folder)}")
+    return body
 
 
 def _shards(record: dict[str, dict[str, object]]) -> dict[str, Shard]:
@@ -255,6 +277,15 @@ def _shards(record: dict[str, dict[str, object]]) -> dict[str, Shard]:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
+
+
+def _fault(path: Path, size: int) -> str | None:
+    """What is wrong with a file that shall have this many bytes; one look."""
+    try:
+        found = path.stat().st_size
+    except OSError:
+        return f"{path}: missing"
+    return None if found == size else f"{path}: truncated or grown ({found} bytes, not {size})"
 
 
 def _crc32(path: Path) -> int:

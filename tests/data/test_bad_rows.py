@@ -13,8 +13,8 @@ from src.data import sources
 from src.data.config import Mixture, Text
 from src.data.corpus import Corpus, read_recipe
 from src.data.fingerprint import fingerprint, hash_files
+from src.data.mapped.piece_table import SPLITS
 from src.data.prepare import prepare
-from src.data.shards import SPLITS
 from src.data.tokenizer import Bpe
 from src.errors import DataError
 from src.launch.start import record

@@ -12,7 +12,7 @@ import pytest
 
 from src.data.config import Data
 from src.data.corpus import Corpus, reopen
-from src.data.fingerprint import hash_files
+from src.data.fingerprint import fingerprint, hash_files
 from src.data.prepare import prepare
 from src.data.shards import TokenShards
 from src.data.tokenizer import Bpe, Bytes
@@ -154,16 +154,18 @@ def test_two_preparers_at_once_agree(tmp_path: Path, in_pieces: Corpus) -> None:
     assert found == {in_pieces.fingerprint}
 
 
-def test_a_truncated_shard_is_named_on_opening(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_named_by_the_launcher_and_where_a_rank_first_reads_it(tmp_path: Path) -> None:
     made = corpus(synthetic(), tmp_path)
     path = shards(made).folder / "00000.train.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    for opened in (lambda: corpus(synthetic(), tmp_path), lambda: reopen(made.recipe(), tmp_path)):
+    on_rank = reopen(made.recipe(), tmp_path)  # looks at no file of tokens: thousands of ranks open it
+    for reader in (lambda: corpus(synthetic(), tmp_path), lambda: shards(on_rank).read("train", 0, 4)):
         with pytest.raises(DataError, match=r"00000\.train\.bin: truncated or grown .* delete"):
-            opened()
+            reader()
     path.unlink()
-    with pytest.raises(DataError, match=r"00000\.train\.bin: missing"):
-        corpus(synthetic(), tmp_path)
+    for reader in (lambda: corpus(synthetic(), tmp_path), lambda: shards(on_rank).read("train", 0, 4)):
+        with pytest.raises(DataError, match=r"00000\.train\.bin: missing"):
+            reader()
 
 
 def test_a_flipped_bit_is_named_by_its_checksum(tmp_path: Path) -> None:
@@ -197,19 +199,42 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         corpus(synthetic(), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "edit"])
+@pytest.mark.parametrize("damage", ["truncate", "edit", "flip", "cut off", "remove"])
 def test_a_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
-    path = shards(corpus(synthetic(), tmp_path)).folder / "index.json"
+    folder = shards(corpus(synthetic(), tmp_path)).folder
+    path, table = folder / "index.json", folder / "pieces.npy"
+    content = bytearray(table.read_bytes())
     if damage == "truncate":
         path.write_text(path.read_text()[:-20])
+    elif damage == "edit":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pieces": 2}))
+    elif damage == "flip":
+        content[-100] ^= 1
+        table.write_bytes(content)
+    elif damage == "cut off":
+        table.write_bytes(content[:-100])
     else:
-        index = json.loads(path.read_text())
-        index["pieces"][0]["train"]["tokens"] -= 1
-        path.write_text(json.dumps(index))
+        table.unlink()
     with pytest.raises(
-        DataError, match=r"index\.json: (corrupted|not a readable JSON file).*; delete .* makes it again"
+        DataError,
+        match=r"(index\.json: (corrupted|not a readable JSON file)|pieces\.npy: (corrupted|missing or cut off))"
+        r".*; delete .* makes it again",
     ):
         corpus(synthetic(), tmp_path)
+
+
+def test_an_index_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """It had the records of all pieces in itself; tokens and the name of the samples are the same."""
+    made = corpus(synthetic(), tmp_path)
+    folder = shards(made).folder
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]
+    body = {"format": 1, "dtype": "uint16", "pieces": records}
+    (folder / "index.json").write_text(json.dumps(body | {"checksum": fingerprint(body)}))
+    (folder / "pieces.npy").unlink()
+    again = reopen(made.recipe(), tmp_path)
+    assert again.fingerprint == made.fingerprint
+    assert content(again, "train") == content(made, "train")
+    again.verify()
 
 
 def test_copies_of_a_document_stay_on_one_side(tmp_path: Path) -> None:

@@ -183,11 +183,12 @@ def test_a_file_that_changed_is_named_and_the_same_command_indexes_it_anew(tmp_p
         made.verify()
     assert opened(tmp_path, path).fingerprint != made.fingerprint
     llm_c(path, IDS[:-1])
+    on_rank = reopen(made.recipe(), tmp_path / "cache")
     with pytest.raises(DataError, match=r"bytes, not .* as when"):
-        reopen(made.recipe(), tmp_path / "cache")
+        stream(on_rank, "train")
     path.unlink()
     with pytest.raises(DataError, match="missing; it is read where it lies"):
-        reopen(made.recipe(), tmp_path / "cache")
+        stream(on_rank, "train")
 
 
 def test_tokens_without_an_end_of_document_are_told(tmp_path: Path) -> None:

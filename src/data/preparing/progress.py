@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from src.data.shards import SPLITS, finished
+from src.data.mapped.piece_table import SPLITS
+from src.data.shards import finished
 from src.data.sources import Piece
 from src.data.tokenizer_formats.hub_files import read_facts
 

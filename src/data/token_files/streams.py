@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from src.data.fingerprint import fingerprint, hash_files, read_memory, remember, write_json
-from src.data.shards import SPLITS, TokenShards, TokenStreams
+from src.data.mapped.open_maps import OpenMaps
+from src.data.mapped.piece_table import SPLITS
+from src.data.shards import TokenShards, TokenStreams
 from src.data.token_files.config import TokenFileSource
 from src.data.token_files.formats import TokenFile
 from src.data.tokenizer import Tokenizer
@@ -47,18 +49,16 @@ class FileShare:
 
 
 class FileStreams(TokenStreams):
-    """The streams of an index that `index_token_files` wrote. DataError for a file that has another size now."""
+    """The streams of an index that `index_token_files` wrote."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, maps: OpenMaps | None = None) -> None:
         index = read_facts(folder / INDEX)
         body = {key: index[key] for key in index if key != "checksum"} if isinstance(index, dict) else {}
         if not body or index.get("checksum") != fingerprint(body) or body["format"] != FORMAT:
             raise DataError(f"{folder / INDEX}: corrupted; delete {folder} and the next run makes it again")
         self._files = [FileShare(**each) for each in body["files"]]
-        super().__init__(folder, {split: [_length(each, split) for each in self._files] for split in SPLITS})
+        super().__init__(folder, {split: [_length(each, split) for each in self._files] for split in SPLITS}, maps)
         self._notes: list[str] = body["notes"]
-        self._maps: dict[int, NDArray[np.integer]] = {}
-        self._check_sizes()
 
     def documents(self, split: str) -> int:
         return sum(each.documents[split] for each in self._files)
@@ -86,21 +86,28 @@ class FileStreams(TokenStreams):
             raise DataError(f"{path}: changed since this run's data were indexed; start a new run" for path in wrong)
 
     def _segment(self, split: str, number: int) -> NDArray[np.integer]:
-        if number not in self._maps:
-            self._maps[number] = self._files[number].file.ids()
-        return self._maps[number][self._files[number].span(split)]
+        each = self._files[number]
+        return self._maps.get(each.path, lambda: _map(each))[each.span(split)]
 
-    def _check_sizes(self) -> None:
-        problems = []
-        for each in self._files:
-            path, file = Path(each.path), each.file
-            least = each.offset + each.tokens * np.dtype(each.dtype).itemsize
-            if not path.is_file():
-                problems.append(f"{path}: missing; it is read where it lies")
-            elif path.stat().st_size != least:
-                problems.append(f"{path}: {path.stat().st_size:,} bytes, not {least:,} as when {file.form} was indexed")
-        if problems:
+    def check_sizes(self) -> None:
+        if problems := [problem for each in self._files if (problem := _fault(each))]:
             raise DataError(problems)
+
+
+def _map(share: FileShare) -> NDArray[np.integer]:
+    if (problem := _fault(share)) is not None:
+        raise DataError(problem)
+    return share.file.ids()
+
+
+def _fault(share: FileShare) -> str | None:
+    """What is wrong with a file since it was indexed; one look."""
+    size = share.offset + share.tokens * np.dtype(share.dtype).itemsize
+    try:
+        found = Path(share.path).stat().st_size
+    except OSError:
+        return f"{share.path}: missing; it is read where it lies"
+    return None if found == size else f"{share.path}: {found:,} bytes, not {size:,} as when {share.form} was indexed"
 
 
 def _length(share: FileShare, split: str) -> int:
@@ -108,9 +115,9 @@ def _length(share: FileShare, split: str) -> int:
     return int(span.stop - span.start)
 
 
-def open_streams(folder: Path) -> TokenStreams:
-    """Of a folder of the cache: shards of our own, or an index of files elsewhere."""
-    return FileStreams(folder) if (folder / INDEX).is_file() else TokenShards(folder)
+def open_streams(folder: Path, maps: OpenMaps | None = None) -> TokenStreams:
+    """Of a folder of the cache: shards of our own, or an index of files elsewhere. `maps`: of several."""
+    return FileStreams(folder, maps) if (folder / INDEX).is_file() else TokenShards(folder, maps)
 
 
 @dataclass(frozen=True)
