@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from src.distributed.process.descriptors import FULL_MESH, make_room
 from src.distributed.process.flight_recorder import watch
 from src.errors import PlanError
 
@@ -210,6 +211,13 @@ def _prepare_nccl(traces: Path | None, *, first: bool) -> None:
         os.environ[key] = value
 
 
+def prepare_connections(rank: int, world: int) -> None:
+    """Before the first rendezvous of a process: few connections, and room for them. PlanError without that room."""
+    make_room(rank, world)
+    if world > FULL_MESH:
+        os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
+
+
 def _initialise(facts: LauncherEnv, device: "torch.device", timeout: timedelta) -> None:
     import torch.distributed as dist
 
@@ -219,6 +227,7 @@ def _initialise(facts: LauncherEnv, device: "torch.device", timeout: timedelta) 
     missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if facts.world > 1 and not os.environ.get(key)]
     if missing:
         raise PlanError([f"{key}: missing; {facts.world} ranks cannot find each other without it" for key in missing])
+    prepare_connections(facts.rank, facts.world)
     # A world of one needs neither a network nor an address.
     store = dist.HashStore() if facts.world == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
