@@ -61,7 +61,7 @@ def test_the_rank_that_never_came_is_named_with_what_it_did_instead(tmp_path: Pa
     assert named == "rank 1 (node b) never entered all_gather #3 of group default_pg"
     assert stood == "<string>:19 in do_something_else"
     assert sorted(each.name for each in (tmp_path / "kept").iterdir()) == ["rank_0", "rank_1", "rank_2"]
-    dump = pickle.loads((tmp_path / "rank_2").read_bytes())
+    dump = pickle.loads((tmp_path / "kept/rank_2").read_bytes())
     assert {group["ranks"] for group in dump["pg_config"].values()} == {"[0, 1, 2]", "[1, 2]"}
     assert hang.find(tmp_path, time.time() + 1, ("a", "b", "c")) is None, "dumps of an earlier attempt"
 
