@@ -4,12 +4,14 @@ Axes: pipeline, replicate, shard (FSDP), context, tensor; routed experts have a 
 parameters, a sequence or samples is decided here and nowhere else.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from src.distributed.collectives import mesh_sum
 from src.distributed.parallel_dims import ParallelDims
+from src.distributed.process.subgroup import subgroup
 
 
 class Mesh:
@@ -25,13 +27,13 @@ class Mesh:
         self.degrees = degrees
         self.world = degrees.world
         axes = degrees.axes if copies == 1 else {"copy": copies} | degrees.axes
-        self.whole = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        self.whole = grid(device_type, axes)
         self.weights = self.whole
         if degrees.context > 1:
             # Ranks that share a sequence share the parameters too. A grid of its own: FSDP wants its axis and `tensor`
             # of one grid, and torch has no public way to join two axes of a grid.
             joined = {axis: size for axis, size in axes.items() if axis != "context"} | {"shard": degrees.fsdp}
-            self.weights = init_device_mesh(device_type, tuple(joined.values()), mesh_dim_names=tuple(joined))
+            self.weights = grid(device_type, joined)
         self._spread: DeviceMesh | None = None
         self._stage: DeviceMesh | None = None
 
@@ -46,7 +48,7 @@ class Mesh:
         names = [name for name in self.whole.mesh_dim_names or () if name not in ("shard", "context", "tensor")]
         axes = {name: self.whole[name].size() for name in names}
         axes |= {name: getattr(self.degrees, name) for name in ("expert_shard", "expert", "expert_tensor")}
-        self._spread = init_device_mesh(self.whole.device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        self._spread = grid(self.whole.device_type, axes)
 
     @property
     def tensor(self) -> DeviceMesh | None:
@@ -99,8 +101,8 @@ class Mesh:
             return self.whole[inner[0]].get_group()
         if self._stage is None:
             ranks = self.world // self.degrees.pipeline
-            shape = (dist.get_world_size() // ranks, ranks)
-            self._stage = init_device_mesh(self.whole.device_type, shape, mesh_dim_names=("stages", "stage"))
+            axes = {"stages": dist.get_world_size() // ranks, "stage": ranks}
+            self._stage = grid(self.whole.device_type, axes)
         return self._stage["stage"].get_group()
 
     @property
@@ -133,3 +135,20 @@ class Mesh:
         meshes = [self.whole] if self.weights is self.whole else [self.whole, self.weights]
         meshes += [each for each in (self._spread, self._stage) if each is not None]
         return [group for mesh in meshes for group in mesh.get_all_groups()]
+
+
+def grid(device_type: str, axes: dict[str, int]) -> DeviceMesh:
+    """Collective. All ranks in order, with a process group for each axis; axes of one rank share one group.
+
+    `init_device_mesh` gives the same grid, by a call for each group there is: 4,096 more for each axis of one, and each
+    call walks over its ranks.
+    """
+    ranks = torch.arange(dist.get_world_size()).view(*axes.values())
+    if ranks.numel() == 1:
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    alone = subgroup(ranks.view(-1, 1).tolist(), "alone") if 1 in axes.values() else None
+    groups = []
+    for place, (name, size) in enumerate(axes.items()):
+        parts = ranks.movedim(place, -1).reshape(-1, size).tolist()
+        groups.append(alone if size == 1 and alone is not None else subgroup(parts, f"mesh_{name}"))
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=tuple(axes))

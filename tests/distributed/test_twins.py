@@ -72,9 +72,9 @@ def speeds() -> list[DeviceSpeed]:
     return measured(rank, "n0", "cpu", torch.device("cpu"), [range(2)])
 
 
-def test_each_rank_learns_what_all_have_measured(ranks: RankPool) -> None:
+def test_rank_0_learns_what_all_have_measured(ranks: RankPool) -> None:
     first, second = ranks(2, speeds)
-    assert first == second
+    assert second == []
     assert [each.rank for each in first] == [0, 1]
     assert all(min(each.product, each.copy, each.node_sum) > 0.0 for each in first)
 

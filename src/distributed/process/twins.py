@@ -61,22 +61,24 @@ def slow_devices(speeds: Sequence[DeviceSpeed]) -> list[SlowDevice]:
 def measured(
     rank: int, node: str, name: str, device: "torch.device", node_ranks: Sequence[Sequence[int]]
 ) -> list[DeviceSpeed]:
-    """Collective, over the default group: the speeds of all ranks. `node_ranks`: the ranks of each node."""
+    """Collective, over the default group: the speeds of all ranks, on rank 0 alone. `node_ranks`: of each node."""
     import torch
     import torch.distributed as dist
 
-    groups = [dist.new_group(list(ranks)) for ranks in node_ranks if len(ranks) > 1]
-    mine = next((group for group in groups if rank in dist.get_process_group_ranks(group)), None)
+    from src.distributed.process.subgroup import subgroup
+
+    mine = subgroup(node_ranks, "node")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where what is gathered as objects travels
     product, copy = product_seconds(device), copy_seconds(device)
     seconds = 0.0
-    if mine is not None:
+    if mine.size() > 1:
         numbers = torch.zeros(SUM_BYTES // 4, device=device)
         seconds = best_seconds(lambda: dist.all_reduce(numbers, group=mine), device)
-    found: list[DeviceSpeed] = [DeviceSpeed(rank, node, name, product, copy, seconds)] * dist.get_world_size()
-    dist.all_gather_object(found, found[0])
-    return found
+    told = DeviceSpeed(rank, node, name, product, copy, seconds)
+    found: list[DeviceSpeed] | None = [told] * dist.get_world_size() if rank == 0 else None
+    dist.gather_object(told, found)
+    return found or []
 
 
 def check_twins(
@@ -91,9 +93,12 @@ def check_twins(
     leave out; of those in `known` only `tell` hears: they were left out, and the job could not start without them.
     """
     import torch
+    import torch.distributed as dist
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    slow = slow_devices(measured(rank, node, name, device, node_ranks))
+    told = [slow_devices(measured(rank, node, name, device, node_ranks))]
+    dist.broadcast_object_list(told)
+    (slow,) = told
     tell(slow)
     fresh = [each for each in slow if each.node not in known]
     if fresh:
