@@ -7,16 +7,15 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from src.checkpoint import folder as files
 from src.checkpoint.background import BackgroundTask
@@ -25,9 +24,20 @@ from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
 from src.checkpoint.metadata import PatientReader, RestrictedReader
 from src.checkpoint.mirror import Mirror
-from src.checkpoint.state import Flat, Snapshot, difference, fill, flatten, merge, to_json, unlike
-from src.checkpoint.writer import CheckpointWriter, explained
-from src.errors import CheckpointError, DiskFaultError, DiskFullError, some
+from src.checkpoint.state import (
+    Fitting,
+    Flat,
+    Snapshot,
+    difference,
+    fill,
+    flatten,
+    merge,
+    refuse_unlike,
+    to_json,
+    unlike,
+)
+from src.checkpoint.writer import CheckpointWriter, SavePlans, WrittenFiles, in_words
+from src.errors import CheckpointError, DiskFaultError, DiskFullError
 from src.storage.patience import Patience
 
 T = TypeVar("T")
@@ -63,15 +73,6 @@ class _Write:
     stall_seconds: float | None = None  # None: training waits until the end
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What a rank has written, and what its file systems have cost it so far."""
-
-    files: dict[str, CheckpointFile]
-    faults: int
-    waited_seconds: float
-
-
 class Store:
     """The checkpoints of one run. Every method is collective: all ranks call it or none does.
 
@@ -100,6 +101,7 @@ class Store:
         self.lost: DiskFaultError | None = None  # why the newest save is not there
         self._patience = patience or Patience()
         self._team = HostGroup()
+        self._plans = SavePlans(self._team)
         self._aside = BackgroundTask("checkpoint")
         self._loaded: Path | None = None
         self._sound: set[Path] = set()  # written or wholly verified by this process
@@ -208,17 +210,14 @@ class Store:
         entries = {name: flatten({name: tensors}).tensors for name, tensors in optional.items()}
         reader = self._reader(path)
 
-        def look() -> tuple[set[str], list[str]]:
-            saved = reader.read_metadata()
-            return unlike(wanted, saved), [name for name, tensors in entries.items() if not unlike(tensors, saved)]
-
-        looks = self._team.on_all(look)
-        if misfits := set[str]().union(*(one[0] for one in looks)):
-            raise CheckpointError(f"{path}: {_count(misfits)} not in it in this shape: {some(misfits, most=8)}")
-        mine = [entries[name] for name in looks[self._team.rank][1]]
-        tensors = wanted | {name: tensor for entry in mine for name, tensor in entry.items()}
+        saved = self._team.on_all(reader.read_metadata)
+        misfits = self._team.joined(lambda: unlike(wanted, saved), or_)
+        self._team.on_rank_zero(lambda: refuse_unlike(path, misfits or set()))
+        mine = {name for name, tensors in entries.items() if not unlike(tensors, saved)}
+        tensors = wanted | {name: tensor for part in sorted(mine) for name, tensor in entries[part].items()}
         self._team.on_all(lambda: self._read_tensors(path, Flat(tensors, {}), reader))
-        return values, {name for one in looks for name in one[1]}
+        everywhere = self._team.joined(lambda: mine, or_)
+        return values, self._team.on_rank_zero(lambda: everywhere or set())
 
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
         """Collective. What may be done twice, with patience."""
@@ -228,7 +227,8 @@ class Store:
 
     def _write(self, job: _Write) -> None:
         path = files.step_folder(self.folder, job.step)
-        values = merge(self._team.on_all(lambda: job.values))
+        texts = self._team.joined(lambda: {job.values: None}, or_)  # of ranks that say the same, one goes on
+        values = self._team.on_rank_zero(lambda: merge(list(texts or {})))
         try:
             self._write_cleanly(path, job, values)
         except DiskFullError:
@@ -261,10 +261,11 @@ class Store:
 
     def _write_files(self, path: Path, job: _Write, values: str) -> None:
         place = files.draft(path, self._writer)
-        written = self._team.on_all(lambda: self._write_tensors(place, job.snapshot, values))
-        sealed = {name: file for one in written for name, file in one.files.items()}
-        marker = Marker(job.step, str(torch.__version__), job.facts, sealed)
-        self._on_rank_zero(lambda: self._close(path, marker))
+        writer = self._write_tensors(place, job.snapshot)
+        told = self._team.joined(lambda: self._seal(place, writer, values), WrittenFiles.joined)
+        written = told or WrittenFiles({}, 0, 0.0)  # on the others, who have no use for it
+        marker = Marker(job.step, str(torch.__version__), job.facts, written.files)
+        size, faults, waited = self._on_rank_zero(lambda: self._close(path, marker, written))
         self._sound.add(path)
         seconds = time.perf_counter() - job.began
         self.last = SavedCheckpoint(
@@ -272,9 +273,9 @@ class Store:
             path,
             seconds if job.stall_seconds is None else job.stall_seconds,
             seconds,
-            marker.bytes,
-            sum(one.faults for one in written),
-            max(one.waited_seconds for one in written),
+            size,
+            faults,
+            waited,
         )
 
     def _open(self, path: Path) -> bool:
@@ -289,27 +290,36 @@ class Store:
         files.draft(path, self._writer).mkdir()
         return True
 
-    def _write_tensors(self, path: Path, snapshot: Snapshot, values: str) -> _Written:
-        """What this rank has written; rank 0 writes the small values of all."""
+    def _write_tensors(self, path: Path, snapshot: Snapshot) -> CheckpointWriter:
+        """Collective. The steps of torch's `save`, with a plan that is kept and results that go to rank 0 alone."""
         # Reading ahead is for tensors on a GPU; from the thread it would open a context on GPU 0.
         ahead_bytes = 0 if snapshot.copied else 10_000_000
         options = {"sync_files": True, "per_thread_copy_ahead": ahead_bytes}
         writer = CheckpointWriter(path, snapshot.bytes, self._patience, **options)
-        try:
-            save({}, storage_writer=writer, planner=snapshot, process_group=self._team.group)
-        except CheckpointException as error:
-            raise explained(error, f"{path}: cannot be written") from None
-        return self._seal(path, writer, values)
+        writer.set_up_storage_writer(self._team.rank == 0)
+        plan = self._plans.agree(snapshot, writer)
 
-    def _seal(self, path: Path, writer: CheckpointWriter, values: str) -> _Written:
+        def write() -> list[WriteResult]:
+            with in_words(f"{path}: cannot be written", self._team.rank):
+                written = writer.write_data(plan, snapshot)
+                written.wait()
+                return written.value()
+
+        self._plans.finish(self._team.on_all(write), writer)
+        return writer
+
+    def _seal(self, path: Path, writer: CheckpointWriter, values: str) -> WrittenFiles:
+        """What this rank has written; rank 0 writes the small values of all."""
         written = dict(writer.written)
         if self._team.rank == 0:
             self._patience(lambda: files.write_durably(path / VALUES, values), path)
             written[VALUES] = files.of_text(values)
-        return _Written(written, self._patience.faults, self._patience.seconds)
+        return WrittenFiles(written, self._patience.faults, self._patience.seconds)
 
-    def _close(self, path: Path, marker: Marker) -> None:
-        """Rank 0: declare the folder complete, then remove what is not kept."""
+    def _close(self, path: Path, marker: Marker, written: WrittenFiles) -> tuple[int, int, float]:
+        """Rank 0: declare the folder complete, then remove what is not kept. Returns bytes of all files, faults and
+        the seconds waited for them.
+        """
         place = files.draft(path, self._writer)
         files.write_marker(place, marker)
         if place != path:
@@ -325,6 +335,7 @@ class Store:
             log.warning("%s: old checkpoints cannot be removed: %s", self.folder, error)
         if self._mirror is not None:
             self._mirror.wake()
+        return marker.bytes, written.faults, written.waited_seconds
 
     def _copying(self) -> list[Path]:
         """Rank 0: what somebody else is reading."""
@@ -335,15 +346,21 @@ class Store:
     def _verify(self, path: Path) -> None:
         """Each rank checks its share of the files; whatever is wrong, an older checkpoint is offered."""
         try:
-            marker = self._on_rank_zero(lambda: files.read_marker(path))
-            by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
-            self._team.on_all(lambda: self._check_files(path, marker, by_size[self._team.rank :: self._team.world]))
+            shares: list[dict[str, CheckpointFile]] = []
+            self._on_rank_zero(lambda: shares.extend(self._shares(files.read_marker(path))))
+            mine = self._team.spread(shares or None)
+            self._team.on_all(lambda: self._check_files(path, mine))
         except CheckpointError as error:
             raise CheckpointError([*error.problems, self._team.on_rank_zero(lambda: self._way_out(path))]) from None
 
-    def _check_files(self, path: Path, marker: Marker, names: list[str]) -> None:
+    def _shares(self, marker: Marker) -> list[dict[str, CheckpointFile]]:
+        """By rank, the files that it checks."""
+        by_size, world = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name)), self._team.world
+        return [{name: marker.files[name] for name in by_size[rank::world]} for rank in range(world)]
+
+    def _check_files(self, path: Path, expected: dict[str, CheckpointFile]) -> None:
         verify = self.options.verify
-        faults = [self._patience(partial(files.fault, path / name, marker.files[name], verify)) for name in names]
+        faults = [self._patience(partial(files.fault, path / name, file, verify)) for name, file in expected.items()]
         problems = [fault for fault in faults if fault is not None]
         if problems:
             raise CheckpointError(problems)
@@ -360,38 +377,20 @@ class Store:
 
     def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any], *, rounds: bool) -> FileSystemReader:
         reader = self._reader(path)
-
-        def look() -> tuple[set[str], set[str], list[str]]:
-            return difference(flat, reader.read_metadata(), values, rounds=rounds)
-
-        looks = self._team.on_all(look)
-        missing = set[str]().union(*(one[0] for one in looks))
-        # Ranks of a pipeline have different names: unexpected is what no rank has a place for.
-        unexpected = set.intersection(*(one[1] for one in looks))
-        problems = [f"{path}: {_count(missing)} missing in it: {some(missing, most=8)}"] if missing else []
-        if unexpected:
-            names = some(unexpected, most=8)
-            problems.append(f"{path}: {_count(unexpected)} in it that this run has no place for: {names}")
-        misfits = dict.fromkeys(f"{path}: {misfit}" for one in looks for misfit in one[2])
-        if problems or misfits:
-            raise CheckpointError([*problems, *misfits])
+        look = lambda: difference(flat, reader.read_metadata(), values, rounds=rounds)  # noqa: E731
+        found = self._team.joined(look, Fitting.joined)
+        self._team.on_rank_zero(lambda: None if found is None else found.check(path))
         return reader
 
     def _reader(self, path: Path) -> FileSystemReader:
         return (PatientReader if self.options.trusted else RestrictedReader)(path, self._patience)
 
     def _read_tensors(self, path: Path, flat: Flat, reader: FileSystemReader) -> None:
+        """The steps of torch's `load` that one rank takes: it sends all plans to rank 0, which returns them unread."""
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            load(
-                dict(flat.tensors),
-                storage_reader=reader,
-                planner=planner,
-                process_group=self._team.group,
-            )
-        except CheckpointException as error:
-            raise explained(error, f"{path}: cannot be read") from None
-
-
-def _count(names: set[str]) -> str:
-    return f"{len(names)} {'entry' if len(names) == 1 else 'entries'}"
+        with in_words(f"{path}: cannot be read", self._team.rank):
+            metadata = reader.read_metadata()
+            planner.set_up_planner(dict(flat.tensors), metadata, self._team.rank == 0)
+            reader.set_up_storage_reader(metadata, self._team.rank == 0)
+            plan = reader.prepare_local_plan(planner.create_local_plan())
+            reader.read_data(planner.finish_plan(plan), planner).wait()

@@ -1,16 +1,19 @@
-"""DCP's writer with what a big file system asks for: checksums while it writes, patience, and plain words."""
+"""DCP's writer with what a big file system and a big world ask for: checksums while it writes, patience, plain words,
+and a plan that is kept.
+"""
 
 import errno
 import io
 import os
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, cast
 
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -18,7 +21,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from src.checkpoint.folder import CheckpointFile
-from src.errors import CheckpointError, DiskFaultError, DiskFullError
+from src.checkpoint.host_group import HostGroup
+from src.checkpoint.state import Snapshot
+from src.errors import CheckpointError, UserError
 from src.storage.patience import Patience
 from src.storage.space import room
 
@@ -103,16 +108,73 @@ class CheckpointWriter(FileSystemWriter):
             self._patience(lambda: super(CheckpointWriter, self).finish(metadata, results), self._path)
 
 
-def explained(error: CheckpointException, what: str) -> Exception:
+@dataclass(frozen=True)
+class WrittenFiles:
+    """What ranks have written, and what their file systems have cost them so far."""
+
+    files: dict[str, CheckpointFile]
+    faults: int
+    waited_seconds: float  # of the one that waited longest
+
+    def joined(self, other: "WrittenFiles") -> "WrittenFiles":
+        waited = max(self.waited_seconds, other.waited_seconds)
+        return WrittenFiles(self.files | other.files, self.faults + other.faults, waited)
+
+
+@contextmanager
+def in_words(what: str, rank: int) -> Iterator[None]:
     """The disk's failures in plain words (torch's writer turns a full disk into a RuntimeError), others as they are."""
-    failures = {rank: failure for rank, (failure, _) in error.failures.items()}
-    if full := [failure for failure in failures.values() if isinstance(failure, DiskFullError)]:
-        return DiskFullError(dict.fromkeys(problem for each in full for problem in each.problems))
-    if fault := [failure for failure in failures.values() if isinstance(failure, DiskFaultError)]:
-        return DiskFaultError(dict.fromkeys(problem for each in fault for problem in each.problems))
-    if all(isinstance(failure, (OSError, RuntimeError, UnpicklingError)) for failure in failures.values()):
-        # torch's own words about a pickle advise to run it.
-        foreign = "a tensor's place holds something else; nothing of it was run"
-        said = {rank: foreign if isinstance(each, UnpicklingError) else each for rank, each in failures.items()}
-        return CheckpointError([f"{what} by rank {rank}: {words}" for rank, words in said.items()])
-    return RuntimeError(f"{what}: {error}")
+    try:
+        yield
+    except UserError:  # of a full disk, say, which is an OSError too
+        raise
+    except UnpicklingError:  # torch's own words about a pickle advise to run it
+        words = "a tensor's place holds something else; nothing of it was run"
+        raise CheckpointError(f"{what} by rank {rank}: {words}") from None
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{what} by rank {rank}: {error}") from None
+
+
+class SavePlans:
+    """Who writes what, and where it came to lie: agreed on at the first save of a store, and kept. Every method is
+    collective.
+
+    For 405B on tensor 8 x shard 512, each of 4,096 ranks has 692 KB of plan, of which rank 0 makes 2.1 GB of metadata
+    in minutes. Nothing of it changes from save to save, so that later ones agree on one number each way.
+    """
+
+    def __init__(self, team: HostGroup) -> None:
+        self._team = team
+        self._mine: SavePlan | None = None  # as this rank asked for it
+        self._agreed: SavePlan | None = None  # without what another rank writes
+        self._results: list[WriteResult] | None = None  # of this rank
+        # On rank 0:
+        self._metadata: Metadata | None = None
+        self._all_results: list[list[WriteResult]] = []
+
+    def agree(self, snapshot: Snapshot, writer: FileSystemWriter) -> SavePlan:
+        """What this rank shall write."""
+        mine = snapshot.create_local_plan()
+        if self._team.any(lambda: mine != self._mine) or self._agreed is None:
+            plans = self._team.joined(lambda: [mine], add)
+            made: list[SavePlan] = []
+            self._team.on_rank_zero(lambda: made.extend(self._plan(plans or [], snapshot, writer)))
+            self._agreed = self._team.spread(made or None)
+            self._mine, self._results = mine, None
+        return self._agreed
+
+    def _plan(self, plans: list[SavePlan], snapshot: Snapshot, writer: FileSystemWriter) -> list[SavePlan]:
+        """Rank 0: of each, what no other one writes; and the metadata that tells of all."""
+        made, self._metadata = snapshot.create_global_plan(plans)
+        return writer.prepare_global_plan(made)
+
+    def finish(self, results: list[WriteResult], writer: FileSystemWriter) -> None:
+        """Write the metadata. `results`: of what this rank has written."""
+        if self._team.any(lambda: results != self._results):
+            self._all_results = self._team.joined(lambda: [results], add) or []
+            self._results = results
+        self._team.on_rank_zero(lambda: self._finish(writer))
+
+    def _finish(self, writer: FileSystemWriter) -> None:
+        assert self._metadata is not None, "the plan was made"
+        writer.finish(self._metadata, self._all_results)

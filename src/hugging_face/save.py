@@ -24,7 +24,8 @@ FACTS = "export.json"  # also says that the folder was written here, and may be 
 class SaveGroup(Protocol):
     """Agreements between all ranks: src.checkpoint.host_group.HostGroup."""
 
-    def on_all(self, action: Callable[[], T]) -> list[T]: ...
+    def on_all(self, action: Callable[[], T]) -> T: ...
+    def any(self, action: Callable[[], bool]) -> bool: ...
     def on_rank_zero(self, action: Callable[[], T]) -> T: ...
 
 
@@ -52,8 +53,7 @@ def has_biases(team: SaveGroup, config: ModelConfig, tensors: Mapping[str, Tenso
     `tensors`: by name, this rank's part of each.
     """
     names = {each.name for each in stored(config) if each.optional}
-    mine = [bool(tensor.any()) for name, tensor in tensors.items() if name in names]
-    return any(each for rank in team.on_all(lambda: mine) for each in rank)
+    return team.any(lambda: any(bool(tensor.any()) for name, tensor in tensors.items() if name in names))
 
 
 def refuse_foreign(folder: Path) -> None:

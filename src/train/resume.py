@@ -16,8 +16,8 @@ OPTIONAL = ("outer", "ema", "spikes", "digest_mark")
 
 def adopt(network: ModelStages, foreign: Path) -> str:
     """Collective. Fill the network from a folder in Hugging Face layout; what is wrong on one rank is raised on all."""
-    lines = HostGroup().on_all(lambda: load(foreign, network.tensors(), network.stages[0].config))
-    return f"the weights of {foreign}: {lines[0]}"
+    line = HostGroup().on_all(lambda: load(foreign, network.tensors(), network.stages[0].config))
+    return f"the weights of {foreign}: {line}"
 
 
 def resume(state: TrainState, store: Store, batches: Batches, steps: int, foreign: Path | None = None) -> str:

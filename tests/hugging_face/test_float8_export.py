@@ -37,8 +37,11 @@ FLOAT32 = NDArray[np.float32]
 class Alone:
     """The agreements of a single rank."""
 
-    def on_all(self, action: Callable[[], T]) -> list[T]:
-        return [action()]
+    def on_all(self, action: Callable[[], T]) -> T:
+        return action()
+
+    def any(self, action: Callable[[], bool]) -> bool:
+        return action()
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         return action()

@@ -64,11 +64,10 @@ def watched(slow: int) -> tuple[list[str], list[dict[str, float]]]:
     return said, [watch.values(step, 0.5, 0.01) for step in (1, 10, 20, 30, 40)]
 
 
-def test_all_ranks_hear_of_the_slow_one(ranks: RankPool) -> None:
-    found = ranks(2, watched, 1)
-    assert found[0] == found[1]
-    said, values = found[0]
-    assert len(said) == 1
+def test_all_ranks_measure_the_slow_one_and_rank_0_tells(ranks: RankPool) -> None:
+    (said, values), (silent, same) = ranks(2, watched, 1)
+    assert (len(said), silent) == (1, [])
+    assert values == same
     assert [each["stragglers/rank"] for each in values] == [1.0] * 5
     assert [each["stragglers/named"] for each in values] == [0.0, 0.0, 1.0, 1.0, 1.0]
 

@@ -69,11 +69,12 @@ class StragglerWatch:
     def __init__(
         self, share: float, steps: int, device: torch.device, tell: Tell, probe: Probe = product_seconds
     ) -> None:
-        """`tell`: called with each verdict, on every rank; `probe`: seconds of work on the device, without others."""
+        """`tell`: called with each verdict, on rank 0; `probe`: seconds of work on the device, without others."""
         self._device, self._tell, self._probe = device, tell, probe
-        hosts: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(hosts, socket.gethostname())
-        self._rank, self._watch = dist.get_rank(), Stragglers(hosts, share, steps)
+        self._rank = dist.get_rank()
+        hosts = [""] * dist.get_world_size()  # known to rank 0, which speaks for all
+        dist.gather_object(socket.gethostname(), hosts if self._rank == 0 else None)
+        self._watch = Stragglers(hosts, share, steps)
         self._step: int | None = None
 
     def values(self, step: int, step_seconds: float, data_seconds: float) -> dict[str, float]:
@@ -84,7 +85,8 @@ class StragglerWatch:
         by = slowdowns(world_sum(told).tolist())
         since, self._step = step - (step - 1 if self._step is None else self._step), step
         for words in self._watch.add(since, by):
-            self._tell(words)
+            if self._rank == 0:
+                self._tell(words)
         slowest = max(range(len(by)), key=by.__getitem__)
         return {
             "stragglers/slowdown_percent": 100.0 * by[slowest],
