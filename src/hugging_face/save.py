@@ -16,6 +16,7 @@ from src.hugging_face.write import Files, Held, Scales, block_scales, put_scales
 from src.models.base import ModelConfig
 from src.models.hugging_face import stored
 from src.models.stored import Stored
+from src.storage.remote import RemoteFolder
 
 T = TypeVar("T")
 FACTS = "export.json"  # also says that the folder was written here, and may be written anew
@@ -60,6 +61,18 @@ def refuse_foreign(folder: Path) -> None:
     """CheckpointError for a place that holds anything but an earlier export."""
     if folder.exists() and not (folder / FACTS).is_file():
         raise CheckpointError(f"{folder}: is there and was not written by an export; pass another to=...")
+
+
+def refuse_foreign_url(url: str) -> None:
+    """The same of a URL; RemoteError where it cannot be read."""
+    names = RemoteFolder(url, "task.to").names()
+    if names and FACTS not in names:
+        raise CheckpointError(f"task.to={url}: is there and was not written by an export; pass another to=...")
+
+
+def send(folder: Path, url: str) -> None:
+    """Copy a finished export to a URL, what says that it is one last. RemoteError."""
+    RemoteFolder(url, "task.to").send_all(folder, FACTS)
 
 
 def save(

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,6 +128,18 @@ class RemoteFolder:
                 self._files.ls(bucket)
             except FileNotFoundError:
                 raise RemoteError(f"{self._told('')}: there is no bucket {bucket}; make it, or name another") from None
+
+    def send_all(self, local: Path, last: str) -> None:
+        """Copy all files of a folder here, over an earlier one; the file `last` goes first and comes last, so that who
+        finds it finds all of them.
+        """
+        names = [path.relative_to(local).as_posix() for path in sorted(local.rglob("*")) if path.is_file()]
+        patiently(partial(self.remove, last))
+        for name in (each for each in names if each != last):
+            patiently(partial(self.send, local / name, name))
+        for name in set(self.names()) - {each.partition("/")[0] for each in names}:
+            patiently(partial(self.remove, name))
+        patiently(partial(self.send, local / last, last))
 
     def _listed(self, name: str) -> list[dict[str, Any]]:
         with self._asking(name):

@@ -11,7 +11,7 @@ import pytest
 
 from src.checkpoint.mirror import Mirror
 from src.config.tree import read
-from src.errors import CheckpointError
+from src.errors import CheckpointError, UserError
 from src.runs.commands.main import main
 from tests.checkpoint.options import options
 from tests.end_to_end.commands import command
@@ -102,6 +102,22 @@ def test_a_run_at_a_url_is_where_others_begin(
     capsys.readouterr()
     assert main(["checkpoint", url, "--full"]) == 1
     assert "values.json: corrupted, crc32" in capsys.readouterr().out
+
+
+def test_an_export_goes_to_a_url(
+    text: tuple[str, ...], straight: Callable[[str], Path], ranks: RankPool, tmp_path: Path
+) -> None:
+    whole, place = straight("fsdp2"), tmp_path / "there"
+    argv = (text[-1], "task=export", f"run={whole}", f"to=file://{place}", "cluster.gpus=0", "task.check=false")
+    folder = opened(*argv)
+    assert ranks(1, live, folder) == [True]
+    names = {path.name for path in place.iterdir()}
+    assert {"config.json", "export.json", "model.safetensors"} <= names
+    assert not (folder / "export").exists()
+    opened(*argv)  # over an earlier export
+    (place / "export.json").unlink()
+    with pytest.raises(UserError, match=r"task\.to=file://.*: is there and was not written by an export"):
+        opened(*argv)
 
 
 def test_a_mirror_that_is_not_there_is_told_before_anything_starts(

@@ -80,6 +80,20 @@ def test_an_upload_that_is_cut_leaves_nothing(s3: S3Server, local: Path) -> None
     assert folder.read("one.bin") == CONTENT
 
 
+def test_a_folder_goes_there_with_its_last_file_last(s3: S3Server, tmp_path: Path) -> None:
+    folder, local = RemoteFolder(f"{s3.bucket('all')}/x"), tmp_path / "folder"
+    (local / "deep").mkdir(parents=True)
+    for name in ("a.bin", "deep/b.bin", "last.json", "old.bin"):
+        (local / name).write_text(name)
+    folder.send_all(local, "last.json")
+    (local / "old.bin").unlink()
+    s3.requests.clear()
+    folder.send_all(local, "last.json")
+    wrote = [each for each in s3.requests if each.startswith(("PUT", "POST", "DELETE"))]
+    assert (wrote[0].partition(" ")[0] != "PUT", wrote[-1]) == (True, "PUT /all/x/last.json")
+    assert (folder.names(), list(folder.sizes("deep"))) == (["a.bin", "deep", "last.json"], ["b.bin"])
+
+
 def test_what_is_not_there_is_told(s3: S3Server, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RemoteError, match=r"key=s3://nobodys/x: there is no bucket nobodys"):
         RemoteFolder("s3://nobodys/x", "key").reach()

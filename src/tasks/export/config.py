@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from src.checkpoint.config import FOREIGN
-from src.config.base import Config, PathField, Place
+from src.config.base import Config, Place
 from src.config.bounds import Gibibytes, Steps
 from src.config.tree import read
 from src.data.tokenizer import vocabulary_problems
-from src.errors import CheckpointError, DataError
+from src.errors import CheckpointError, DataError, RemoteError
+from src.storage.remote import is_url
 
 if TYPE_CHECKING:
     from src.run import Run
@@ -34,8 +35,8 @@ class Export(Config):
     """Step of its checkpoint; null: the newest complete one."""
     ema: bool
     """True: the moving average of the weights that a run with task.ema_decay keeps; false: its weights."""
-    to: PathField | None
-    """Folder to write; null: <run>/exports/step_XXXXXXXX."""
+    to: Place | None
+    """Folder to write, or its URL, such as s3://bucket/models/mine; null: <run>/exports/step_XXXXXXXX."""
     dtype: Literal["float32", "bfloat16", "float16"] | None
     """Dtype of the weights; null: as the checkpoint has them, so nothing is rounded; with fp8 bfloat16."""
     fp8: bool
@@ -66,15 +67,20 @@ class Export(Config):
 
     @property
     def target(self) -> Path:
-        """The folder that is written."""
+        """The folder that is written, where it is no `url`."""
         if self.to is not None:
-            return self.to.expanduser().absolute()
+            return Path(self.to).expanduser().absolute()
         form = "".join(
             f"-{part}"
             for part in ("ema" if self.ema else None, self.dtype, "fp8" if self.fp8 else None, self._scales)
             if part
         )
         return Path(self.source) / "exports" / f"step_{self.step or 0:08d}{form}"
+
+    @property
+    def url(self) -> str | None:
+        """Where the folder is sent from the one of this task's own run."""
+        return self.to if self.to is not None and is_url(self.to) else None
 
     @property
     def _scales(self) -> str | None:
@@ -84,7 +90,7 @@ class Export(Config):
         """A model that transformers does not have, a target that exists, a tokenizer that is missing or too large for
         the model. Runs on the launcher.
         """
-        from src.hugging_face.save import refuse_foreign
+        from src.hugging_face.save import refuse_foreign, refuse_foreign_url
         from src.models.hugging_face import export_problems
 
         found: list[str] = []
@@ -94,8 +100,8 @@ class Export(Config):
             found.append(f"task.fp8_scales={self.fp8_scales}: no weight is float8; pass fp8=true, or leave it out")
         found += [*export_problems(run.model), *self._dtype_problems(run)]
         try:
-            refuse_foreign(self.target)
-        except CheckpointError as error:
+            refuse_foreign(self.target) if self.url is None else refuse_foreign_url(self.url)
+        except (CheckpointError, RemoteError) as error:
             found += error.problems
         if unfit := vocabulary_problems(run.tokenizer, run.model.vocab_size):
             return found + unfit

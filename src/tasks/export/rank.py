@@ -1,6 +1,7 @@
 """What each rank of task=export does: fill the layout, write its shards, read them back, compare, send."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from src.hugging_face.check import E8M0, WEIGHTS
 from src.hugging_face.companions import Sources, card, companions
 from src.hugging_face.origin import lost, origin_of
 from src.hugging_face.push import push
-from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save
+from src.hugging_face.save import FACTS, UNCOMPARED, Form, has_biases, publish, save, send
 from src.hugging_face.write import held
 from src.metrics.console import Console
 from src.models.hugging_face import config_json
@@ -50,19 +51,24 @@ def export(task: Export, run: Run, folder: Path) -> bool:
     ids = tokenizer.prompt(task.text)[: run.model.max_seq_len]
     before = native_logits(network, ids) if task.check else None
     stages = held(network.tensors())
-    draft = save(team, task.target, stages, run.model, form, beside, _largest, ranks.device)
+    target = task.target if task.url is None else folder / "export"
+    draft = save(team, target, stages, run.model, form, beside, _largest, ranks.device)
     if before is not None:
         finding = _check(task, run, network, team, draft, tokenizer, ids, before, form)
         if ranks.rank == 0:
             _tell(finding, lost(_whose(task, folder)))
         if finding.problems:
             raise VerdictError(finding.problems)
-    team.on_rank_zero(lambda: publish(draft, task.target))
+    team.on_rank_zero(lambda: publish(draft, target))
+    if (url := task.url) is not None:
+        team.on_rank_zero(lambda: send(target, url))
     if ranks.rank == 0:
-        print(f"exported: {task.target}", flush=True)
+        print(f"exported: {url or target}", flush=True)
     if task.push is not None:
         repository = task.push
-        team.on_rank_zero(lambda: print(push(task.target, repository, send=task.send), flush=True))
+        team.on_rank_zero(lambda: print(push(target, repository, send=task.send), flush=True))
+    if url is not None:
+        team.on_rank_zero(lambda: shutil.rmtree(target))
     ranks.leave()
     return True
 
