@@ -242,7 +242,7 @@ def vocabulary_problems(tokenizer: TokenizerConfig, model_vocab_size: int) -> li
         return []
     return [
         f"model.vocab_size={model_vocab_size} is less than the tokenizer's {needed}: ids beyond it have no embedding; "
-        f"use model.vocab_size={needed} or more"
+        f"use model.vocab_size={needed} or more, or null, which follows the tokenizer"
     ]
 
 
