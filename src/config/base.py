@@ -49,6 +49,13 @@ def path_text(value: Any) -> Any:
     return value
 
 
+def _path_here(value: Any) -> Any:
+    """As `path_text`; ValueError also for a URL, of which a Path makes a folder here."""
+    if isinstance(value, str) and "://" in value:
+        raise ValueError(f"{value!r} is a URL, where a path of this machine belongs; checkpoint.mirror takes URLs")
+    return path_text(value)
+
+
 def _at_home(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -75,7 +82,7 @@ def _line(text: str) -> str:
 
 
 # YAML has no paths and no tuples; these are the only coercions.
-PathField = Annotated[Path, BeforeValidator(path_text), AfterValidator(_at_home), Strict(strict=False)]
+PathField = Annotated[Path, BeforeValidator(_path_here), AfterValidator(_at_home), Strict(strict=False)]
 Place = Annotated[str, AfterValidator(path_text)]  # a path, or hf:<hub id>
 Url = Annotated[str, AfterValidator(_url)]  # of a folder elsewhere
 Line = Annotated[str, AfterValidator(_line)]  # a word or several for a command, a script or a service

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import CheckpointFile, Marker, complete, measure, read_marker, step_folder, write_marker
@@ -18,6 +19,7 @@ from src.checkpoint.host_group import HostGroup
 from src.checkpoint.mirror import Copied, Failure, Mirror, bring_back
 from src.checkpoint.remote import HOME, RemoteCheckpoints, mirror_url
 from src.checkpoint.store import Store
+from src.config.base import PathField
 from src.errors import CheckpointError
 from src.storage.remote import RemoteFolder, below
 from tests.checkpoint.options import options, problems
@@ -284,6 +286,14 @@ def test_mistakes(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said.replace(".", r"\.")) as error:
         options(**changes)
     assert "secret" not in str(error.value).partition("input_value")[0]
+
+
+def test_a_url_is_no_path_here() -> None:
+    """Of which a Path would make the folder s3: in the working directory, without a word."""
+    path = TypeAdapter(PathField)
+    assert path.validate_python("runs/x") == Path("runs/x")
+    with pytest.raises(ValueError, match=r"'s3://b/x' is a URL, where a path of this machine belongs"):
+        path.validate_python("s3://b/x")
 
 
 def test_a_marker_that_is_cut_is_told(run: Path) -> None:
