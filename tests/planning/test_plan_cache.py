@@ -77,7 +77,7 @@ def test_planned_is_what_the_cores_keep(name: str, layout: str, ranks: RankPool,
 
 def test_the_formula_by_hand(tmp_path: Path) -> None:
     """Llama 3 8B: 8 heads of 128 + 128; DeepSeek-V3 671B: 128 heads of 192 + 128, 5 MB a token in bf16."""
-    columns = LONGEST + COUNT + 2
+    columns = LONGEST + COUNT + 1  # a pass brings one where no rank of context or tensor wants more
     llama = memory(tmp_path, model="llama3_8b", precision="bf16")
     assert llama.cache == 32 * 2 * columns * 8 * 256 * 2
     assert memory(tmp_path, model="llama3_8b", precision="bf16", prompts=1).cache == llama.cache // 2
