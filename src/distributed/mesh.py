@@ -140,11 +140,12 @@ class Mesh:
 def grid(device_type: str, axes: dict[str, int]) -> DeviceMesh:
     """Collective. All ranks in order, with a process group for each axis; axes of one rank share one group.
 
-    `init_device_mesh` gives the same grid, by a call for each group there is: 4,096 more for each axis of one, and each
-    call walks over its ranks.
+    `init_device_mesh` gives the same grid. With NCCL it splits a communicator once for each axis; elsewhere it calls
+    for each group there is: 4,096 more for each axis of one, and each call walks over its ranks.
     """
     ranks = torch.arange(dist.get_world_size()).view(*axes.values())
-    if ranks.numel() == 1:
+    whole = dist.group.WORLD
+    if ranks.numel() == 1 or (whole is not None and whole.bound_device_id is not None):
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     alone = subgroup(ranks.view(-1, 1).tolist(), "alone") if 1 in axes.values() else None
     groups = []
