@@ -16,13 +16,14 @@ from src.distributed.parallel_dims import ParallelDims, ScheduleName
 from src.distributed.pipeline import stages
 from src.distributed.precision.config import BYTES
 from src.distributed.recompute import Recompute
+from src.planning.batch import GPU_TOKENS
 from src.planning.memory import RUNTIME_BYTES, Load, estimate
 from src.planning.recompute_choice import LADDER
 from src.planning.time.step import Question, StepTime, least_seconds, state_bytes, step_time, without_order
 from src.planning.time.work import shape_of
 
 DEGREES = ("replicate", "shard", "context", "tensor", "expert", "pipeline")
-MICRO_BATCHES = (1, 2, 4)  # sequences
+MICRO_BATCHES = (1, 2, 4)  # sequences; of short ones more: `_sizes`
 LONG_SEQUENCE = 32_768  # tokens from which on a sequence is cut though there is batch enough
 INTERLEAVED = (2, 4)  # stages of a rank
 
@@ -121,7 +122,7 @@ def legal(load: Load, space: Space, among: Callable[[ParallelDims], bool] = any_
     for degrees in _layouts(load, space):
         if not among(degrees) or load.model.problems_of_shape(degrees):
             continue
-        for size in (space.micro_batch,) if space.micro_batch else MICRO_BATCHES:
+        for size in (space.micro_batch,) if space.micro_batch else _sizes(load.seq_len // degrees.context):
             together = size * degrees.data_ranks
             if space.global_batch % together or load.seq_len % degrees.sequence_parts:
                 continue
@@ -129,6 +130,14 @@ def legal(load: Load, space: Space, among: Callable[[ParallelDims], bool] = any_
             for each in _as_given(_schedules(load, degrees, numbers), space):
                 if not stages.problems(each, load.model.n_layers, numbers):
                     yield load.changed(degrees=each, micro_batch=size, micro_batches=numbers)
+
+
+def _sizes(tokens: int) -> tuple[int, ...]:
+    """Micro-batches of sequences of which a rank has so many tokens. Of 4,096 tokens no others: a third more layouts
+    would be looked at, for what MICRO_BATCHES fill as well.
+    """
+    most = GPU_TOKENS // 2 // max(tokens, 1)
+    return (*MICRO_BATCHES, *(size for size in _powers(most) if size > MICRO_BATCHES[-1]))
 
 
 def _layouts(load: Load, space: Space) -> Iterator[ParallelDims]:
