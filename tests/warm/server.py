@@ -134,6 +134,9 @@ def _enter(life: dict[str, Any], ends: dict[int, Connection]) -> None:
     """What a new Python finds, and has set up before its first line."""
     os.environ.clear()
     os.environ.update(life["environment"])
+    # Which Python reads when it starts: bytecode in a run's frozen code is refused there.
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     os.chdir(life["folder"])
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if number in ends:
