@@ -23,6 +23,11 @@ CACHE = "__pycache__"
 NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def importing(snapshot: Path, path: str | None) -> dict[str, str]:
+    """Environment of a process that imports a snapshot before what `path`, the PYTHONPATH so far, leads to."""
+    return {"PYTHONPATH": os.pathsep.join([str(snapshot), *filter(None, [path])]), **NO_BYTECODE}
+
+
 @dataclass(frozen=True)
 class Git:
     """`sha` and `branch` are None where there is no git, no repository or no commit; `note` says which."""

@@ -35,6 +35,7 @@ from src.cluster.submission import Prepared, Submitted
 from src.config.base import Config
 from src.errors import PlanError, UserError
 from src.runs.folder import RunFolder
+from src.runs.frozen_code import importing
 from src.runs.records import SUBMISSIONS_FILE
 from src.storage.json_lines import Lines
 
@@ -100,12 +101,11 @@ class FakeScheduler:
         (self.queue / job).mkdir()
         (self.queue / job / "state").write_text("waits")
         told = json.dumps([str(folder), code, requeues])
-        paths = [str(folder / "code" / code), *filter(None, [os.environ.get("PYTHONPATH")])]
-        source = {"PYTHONPATH": os.pathsep.join(paths), "FAKE_JOB": job, "CUDA_VISIBLE_DEVICES": ""}
+        source = importing(folder / "code" / code, os.environ.get("PYTHONPATH"))
         with (self.queue / job / "log").open("w") as log:
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "src.cluster.fake.config", "job", told],
-                env=os.environ | source,
+                env=os.environ | source | {"FAKE_JOB": job, "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -23,7 +23,7 @@ from src.config.bounds import Count, CountFromZero, Gibibytes, PerNode, Seconds
 from src.errors import PlanError
 from src.planning.time.site import SiteFacts
 from src.runs.folder import RunFolder, attempts, log_folder
-from src.runs.frozen_code import NO_BYTECODE
+from src.runs.frozen_code import importing
 from src.runs.records import ATTEMPTS_FILE
 
 if TYPE_CHECKING:
@@ -159,9 +159,8 @@ class Local(SiteFacts):
     def _environment(self, job: RankJob, world: int, devices: LocalDevices) -> dict[str, str]:
         """What every rank inherits on top of this process's environment."""
         assert job.source is not None, "local ranks run the frozen code"
-        paths = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = self.threads or os.environ.get("OMP_NUM_THREADS") or max(1, _cores() // world)
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), **NO_BYTECODE}
+        environment = importing(job.source, os.environ.get("PYTHONPATH")) | {"OMP_NUM_THREADS": str(threads)}
         if devices.kind == "cpu":
             return environment | {"CUDA_VISIBLE_DEVICES": ""}
         # Sequence lengths and recompute make block sizes vary; without this the allocator fragments.

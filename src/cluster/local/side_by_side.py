@@ -25,6 +25,7 @@ from src.cluster.local.config import Local
 from src.metrics.alerts.send import options_of, tell_end
 from src.planning.time.site import NO_FACTS
 from src.runs.folder import RunFolder, attempts, log_folder
+from src.runs.frozen_code import importing
 from src.runs.records import CANCEL_FILE
 from src.storage.atomic_write import atomic_write
 
@@ -162,9 +163,8 @@ class Pack:
         gpus = ",".join(self.node.gpus[slot] for slot in slots)
         cores = self._cores(slots)
         atomic_write(share.folder / SHARE_FILE, json.dumps({"gpus": gpus, "cores": cores}) + "\n")
-        source = share.folder / "code" / share.code
-        paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": os.pathsep.join(paths)}
+        source = importing(share.folder / "code" / share.code, os.environ.get("PYTHONPATH"))
+        environment = os.environ | source | {"CUDA_VISIBLE_DEVICES": gpus}
         options = ["--code", share.code, "--world", share.world, "--grace", self.node.grace_seconds]
         options += ["--launcher", os.getpid(), *(["--cpu"] if self.node.cpu else [])]
         command = [sys.executable, "-P", "-m", "src.cluster.local.side_by_side", share.folder, *options]
