@@ -22,19 +22,6 @@ from src.storage.atomic_write import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE_BYTES = 100_000_000
-KEYS = {
-    "validation_fraction": 0.01,
-    "hold_out": "documents",
-    "packing": "concatenate",
-    "bos_at_row_start": False,
-    "mask_document_starts": False,
-    "document_masks": False,
-    "max_epochs": None,
-    "processes": 1,
-    "field": "text",
-    "separator": None,
-    "bad_rows": "refuse",
-}
 
 
 def write_text(folder: Path, size: int) -> int:
@@ -58,11 +45,11 @@ def write_text(folder: Path, size: int) -> int:
 def measure(folder: Path, tokenizer: str, *, train: bool) -> dict[str, float]:
     """In this process: tokenise the text of a folder, or only train the tokenizer on it."""
     from src.config.presets import section_of
-    from src.data.config import Text
     from src.data.prepare import prepare
     from src.data.tokenizer import Bpe, Bytes
+    from tests.data.corpora import text
 
-    data = Text.model_validate({**KEYS, "files": (str(folder / "text"),)}, strict=True)
+    data = text(folder / "text", validation_fraction=0.01)
     facts = {key: value for key, value in section_of("tokenizer", "bpe").items() if key != "_target_"}
     options = Bytes() if tokenizer == "bytes" else Bpe.model_validate(facts)
     began, spent = time.monotonic(), time.process_time()

@@ -47,7 +47,7 @@ def test_elements_share_the_pieces_and_agree(tmp_path: Path) -> None:
     assert made.fingerprint == alone.fingerprint
     assert all("synthetic: 3 of 3 pieces" in each.splitlines()[-1] for each in told)
     left = {path.suffix for path in made.parts[0].shards.folder.iterdir()}
-    assert left == {".bin", ".json"}  # no claim, no draft
+    assert left == {".bin", ".json", ".npy"}  # tokens, records and their table of numbers; no claim, no draft
 
 
 def test_a_piece_is_one_preparers_until_that_is_gone(tmp_path: Path) -> None:
