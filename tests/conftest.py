@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
 # Which take longest, so begin first: the others fill the cores beside them.
-LONGEST = ("slurm", "fault_tolerance", "end_to_end", "distributed", "planning", "tasks", "checkpoint")
+LONGEST = (
+    "slurm",
+    "test_tutorials.py",
+    "test_readme.py",
+    "fault_tolerance",
+    "end_to_end",
+    "distributed",
+    "planning",
+    "tasks",
+    "checkpoint",
+)
 TESTS = Path(__file__).parent
 SLURM = "tests/slurm/"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
