@@ -142,7 +142,12 @@ class _Membership:
         if text not in self._known:
             self._known[text] = (len(self._known), tuple(json.loads(text)))
         number, members = self._known[text]
-        return _Group(name, described if described not in ("", "undefined") else name, members, number)
+        return _Group(name, _words(name, described), members, number)
+
+
+def _words(name: str, described: str) -> str:
+    """What a group is called to a reader."""
+    return described if described not in ("", "undefined") else name
 
 
 def _last_entered(dumps: Mapping[int, Mapping[str, Any]]) -> tuple[dict[_Group, dict[int, int]], set[int]]:
@@ -171,7 +176,7 @@ def _entries(
         if entry.get("is_p2p"):
             continue
         name, described = (str(part) for part in entry["process_group"])
-        words, sequence = described if described not in ("", "undefined") else name, int(entry["collective_seq_id"])
-        if (group := wanted.get((name, words, sequence))) is not None:
+        sequence = int(entry["collective_seq_id"])
+        if (group := wanted.get((name, _words(name, described), sequence))) is not None:
             kind = str(entry["profiling_name"]).partition(":")[2]
             yield int(entry["time_created_ns"]), group, sequence, kind
