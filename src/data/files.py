@@ -3,7 +3,7 @@
 import codecs
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,16 @@ def problem(path: Path) -> str | None:
     if not os.access(path, os.R_OK):
         return f"data.files: {path}: may not be read by this user; see its permissions"
     return None
+
+
+def named_inside(folder: str, suffixes: Collection[str]) -> Iterator[str]:
+    """Names of the files under a folder, at any depth, that have one of the suffixes; links to folders are not
+    followed.
+
+    Judged by name before anything else: of a home folder's million files a few are meant.
+    """
+    for place, _, names in os.walk(folder):
+        yield from (os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in suffixes)
 
 
 def spans(path: Path, largest: int) -> list[TextSpan]:

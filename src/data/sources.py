@@ -215,10 +215,8 @@ def matched(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     problems = [] if patterns else ["data.files=[]: name at least one file or glob"]
     for pattern in patterns:
         inside = Path(pattern).is_dir()
-        places = map(str, Path(pattern).rglob("*")) if inside else glob(pattern, recursive=True)
+        places = files.named_inside(pattern, files.TEXT_SUFFIXES) if inside else glob(pattern, recursive=True)
         matches = [path for path in map(Path, sorted(places)) if path.is_file()]
-        if inside:
-            matches = [path for path in matches if path.suffix.lower() in files.TEXT_SUFFIXES]
         if not matches:
             held = f" with one of the suffixes {', '.join(files.TEXT_SUFFIXES)}" if inside else ""
             problems.append(f"data.files={pattern}: matches no file{held} (looked from {Path.cwd()}){_hint(pattern)}")

@@ -5,6 +5,7 @@ from functools import cached_property
 from glob import glob
 from pathlib import Path
 
+from src.data.files import named_inside
 from src.data.fingerprint import fingerprint, hash_files
 from src.data.sources import DataSource, OneOrMore
 from src.data.token_files.formats import SUFFIXES, TokenFile, Width, token_file
@@ -77,7 +78,7 @@ def matched_token_files(patterns: Sequence[str], key: str) -> tuple[list[Path], 
     problems = [] if patterns else [f"data.{key}=[]: name at least one file or glob"]
     for pattern in patterns:
         inside = Path(pattern).is_dir()
-        places = map(str, Path(pattern).rglob("*")) if inside else glob(pattern, recursive=True)
+        places = named_inside(pattern, SUFFIXES) if inside else glob(pattern, recursive=True)
         named = [path for path in map(Path, sorted(places)) if path.is_file()]
         if inside:
             named = [path for path in named if path.suffix in SUFFIXES]
