@@ -221,7 +221,7 @@ class Run:
         if problems:
             raise ConfigError(problems)
         found = cls(**{name: sections[name] for name in kinds}, stages=stages)
-        return replace(found, checkpoint=found.checkpoint.here(found.cache))
+        return replace(found, checkpoint=found.checkpoint.here(found.cache), data=found.data.here(found.cache))
 
     def on_one_device(self) -> Self:
         """The same run without a layout, and without anything that is there for speed or memory."""

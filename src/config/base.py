@@ -63,14 +63,26 @@ def _at_home(path: Path) -> Path:
         raise ValueError(f"{str(path)!r}: {path.parts[0]} is nobody's home; write the whole path") from error
 
 
-def _url(text: str) -> str:
+def url_text(text: str) -> str:
     """The value itself; ValueError for what names no place behind a scheme, or holds a password."""
     scheme, mark, rest = printable(text).partition("://")
     if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) or not rest.strip("/"):
         raise ValueError(f"{text!r} is no URL of a folder; such as s3://bucket/runs, gs://bucket/runs or file:///disk2")
     if ":" in rest.partition("/")[0].rpartition("@")[0]:
         raise ValueError(f"{scheme}://... holds a password, and configs are kept; leave it to the environment")
-    if any(letter in rest for letter in "?#*[]"):
+    if "::" in rest:
+        raise ValueError(f"{text!r} chains file systems by ::, which is not read; name what is in one store")
+    return text
+
+
+def path_or_url(text: str) -> str:
+    """The value itself; ValueError for a URL that is none."""
+    return url_text(text) if "://" in text else text
+
+
+def _url(text: str) -> str:
+    """As `url_text`; ValueError also for a pattern."""
+    if any(letter in url_text(text) for letter in "?#*[]"):
         raise ValueError(f"{text!r} holds one of ? # * [ ]; a folder's URL has none")
     return text
 

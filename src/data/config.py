@@ -49,6 +49,10 @@ class Data(Config, ABC):
         """How rows are made with the marks of a tokenizer."""
         return RowRules(self.packing, bos if self.bos_at_row_start else None, eos)
 
+    def here(self, cache: Path) -> Self:
+        """With the copies in the cache in the place of URLs, whether they are there yet."""
+        return self
+
     @abstractmethod
     def parts(self) -> Mapping[str, tuple[float, DataSource]]:
         """Weight (not normalised) and source, by the source's name."""
@@ -122,6 +126,10 @@ class Mixture(Data):
 
     def parts(self) -> dict[str, tuple[float, DataSource]]:
         return {name: (self.weights[name], self.sources[name]) for name in sorted(self.sources)}
+
+    def here(self, cache: Path) -> Self:
+        sources = {name: source.here(cache) for name, source in self.sources.items()}
+        return self.model_copy(update={"sources": sources})
 
     def pinned(self, cache: Path, commits: Mapping[str, str] | None) -> Self:
         sources = {

@@ -4,9 +4,11 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from src.config.base import Line
+from pydantic import AfterValidator
+
+from src.config.base import Line, path_or_url
 from src.config.bounds import Count
 from src.data.files import BadRow, TextSpan, text_of
 from src.data.fingerprint import fingerprint, hash_files, write_json
@@ -14,6 +16,8 @@ from src.data.preparing.claims import claimed
 from src.data.sources import Piece, RowSource
 from src.data.tokenizer_formats.hub_files import read_facts
 from src.errors import DataError
+from src.storage.remote import is_url
+from src.storage.remote_files import FilesAt, copy_of
 
 BRANCH = "main"  # of a dataset that names no revision
 COMMITS = "hub_commits"  # of a cache: which commit a branch was when it was first read there
@@ -24,8 +28,8 @@ _LOOK_SECONDS = 0.2
 class HubSource(RowSource):
     """`path` is a name on the hub or a local folder; documents are taken evenly from the shards of the split."""
 
-    path: str
-    """Name on the hub (allenai/c4), or a local folder in the hub's layout."""
+    path: Annotated[str, AfterValidator(path_or_url)]
+    """Name on the hub (allenai/c4), or a folder in the hub's layout, here or at a URL."""
     name: str | None
     """Configuration of the dataset (en); null: its default."""
     data_dir: Line | None
@@ -38,6 +42,12 @@ class HubSource(RowSource):
     """Column that holds the text."""
     max_documents: Count | None
     """Documents, taken evenly from the shards; null: the whole split."""
+
+    def elsewhere(self) -> list[FilesAt]:
+        return [FilesAt("path", self.path, None)] if is_url(self.path) else []
+
+    def here(self, cache: Path) -> Self:
+        return self.model_copy(update={"path": copy_of(self.path, cache)}) if is_url(self.path) else self
 
     def fingerprint(self, cache: Path) -> str:
         folder = Path(self.path)

@@ -14,20 +14,27 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import glob
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from src.config.base import Config, Names
+from src.config.base import Config, path_or_url
 from src.config.bounds import Count, Seed
 from src.data import files
 from src.data.files import BadRow
 from src.data.fingerprint import fingerprint, hash_files
 from src.errors import DataError, some
+from src.storage.remote import is_url
+from src.storage.remote_files import FilesAt, copy_of
 
 PLACES_KEPT = 10  # of the rows that were skipped
 
-OneOrMore = Annotated[Names, BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Files = Annotated[str, AfterValidator(path_or_url)]
+OneOrMore = Annotated[
+    tuple[Files, ...],
+    Strict(strict=False),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
 
 # A command line cannot hold a line break: the two letters \n stand for one, \r for its Windows half.
 Separator = Annotated[
@@ -71,6 +78,14 @@ class DataSource(Config, ABC):
     def problems(self) -> list[str]:
         """What can be seen to be wrong without reading a text, such as a pattern that matches no file."""
         return []
+
+    def elsewhere(self) -> list[FilesAt]:
+        """What it reads of URLs, which the launcher copies into the cache; keys are those of this section."""
+        return []
+
+    def here(self, cache: Path) -> Self:
+        """With the copies in the cache in the place of URLs, whether they are there yet."""
+        return self
 
     @property
     def commit(self) -> str | None:
@@ -170,11 +185,19 @@ class TextSource(RowSource):
     """Files or globs; the suffix decides: .jsonl, .ndjson and .parquet hold a document per row, others are text."""
 
     files: OneOrMore
-    """A file, a folder, a glob ("corpus/**/*.txt") or a list of them; .jsonl and .parquet hold a document per row."""
+    """A file, a folder, a glob ("corpus/**/*.txt"), a URL of one (s3://bucket/*.jsonl) or a list of them; .jsonl and
+    .parquet hold a document per row.
+    """
     field: str
     """Column of .jsonl and .parquet rows that holds the text."""
     separator: Separator | None
     r"""Cuts a plain text file into documents, such as '\n\n' for blank lines; null: a file is a document."""
+
+    def elsewhere(self) -> list[FilesAt]:
+        return [FilesAt("files", each, files.TEXT_SUFFIXES) for each in self.files if is_url(each)]
+
+    def here(self, cache: Path) -> Self:
+        return self.model_copy(update={"files": here(self.files, cache)}) if self.elsewhere() else self
 
     def fingerprint(self, cache: Path) -> str:
         content = zip([path.suffix.lower() for path in self._paths], hash_files(self._paths, cache), strict=True)
@@ -207,6 +230,16 @@ class TextSource(RowSource):
         return matched(self.files)
 
 
+def here(patterns: Sequence[str], cache: Path) -> tuple[str, ...]:
+    """With the copies of URLs in their places."""
+    return tuple(copy_of(each, cache) if is_url(each) else each for each in patterns)
+
+
+def globbed(pattern: str) -> list[str]:
+    """Of files whose own names may have brackets, too."""
+    return [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
+
+
 def matched(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files in the order given, each pattern sorted, none twice; and what is wrong. A folder stands for all files in
     it, at any depth, that have a suffix of text.
@@ -215,7 +248,7 @@ def matched(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     problems = [] if patterns else ["data.files=[]: name at least one file or glob"]
     for pattern in patterns:
         inside = Path(pattern).is_dir()
-        places = files.named_inside(pattern, files.TEXT_SUFFIXES) if inside else glob(pattern, recursive=True)
+        places = files.named_inside(pattern, files.TEXT_SUFFIXES) if inside else globbed(pattern)
         matches = [path for path in map(Path, sorted(places)) if path.is_file()]
         if not matches:
             held = f" with one of the suffixes {', '.join(files.TEXT_SUFFIXES)}" if inside else ""

@@ -192,13 +192,12 @@ def examine(tree: Tree, run: "Run", tell: Tell = to_stderr) -> None:
     from src.data.tokenizer import vocabulary_warnings
     from src.hugging_face.hub import is_local
     from src.launch.initial import check_initial, rewarming
+    from src.launch.later import look_at_data
     from src.launch.taken import taken
 
     folder = place(run.root, run.name, identity(tree), run.folder)
     if run.task.needs_corpus:
-        datas = [each.data for each in run.stages or [run]]
-        if problems := [line for data in datas for _, source in data.parts().values() for line in source.problems()]:
-            raise DataError(dict.fromkeys(problems))
+        look_at_data(tree, run, tell)
         tell(f"warning: {line}" for line in vocabulary_warnings(run.tokenizer, run.model.vocab_size))
     check_initial(tree, run, folder)
     tell(taken(tree, run, folder))

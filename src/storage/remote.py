@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ PACKAGES = {
     **dict.fromkeys(("sftp", "ssh"), "paramiko"),
 }
 BUCKETS = ("s3", "s3a", "gs", "gcs")  # schemes of stores in which a bucket is made beforehand
+# Under which of these a driver keeps what changes with a file's content: a digest, or else a time.
+STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 TRIES = 5  # of one request, beside those that the driver makes itself
 LONGEST_WAIT_SECONDS = 60.0
 
@@ -52,6 +55,25 @@ def patiently(action: Callable[[], T], *, tries: int = TRIES, sleep: Callable[[f
         except RemoteError:
             sleep(min(2.0**number, LONGEST_WAIT_SECONDS))
     return action()
+
+
+@dataclass(frozen=True)
+class RemoteEntry:
+    """Of a folder elsewhere. `size`: bytes, where the driver knows them; `stamp`: changes with the content; empty: the
+    driver has none.
+    """
+
+    name: str
+    folder: bool
+    size: int | None
+    stamp: str
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "RemoteEntry":
+        """Of what fsspec says of it."""
+        stamp = next((str(facts[key]) for key in STAMPS if facts.get(key)), "")
+        name = facts["name"].rstrip("/").rpartition("/")[2]
+        return cls(name, facts["type"] == "directory", facts.get("size"), stamp)
 
 
 class RemoteFolder:
@@ -82,6 +104,16 @@ class RemoteFolder:
             entries = [each for each in self._listed(name) if each["type"] == "file"]
             return {each["name"].rpartition("/")[2]: int(each["size"] or 0) for each in entries}
         return {}
+
+    def entries(self, name: str) -> list[RemoteEntry]:
+        """Of what lies in a folder in it, sorted by name."""
+        return sorted(map(RemoteEntry.of, self._listed(name)), key=lambda each: each.name)
+
+    def entry(self, name: str) -> RemoteEntry:
+        """Of a file or a folder in it."""
+        with self._asking(name):
+            self._files.invalidate_cache()
+            return RemoteEntry.of(self._files.info(self._path(name)))
 
     def read(self, name: str) -> bytes:
         """A small file as a whole."""

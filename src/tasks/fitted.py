@@ -7,7 +7,7 @@ Of data in files: `tokenizer.vocab_size`, `task.steps`, `task.validate_samples` 
 import sys
 from collections.abc import Mapping
 from math import ceil
-from pathlib import Path
+from pathlib import PurePath
 
 from pydantic import ValidationError
 
@@ -16,10 +16,12 @@ from src.config.build import target_class
 from src.config.groups import RECIPE
 from src.config.presets import section_of
 from src.config.tree import Tree
-from src.data.files import ROW_SUFFIXES
+from src.data.files import ROW_SUFFIXES, TEXT_SUFFIXES
 from src.data.sources import matched
 from src.data.tokenizer import TokenizerConfig
 from src.errors import DataError, UserError
+from src.storage.remote import is_url
+from src.storage.remote_files import FilesAt, files_at
 from src.tasks.inherit import overlaid
 
 AUTO = "src.models.families.Auto"
@@ -100,15 +102,19 @@ def _sizeless(tree: Tree) -> bool:
 def _amount(data: Tree) -> tuple[int, int, int]:
     """Files, their bytes, and tokens that are surely in them."""
     patterns = data.get("files")
-    paths, problems = matched([patterns] if isinstance(patterns, str) else [str(each) for each in patterns or ()])
+    every = [patterns] if isinstance(patterns, str) else [str(each) for each in patterns or ()]
+    urls, local = [each for each in every if is_url(each)], [each for each in every if not is_url(each)]
+    paths, problems = matched(local) if local or not urls else ([], [])
     if problems:
         raise DataError(problems)
-    sizes = {path: path.stat().st_size for path in paths}
+    sizes: dict[PurePath, int] = {path: path.stat().st_size for path in paths}
+    for url in urls:
+        sizes |= {PurePath(each.url): each.size for each in files_at(FilesAt("data.files", url, TEXT_SUFFIXES))}
     sure = sum(size // _bytes_of_a_token(path) for path, size in sizes.items())
-    return len(paths), sum(sizes.values()), sure
+    return len(sizes), sum(sizes.values()), sure
 
 
-def _bytes_of_a_token(path: Path) -> int:
+def _bytes_of_a_token(path: PurePath) -> int:
     return SURELY_IN_ROWS if path.suffix.lower() in ROW_SUFFIXES else SURELY
 
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from glob import glob
 from pathlib import Path
+from typing import Self
 
 from src.data.files import named_inside
 from src.data.fingerprint import fingerprint, hash_files
-from src.data.sources import DataSource, OneOrMore
+from src.data.sources import DataSource, OneOrMore, globbed, here
 from src.data.token_files.formats import SUFFIXES, TokenFile, Width, token_file
 from src.errors import DataError, some
+from src.storage.remote import is_url
+from src.storage.remote_files import FilesAt
 
 LARGEST_UINT16 = 1 << 16  # ids
 
@@ -18,12 +20,24 @@ class TokenFileSource(DataSource):
     """Nothing is copied: ranks map the files themselves."""
 
     files: OneOrMore
-    """A file, a folder, a glob or a list of them: .bin of Megatron (with its .idx), llm.c or nanoGPT, .npy of OLMo."""
+    """A file, a folder, a glob, a URL of one (s3://bucket/*.bin) or a list of them: .bin of Megatron (with its .idx),
+    llm.c or nanoGPT, .npy of OLMo.
+    """
     validation_files: OneOrMore | None
     """Files that are held out; null: of each of the others the last documents, data.validation_fraction of its tokens.
     """
     dtype: Width | None
     """Type of the ids in files without a header; null: uint16 where the tokenizer's ids fit, as OLMo-core does."""
+
+    def elsewhere(self) -> list[FilesAt]:
+        named = {"files": self.files, "validation_files": self.validation_files or ()}
+        return [_shards_at(key, each) for key, urls in named.items() for each in urls if is_url(each)]
+
+    def here(self, cache: Path) -> Self:
+        if not self.elsewhere():
+            return self
+        held_out = None if self.validation_files is None else here(self.validation_files, cache)
+        return self.model_copy(update={"files": here(self.files, cache), "validation_files": held_out})
 
     def fingerprint(self, cache: Path) -> str:
         every = [self._train[0], self._held_out[0]]
@@ -69,6 +83,15 @@ class TokenFileSource(DataSource):
         )
 
 
+def _shards_at(key: str, url: str) -> FilesAt:
+    """With both files of Megatron's pair, whichever of them or what both begin with is named."""
+    whole = url.rstrip("/")
+    start = whole.removesuffix(".idx").removesuffix(".bin")
+    pair = (f"{start}.bin", f"{start}.idx")
+    alone = whole.endswith(".npy") or (whole not in pair and whole.endswith("*"))  # which matches both
+    return FilesAt(key, url, (*SUFFIXES, ".idx"), () if alone else tuple(each for each in pair if each != whole))
+
+
 def matched_token_files(patterns: Sequence[str], key: str) -> tuple[list[Path], list[str]]:
     """Files of ids in the order given, each pattern sorted, none twice; and what is wrong.
 
@@ -78,7 +101,7 @@ def matched_token_files(patterns: Sequence[str], key: str) -> tuple[list[Path], 
     problems = [] if patterns else [f"data.{key}=[]: name at least one file or glob"]
     for pattern in patterns:
         inside = Path(pattern).is_dir()
-        places = named_inside(pattern, SUFFIXES) if inside else glob(pattern, recursive=True)
+        places = named_inside(pattern, SUFFIXES) if inside else globbed(pattern)
         named = [path for path in map(Path, sorted(places)) if path.is_file()]
         if inside:
             named = [path for path in named if path.suffix in SUFFIXES]
