@@ -15,7 +15,7 @@ from pathlib import Path
 from src.checkpoint import folder as files
 from src.checkpoint.folder import Marker, step_folder, step_of
 from src.checkpoint.remote import HOME, TOKENIZERS, RemoteCheckpoints, tokenizers_of
-from src.errors import CheckpointError
+from src.errors import CheckpointError, some
 from src.storage.remote import RemoteFolder, below, is_url, patiently
 
 RECORDS = ("config.yaml", "plan.json")
@@ -67,7 +67,9 @@ def opened(url: str, key: str) -> tuple[RemoteCheckpoints, list[int]]:
         remote = RemoteCheckpoints(RemoteFolder(place, key))
         if steps := [step for step in remote.steps() if named in (None, step)]:
             return remote, steps
-    raise CheckpointError(f"{key}={url}: neither a folder step_XXXXXXXX nor a run folder with checkpoints")
+    inside = [each for each in patiently(RemoteFolder(home, key).names) if each != "cache"]
+    held = f"; it holds {some(inside)}: add one of these" if inside else ""
+    raise CheckpointError(f"{key}={url}: neither a folder step_XXXXXXXX nor a run folder with checkpoints{held}")
 
 
 def _parted(url: str) -> tuple[str, int | None]:

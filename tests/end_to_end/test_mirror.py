@@ -96,6 +96,8 @@ def test_a_run_at_a_url_is_where_others_begin(
     assert main(["checkpoint", url, "--json"]) == 0
     known = json.loads(capsys.readouterr().out)["checkpoints"]
     assert [(each["step"], each["whole"], each["tokens"]) for each in known] == [(6, True, 768), (12, True, 1536)]
+    assert main(["checkpoint", there]) == 2
+    assert capsys.readouterr().err.endswith(f"with checkpoints; it holds {whole.name}: add one of these\n")
     assert main(["checkpoint", f"{url}/checkpoints/step_00000012", "--full"]) == 0
     file = tmp_path / "mirror" / whole.name / "checkpoints/step_00000012/values.json"
     file.write_bytes(file.read_bytes().replace(b"1", b"2"))

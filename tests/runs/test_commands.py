@@ -78,6 +78,7 @@ def test_list_finds_what_fulfils_the_conditions(
         (["list", "stat=failed"], "stat: no such key of a run; did you mean state?"),
         (["list", "optim.lr<fast"], "'fast' is no number, nor a time such as 2d"),
         (["show", "smal-3"], "no run of ROOT; did you mean small-3?"),
+        (["list", "s3://lab/runs"], "is a URL, of which only `python -m src.runs checkpoint s3://lab/runs` tells"),
         (["show", "big"], "big: 2 runs; name one of them: big-1, big-2"),
         (["show", "src"], "src: no run is in this folder; give a run's folder, or its name below ROOT"),
         (["list", "--root", "nowhere"], "nowhere: cannot be listed (No such file or directory)"),

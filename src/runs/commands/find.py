@@ -6,6 +6,7 @@ from pathlib import Path
 
 from src.config.wording import nearest
 from src.errors import FolderError, some
+from src.storage.remote import is_url
 from src.sweeps.ledger import SWEEP, Ledger
 
 CONFIG = "config.yaml"
@@ -50,6 +51,8 @@ def runs_in(root: Path) -> list[Path]:
 
 
 def _meant(given: str, root: Path) -> list[Path]:
+    if is_url(given):
+        raise FolderError(f"{given}: is a URL, of which only `python -m src.runs checkpoint {given}` tells")
     path = Path(given).expanduser()
     for place in (path, root / given):
         if (place / CONFIG).is_file():
