@@ -85,7 +85,9 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
         "mtp": {"depths": 0, "weight": 0.3, "later_weight": 0.1, "later_from": 0.676},
         "rope_scaling.attention_factor": 1.0,
     },
+    "src.tasks.evaluate.config.Evaluate": {"ema": False},
     "src.tasks.export.config.Export": {"ema": False, "fp8_scales": "float32"},
+    "src.tasks.generate.config.Generate": {"ema": False},
     "src.tasks.pretrain.config.Pretrain": {
         "ema_decay": None,
         "ema_dtype": "float32",

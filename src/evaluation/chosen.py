@@ -111,10 +111,6 @@ def _problems_beside(options: Evaluation, saves_every: int | None) -> list[str]:
             f"evaluate.every={options.every} with evaluate.cluster={options.cluster} reads checkpoints, and "
             f"checkpoint.every={saves} saves others{nearest_step}"
         )
-    if options.ema:
-        found.append(
-            "evaluate.ema=true: a command beside the run reads its weights; pass false, or evaluate.cluster=null"
-        )
     return found
 
 

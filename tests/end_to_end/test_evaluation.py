@@ -128,3 +128,8 @@ def test_the_average_is_scored_where_it_is_asked_for(
     averaged = series(folder, "validation_loss_ema")
     assert sorted(averaged) == [4, 8, 12]
     assert sorted(bits, reverse=True) == bits  # as the average falls
+    argv = ("task=evaluate", f"run={folder}", "ema=true", "samples=6", *text, f"root={tmp_path}", "cluster.gpus=0")
+    command = opened(*argv)
+    assert ranks(1, live, command) == [True]
+    (one,) = json.loads((command / "evaluation.json").read_text())["scores"].values()
+    assert bits[-1] == pytest.approx(one["bits_per_byte"], rel=1e-6)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from src.evaluation.chosen import problems
 from src.evaluation.config import Evaluation
 from src.launch.start import Shared, checked
 from src.launch.start import start as launch
-from src.tasks.evaluate.side_job import SideJobs, place
+from src.tasks.evaluate.side_job import SideJobs, place, words
 from tests.end_to_end.lives import TINY, live, opened, records, write_text
 from tests.evaluation.test_task_file import options
 from tests.ranks import RankPool
@@ -70,6 +71,10 @@ def test_each_checkpoint_that_is_due_has_one_command(tmp_path: Path) -> None:
     assert jobs.ask() == []
     assert steps_of(commands) == ["step=4", "step=8", "step=10"]
     assert jobs.open_steps() == [4, 8, 10]
+    assert all("ema=false" in each for each in commands.started)
+    averages = beside(ema=True)
+    assert problems(averages, averaged=True, saves_every=4) == []
+    assert "ema=true" in words(averages, tmp_path, tmp_path, 4)
 
 
 def test_a_later_life_asks_again_for_what_has_no_scores(tmp_path: Path) -> None:
@@ -148,9 +153,9 @@ def test_scores_of_commands_are_those_of_the_ranks_that_train(tmp_path: Path, ra
     aside = opened(*TINY, *source, root, *keys, "name=aside", "evaluate.cluster=local", "evaluate.wait_seconds=0")
     assert ranks(1, written, aside, tmp_path / "commands") == [True]
     commands = [json.loads(line) for line in (tmp_path / "commands").read_text().splitlines()]
-    assert [words[2] for words in commands] == ["step=6", "step=12"]
-    for words in commands:
-        folder = opened(*words, "cluster.gpus=0")
+    assert [argv[2] for argv in commands] == ["step=6", "step=12"]
+    for argv in commands:
+        folder = opened(*argv, "cluster.gpus=0")
         assert ranks(1, live, folder) == [True]
     for _ in range(2):
         again(*TINY, *source, root, *keys, "name=aside", "evaluate.cluster=local")

@@ -26,6 +26,8 @@ class Evaluate(Config):
     """Run folder, or hf:<folder or hub id>, whose model and tokenizer read."""
     step: Steps | None
     """Step of its checkpoint; null: the newest complete one."""
+    ema: bool
+    """True: the moving average of the weights that a run with task.ema_decay keeps; false: its weights."""
     split: Literal["validation", "train"]
     """Documents to read; validation: those held out; train: all others, which is all with data.validation_fraction=0.
     """

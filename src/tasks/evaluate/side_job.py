@@ -51,6 +51,7 @@ def words(options: Evaluation, folder: Path, root: Path, step: int) -> list[str]
         "task=evaluate",
         f"run={json.dumps(str(folder))}",
         f"step={step}",
+        f"ema={'true' if options.ema else 'false'}",
         f"root={json.dumps(str(root))}",
         f"folder={json.dumps(str(place(folder, step)))}",
         f"cluster={options.cluster}",

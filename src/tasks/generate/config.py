@@ -32,6 +32,8 @@ class Generate(Config):
     """Run folder, or hf:<folder or hub id>, whose model and tokenizer write."""
     step: Steps | None
     """Step of its checkpoint; null: the newest complete one."""
+    ema: bool
+    """True: the moving average of the weights that a run with task.ema_decay keeps; false: its weights."""
     prompt: str | None
     """Text to go on from; null: those of prompts."""
     prompts: PathField | None
