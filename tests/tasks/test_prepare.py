@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from src.config.build import build
 from src.data.prepare import PreparationStoppedError, prepare
 from src.data.preparing.claims import STALE_SECONDS, claimed
 from src.data.preparing.progress import ProgressLines, told_bytes, told_seconds
 from src.data.tokenizer import Bytes
+from src.launch.start import unfit
+from src.run import Run
+from src.tasks.prepare.config import Prepare
+from src.tasks.prepare.rank import prepare_data
 from tests.data.corpora import corpus, synthetic
 from tests.test_conf import composed
 
@@ -105,10 +110,6 @@ def test_lines_say_speed_time_left_and_disk_space(tmp_path: Path) -> None:
 
 
 def problems(*argv: str) -> list[str]:
-    from src.config.build import build
-    from src.launch.start import unfit
-    from src.run import Run
-
     return unfit(Run.from_sections(build(composed("task=prepare", *argv))))
 
 
@@ -120,6 +121,19 @@ def test_what_it_cannot_do_is_said_before_it_starts() -> None:
     assert "task=prepare is one process" in line
     (line,) = problems("task.pack_seq_len=64")
     assert "packs nothing with data.packing=concatenate" in line
+
+
+def test_what_is_there_is_said_to_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("task=prepare", f"root={tmp_path}", "data=synthetic", "data.documents=100", "data.processes=1")
+    run = Run.from_sections(build(composed(*argv)))
+    assert isinstance(run.task, Prepare)
+    told = []
+    for _ in range(2):
+        assert prepare_data(run.task, run, tmp_path)
+        told.append(capsys.readouterr().out.splitlines()[-1].partition(" s: ")[2])
+    place = tmp_path / "cache/tokens"
+    assert re.fullmatch(rf"[1-9]\d+ kB of shards in {place}", told[0])
+    assert told[1] == f"nothing was missing in {place}"
 
 
 @pytest.mark.slow

@@ -39,5 +39,6 @@ def prepare_data(task: Prepare, run: Run, folder: Path) -> bool:
     atomic_write(folder / PREPARE_FILE, json.dumps(facts, indent=2) + "\n")
     print(*corpus.preparation.lines(), *notes, sep="\n", flush=True)
     shards = sum(each.shard_bytes for each in lines.sources.values())
-    print(f"ready in {seconds:.1f} s: {told_bytes(shards)} of shards in {run.cache / 'tokens'}", flush=True)
+    made = f"{told_bytes(shards)} of shards" if shards else "nothing was missing"
+    print(f"ready in {seconds:.1f} s: {made} in {run.cache / 'tokens'}", flush=True)
     return True
