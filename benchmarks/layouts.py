@@ -13,12 +13,12 @@ name-seeded weights and read the same random tokens, so their losses must agree:
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +65,36 @@ def cells(gpus: int) -> dict[str, Cell]:
 
 def measured(overrides: Cell, *, seconds: float, cpu: bool) -> dict[str, Any]:
     """bench.json of one cell, or why there is none."""
-    scratch = Path(tempfile.mkdtemp(prefix="layouts_"))
     more = (*SMALL, "cluster.gpus=0") if cpu else ()
     if cpu and any("fp8" in each for each in overrides):
         more += ("precision.float8.emulate=true",)
-    command = [sys.executable, "launch.py", *COMMON, *overrides, *more, f"root={scratch}", f"folder={scratch / 'run'}"]
-    began = time.monotonic()
-    with (scratch / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=HOME, stdout=log, stderr=log, start_new_session=True)
+    return {"overrides": list(overrides)} | bench((*COMMON, *overrides, *more), seconds)
+
+
+def bench(words: Cell, seconds: float) -> dict[str, Any]:
+    """bench.json of `launch.py <words>`, or under "failed" why there is none."""
+    with tempfile.TemporaryDirectory(prefix="bench_") as root:
+        scratch, began = Path(root), time.monotonic()
+        command = [sys.executable, "launch.py", *words, f"root={scratch}", f"folder={scratch / 'run'}"]
+        problem = ended(command, scratch / "log", seconds)
+        told: dict[str, Any] = {"wall_seconds": round(time.monotonic() - began, 1)}
+        result = scratch / "run" / "bench.json"
+        if problem is None and result.exists():
+            return told | json.loads(result.read_text())
+        return told | {"failed": problem or "no bench.json"}
+
+
+def ended(command: Sequence[str], log: Path, seconds: float) -> str | None:
+    """Why a command did not end well within its time; what it prints goes into `log`."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=HOME, stdout=file, stderr=file, start_new_session=True)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # its ranks end with it
-            code = process.wait()
-    passed = round(time.monotonic() - began, 1)
-    result = scratch / "run" / "bench.json"
-    told = {"overrides": list(overrides), "wall_seconds": passed}
-    if code == 0 and result.exists():
-        told |= json.loads(result.read_text())
-    else:
-        lines = (scratch / "log").read_text(errors="replace").strip().splitlines()[-12:]
-        told["failed"] = f"not done after {seconds:g} s" if code == -signal.SIGKILL else "\n".join(lines)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return told
+            process.wait()
+            return f"not done after {seconds:g} s"
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-12:]) if code else None
 
 
 def difference(mine: list[float], reference: list[float]) -> float:
