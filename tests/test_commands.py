@@ -44,9 +44,20 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch.py"])
 
 
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for the bucket of the pages' data: a dry run lists its files and reads none."""
+    store = tmp_path_factory.mktemp("bucket")
+    for name in ("shards/first.bin", "text/en/first.jsonl"):
+        (store / name).parent.mkdir(parents=True)
+        (store / name).write_bytes(bytes(64))
+    return store
+
+
 @pytest.mark.parametrize("command", SHOWN)
-def test_a_command_of_a_page_is_right(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command.replace("data.files=docs", f"data.files={HOME / 'docs'}"))
+def test_a_command_of_a_page_is_right(command: str, tmp_path: Path, bucket: Path) -> None:
+    there = command.replace("data.files=s3://bucket", f"data.files=file://{bucket}")
+    words = shlex.split(there.replace("data.files=docs", f"data.files={HOME / 'docs'}"))
     here = (
         []
         if "cluster=slurm" in words or any(each.startswith("cluster.gpus") for each in words)
