@@ -6,6 +6,7 @@ refuses what leads nowhere.
 
 import os
 import re
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 API = "api"
 
 
+@cache
 def packages() -> dict[str, list[str]]:
     """Package -> its modules that define something, from the files of src alone."""
     found: dict[str, list[str]] = {}
@@ -34,12 +36,23 @@ def api_page(package: str, modules: list[str]) -> str:
 
 
 def in_site(path: Path) -> str | None:
-    """Where a file of the repository is in the site; None: it is not part of it."""
+    """Where a file of the repository is in the site, a module on its API page; None: it is not part of it."""
     name = path.relative_to(HOME).as_posix()
     if name in OUTSIDE:
         return name
+    if path.is_relative_to(HOME / "src") and path.name != "__init__.py":
+        return _on_api_page(".".join(path.relative_to(HOME).with_suffix("").parts))
     inside = path.is_relative_to(HOME / "docs") and path.is_file() and path.suffix != ".py"
     return path.relative_to(HOME / "docs").as_posix() if inside else None
+
+
+def _on_api_page(name: str) -> str | None:
+    for package, modules in packages().items():
+        if name == package:
+            return f"{API}/{package}.md"
+        if name in modules:
+            return f"{API}/{package}.md#{name}"
+    return None
 
 
 def followed(markdown: str, page: str) -> str:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from docs.costs import filled
+from docs.key_costs import COSTS
+from docs.readers import read_by
 from src.config.groups import EXPERIMENT, GROUPS, RECIPE, options
 from src.config.reference.keys import Key, keys, kinds, top_keys
 from src.config.reference.options import ABOUT_GROUPS, about
@@ -30,7 +32,8 @@ def config_page() -> str:
         "",
         "A command is groups and keys: `python launch.py model=llama3_8b task.steps=1000`. In a terminal",
         "`python launch.py --help task.steps` says the same as this page, `--cfg job` what a whole command composes.",
-        "An empty default is that of a key below one that is null.",
+        "An empty default is that of a key below one that is null. Read by: the packages of `src` whose code asks for",
+        "it, found in the syntax trees. Cost: in memory or time, where a step, a start or the disk shows one.",
         "",
         "## Keys without a group",
         "",
@@ -44,16 +47,33 @@ def config_page() -> str:
             continue
         for target, names in kinds(group).items():
             lines += ["", f"### {target.rpartition('.')[2]}: {', '.join(f'`{name}`' for name in names)}", ""]
-            lines += [f"Class `{target}`; defaults of `{group}={names[0]}`.", "", *_table(keys(group, names[0]))]
+            lines += [f"Class {_linked(target)}; defaults of `{group}={names[0]}`.", ""]
+            lines += _table(keys(group, names[0]))
     return "\n".join(lines) + "\n"
 
 
 def _table(found: Iterable[Key]) -> Iterator[str]:
-    yield from ("| key | type | default | range or choices | unit | meaning |", "|---|---|---|---|---|---|")
+    yield "| key | type | default | range or choices | unit | meaning | read by | cost |"
+    yield "|---|---|---|---|---|---|---|---|"
     for key in found:
         default = f"`{key.default}`" if key.default else ""
-        cells = (f"`{key.name}`", key.kind, default, _cell(key.legal), key.unit, _cell(key.meaning))
+        readers = ", ".join(map(_linked, _readers(key)))
+        cost = COSTS.get(key.name, "")
+        cells = (f"`{key.name}`", key.kind, default, _cell(key.legal), key.unit, _cell(key.meaning), readers, cost)
         yield f"| {' | '.join(cells)} |"
+
+
+def _readers(key: Key) -> list[str]:
+    """Packages; where its name is put together at run time, that of its class."""
+    return read_by(key.owner, key.name.rpartition(".")[2]) or [key.owner.rpartition(".")[0].rpartition(".")[0]]
+
+
+def _linked(name: str) -> str:
+    """A package `src.train`, or a class `src.train.module.Class`, with a link to its file."""
+    place = name.replace(".", "/")
+    if not (HOME.parent / place).is_dir():
+        place = f"{place.rpartition('/')[0]}.py"
+    return f"[{name}](../{place})"
 
 
 def metrics_page() -> str:
@@ -65,7 +85,8 @@ def metrics_page() -> str:
         "",
         "`metrics.jsonl` of a run folder has a line of JSON for each logged step, with `step`, `attempt` and `time`",
         "(seconds since 1970); trackers get the same names. A step that was computed again after a restart stands",
-        "there again: its last line counts. `pandas.read_json(path, lines=True)` opens it.",
+        "there again: its last line counts. Lines with `event` say when an attempt began and ended.",
+        "`pandas.read_json(path, lines=True).dropna(subset='loss')` opens it.",
         "",
         "| name | unit | what it is |",
         "|---|---|---|",

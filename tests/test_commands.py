@@ -110,8 +110,9 @@ def test_a_tokenizer_of_few_words_under_a_large_vocabulary_is_told(capsys: pytes
     planned("model=llama3_8b", "cluster.gpus=8", "dry_run=true")
     assert capsys.readouterr().err == (
         "warning: tokenizer: 258 ids under model.vocab_size=128256: 127,998 rows of the embedding and of the head "
-        "stand for no token and cost memory and time; pass tokenizer=file tokenizer.path=<tokenizer.json of the "
-        "model>, or model.vocab_size=258\n"
+        "stand for no token and cost memory and time; pass tokenizer=bpe tokenizer.vocab_size=128256, which learns so "
+        "many from the text, tokenizer=file tokenizer.path=my/tokenizer.json, as a released model's, or "
+        "model.vocab_size=null, which follows the tokenizer\n"
     )
     planned("dry_run=true")
     planned("model=llama3_8b", "task=bench", "cluster.gpus=8", "dry_run=true")

@@ -11,7 +11,6 @@ import yaml
 from omegaconf import OmegaConf, open_dict
 from pydantic import BaseModel
 
-from docs.reference import PAGES
 from src.config.build import Top, build
 from src.config.composition.command_line import arguments
 from src.config.composition.composer import Composer, composer
@@ -64,12 +63,6 @@ def made(choice: str) -> BaseModel:
 @cache
 def default() -> Tree:
     return composed()
-
-
-def test_the_pages_that_are_made_of_the_code_are_up_to_date() -> None:
-    """Else: python -m docs.reference --write"""
-    for name, page in PAGES.items():
-        assert (CONF.parent / "docs" / name).read_text(encoding="utf-8") == page(), name
 
 
 def parsed(file: Path) -> dict[str, Any]:

@@ -114,6 +114,12 @@ def test_lines_of_the_readme_are_short() -> None:
     assert {number: len(line) for number, line in enumerate(lines, 1) if len(line) > LONGEST_LINE} == {}
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    names = [page.relative_to(HOME).as_posix() for page in DOCS]
+    assert [name for name in names if f"({name}" not in text] == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     text = (HOME / "mkdocs.yml").read_text(encoding="utf-8")
     navigation = re.findall(r": (\S+\.md)$", text[text.index("\nnav:") :], re.MULTILINE)
@@ -129,11 +135,13 @@ def test_every_module_is_on_an_api_page() -> None:
 
 def test_links_lead_from_the_site_to_the_site() -> None:
     text = "[a](docs/slurm.md#resume) ![b](docs/pictures/loss.png) [c](src/run.py) [d](https://e.org) [f](gone.md)"
-    expected = "[a](slurm.md#resume) ![b](pictures/loss.png) c [d](https://e.org) [f](gone.md)"
+    expected = "[a](slurm.md#resume) ![b](pictures/loss.png) [c](api/src.md#src.run) [d](https://e.org) [f](gone.md)"
     assert followed(text, "README.md") == expected
     assert followed("[a](../benchmarks/README.md#slurm)", "slurm.md") == "[a](benchmarks/README.md#slurm)"
     assert followed("[a](../../README.md)", "tutorials/first_run.md") == "[a](../README.md)"
     assert followed("[a](../docs/slurm.md)", "benchmarks/README.md") == "[a](../slurm.md)"
+    package = "[a](../src/train/step) [b](../conf/model) [c](../src/__init__.py)"
+    assert followed(package, "config.md") == "[a](api/src.train.step.md) b c"
 
 
 def test_the_life_of_a_run_names_each_file_once() -> None:

@@ -109,7 +109,8 @@ def test_tutorial(page: Path, tmp_path: Path) -> None:
 
 
 def test_pages_are_found() -> None:
-    assert [page.stem for page in PAGES] == ["first_run", "your_cluster", "your_model", "your_optimizer"]
+    names = ["first_run", "your_cluster", "your_data", "your_metric", "your_model", "your_optimizer"]
+    assert [page.stem for page in PAGES] == names
     for page in PAGES:
         languages = re.findall(r"^```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(languages) <= {"sh", "text", ""}, "a block of another kind would not be tested"

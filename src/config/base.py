@@ -87,6 +87,11 @@ def _url(text: str) -> str:
     return text
 
 
+def one_or_more(value: object) -> object:
+    """What a list takes: one word by itself is a list of one, as `cluster.after=runs/first`."""
+    return (value,) if isinstance(value, str) else value
+
+
 def _line(text: str) -> str:
     if not text.strip():
         raise ValueError(f"{text!r} is empty; give it some text, or null")
@@ -98,5 +103,5 @@ PathField = Annotated[Path, BeforeValidator(_path_here), AfterValidator(_at_home
 Place = Annotated[str, AfterValidator(path_text)]  # a path, or hf:<hub id>
 Url = Annotated[str, AfterValidator(_url)]  # of a folder elsewhere
 Line = Annotated[str, AfterValidator(_line)]  # a word or several for a command, a script or a service
-Names = Annotated[tuple[str, ...], Strict(strict=False)]
+Names = Annotated[tuple[str, ...], BeforeValidator(one_or_more), Strict(strict=False)]
 RankNumbers = Annotated[tuple[CountFromZero, ...], Strict(strict=False)]

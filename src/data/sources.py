@@ -18,7 +18,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from src.config.base import Config, path_or_url
+from src.config.base import Config, one_or_more, path_or_url
 from src.config.bounds import Count, Seed
 from src.data import files
 from src.data.files import BadRow
@@ -33,7 +33,7 @@ Files = Annotated[str, AfterValidator(path_or_url)]
 OneOrMore = Annotated[
     tuple[Files, ...],
     Strict(strict=False),
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    BeforeValidator(one_or_more),
 ]
 
 # A command line cannot hold a line break: the two letters \n stand for one, \r for its Windows half.

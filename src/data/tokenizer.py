@@ -270,9 +270,10 @@ def vocabulary_warnings(tokenizer: TokenizerConfig, model_vocab_size: int) -> li
     if unused <= max(needed, PADDING_IDS):
         return []
     return [
-        f"tokenizer: {needed:,} ids under model.vocab_size={model_vocab_size}: {unused:,} rows of the embedding and of "
-        "the head stand for no token and cost memory and time; pass tokenizer=file tokenizer.path=<tokenizer.json of "
-        f"the model>, or model.vocab_size={needed}"
+        f"tokenizer: {needed:,} ids under model.vocab_size={model_vocab_size}: {unused:,} rows of the embedding and "
+        "of the head stand for no token and cost memory and time; pass tokenizer=bpe "
+        f"tokenizer.vocab_size={model_vocab_size}, which learns so many from the text, tokenizer=file "
+        "tokenizer.path=my/tokenizer.json, as a released model's, or model.vocab_size=null, which follows the tokenizer"
     ]
 
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from src.config.base import Config, Line
+from src.config.base import Config, Line, one_or_more
 from src.config.bounds import Count, CountFromZero, Seconds
 
 Event = Literal["failed", "diverged", "stalled", "spike", "preempted", "finished", "straggler"]
@@ -32,7 +32,7 @@ class Alerts(Config):
     """Form of what is posted; slack: {"text": ...}; json: all facts."""
     command: Line | None
     """Command that is started for each alert, without a shell, with all facts as JSON on its input; null: none."""
-    events: Annotated[tuple[Event, ...], Strict(strict=False)]
+    events: Annotated[tuple[Event, ...], BeforeValidator(one_or_more), Strict(strict=False)]
     """What is told."""
     stall_factor: Factor
     """No step for so many times the median interval between two lines of metrics is a stall."""

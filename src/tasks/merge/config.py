@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
-from src.config.base import Config, Place
+from src.config.base import Config, Place, one_or_more
 from src.config.bounds import CountFromZero, Scale, Sequences, Steps, Tokens
 from src.tasks.evaluate.config import held_problems
 from src.tasks.merge.part import MergePart
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OneOrMore = Annotated[
     tuple[Place, ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    BeforeValidator(one_or_more),
     Strict(strict=False),
 ]
 
