@@ -1,13 +1,17 @@
 """The simulated week: it adds up, agrees with Daly's formula where it may, and its decisions are the project's."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 
+from benchmarks.scale import operations
 from benchmarks.scale.__main__ import auto, defaults, main
+from benchmarks.scale.operations import week_of
 from benchmarks.scale.site import HOUR, WEEK, Site
 from benchmarks.scale.week import Week, shares
 from src.planning.time.failures import goodput
+from tests.scale.laws import ROWS
 
 SITE = Site(nodes=512)
 QUIET = replace(SITE, slow_node_hours=1e12, outage_hours=0.0, full_days=0.0, requeue_seconds=0.0, spares=1.0)
@@ -84,3 +88,19 @@ def test_what_it_cannot_play_is_refused(wrong: list[str], capsys: pytest.Capture
         main(["--nodes", "2", *wrong])
     assert told.value.code == 2
     assert "numbers for" in capsys.readouterr().err or "at least 1" in capsys.readouterr().err or wrong[0] != "--site"
+
+
+def test_the_laws_of_the_scale_test_hold_in_the_week(capsys: pytest.CaptureFixture[str]) -> None:
+    """A world of eight nodes: what a start takes, as often as the week starts; twice the starts take twice as much."""
+    site = replace(SITE, nodes=8)
+    once = {"starts": 1.0, "saves": 1.0, "failures": 1.0, "logged": 1.0}
+    week = week_of(site, once)
+    assert week["operations of the store"] == 5 * 64
+    assert week["lines of attempts.jsonl about failures"] == 8
+    assert week_of(site, once | {"starts": 2.0})["operations of the store"] == 2 * 5 * 64
+    assert main(["--nodes", "8", "--weeks", "1", "--operations"]) == 0
+    assert "files of the shared disk opened for code and config" in capsys.readouterr().out
+    wasteful = replace(next(row for row in ROWS if row.part == "metrics"), measure=lambda world: world)
+    rest = [row for row in ROWS if row.what != wasteful.what]
+    with patch.object(operations, "ROWS", (wasteful, *rest)), pytest.raises(AssertionError, match="the law O"):
+        week_of(site, once)

@@ -3,6 +3,7 @@
 python -m benchmarks.scale --nodes 512                     the default settings, and checkpoint.every=auto
 python -m benchmarks.scale --nodes 512 2048 --weeks 50     more of them, averaged
 python -m benchmarks.scale --nodes 2048 --site step_seconds=8 outage_hours=12
+python -m benchmarks.scale --nodes 512 --operations        what the week asks of the store and the shared disk, counted
 python -m benchmarks.scale --nodes 512 2048 --record       and keep the table in benchmarks/records/scale.json
 
 Machines, scheduler and shared disk are played (benchmarks/scale/site.py: nodes die by an MTBF, hang, break and grow
@@ -28,6 +29,7 @@ from src.planning.time.failures import best_interval
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECORD = Path(__file__).resolve().parents[1] / "records" / "scale.json"
+LOG_EVERY = 10  # task.log_every
 ONCE = 20  # requeues in all, however far the run had come, as version 0.2.0 counted its default
 PARTS = {
     "useful": "steps that were kept",
@@ -94,7 +96,21 @@ def _row(stories: Sequence[Story]) -> dict[str, Any]:
         "shares": shares(list(stories)),
         "counts": counts,
         "day_of_requeue_21": mean(twenty) if twenty else None,
+        "events": {
+            "starts": counts["starts"],
+            "saves": counts["saves"],
+            "failures": mean(sum(story.verdicts.values()) for story in stories),
+            "logged": mean(story.steps for story in stories) / LOG_EVERY,
+        },
     }
+
+
+def operations(site: Site, found: dict[str, Any]) -> None:
+    """Count what the weeks of each setting ask of the store and the shared disk."""
+    from benchmarks.scale.operations import week_of  # which brings torch along
+
+    for row in found["settings"].values():
+        row["operations"] = week_of(site, row["events"])
 
 
 def text(found: dict[str, Any]) -> str:
@@ -107,6 +123,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(
             "    a week: " + ", ".join(f"{count:.1f} {what}" for what, count in row["counts"].items() if count)
         )
+        lines += [f"    {count:14,.0f} {what}" for what, count in row.get("operations", {}).items()]
         if (day := row["day_of_requeue_21"]) is not None:
             lines.append(f"    the {ONCE + 1}st requeue is on day {day:.1f}")
     return "\n".join(lines)
@@ -123,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = ", ".join(f"{name}={each.default:g}" for name, each in known.items())
     parser.add_argument("--site", nargs="*", default=[], metavar="KEY=VALUE", help=f"other facts: {facts}")
     parser.add_argument(
+        "--operations", action="store_true", help="count what the week asks of store and disk (tests/scale; seconds)"
+    )
+    parser.add_argument(
         "--record", action="store_true", help=f"write the numbers to {RECORD.name} in benchmarks/records"
     )
     given = parser.parse_args(arguments)
@@ -133,7 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--site {' '.join(given.site)}: numbers for {', '.join(known)}")
     if min([*given.nodes, given.weeks]) < 1 or any(value < 0 for value in facts_given.values()):
         parser.error("nodes and weeks are at least 1, facts of the site at least 0")
-    rows = [told(Site(nodes, **facts_given), given.weeks, given.seed) for nodes in given.nodes]
+    sites = [Site(nodes, **facts_given) for nodes in given.nodes]
+    rows = [told(site, given.weeks, given.seed) for site in sites]
+    if given.operations:
+        for site, row in zip(sites, rows, strict=True):
+            operations(site, row)
     print("\n\n".join(map(text, rows)))
     if given.record:
         RECORD.write_text(json.dumps({"weeks": given.weeks, "seed": given.seed, "site": facts_given, "rows": rows},

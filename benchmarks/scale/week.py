@@ -71,6 +71,7 @@ class Story:
 
     spent: Spent = field(default_factory=Spent)
     starts: int = 0
+    steps: float = 0.0  # those that were done again, too
     verdicts: Counter[str] = field(default_factory=Counter)
     stops: list[str] = field(default_factory=list)  # in words, each of which needed a person
     requeued: list[float] = field(default_factory=list)  # when
@@ -209,6 +210,7 @@ class _Life:
         at = max(week.now, min(at_due, self.failure, self.limit, week.seconds, *moments))
         spent = week.story.spent
         steps = (at - week.now) / pace
+        week.story.steps += steps
         spent.useful += steps * self.site.step_seconds
         spent.slow += steps * (pace - self.site.step_seconds)
         week.step, week.now = (float(due) if at == at_due else week.step + steps), at

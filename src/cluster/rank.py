@@ -57,7 +57,8 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     facts = LauncherEnv.read()
     rank, local_rank = facts.rank, facts.local_rank
     patience, source = Patience(), job.source
-    if source is not None and local_rank == 0:  # 611 files to open: once a node
+    # 621 files to open: once a run, since each machine has checked its copy; once a machine where it has none.
+    if source is not None and (rank == 0 or (local_rank == 0 and _imports(source))):
         patience(lambda: verify(source))
     tree = patience(lambda: trees.read(job.folder / "config.yaml")) if tree is None else tree
     try:
@@ -76,6 +77,13 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     if rank == 0:
         end(job.folder, "finished" if finished else "stopped")
     return finished
+
+
+def _imports(snapshot: Path) -> bool:
+    """Whether this process imports the snapshot itself, not a copy."""
+    import src
+
+    return Path(src.__file__ or "").resolve().parents[1] == snapshot.resolve()
 
 
 def by_launcher(module: str, description: str) -> argparse.ArgumentParser:

@@ -1,9 +1,9 @@
 """The code of a run, frozen beside it, and what git says of it."""
 
-import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,21 +11,35 @@ from pathlib import Path
 from typing import Any, Self
 
 from src.errors import FolderError, some
-from src.storage.space import write_all
+from src.runs.bytecode import compiled
+from src.runs.node_copy import ARCHIVE, CACHE, DamagedCodeError, digest, on_node, packed, write_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("src", "conf", "launch.py", "requirements.txt", "pyproject.toml")
 LIST = "FILES"  # of a snapshot: the names that it was frozen with
 # What Python runs when it finds it below PYTHONPATH, by its name (sitecustomize.py) or in place of another module.
 RUNNABLE = frozenset({".py", ".pyc", ".pyo", ".pyd", ".so", ".pth", ".zip", ".egg"})
-CACHE = "__pycache__"
-# For processes that import a snapshot: bytecode beside it would be run unread, and nobody could tell whose it is.
+# For processes that import a snapshot: bytecode beside it would be run unread, and nobody could tell whose it is. What
+# the freeze has compiled is in the archive, and in the copies that machines make of it.
 NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def importing(snapshot: Path, path: str | None) -> dict[str, str]:
-    """Environment of a process that imports a snapshot before what `path`, the PYTHONPATH so far, leads to."""
-    return {"PYTHONPATH": os.pathsep.join([str(snapshot), *filter(None, [path])]), **NO_BYTECODE}
+    """Environment of a process on this machine that imports a snapshot before what `path`, the PYTHONPATH so far,
+    leads to. FolderError where the snapshot's archive is damaged.
+    """
+    return {"PYTHONPATH": os.pathsep.join([str(_copied(snapshot)), *filter(None, [path])]), **NO_BYTECODE}
+
+
+def _copied(snapshot: Path) -> Path:
+    """This machine's copy of it; itself, with a warning, where the machine has no place for one."""
+    try:
+        return on_node(snapshot)
+    except DamagedCodeError as error:
+        raise FolderError(f"{snapshot / ARCHIVE}: {error}; start the run again") from error
+    except OSError as error:
+        print(f"warning: {error}: ranks import {snapshot} instead", file=sys.stderr)
+        return snapshot
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,12 @@ class Code:
     @cached_property
     def digest(self) -> str:
         """8 hex digits over names and contents."""
-        return _digest(self.contents)
+        return digest(self.contents)
+
+    @cached_property
+    def archive(self) -> bytes:
+        """All of it and its bytecode as one file, which machines make their copies of."""
+        return packed({**self.contents, **compiled(self.contents)})
 
     def freeze(self, into: Path) -> str:
         """Copy it to `into/<digest>` unless it is there; returns the digest.
@@ -84,11 +103,11 @@ class Code:
             shutil.rmtree(stale, ignore_errors=True)
         target = into / self.digest
         refuse_added(target, self.contents, cache=False)
-        if _is_exactly(target, self.contents):
+        if _is_exactly(target, {**self.contents, ARCHIVE: self.archive}):
             return self.digest
         partial = into / f"{self.digest}.partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
-        _write(partial, self.contents)
+        write_files(partial, {**self.contents, ARCHIVE: self.archive})
         (partial / LIST).write_text("".join(f"{name}\n" for name in self.contents))
         # Half removed or edited by hand: the same hash must mean the same code.
         shutil.rmtree(target, ignore_errors=True)
@@ -96,31 +115,18 @@ class Code:
         return self.digest
 
 
-def _write(into: Path, contents: Mapping[str, bytes]) -> None:
-    """All files below a new folder; without a Path of each, which took two thirds of the time: a sweep of 50 points
-    writes 23,000.
-    """
-    for parent in sorted({os.path.dirname(name) for name in contents} | {""}):
-        os.makedirs(os.path.join(into, parent), exist_ok=True)
-    for name, content in contents.items():
-        with open(f"{into}/{name}", "xb", buffering=0) as file:
-            write_all(file.fileno(), content)
-
-
 def verify(snapshot: Path) -> None:
     """FolderError when the frozen code is not what its name says, or when there is more of it."""
     try:
         files = (snapshot / LIST).read_text().splitlines()
         refuse_added(snapshot, files)
-        digest = fingerprint(snapshot, files)
+        found = fingerprint(snapshot, files)
     except OSError as error:
         raise FolderError(
             f"{snapshot}: the code snapshot of this run is damaged ({error}); start the run again"
         ) from error
-    if digest != snapshot.name:
-        raise FolderError(
-            f"{snapshot}: the frozen code was edited (hash {digest}); edit your work tree and start again"
-        )
+    if found != snapshot.name:
+        raise FolderError(f"{snapshot}: the frozen code was edited (hash {found}); edit your work tree and start again")
 
 
 def refuse_added(snapshot: Path, files: Iterable[str], *, cache: bool = True) -> None:
@@ -153,15 +159,7 @@ def _is_exactly(snapshot: Path, contents: Mapping[str, bytes]) -> bool:
 def fingerprint(root: Path, files: list[str]) -> str:
     """8 hex digits of the named files below `root`; a missing one changes them."""
     present = {name: (root / name).read_bytes() for name in files if (root / name).is_file()}
-    return _digest(present)
-
-
-def _digest(contents: Mapping[str, bytes]) -> str:
-    whole = hashlib.sha256()
-    for name in sorted(contents):
-        whole.update(f"{name}\0{len(contents[name])}\0".encode())
-        whole.update(contents[name])
-    return whole.hexdigest()[:8]
+    return digest(present)
 
 
 def _files(root: Path) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 from src.cluster.local.signals import SAME_SIGNAL_SECONDS
 from src.cluster.local.supervisor import RankSupervisor, killed_for_memory
 from src.cluster.rank import RankJob
+from src.runs import node_copy
 from src.runs.folder import Attempt, attempts
 from tests.cluster.fakes import launch, place, repository, until_heard
 
@@ -53,7 +54,8 @@ def test_two_ranks_add_up_and_log(code: Path, tmp_path: Path) -> None:
     assert launcher.returncode == 0, err
     folder = place(tmp_path, "sum", 2)
     (attempt,) = attempts(folder)
-    told = [f"threads 1 in {tmp_path}", f"code {folder / 'code' / attempt.code}"]
+    copy = node_copy.place(folder / "code" / attempt.code)  # this machine's own
+    told = [f"threads 1 in {tmp_path}", f"code {copy}"]
     assert out.splitlines() == ["rank 0 of 2: sum 3", *told, "outcome finished"]
     assert err.strip() == "a warning"
     for rank in range(2):

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from src.cluster.slurm import client
+from src.cluster.slurm.batch_script import ON_NODE
 from src.cluster.slurm.client import NodeFacts
 from src.cluster.slurm.config import Slurm
 from src.cluster.slurm.resources import Resources, problems
@@ -122,7 +123,8 @@ def test_a_container_is_a_matter_of_flags(tmp_path: Path) -> None:
     lines = site("slurm_container", srun=srun).script([(tmp_path, TWO_NODES)]).splitlines()
     ours = "--container-image=a.sqsh --container-mounts=/d:/d --no-container-mount-home"
     (ranks,) = (line for line in lines if line.startswith("srun "))
-    assert f"--cpus-per-task=12 {ours} python3 -u -m submitit.core._submit" in ranks
+    assert f"--cpus-per-task=12 {ours} python3 {ON_NODE} -u -m submitit.core._submit" in ranks
+    assert 'snapshot="${folders[$point]}/code/${codes[$point]}"' in lines
     assert any(
         f"srun --overlap --nodes=1 --ntasks=1 {ours} python3 -m src.cluster.diagnosis.verdict" in line for line in lines
     )

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -117,24 +118,36 @@ class FakeWire:
         return self._network.receive(source, self.rank)
 
 
-# Of `os`, by what a file system calls them.
+# Of `os`, by what a file system calls them; what opens a file creates it where it may write.
 _CALLS = {
     "stat": ("stat", "lstat"),
     "list": ("scandir", "listdir"),
-    "create": ("mkdir", "open", "link", "symlink"),
+    "create": ("mkdir", "link", "symlink"),
     "rename": ("rename", "replace"),
     "remove": ("unlink", "rmdir", "remove"),
 }
 
 
+def _opening(path: Any, how: Any = "r", *_given: Any, mode: Any = None, **_named: Any) -> str:
+    """`how`: a mode of open(), flags of os.open()."""
+    how = how if mode is None or isinstance(how, int) else mode
+    creates = how & os.O_CREAT if isinstance(how, int) else set(how) & set("wax")
+    return "create" if creates else "open"
+
+
 @contextmanager
-def counted_files() -> Iterator[Counter[str]]:
-    """Calls of the file system by Python code in the block: open, stat, list, create, rename, remove."""
+def counted_files(below: Path | None = None) -> Iterator[Counter[str]]:
+    """Calls of the file system by Python code in the block: open, stat, list, create, rename, remove. `below`: those
+    alone whose first path lies there.
+    """
     counts: Counter[str] = Counter()
 
-    def counting(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(kind: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*given: Any, **named: Any) -> Any:
-            counts[kind] += 1
+            path = given[0] if given else None
+            there = isinstance(path, str | os.PathLike) and str(path).startswith(str(below))
+            if below is None or there:
+                counts[kind(*given, **named)] += 1
             return call(*given, **named)
 
         return counted
@@ -142,8 +155,10 @@ def counted_files() -> Iterator[Counter[str]]:
     with ExitStack() as stack:
         for kind, names in _CALLS.items():
             for name in names:
-                stack.enter_context(patch.object(os, name, counting(kind, getattr(os, name))))
-        opened = counting("open", io.open)
+                counted = counting(lambda *_given, kind=kind, **_named: kind, getattr(os, name))
+                stack.enter_context(patch.object(os, name, counted))
+        stack.enter_context(patch.object(os, "open", counting(_opening, os.open)))
+        opened = counting(_opening, io.open)
         stack.enter_context(patch.object(io, "open", opened))
         stack.enter_context(patch.object(builtins, "open", opened))
         yield counts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import log2
 from pathlib import Path
 
-from tests.scale import measures
+from tests.scale import life, measures
 
 WORLDS = (8, 64, 512, 4096)
 HUGE = 16_384  # in `make test-all`
@@ -80,6 +80,22 @@ ROWS = (
         limit=1,
     ),
     Row(
+        "start",
+        "files of the shared disk that a node's ranks open, n modules",
+        CONSTANT,
+        life.start_opens,
+        {8: 88, 64: 592, 512: 4_624, 4096: 36_880},
+        limit=16,
+    ),
+    Row(
+        "start",
+        "creates and renames by all ranks",
+        CONSTANT,
+        life.start_creates,
+        {},
+        limit=12,
+    ),
+    Row(
         "opening the data",
         "calls of the file system of a rank, 16 n pieces",
         CONSTANT,
@@ -88,12 +104,30 @@ ROWS = (
         limit=10,
     ),
     Row(
+        "opening the data",
+        "bytes of memory of a rank, 16 n pieces",
+        Law("64 a piece", lambda first, world: first + 64 * 16 * world),
+        measures.opening_data_bytes,
+        {},
+    ),
+    Row(
         "reading the data",
         "open files of a rank after n shards",
         Law("at most 64", lambda _first, _world: 64),
         measures.reading_data,
         {8: 8, 64: 64, 512: 512, 4096: 4_096},
         limit=64,
+    ),
+    Row("step", "all-reduces beside the layout's own", CONSTANT, life.step_calls, {}, limit=2),
+    Row("step", "bytes that they sum", CONSTANT, life.step_bytes, {}, limit=64),
+    Row("validation", "bytes of sums in all, 4 batches", CONSTANT, life.validation_bytes, {}, limit=32),
+    Row("metrics", "calls of the file system by all ranks, a logged step", CONSTANT, life.metrics_calls, {}, limit=8),
+    Row(
+        "metrics",
+        "bytes that alert.straggler_share sums, a logged step",
+        Law("24 n", lambda _first, world: 24 * world),
+        life.straggler_bytes,
+        {},
     ),
     Row(
         "saves, loads",
@@ -123,12 +157,37 @@ ROWS = (
         measures.first_save_of_rank_0,
         {8: 12_616, 64: 101_184, 512: 816_640, 4096: 6_549_504},
     ),
+    Row("first save", "creates and renames by rank 0, 2 n files", CONSTANT, life.save_creates, {}, limit=16),
     Row(
         "later saves",
         "bytes of plans that any rank receives",
         CONSTANT,
         measures.later_save,
         {8: 12_616, 64: 101_184, 512: 816_640, 4096: 6_549_504},
+    ),
+    Row(
+        "stop",
+        "looks at the shared disk by a node's ranks in 10 s",
+        CONSTANT,
+        life.stop_looks,
+        {8: 160, 64: 160, 512: 160, 4096: 160},
+        limit=32,
+    ),
+    Row(
+        "resume",
+        "samples that a rank hashes, after n windows",
+        CONSTANT,
+        life.resume_samples,
+        {8: 524_293, 64: 4_194_309, 512: 33_554_437, 4096: 268_435_461},
+        limit=2 * 65_536,
+    ),
+    Row("resume", "files that a rank checks, 2 n files", CONSTANT, life.resume_files, {}, limit=2),
+    Row(
+        "crash",
+        "lines of attempts.jsonl by all ranks, a lost peer",
+        Law("one a node", lambda _first, world: world / 8),
+        life.crash_records,
+        {8: 8, 64: 64, 512: 512, 4096: 4_096},
     ),
     Row(
         "crash",
@@ -180,12 +239,17 @@ numbers. The suite counts up to 512 ranks, `make test-all` up to 16,384, and fai
 
 n is the number of ranks, eight a node. The last column is what 4,096 ranks took before each was mended."""
 
-END = """- **Start.** Rank 0 alone reads who is there, one record a node. Beyond 32 ranks gloo connects to those it
-  speaks with; measured with 8 processes and both of a rank's groups: 9 descriptors after the start and 15 after
-  use, where the full mesh has 23. The soft limit of open files is raised where connections need more; where the
-  hard one is lower, the start is refused with the number. Rank 0 hosts the store: two connections a rank.
+END = """- **Start.** A node's ranks open one archive of the code and, each, config.yaml; what they import is a copy on
+  the node's own disk, with bytecode ([SLURM](slurm.md#what-a-start-reads-of-the-shared-disk)). Before, each rank
+  opened every module, and one of a node all files again. Rank 0 alone reads who is there, one record a node.
+  Beyond 32 ranks gloo connects to those it speaks with; measured with 8 processes and both of a rank's groups: 9
+  descriptors after the start and 15 after use, where the full mesh has 23. The soft limit of open files is raised
+  where connections need more; where the hard one is lower, the start is refused with the number. Rank 0 hosts
+  the store: two connections a rank.
 - **NCCL** splits a communicator for all groups of an axis at once, here as before; the calls counted are those
   of other backends.
+- **Steps.** Two sums beside the layout's own: what is known before the backward pass, and after it. A vote to
+  stop is a part of the second; no rank but the first writes numbers.
 - **Data.** An index of 250,000 pieces opens in 0.02 s and 29 MiB of memory, by one core (3.1 s and 400 MB as
   JSON). The launcher looks at every file once; a rank looks at one when it first reads from it, and says then
   what is wrong with it.

@@ -3,6 +3,7 @@
 import json
 import pickle
 import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,20 @@ def opening_data(world: int) -> int:
             opened = TokenShards(Path(place))
         assert opened.tokens("train") == 4 * PIECES_PER_RANK * world
     return sum(calls.values())
+
+
+def opening_data_bytes(world: int) -> int:
+    """Of a rank's memory, at most, while it opens that corpus."""
+    with tempfile.TemporaryDirectory() as place:
+        token_folder(Path(place), PIECES_PER_RANK * world, 4)
+        TokenShards(Path(place))  # what a first use imports is no part of it
+        tracemalloc.start()
+        try:
+            opened = TokenShards(Path(place))
+            assert opened.tokens("train") == 4 * PIECES_PER_RANK * world
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
 
 
 def reading_data(world: int) -> int:

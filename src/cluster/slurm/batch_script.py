@@ -13,6 +13,9 @@ from src.runs.frozen_code import NO_BYTECODE
 
 Flag = str | int | float | bool | None
 
+# Between Python and its arguments, of each rank: one of a node makes the copy of the code that all of them import.
+ON_NODE = '-I -S "$snapshot/src/runs/node_copy.py" "$snapshot" "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
+
 
 def job_name(jobs: Sequence[QueuedJob]) -> str:
     """The first run's, and how many more there are."""
@@ -36,7 +39,8 @@ def setup(jobs: Sequence[QueuedJob]) -> list[str]:
         f"folders=({folders})",
         f"codes=({codes})",
         "point=${SLURM_ARRAY_TASK_ID:-0}",
-        'export PYTHONPATH="${folders[$point]}/code/${codes[$point]}${PYTHONPATH:+:$PYTHONPATH}"',
+        'snapshot="${folders[$point]}/code/${codes[$point]}"',
+        'export PYTHONPATH="$snapshot${PYTHONPATH:+:$PYTHONPATH}"',
         "export PYTHONSAFEPATH=1",  # or `python -m` would find the work tree first
         *(f"export {key}={value}" for key, value in NO_BYTECODE.items()),
     ]

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options, SilentError
 from src.cluster.local.side_by_side import PackedRun
 from src.cluster.slurm import client, later
-from src.cluster.slurm.batch_script import Flag, flags, job_folder, job_name, kept, left_out, setup, teardown
+from src.cluster.slurm.batch_script import ON_NODE, Flag, flags, job_folder, job_name, kept, left_out, setup, teardown
 from src.cluster.slurm.packing import PackedJob, filled, small, whole_node
 from src.cluster.slurm.payload import QueuedJob, slow_nodes
 from src.cluster.slurm.resources import Resources, problems
@@ -299,7 +299,7 @@ class Slurm(SiteFacts):
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
 
-        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=self._python)
+        executor = SlurmExecutor(place, max_num_timeout=self.requeues, python=f"{self._python} {ON_NODE}")
         executor.update_parameters(**parameters)
         try:
             with _outside_of_jobs(), executor.batch():
@@ -321,7 +321,7 @@ class Slurm(SiteFacts):
         """As submitit will write it; also where there is no SLURM."""
         from submitit.slurm.slurm import _make_sbatch_string
 
-        command = f"{self._python} -u -m submitit.core._submit {shlex.quote(str(place))}"
+        command = f"{self._python} {ON_NODE} -u -m submitit.core._submit {shlex.quote(str(place))}"
         text: str = _make_sbatch_string(command, place, map_count=count if count > 1 else None, **parameters)
         return text
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from src.cluster.diagnosis import rank_failure
 from src.cluster.diagnosis.verdict import newest
+from src.cluster.kernel_cache import KernelCache
 from src.cluster.local.side_by_side import SAVED
 from src.cluster.rank import RankJob, end_with, run_rank
 from src.cluster.slurm.replica_groups import introduce
@@ -28,6 +29,7 @@ from src.distributed.process.rank_context import LauncherEnv
 from src.errors import FolderError, UserError
 from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import RunFolder
+from src.runs.node_copy import place
 from src.storage.json_lines import Lines
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class QueuedJob:
     def _live(self, facts: LauncherEnv, nodes: list[str]) -> bool:
         _assert_frozen(self.folder / "code" / self.code)
         tree = trees.read(self.folder / "config.yaml")
-        _share_compile_cache(tree, self.code)
+        kernels = _kernels(tree, self.code)
         introduce(self.folder, tree)
         if facts.rank > 0:
             return self._run(facts, nodes)
@@ -91,6 +93,7 @@ class QueuedJob:
             site = tree["cluster"]
             with Deadline(self.folder, site["requeues"], site["grace_seconds"]):
                 finished = self._run(facts, nodes)
+                kernels.keep()
             if (options := options_of(self.folder)) is not None:
                 tell_end(self.folder, options)
             return finished
@@ -221,21 +224,28 @@ def _export(device: str, folder: Path) -> list[str]:
 
 
 def _assert_frozen(snapshot: Path) -> None:
-    """The modules of this process are those of the snapshot, whatever the site's environment did to Python's path."""
+    """The modules of this process are those of the snapshot, or of this machine's copy of it, whatever the site's
+    environment did to Python's path.
+    """
     import src
 
     here = Path(src.__file__ or "").resolve().parents[1]
+    with suppress(OSError):
+        if here == place(snapshot).resolve():
+            return
     if here != snapshot.resolve():
         raise FolderError(f"{snapshot}: this rank imports {here} instead; let cluster.setup leave PYTHONPATH alone")
 
 
-def _share_compile_cache(tree: trees.Tree, code: str) -> None:
+def _kernels(tree: trees.Tree, code: str) -> KernelCache:
     """A requeue, and every other point of this shape, finds its kernels compiled."""
     parts = json.dumps({key: tree.get(key) for key in _COMPILED}, sort_keys=True)
     key = f"{code}-{hashlib.sha256(parts.encode()).hexdigest()[:8]}"
-    cache = Path(tree["root"]).expanduser().absolute() / "cache" / "compile" / key
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+    start = SlurmScheduler().current_start()
+    shared = Path(tree["root"]).expanduser().absolute() / "cache" / "compile" / key
+    kernels = KernelCache.on_node(shared, f"{start.job}.{start.restarts}")
+    kernels.export()
+    return kernels
 
 
 def _rejoin(path: Path, code: str) -> RunFolder:
