@@ -42,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--process-group", choices=("nccl", "gloo"))
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record and the table")
     given = parser.parse_args(arguments)
     model = "llama3_debug" if given.cpu else given.model
+    record = given.out / f"fault_tolerance_{given.gpus}_{model}.json"
     whole, group = LAYOUTS[given.gpus]
     common = (f"model={model}", f"task.steps={given.steps}", *(SMALL if given.cpu else LARGE), *QUIET)
     sums = () if given.process_group is None else (f"fault_tolerance.process_group={given.process_group}",)
@@ -68,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wrong.append(name)
         if found[name].get("outer/failed_syncs"):
             wrong.append(name)
-        write(f"fault_tolerance_{given.gpus}_{model}", found, wrong)  # what a later run does wrong costs none of it
-    print((RECORDS / f"fault_tolerance_{given.gpus}_{model}.md").read_text())
+        write(record, found, wrong)  # what a later run does wrong costs none of it
+    print(record.with_suffix(".md").read_text())
     return 1 if wrong else 0
 
 
@@ -157,9 +159,10 @@ def apart_by(one: dict[int, float], other: dict[int, float]) -> float:
     return max(abs(other[step] - loss) / loss for step, loss in one.items() if step in other)
 
 
-def write(name: str, found: dict[str, dict[str, Any]], wrong: list[str]) -> None:
-    RECORDS.mkdir(exist_ok=True)
-    (RECORDS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+def write(record: Path, found: dict[str, dict[str, Any]], wrong: list[str]) -> None:
+    """`record`: .json; its table lies beside it."""
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps(found, indent=1) + "\n")
     base = found["one run"]["step_seconds"]
     lines = ["| | s per step | against one run | tokens/s per GPU | |", "|---|---|---|---|---|"]
     for cell, facts in found.items():
@@ -168,7 +171,7 @@ def write(name: str, found: dict[str, dict[str, Any]], wrong: list[str]) -> None
         speed = f"{facts['step_seconds']:.3f} | {facts['step_seconds'] / base - 1:+.1%}"
         lines.append(f"| {cell} | {speed} | {facts['tokens_per_second_and_gpu']:,.0f} | {told} |")
     lines.append(f"\nWent wrong: {', '.join(wrong)}" if wrong else "\nLosses are those of one run; no exchange failed.")
-    (RECORDS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    record.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Cell:
 
 def ours(words: str, *, beside: str = "", like: str = "") -> Cell:
     small = ["task.seq_len=64", "task.steps=3", "task.warmup_steps=1", "compile=off", "cluster.gpus=0"]
+    if "async_tensor" in words:
+        return Cell("ours", ("task=bench", *words.split()), beside, like)
     small.append("model=deepseek_v3_debug" if "16b" in words else "model=llama3_debug")
     small += ["precision.float8.emulate=true"] if "fp8" in words else []
     return Cell("ours", ("task=bench", *words.split()), beside, like, tuple(small))
@@ -123,7 +125,7 @@ def scripts() -> dict[str, Cell]:
     replicas = ("-m", "benchmarks.fault_tolerance", "--gpus", "4")
     files = ("-m", "benchmarks.import_export", "--ranks", "4", "--folder", "{folder}")
     return {
-        "replicas of 1b": Cell("script", replicas, small=("--cpu", "--steps", "20")),
+        "replicas of 1b": Cell("script", replicas, small=("--cpu", "--steps", "20", "--out", "{folder}")),
         "replicas of 8b": Cell("script", (*replicas, "--model", "llama3_8b")),
         "import and export of 8b": Cell("script", files, small=("--model", "llama3_debug")),
         "hang of NCCL": Cell("script", ("-m", "pytest", "-q", "-m", "gpu", "tests/cluster/test_hang.py")),
