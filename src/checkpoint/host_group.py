@@ -15,10 +15,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from src.distributed.process.rank_context import LauncherEnv
 from src.errors import CheckpointError, DiskFaultError, DiskFullError, UserError
 from src.storage.space import disk_full
 
 T = TypeVar("T")
+Q = TypeVar("Q")
 
 _NO, _YES, _FAILED = range(3)
 
@@ -49,6 +51,9 @@ class Wire(Protocol):
     def rank(self) -> int: ...
     @property
     def world(self) -> int: ...
+    @property
+    def node(self) -> range:
+        """The ranks of this rank's node."""
 
     def largest(self, number: int) -> int:
         """Collective: the largest of all ranks' numbers."""
@@ -66,6 +71,9 @@ class GlooWire:
         self._group = dist.new_group(backend="gloo")
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        facts = LauncherEnv.read()
+        first = self.rank - facts.local_rank
+        self.node = range(first, min(first + facts.local_world, self.world))
 
     def largest(self, number: int) -> int:
         value = torch.tensor(number)
@@ -129,6 +137,23 @@ class HostGroup:
             self._wire.send(pickle.dumps(parts[first:]), number)
             parts = parts[:first]
         return parts[0]
+
+    def of_node(self, ask: Callable[[], Q], answer: Callable[[list[Q]], list[T]]) -> T:
+        """What the first rank of this node answers to what this one asks; it answers all ranks of the node at once, in
+        their order.
+        """
+        asked, node = self.on_all(ask), self._wire.node
+        if self.rank > node[0]:
+            self._wire.send(pickle.dumps(asked), node[0])
+            self._agree(_Outcome(None), _NO)
+            return pickle.loads(self._wire.receive(node[0]))  # type: ignore[no-any-return]
+        others = [pickle.loads(self._wire.receive(each)) for each in node[1:]]
+        outcome = _try(lambda: answer([asked, *others]), self.rank)
+        self._agree(outcome, _NO)
+        mine, *theirs = outcome.get()
+        for each, told in zip(node[1:], theirs, strict=True):
+            self._wire.send(pickle.dumps(told), each)
+        return mine
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 alone; returns its result on every rank."""

@@ -22,7 +22,7 @@ from src.checkpoint.background import BackgroundTask
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
-from src.checkpoint.metadata import PatientReader, RestrictedReader
+from src.checkpoint.metadata import PatientReader, RestrictedReader, narrowed, wants_of
 from src.checkpoint.mirror import Mirror
 from src.checkpoint.state import (
     Fitting,
@@ -208,9 +208,8 @@ class Store:
         values: dict[str, Any] = self._on_rank_zero(lambda: json.loads((path / VALUES).read_text()))
         wanted = flatten(required).tensors
         entries = {name: flatten({name: tensors}).tensors for name, tensors in optional.items()}
-        reader = self._reader(path)
-
-        saved = self._team.on_all(reader.read_metadata)
+        reader = self._reader(path, wanted | {name: each for part in entries.values() for name, each in part.items()})
+        saved = reader.read_metadata()
         misfits = self._team.joined(lambda: unlike(wanted, saved), or_)
         self._team.on_rank_zero(lambda: refuse_unlike(path, misfits or set()))
         mine = {name for name, tensors in entries.items() if not unlike(tensors, saved)}
@@ -376,14 +375,18 @@ class Store:
         return f"{offer}: to resume from it, `mv {path} {path}.bad` and run the same command again"
 
     def _check_fit(self, path: Path, flat: Flat, values: dict[str, Any], *, rounds: bool) -> FileSystemReader:
-        reader = self._reader(path)
+        reader = self._reader(path, flat.tensors)
         look = lambda: difference(flat, reader.read_metadata(), values, rounds=rounds)  # noqa: E731
         found = self._team.joined(look, Fitting.joined)
         self._team.on_rank_zero(lambda: None if found is None else found.check(path))
         return reader
 
-    def _reader(self, path: Path) -> FileSystemReader:
-        return (PatientReader if self.options.trusted else RestrictedReader)(path, self._patience)
+    def _reader(self, path: Path, tensors: dict[str, Tensor]) -> FileSystemReader:
+        """Collective. It knows of the metadata, which one rank of a node reads, what is about this rank's `tensors`."""
+        reader = (PatientReader if self.options.trusted else RestrictedReader)(path, self._patience)
+        asked = lambda: wants_of(tensors)  # noqa: E731
+        reader.known = self._team.of_node(asked, lambda all_wants: narrowed(reader.read_metadata(), all_wants))
+        return reader
 
     def _read_tensors(self, path: Path, flat: Flat, reader: FileSystemReader) -> None:
         """The steps of torch's `load` that one rank takes: it sends all plans to rank 0, which returns them unread."""

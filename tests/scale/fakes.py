@@ -98,6 +98,7 @@ class FakeWire:
 
     def __init__(self, network: FakeNetwork, rank: int, answers: Callable[[], Any]) -> None:
         self._network, self.rank, self.world, self._answers = network, rank, network.world, answers
+        self.node = range(rank, rank + 1)
 
     def largest(self, number: int) -> int:
         """All say what this rank says."""

@@ -181,6 +181,14 @@ ROWS = (
         {8: 524_293, 64: 4_194_309, 512: 33_554_437, 4096: 268_435_461},
         limit=2 * 65_536,
     ),
+    Row(
+        "resume",
+        "bytes of metadata that a rank is told, 4 tensors",
+        Law("O(1)", lambda first, _world: 1.1 * first),  # numbers of more digits
+        measures.resume_metadata,
+        {8: 3_000, 64: 26_267, 512: 209_515, 4096: 1_691_573},
+        limit=2_000,
+    ),
     Row("resume", "files that a rank checks, 2 n files", CONSTANT, life.resume_files, {}, limit=2),
     Row(
         "crash",
@@ -255,7 +263,8 @@ END = """- **Start.** A node's ranks open one archive of the code and, each, con
   what is wrong with it.
 - **Checkpoints.** A number that all ranks enter says whether any failed. What ranks have to tell goes to rank 0
   along a tree: ranks halfway pass on what came to them, at most half of the whole. Plans are made at the first
-  save of a life and kept. A loading rank still reads all of DCP's metadata, O(n) bytes.
+  save of a life and kept. At a load one rank of a node reads DCP's metadata, O(n) bytes, and
+  tells each of its neighbours the places of its own shards.
 - **Not in the table**: with `alert.straggler_share` a logged step sums 24 bytes a rank over all ranks; Muon's
   ranks tell their shard group once which rows they have.
 """

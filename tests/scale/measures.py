@@ -17,13 +17,20 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.testing._internal.distributed.fake_pg import FakeStore as FakeGroupStore
 
 from src.checkpoint.folder import CheckpointFile
 from src.checkpoint.host_group import HostGroup, _above, _below, _Outcome
+from src.checkpoint.metadata import Wanted, narrowed
 from src.checkpoint.state import Snapshot
 from src.checkpoint.writer import SavePlans
 from src.cluster.diagnosis import hang
@@ -175,6 +182,24 @@ def plan_of(rank: int, world: int) -> SavePlan:
     data = TensorWriteData(ChunkStorageMetadata(offset, shape), TensorProperties(dtype=torch.float32), whole)
     names = [f"model.layers.{number}.weight" for number in range(TENSORS)]
     return SavePlan([WriteItem(MetadataIndex(name, offset), WriteItemType.SHARD, tensor_data=data) for name in names])
+
+
+def resume_metadata(world: int) -> int:
+    """Bytes of DCP's metadata that the first rank of a node tells another of a state that is cut over all ranks."""
+    whole, shape = torch.Size((2 * world, 8)), torch.Size((2, 8))
+    chunks = [ChunkStorageMetadata(torch.Size((2 * rank, 0)), shape) for rank in range(world)]
+    names = [f"model.layers.{number}.weight" for number in range(TENSORS)]
+    places: dict[Any, Any] = {
+        MetadataIndex(name, chunk.offsets): _StorageInfo(f"__{rank}_0.distcp", 64 * number, 64)
+        for number, name in enumerate(names)
+        for rank, chunk in enumerate(chunks)
+    }
+    entry = TensorStorageMetadata(TensorProperties(dtype=torch.float32), whole, chunks)
+    saved = Metadata(dict.fromkeys(names, entry), storage_data=places)
+    wants: list[Wanted] = [dict.fromkeys(names, (whole, [chunk])) for chunk in chunks[:PER_NODE]]
+    found = narrowed(saved, wants)
+    assert all(len(each.storage_data) == TENSORS for each in found)
+    return len(pickle.dumps(found[1]))
 
 
 def below(rank: int, world: int) -> int:
