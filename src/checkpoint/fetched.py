@@ -6,7 +6,6 @@ checkpoints/, and beside it cache/tokenizers. A step that is there, and the same
 
 import hashlib
 import shutil
-import sys
 import uuid
 from contextlib import suppress
 from functools import partial
@@ -17,6 +16,7 @@ from src.checkpoint.folder import Marker, step_folder, step_of
 from src.checkpoint.remote import HOME, TOKENIZERS, RemoteCheckpoints, tokenizers_of
 from src.errors import CheckpointError, some
 from src.storage.remote import RemoteFolder, below, is_url, patiently
+from src.storage.streams import to_stderr
 
 RECORDS = ("config.yaml", "plan.json")
 
@@ -46,7 +46,7 @@ def fetch(url: str, cache: Path, key: str, step: int | None = None) -> Path:
             if files.read_marker(path) == marker:
                 return path
         files.remove(path)
-    print(f"{key}={url}: fetches {path.name}, {marker.bytes:,} bytes, into {path}", file=sys.stderr)
+    to_stderr([f"{key}={url}: fetches {path.name}, {marker.bytes:,} bytes, into {path}"])
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")  # several launchers may want it
     draft.mkdir(parents=True)
     try:

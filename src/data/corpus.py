@@ -174,10 +174,11 @@ def reopen(recipe: dict[str, Any], cache: Path) -> Corpus:
     return Corpus(parts, tokenizer, survey(parts, 0.0, cached=True), RowRules(**recipe.get("rows", {})))
 
 
-def survey(parts: list[Part], seconds: float, *, cached: bool) -> Preparation:
+def survey(parts: list[Part], seconds: float, *, cached: bool, cut: bool = False) -> Preparation:
+    """`cut`: each document has a part in the training split and perhaps one in the other (data.hold_out=ends)."""
     shards = [part.shards for part in parts]
     return Preparation(
-        documents=sum(one.documents(split) for one in shards for split in SPLITS),
+        documents=sum(one.documents(split) for one in shards for split in (SPLITS[:1] if cut else SPLITS)),
         tokens=sum(one.tokens(split) for one in shards for split in SPLITS),
         text_bytes=sum(one.text_bytes(split) for one in shards for split in SPLITS),
         empty_documents=sum(one.empty(split) for one in shards for split in SPLITS),

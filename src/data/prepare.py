@@ -78,7 +78,7 @@ def prepare(
         parts.append(Part(name, weight, open_streams(folder, maps), source.commit))
         parts[-1].shards.check_sizes()
     rules = data.row_rules(opened.bos_id, opened.eos_id)
-    facts = survey(parts, time.perf_counter() - began, cached=cached)
+    facts = survey(parts, time.perf_counter() - began, cached=cached, cut=data.hold_out == "ends")
     corpus = Corpus(parts, opened, replace(facts, notes=(*data.branches(named), *facts.notes)), rules)
     if empty := [_nothing(part, data.parts()[part.name][1]) for part in parts if not _documents(part)]:
         raise DataError(empty)

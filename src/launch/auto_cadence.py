@@ -1,6 +1,5 @@
 """checkpoint.every=auto on the launcher: a run's config gets the interval that loses the least time to failures."""
 
-import sys
 from dataclasses import replace
 from math import isqrt, log
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 from src.config.tree import Tree, identity
 from src.errors import PlanError
 from src.runs.folder import place
+from src.storage.streams import to_stderr
 
 if TYPE_CHECKING:
     from src.planning.time.interruptions import Interruptions
@@ -73,11 +73,11 @@ def _interval(run: "Run", known: "Interruptions") -> int:
                         f"({', '.join(sorted(GPUS))}), {OTHERWISE}")  # fmt: skip
     every = nearest(min(failures.checkpoint_every, run.task.steps), run.checkpoint.keep_every)
     source = "measured" if failures.measured else "planned"
-    print(
+    told = (
         f"checkpoint.every=auto: {every:,} steps, {every * time.step.seconds / 60:.3g} min: a failure every "
-        f"{failures.hours_between:.3g} h, and a save stops training for {failures.save_seconds:.2g} s ({source})",
-        file=sys.stderr,
+        f"{failures.hours_between:.3g} h, and a save stops training for {failures.save_seconds:.2g} s ({source})"
     )
+    to_stderr([told])
     return every
 
 

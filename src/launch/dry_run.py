@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Checked = tuple[ConfigPoint, Tree, Run, Plan]
 
+NO_GPU = "there is no GPU here: memory is what a GPU would need"
 MORE = "nothing was started; as JSON: dry_run=json; as a batch script: dry_run=script"
 
 
@@ -75,6 +76,7 @@ def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None
 
     from src.launch import origins
     from src.launch.rehearse import render as compared
+    from src.planning.machines import has_gpu
     from src.planning.table import render
 
     terminal = Console(stderr=True, markup=False, emoji=False)
@@ -88,6 +90,8 @@ def _tables(points: "Sequence[Checked]", built: "Sequence[list[Rehearsal] | None
     for each in built:
         if each is not None:
             terminal.print(compared(each))
+    if not any(has_gpu(run, run.cluster.devices()) for _, _, run, _ in points):
+        terminal.print(NO_GPU)
     terminal.print(MORE, soft_wrap=True)
 
 

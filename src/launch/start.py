@@ -5,7 +5,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from src.runs.folder import group_folder, place
 from src.runs.frozen_code import Code
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
-from src.storage.streams import folded
+from src.storage.streams import to_stderr
 from src.version import VERSION
 
 if TYPE_CHECKING:
@@ -34,11 +33,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Tell = Callable[[Iterable[str]], None]  # of lines, to a person
-
-
-def to_stderr(lines: Iterable[str]) -> None:
-    """A line each, on a terminal broken between words."""
-    print(*(f"{folded(line, sys.stderr)}\n" for line in lines), sep="", end="", file=sys.stderr)
 
 
 class EachOnce:
@@ -265,7 +259,7 @@ def check_same_data(corpus: "Corpus", folder: Path, stage: int = 1) -> None:
     try:
         before = read_recipe(folder, stage)
     except DataError as error:  # its checkpoints say by their digest whether these are its samples
-        print(f"note: {error}; made anew", file=sys.stderr)
+        to_stderr([f"note: {error}; made anew"])
         return
     if before["fingerprint"] != corpus.fingerprint:
         raise DataError(f"{folder}: data or tokenizer changed since this run began; pass another name= or folder=")

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TextColumn
 
+from src.storage.streams import readable
+
 # metric, text; in this order, where the record has it: a narrow terminal cuts the end
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("loss", "loss {:.4f}"),
@@ -80,8 +82,11 @@ class Console:
             self._progress.update(self._task, completed=step, description=left, refresh=True)
 
     def say(self, text: str) -> None:
-        """Print a line above the live one."""
-        self._terminal.print(f"{self._title}{text}", markup=False, highlight=False)
+        """Print a line above the live one, broken between words by a narrower terminal; several stay as they are."""
+        said = f"{self._title}{text}"
+        if self._progress is not None and "\n" not in said:
+            said = readable(said, self._terminal.width)
+        self._terminal.print(said, markup=False, highlight=False)
 
     def close(self) -> None:
         if self._progress is not None:

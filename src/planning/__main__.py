@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.errors import UserError
 from src.planning.time.calibration import fit, measured
+from src.storage.streams import to_stderr
 
 
 def main() -> int:
@@ -23,7 +24,7 @@ def main() -> int:
     try:
         runs = [measured(folder) for folder in given.folders]
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        to_stderr(error.problems)
         return error.exit_code
     found = fit(runs)
     print(

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TextIO
@@ -41,8 +42,17 @@ def folded(text: str, stream: TextIO) -> str:
     """`text` as it is shown on `stream`: a line that is wider than a terminal is broken between words. Elsewhere, and
     where it has a command to copy, a line stays one line.
     """
-    width = columns(stream, sys.maxsize)
+    return readable(text, columns(stream, sys.maxsize))
+
+
+def readable(text: str, width: int) -> str:
+    """Each line of `text` in pieces of at most `width`, but those with a command to copy."""
     return "\n".join(line if any(word in line for word in COPIED) else broken(line, width) for line in text.split("\n"))
+
+
+def to_stderr(lines: Iterable[str]) -> None:
+    """A line each, on a terminal broken between words."""
+    print(*(f"{folded(line, sys.stderr)}\n" for line in lines), sep="", end="", file=sys.stderr, flush=True)
 
 
 def broken(line: str, width: int) -> str:

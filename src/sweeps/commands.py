@@ -22,7 +22,7 @@ from src.errors import ConfigError, FolderError, UserError
 from src.metrics.goodput import duration
 from src.runs.lock import Lock
 from src.storage.atomic_write import atomic_write
-from src.storage.streams import ReaderMayLeave
+from src.storage.streams import ReaderMayLeave, to_stderr
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import BROKEN, LIVE, OPEN, RunStatus, State
 
@@ -47,12 +47,13 @@ COLOURS: dict[State, str] = {
 def status(ledger: Ledger) -> int:
     """How every point stands."""
     rows, swept = ledger.standings(), ledger.swept()
-    table = Table("#", "state", *swept, "run", "step", "loss", "attempts", "job", "what is known", box=box.SIMPLE)
+    jobs = ["job"] * any(now.job for _, now in rows)
+    table = folding("#", "state", *swept, "run", "step", "loss", "attempts", *jobs, "what is known")
     for point, now in rows:
         state, values = Text(now.state, style=COLOURS[now.state]), [point.overrides.get(key, "") for key in swept]
         loss = "" if now.loss is None else f"{now.loss:.4f}"
         step = "" if now.step is None else str(now.step)
-        facts = (point.folder.name, step, loss, str(now.attempts), now.job or "", now.detail)
+        facts = (point.folder.name, step, loss, str(now.attempts), *([now.job or ""] * len(jobs)), now.detail)
         table.add_row(str(point.number), state, *values, *facts)
     console = terminal()
     console.print(table)
@@ -65,7 +66,7 @@ def table(ledger: Ledger) -> int:
     """What every point was and brought: on the terminal, and in table.csv for other programs."""
     rows = ledger.standings()
     swept = ledger.swept()
-    shown = Table("#", "state", *swept, "final loss", "tok/s/device", "useful", "and the rest", box=box.SIMPLE)
+    shown = folding("#", "state", *swept, "final loss", "tok/s/device", "useful", "and the rest")
     for point, now in sorted(rows, key=lambda row: (row[1].loss is None, row[1].loss)):
         values = [point.overrides.get(key, "") for key in swept]
         share = "" if now.goodput.share is None else f"{100 * now.goodput.share:.0f}%"
@@ -194,6 +195,14 @@ def fit(ledger: Ledger, left_out: Sequence[int] | None, resampled: int) -> int:
     return report(ledger)
 
 
+def folding(*headings: str) -> Table:
+    """A table in which what is too long for its column goes on below, instead of being cut."""
+    table = Table(box=box.SIMPLE)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def terminal() -> Console:
     """As wide as the terminal; a file or a pipe wraps nothing."""
     width = None if sys.stdout.isatty() else WIDEST
@@ -248,6 +257,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return report(ledger, given.every)
             return extend(ledger, given.overrides) if given.command == "extend" else plain[given.command](ledger)
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        to_stderr(error.problems)
         return error.exit_code
     return 0

@@ -18,6 +18,7 @@ from src.distributed.process.rank_context import joined
 from src.errors import PlanError, UserError
 from src.launch.start import Shared, ask_schedulers, by_cluster, checked, prepare, start
 from src.runs.folder import attempts
+from src.storage.streams import to_stderr
 from src.sweeps.ledger import Ledger, SweepPoint
 from src.sweeps.status import OPEN, State
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from src.run import Run
 
 SWEEPS = "sweeps"
-ADVICE = "python -m src.sweeps status|table|report|fit|retry|cancel|extend"
+ADVICE = "python -m src.sweeps status"
+OTHERS = "or, in its place: table, report, fit, retry, cancel, extend"
 
 
 class Grid(Config):
@@ -119,7 +121,7 @@ def enter(ledger: Ledger, given: "Sequence[tuple[Tree, Run, Plan, dict[str, str]
         same = [entry for entry in entries if states[entry.point.identity] == state]
         print(f"{_counted(len(same))} {state}{_hint(state)}", file=sys.stderr)
     code = hand_over(ledger, chosen)
-    print(f"ledger: {ledger.path}\n{ADVICE} {ledger.path}", file=sys.stderr)
+    print(f"ledger: {ledger.path}\n{ADVICE} {ledger.path}\n{OTHERS}", file=sys.stderr)
     return code
 
 
@@ -277,7 +279,7 @@ def _one_by_one(ledger: Ledger, entries: Sequence[SweepEntry], shared: Shared) -
 def refused(ledger: Ledger, point: SweepPoint, error: UserError) -> int:
     """Note it, tell it with its point, and return its code."""
     ledger.refused(point, "; ".join(error.problems))
-    print(f"{_label(point)} refused", *error.problems, sep="\n", file=sys.stderr, flush=True)
+    to_stderr([f"{_label(point)} refused", *error.problems])
     return error.exit_code
 
 

@@ -4,7 +4,6 @@ Of data in files: `tokenizer.vocab_size`, `task.steps`, `task.validate_samples` 
 `model.vocab_size`. The launcher does it before anything is built, so that ranks and run folders see plain numbers.
 """
 
-import sys
 from collections.abc import Mapping
 from math import ceil
 from pathlib import PurePath
@@ -22,6 +21,7 @@ from src.data.tokenizer import TokenizerConfig
 from src.errors import DataError, UserError
 from src.storage.remote import is_url
 from src.storage.remote_files import FilesAt, files_at
+from src.storage.streams import to_stderr
 from src.tasks.inherit import overlaid
 
 AUTO = "src.models.families.Auto"
@@ -32,6 +32,9 @@ VOCABULARY_MULTIPLE = 128  # rows: what matrix kernels of GPUs like
 # that is seen four times gives nearly as much as fresh text (arXiv 2305.16264).
 PASSES = 4
 BYTES_PER_TOKEN = 3.5
+# The same of smaller vocabularies, as the pages of docs/ came out; below the smallest and of bytes by themselves.
+BYTES_BY_IDS = ((16384, BYTES_PER_TOKEN), (8192, 3.4), (4096, 3.2), (2048, 2.9), (512, 1.9), (0, 1.5))
+BYTES = "src.data.tokenizer.Bytes"
 SIZES = (("llama3_350m", 350), ("llama3_125m", 125), ("llama3_60m", 60), ("llama3_20m", 20))  # million parameters
 SMALLEST = "llama3_debug"
 # Bytes of text from which a vocabulary pays: each of its tokens should be met some hundred times.
@@ -81,7 +84,7 @@ def with_vocabulary(tree: Tree) -> Tree:
     except (ValidationError, UserError):
         return tree  # what is wrong with the tokenizer is told with all else
     rows = VOCABULARY_MULTIPLE * ceil(ids / VOCABULARY_MULTIPLE)
-    print(f"model.vocab_size={rows}: the tokenizer's {ids:,} ids, rounded up to {VOCABULARY_MULTIPLE}", file=sys.stderr)
+    to_stderr([f"model.vocab_size={rows}: the tokenizer's {ids:,} ids, rounded up to {VOCABULARY_MULTIPLE}"])
     return tree | {"model": model | {"vocab_size": rows}}
 
 
@@ -116,6 +119,14 @@ def _amount(data: Tree) -> tuple[int, int, int]:
 
 def _bytes_of_a_token(path: PurePath) -> int:
     return SURELY_IN_ROWS if path.suffix.lower() in ROW_SUFFIXES else SURELY
+
+
+def _bytes_by(tokenizer: Tree) -> float:
+    """Bytes of a token, about."""
+    if tokenizer.get("_target_") == BYTES:
+        return 1.0
+    ids = tokenizer.get("vocab_size")
+    return next(each for least, each in BYTES_BY_IDS if ids >= least) if isinstance(ids, int) else BYTES_PER_TOKEN
 
 
 def _vocabulary(size: int) -> int:
@@ -153,7 +164,7 @@ def _paced(tree: Tree, size: int, sure: int, asked: list[str], typed: Mapping[st
         batch = batch if batch <= there else 1 << there.bit_length() - 1  # which passes divide, as 7 or 13 they do not
     chosen = {"seq_len": seq_len, "global_batch": batch}
     if "steps" in asked:
-        chosen["steps"] = max(FEWEST_STEPS, int(PASSES * size / BYTES_PER_TOKEN / (seq_len * batch)))
+        chosen["steps"] = max(FEWEST_STEPS, int(PASSES * size / _bytes_by(tree["tokenizer"]) / (seq_len * batch)))
     if "validate_samples" in asked:
         chosen["validate_samples"] = min(MOST_VALIDATED, max(1, int(sure * fraction / seq_len)))
     return {**task, **chosen}
@@ -161,7 +172,7 @@ def _paced(tree: Tree, size: int, sure: int, asked: list[str], typed: Mapping[st
 
 def _tell(tree: Tree, files: int, size: int) -> None:
     task, model, tokenizer = tree["task"], tree["model"], tree["tokenizer"]
-    tokens = size / BYTES_PER_TOKEN
+    tokens = size / _bytes_by(tokenizer)
     passes = task["steps"] * task["seq_len"] * task["global_batch"] / tokens if tokens else 0.0
     shape = f"{model.get('n_layers')} layers of {model.get('dim')}"
     vocabulary = f", a tokenizer of {tokenizer['vocab_size']:,} ids" if "vocab_size" in tokenizer else ""
@@ -171,4 +182,4 @@ def _tell(tree: Tree, files: int, size: int) -> None:
         f"  task.steps={task['steps']} task.seq_len={task['seq_len']} task.global_batch={task['global_batch']}: "
         f"about {passes:,.1f} passes; whatever is typed wins",
     ]
-    print(*lines, sep="\n", file=sys.stderr)
+    to_stderr(lines)

@@ -4,7 +4,6 @@ Models of several scales are the points through which `python -m src.sweeps fit`
 the dial becomes plain config: the keys that it decides, but for what is typed.
 """
 
-import sys
 from collections.abc import Mapping
 from math import exp, log
 from typing import Annotated
@@ -18,6 +17,7 @@ from src.config.groups import LADDER, SCALE
 from src.config.tree import Tree
 from src.errors import ConfigError
 from src.models.base import ModelConfig
+from src.storage.streams import to_stderr
 
 Flops = Annotated[float, Field(ge=1e6, le=1e30)]
 
@@ -113,9 +113,9 @@ def _pace(ladder: Ladder, model: ModelConfig, seq_len: int) -> dict[str, dict[st
 def _tell(ladder: Ladder, model: ModelConfig, tree: Tree, seq_len: int) -> None:
     counts, task = model.counts(seq_len), tree["task"]
     tokens = task["steps"] * task["global_batch"] * seq_len
-    print(
+    told = (
         f"ladder: {SCALE}={ladder.scale}: {ladder.scale} layers of {ladder.width}, {counts.active:,} parameters, "
         f"{tokens:,} tokens ({tokens / counts.active:.1f} for each), {tokens * counts.flops_per_token:.3g} FLOPs: "
-        f"task.global_batch={task['global_batch']} task.steps={task['steps']} optim.lr={tree['optim']['lr']:g}",
-        file=sys.stderr,
+        f"task.global_batch={task['global_batch']} task.steps={task['steps']} optim.lr={tree['optim']['lr']:g}"
     )
+    to_stderr([told])

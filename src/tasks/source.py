@@ -5,7 +5,6 @@ on the ranks `load` fills a network. `run=hf:<folder or hub id>` names weights i
 become the `checkpoint.initial` of the task's own run.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +20,7 @@ from src.errors import CheckpointError
 from src.hugging_face.hub import fetch, is_local
 from src.hugging_face.load import model_section, noted
 from src.storage.remote import is_url
+from src.storage.streams import to_stderr
 from src.tasks.fitted import AUTO, fitted, with_vocabulary
 from src.tasks.from_run import begun_from
 from src.tasks.inherit import check_typed, find, meant, overlaid, sections
@@ -198,13 +198,14 @@ def _with_model(tree: Tree, typed: Mapping[str, str]) -> Tree:
             merged.pop(group)  # a family without it has no such key; a dense model of one with experts may say null
     model = overlaid("model", merged, tree, typed)
     size = ", ".join(f"{key}={model[key]}" for key in ("n_layers", "dim", "vocab_size") if key in model)
-    print(f"model=auto: {folder / 'config.json'}: {model['_target_'].rpartition('.')[2]} of {size}", file=sys.stderr)
+    told = [f"model=auto: {folder / 'config.json'}: {model['_target_'].rpartition('.')[2]} of {size}"]
     if unread:
-        print(f"  keys of it that say nothing here: {', '.join(unread)}", file=sys.stderr)
+        told.append(f"  keys of it that say nothing here: {', '.join(unread)}")
+    to_stderr(told)
     found = tree | {"model": model}
     if "tokenizer" not in typed and tree["tokenizer"]["_target_"] == BYTES:
         # A folder without one that is read here is refused: embeddings of other tokens are not trained on bytes.
-        print(f"tokenizer: of {folder}", file=sys.stderr)
+        to_stderr([f"tokenizer: of {folder}"])
         found["tokenizer"] = _tokenizer(folder)
     return found
 

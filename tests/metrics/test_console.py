@@ -58,6 +58,7 @@ def test_no_line_is_wider_than_the_terminal_and_all_stay_in_its_scrollback(width
     file = io.StringIO()
     everything = {name: 12345.678 for name, _ in COLUMNS} | {"step_seconds": 2.0}
     with Console(100_000, Terminal(file=file, force_terminal=True, soft_wrap=True, width=width)) as console:
+        console.say(format_startup(dict.fromkeys(("import", "init", "load", "compile", "first_step"), 1234.5)))
         for step in (99_990, 99_995):
             console.record(step, everything)
     drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n").splitlines()

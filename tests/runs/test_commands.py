@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from src.checkpoint.folder import SET_ASIDE, complete
 from src.config.tree import difference, read
 from src.errors import FolderError
 from src.runs.commands import watch
+from src.runs.commands.compare import Ranked, show_ranking
 from src.runs.commands.main import main
 from src.runs.commands.summary import layout, summaries
 from src.runs.folder import attempts
 from src.runs.lock import Lock
+from src.sweeps.commands import folding
 from tests.runs.made import checkpoint, composed, made
 
 UPGRADE = Path(__file__).parents[1] / "upgrade" / "f009f55"
@@ -164,6 +167,29 @@ def test_a_run_that_lives_is_told_with_what_stops_it(root: Path, capsys: pytest.
     assert "the run is live" in said(capsys, "extend", "small-3", "steps=300", "--yes", "--root", root, code=2)
     assert "it is running" in said(capsys, "clean", "small-3", "--yes", "--root", root)
     assert (root / "small-3").is_dir()
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_ranking_of_many_keys_is_read_on_any_terminal(width: int, tmp_path: Path) -> None:
+    """Keys in a paragraph where columns of their own would have no letter left."""
+    (run,) = summaries([made(tmp_path, "small-1")])
+    found = [Ranked(run, 2.5, 2.25, 100)] * 2
+    screen = Console(width=width)
+    for count in (1, 14):
+        with screen.capture() as drawn:
+            show_ranking(screen, found, "loss", {f"section.key_{number}": ["128", "256"] for number in range(count)})
+        words = drawn.get().split()
+        assert {"small-1", "2.25", "128" if count == 1 else "section.key_13=128"} <= {*words}
+        assert "…" not in drawn.get()
+        assert max(map(len, drawn.get().splitlines())) <= width
+
+
+def test_a_table_on_a_narrow_terminal_is_not_cut() -> None:
+    table, screen = folding("run", "why"), Console(width=40)
+    table.add_row("x" * 30, "y" * 50)
+    with screen.capture() as drawn:
+        screen.print(table)
+    assert (drawn.get().count("x"), drawn.get().count("y")) == (30, 51)
 
 
 def test_best_and_compare_rank_and_tell_apart(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

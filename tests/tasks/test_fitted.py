@@ -37,6 +37,7 @@ def test_three_documents_train_and_validate(tmp_path: Path, monkeypatch: pytest.
     corpus = prepare(run.data, run.tokenizer, run.cache, progress=False)
     assert run.model.vocab_size % 128 == 0
     assert run.tokenizer.vocabulary() <= run.model.vocab_size
+    assert corpus.preparation.documents == 3, "though each lies in two parts"
     assert corpus.windows("train", run.task.seq_len) >= run.task.global_batch
     assert run.task.global_batch.bit_count() == 1, "a power of two, which passes divide"
     assert corpus.windows("validation", run.task.seq_len) >= tree["task"]["validate_samples"] >= 1
@@ -51,9 +52,9 @@ def test_what_is_typed_wins_and_all_is_told(
     assert (tree["model"]["n_layers"], tree["model"]["vocab_size"], tree["task"]["steps"]) == (2, 384, 7)
     assert (tree["task"]["seq_len"], tree["tokenizer"]["vocab_size"]) == (64, 300)
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "text: 1 file, 0.02 MB, about 5,714 tokens"
+    assert told[0] == "text: 1 file, 0.02 MB, about 13,333 tokens"
     assert told[1] == "  model: 2 layers of 256, a tokenizer of 300 ids"
-    assert told[2].startswith("  task.steps=7 task.seq_len=64 task.global_batch=16: about 1.")
+    assert told[2].startswith("  task.steps=7 task.seq_len=64 task.global_batch=16: about 0.5 passes")
     assert told[3] == "model.vocab_size=384: the tokenizer's 300 ids, rounded up to 128"
     build(tree)
 

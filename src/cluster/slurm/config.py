@@ -35,6 +35,7 @@ from src.runs.records import CANCEL_FILE, PLAN_FILE, SUBMISSIONS_FILE
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import Lines
+from src.storage.streams import to_stderr
 
 Flags = dict[str, Flag]
 
@@ -210,7 +211,7 @@ class Slurm(SiteFacts):
                 found = [f"cluster=slurm: sbatch would refuse: {words}" for words in dict.fromkeys(refusals) if words]
         except SilentError as error:
             if dry:
-                print(f"warning: SLURM does not answer, so nobody has asked it: {error}", file=sys.stderr)
+                to_stderr([f"warning: SLURM does not answer, so nobody has asked it: {error}"])
                 return
             raise PlanError(f"cluster=slurm: SLURM does not answer: {error}; {SILENT}") from error
         if found:
@@ -241,9 +242,8 @@ class Slurm(SiteFacts):
             done: dict[int, Submitted | UserError] = dict(_live([point.folder.path for point in points]))
         except SilentError as error:
             raise PlanError(f"cluster=slurm: SLURM does not answer: {error}; {SILENT}") from error
-        for point in points:
-            if (slow := slow_saves(point.folder.path, self.grace_seconds)) is not None:
-                print(f"warning: {slow}", file=sys.stderr)
+        slow = (slow_saves(point.folder.path, self.grace_seconds) for point in points)
+        to_stderr(f"warning: {each}" for each in slow if each is not None)
         asked = {index: Resources.of(self, each.plan) for index, each in enumerate(points) if index not in done}
         packs, groups = self._split(asked)
         for together, group in [(False, group) for group in groups.values()] + [(True, group) for group in packs]:

@@ -25,7 +25,7 @@ from src.config.groups import CONF, FROM, SHORT, SHORT_OF
 from src.config.stages import CHANGES, entries
 from src.config.tree import Tree
 from src.errors import ConfigError, UserError
-from src.storage.streams import ReaderMayLeave
+from src.storage.streams import ReaderMayLeave, to_stderr
 
 # From a resolved tree and what was typed to the tree that is meant, where a key stands for a file elsewhere.
 Complete = Callable[[Tree, Mapping[str, str]], Tree]
@@ -66,7 +66,7 @@ def as_typed(tree: Tree, _typed: Mapping[str, str]) -> Tree:
 def asked(argv: Sequence[str], complete: Complete = as_typed) -> Request:
     """ConfigError for a mistake. The environment must hold HYDRA_FULL_ERROR=1, or Hydra prints and exits by itself."""
     given = arguments(argv)
-    print(*(f"note: {line}\n" for line in former(argv)), sep="", end="", file=sys.stderr)
+    to_stderr(f"note: {line}" for line in former(argv))
     if any(each.startswith("-") and each not in SWEEP_FLAGS for each in given):
         points = _Points(complete)
         _by_hydra(given, points)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from src.config.tree import read
 from src.errors import ConfigError, UserError
-from src.storage.streams import ReaderMayLeave
+from src.storage.streams import ReaderMayLeave, to_stderr
 
 NAME = "Pretraining"
 
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 print(save(entity, project, given.name))
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        to_stderr(error.problems)
         return error.exit_code
     return 0
 

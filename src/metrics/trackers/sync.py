@@ -16,6 +16,7 @@ from src.errors import FolderError, UserError
 from src.metrics.trackers.weights_and_biases import OFFLINE_FILE, WandbSink, WeightsAndBiases
 from src.storage.atomic_write import atomic_write
 from src.storage.json_lines import METRICS_FILE, Lines
+from src.storage.streams import to_stderr
 
 SENT_FILE = "wandb_sent.json"
 FINISH_SECONDS = 600.0  # a person waits, no GPU does
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 count = sync(folder)
                 print(f"{folder}: {count} points sent" if count else f"{folder}: nothing to send")
         except UserError as error:
-            print(*error.problems, sep="\n", file=sys.stderr)
+            to_stderr(error.problems)
             code = error.exit_code
     return code
 

@@ -6,7 +6,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from src.checkpoint.fetched import opened
@@ -26,7 +25,7 @@ from src.errors import CheckpointError, FolderError
 from src.metrics.history import Series, read
 from src.runs.commands.listing import print_json, short, size_text
 from src.storage.json_lines import facts_in
-from src.sweeps.commands import terminal
+from src.sweeps.commands import folding, terminal
 
 UNFINISHED = f"no {MARKER}: it is being written, or its save did not finish"
 
@@ -131,7 +130,7 @@ def _marked(path: Path, marker: Marker) -> StepFacts:
 
 def table(known: Sequence[StepFacts], faults: Mapping[Path, Sequence[str]]) -> Table:
     """One row a checkpoint."""
-    found = Table("step", "tokens", "loss", "validation", "size", "whole", "folder", box=box.SIMPLE)
+    found = folding("step", "tokens", "loss", "validation", "size", "whole", "folder")
     for each in known:
         tokens = "" if each.tokens is None else short(each.tokens)
         losses = ("" if value is None else f"{value:.4f}" for value in (each.loss, each.validation_loss))
@@ -141,7 +140,7 @@ def table(known: Sequence[StepFacts], faults: Mapping[Path, Sequence[str]]) -> T
 
 
 def _tensors(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Table:
-    found = Table("tensor", "shape", "dtype", "size", box=box.SIMPLE)
+    found = folding("tensor", "shape", "dtype", "size")
     sizes = {name: prod(shape) * ELEMENT_BYTES[dtype] for name, (shape, dtype) in tensors.items()}
     for name, (shape, dtype) in sorted(tensors.items()):
         found.add_row(name, " x ".join(map(str, shape)) or "one", dtype, size_text(sizes[name]))

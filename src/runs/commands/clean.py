@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 
 from src.checkpoint.folder import ASIDE, complete, is_complete, step_of
@@ -24,7 +23,7 @@ from src.runs.commands.listing import print_json, size_text
 from src.runs.commands.summary import Summary, summaries
 from src.runs.lock import Lock
 from src.storage.json_lines import facts_in
-from src.sweeps.commands import terminal
+from src.sweeps.commands import folding, terminal
 
 RECIPE = "data.json"
 GOING = ".removing"  # of a hidden name: what was to go when a kill came
@@ -153,7 +152,7 @@ def _remove(item: Item) -> bool:
 
 
 def _table(found: Sequence[Item]) -> Table:
-    table = Table("path", "what", "frees", "stays, because", box=box.SIMPLE)
+    table = folding("path", "what", "frees", "stays, because")
     for each in found:
         table.add_row(str(each.path), each.why, "" if each.keep else size_text(each.bytes), each.keep)
     return table

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from src.cluster.batch_system import batch_system
@@ -20,7 +20,8 @@ from src.errors import FolderError, UserError, some
 from src.metrics.history import Series, read
 from src.runs.commands.listing import print_json, short
 from src.runs.commands.summary import Summary
-from src.sweeps.commands import terminal
+from src.storage.streams import broken
+from src.sweeps.commands import WIDEST, folding, terminal
 from src.sweeps.ledger import SweepPoint
 from src.sweeps.report.page import write_page
 from src.sweeps.status import RunStatus, Submission, job_states, status_of
@@ -99,7 +100,7 @@ def _shown(value: Any) -> str:
 
 
 def _table(title: str, rows: dict[str, list[str]], runs: Sequence[Summary]) -> Table:
-    found = Table(title, *(run.name for run in runs), box=box.SIMPLE)
+    found = folding(title, *(run.name for run in runs))
     for name, cells in rows.items():
         found.add_row(name, *cells)
     return found
@@ -131,13 +132,30 @@ def best(runs: Sequence[Summary], metric: str, *, highest: bool, as_json: bool) 
             for place, each in enumerate(found)
         ])  # fmt: skip
         return 0
-    table = Table("", "run", "state", metric, "best", "at step", *varied, box=box.SIMPLE)
-    for place, each in enumerate(found):
-        facts = (f"{each.last:.6g}", f"{each.best:.6g}", f"{each.step:,}")
-        values = (values[place] for values in varied.values())
-        table.add_row(str(place + 1), each.run.name, each.run.state, *facts, *values)
-    terminal().print(table)
+    show_ranking(terminal(), found, metric, varied)
     return 0
+
+
+def show_ranking(screen: Console, found: Sequence["Ranked"], metric: str, varied: Mapping[str, Sequence[str]]) -> None:
+    """A row for each run, with a column for each key in which they differ; where these are too many for the screen, a
+    paragraph for each run below the table.
+    """
+    table = _ranking(found, metric, varied)
+    if screen.measure(table, options=screen.options.update(width=WIDEST)).maximum <= screen.width:
+        screen.print(table)
+        return
+    screen.print(_ranking(found, metric, {}))
+    for place in range(len(found)):
+        words = " ".join(f"{key}={cells[place]}" for key, cells in varied.items() if cells[place])
+        screen.print(broken(f"  {place + 1}   {words}", screen.width), highlight=False)
+
+
+def _ranking(found: Sequence["Ranked"], metric: str, varied: Mapping[str, Sequence[str]]) -> Table:
+    table = folding("", "run", "state", metric, "best", "at step", *varied)
+    for place, each in enumerate(found):
+        facts = (each.run.name, each.run.state, f"{each.last:.6g}", f"{each.best:.6g}", f"{each.step:,}")
+        table.add_row(str(place + 1), *facts, *(cells[place] for cells in varied.values()))
+    return table
 
 
 def ranked(series: Mapping[Summary, Series], *, highest: bool) -> list[Ranked]:

@@ -7,7 +7,6 @@ folders; nothing: all runs of the root. Conditions choose among them: state=runn
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from src.runs.commands import find
 from src.runs.commands.filters import FACTS, chosen, conditions
 from src.runs.commands.summary import Summary, summaries
 from src.storage.remote import is_url
-from src.storage.streams import ReaderMayLeave
+from src.storage.streams import ReaderMayLeave, to_stderr
 
 METRIC = "metric="
 PAGE = "compare.html"
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ReaderMayLeave():
             return COMMANDS[given.command](given)
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        to_stderr(error.problems)
         return error.exit_code
     return 0
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +20,7 @@ from src.runs.commands.summary import Summary, read_plan
 from src.runs.folder import Attempt, attempts, log_folder
 from src.runs.lock import Lock
 from src.storage.json_lines import Lines, facts_in
-from src.sweeps.commands import COLOURS, terminal
+from src.sweeps.commands import COLOURS, folding, terminal
 
 GIT_FILE = "git.json"  # of a run folder
 GIB = 2**30
@@ -117,20 +116,25 @@ def _facts(run: Summary) -> Table:
 
 
 def _attempts(tried: Sequence[Attempt]) -> Table:
-    found = Table("attempt", "started", "host", "ranks", "ended", "why", "log", box=box.SIMPLE)
+    found = folding("attempt", "started, UTC", "host", "ranks", "ended", "why", "log")
     for each in tried:
         when, _, why = each.detail.partition(" ")
         changed = f"with {', '.join(each.changed)}" if each.changed else ""
         said = "; ".join(filter(None, (why.partition("\n")[0], changed)))
         log = log_folder(Path(), each.number)
         host = f"{each.host} (job {each.job})" if each.job else each.host
-        ended = f"{each.ended} {when}" if each.ended else "no word of its end"
-        found.add_row(str(each.number), each.started, host, str(each.world), ended, said, str(log))
+        ended = f"{each.ended} {_clock(when)}" if each.ended else "no word of its end"
+        found.add_row(str(each.number), _clock(each.started), host, str(each.world), ended, said, str(log))
     return found
 
 
+def _clock(moment: str) -> str:
+    """2026-12-01T04:02:35+00:00 as people write it."""
+    return moment.removesuffix("+00:00").replace("T", " ")
+
+
 def _incidents(happened: Sequence[Mapping[str, Any]]) -> Table:
-    found = Table("incident at step", "loss", "gradient norm", "then", box=box.SIMPLE)
+    found = folding("incident at step", "loss", "gradient norm", "then")
     for each in happened[-MOST:]:
         then = ": ".join(str(each[key]) for key in ("decision", "words") if key in each)
         numbers = (str(each[key]) if key in each else "" for key in ("loss", "grad_norm"))

@@ -23,6 +23,7 @@ from src.models.base import ModelConfig
 from src.models.parametrization.config import MuP
 from src.optim.base import Optimizer
 from src.storage.atomic_write import atomic_write
+from src.storage.streams import to_stderr
 
 FORMS = ("svg", "pdf", "png")
 OWN = {"widths": "128,256,512,1024", "steps": "10", "seeds": "2", "out": "coordinates.svg"}
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _answer(question(argv))
     except UserError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        to_stderr(error.problems)
         return error.exit_code
     return 0
 

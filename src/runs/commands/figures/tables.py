@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from src.errors import FolderError, UserError, some
 from src.metrics.history import read
 from src.runs.commands.figures.groups import Group, grouped, short_key
 from src.runs.commands.figures.output import write
 from src.runs.commands.listing import print_json, short
 from src.runs.commands.summary import Summary
-from src.sweeps.commands import terminal
+from src.sweeps.commands import folding, terminal
 
 # Of these a table without y= shows what any run has. `parameters` is the plan's, others are metrics.
 USUAL = ("parameters", "tokens", "loss", "validation_loss")
@@ -124,7 +121,7 @@ def written(made: Sequence[ConfigRow], names: Sequence[str], command: str, open_
 
 def _show(made: Sequence[ConfigRow], names: Sequence[str]) -> None:
     header, body = _cells(made, names, pm=" +- ", mathematics=False)
-    shown = Table(*header, box=box.SIMPLE)
+    shown = folding(*header)
     for each in body:
         shown.add_row(*each)
     terminal().print(shown)
