@@ -71,9 +71,17 @@ class GlooWire:
         self._group = dist.new_group(backend="gloo")
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        facts = LauncherEnv.read()
+        self.node = self._node(LauncherEnv.read())
+
+    def _node(self, facts: LauncherEnv) -> range:
+        """Of ranks that are numbered node by node. Where any is not (SLURM's cyclic distribution, nodes of several
+        sizes), each rank is a node by itself: a leader that others do not think theirs would be waited for in vain.
+        """
+        scattered = self.rank % max(facts.local_world, 1) != facts.local_rank
+        if self.largest(int(scattered)):
+            return range(self.rank, self.rank + 1)
         first = self.rank - facts.local_rank
-        self.node = range(first, min(first + facts.local_world, self.world))
+        return range(first, min(first + facts.local_world, self.world))
 
     def largest(self, number: int) -> int:
         value = torch.tensor(number)

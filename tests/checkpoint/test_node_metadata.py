@@ -19,11 +19,12 @@ from tests.checkpoint.states import blank, equals, two_saves
 from tests.ranks import RankPool
 
 
-def on_nodes(rank: int, per_node: int) -> dict[str, str]:
-    return {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
+def on_nodes(rank: int, per_node: int, *, cyclic: bool = False) -> dict[str, str]:
+    """`cyclic`: neighbours are on different nodes, of which there are as many as ranks on one."""
+    return {"LOCAL_RANK": str(rank // per_node if cyclic else rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
 
 
-def loading(folder: Path, per_node: int, trusted: bool) -> tuple[int, bool, int]:
+def loading(folder: Path, per_node: int, trusted: bool, cyclic: bool = False) -> tuple[int, bool, int]:
     """How often this rank has read metadata, whether all was loaded, and of how many places it was told."""
     rank, reads, told = int(os.environ["RANK"]), list[Any](), list[Metadata]()
     kind = metadata.PatientReader if trusted else metadata.RestrictedReader
@@ -39,7 +40,7 @@ def loading(folder: Path, per_node: int, trusted: bool) -> tuple[int, bool, int]
             told.append(reader.read_metadata())
             return reader
 
-    with patch.dict(os.environ, on_nodes(rank, per_node)), patch.object(kind, "_read_metadata", counted):
+    with patch.dict(os.environ, on_nodes(rank, per_node, cyclic=cyclic)), patch.object(kind, "_read_metadata", counted):
         store = Watched(folder, options(trusted=trusted))
         tree = store.load(folder / "step_00000010", blank())
     return len(reads), equals(tree, 1), len(told[0].storage_data)
@@ -56,6 +57,13 @@ def test_one_rank_of_a_node_reads_the_metadata(
     assert all(equal for _, equal, _ in found)
     if world == 4:  # of 4 cut tensors its own part, and the 2 that are whole
         assert [places for _, _, places in found] == [6] * 4
+
+
+def test_ranks_that_are_not_numbered_node_by_node_read_each_for_itself(ranks: RankPool, tmp_path: Path) -> None:
+    """SLURM's --distribution=cyclic: rank 1 leads its node, where rank 0 would wait for it as one of its own."""
+    ranks(4, two_saves, tmp_path)
+    found = ranks(4, loading, tmp_path, 2, False, True)
+    assert [(reads, equal) for reads, equal, _ in found] == [(1, True)] * 4
 
 
 def refused(folder: Path) -> list[str]:
