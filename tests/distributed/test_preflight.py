@@ -60,3 +60,10 @@ def test_a_sum_that_is_wrong_is_told() -> None:
     words = "rank 1 on n0: the ranks add up to 5, not 6"
     with played_collectives(4), patch.object(dist, "all_reduce", wrong), pytest.raises(PreflightError, match=words):
         module._add_up(store, LauncherEnv(1, 4, 1, 2), "cpu", NODES, 20.0, None)
+
+
+def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
+    """SLURM_DISTRIBUTION=cyclic: rank 1 is the first of the second node, and tensor ranks would be far apart."""
+    words = "rank 1 is number 0 of its node, not 1: .* numbered node by node; .* SLURM_DISTRIBUTION"
+    with pytest.raises(PreflightError, match=words):
+        preflight(LauncherEnv(1, 4, 0, 2), "cpu", 4, NODES, ("", 0), 0.2)

@@ -59,6 +59,12 @@ def preflight(
     """
     if facts.world != world:
         raise PreflightError(f"{facts.world} ranks were started, but the plan has {world}", None)
+    if (expected := facts.rank % facts.local_world) != facts.local_rank:
+        raise PreflightError(
+            f"rank {facts.rank} is number {facts.local_rank} of its node, not {expected}: the layout takes ranks to be "
+            "numbered node by node; leave SLURM_DISTRIBUTION and --distribution alone, or pass block",
+            None,
+        )
     node = nodes[facts.rank // facts.local_world]
     mine = Presence(facts.rank, node, _device(facts, device_type, node), facts.world)
     if world == 1:
