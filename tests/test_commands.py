@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from src.config.composition.requests import asked
 from src.launch.as_it_was import completed
-from src.launch.origins import recipe_lines
+from src.launch.origins import recipe_lines, unwanted_lines
 from src.launch.start import checked
 from src.planning.plan import Plan
 from src.run import Run
@@ -104,6 +104,19 @@ def test_a_learning_rate_of_another_optimizer_and_a_missing_gpu_are_told() -> No
     (point,) = asked([*words, "optim.lr=1e-5"]).points
     ((tree, run, _),) = checked([point.tree])
     assert len(recipe_lines(tree, point.origins, run)) == 2
+
+
+UNWANTED = {"data": "data=stdlib", "precision": "precision=fp32", "compile": "compile=off", "task": "task.seq_len=256"}
+
+
+@pytest.mark.parametrize("chosen", [[], ["data=stdlib"], ["precision=fp32", "compile=off"], ["task.seq_len=256"]])
+def test_what_nobody_wants_is_told_unless_it_was_typed(chosen: list[str]) -> None:
+    GlobalHydra.instance().clear()
+    (point,) = asked(["model=llama3_1b", "recipe=debug", "cluster.gpus=8", "dry_run=true", *chosen]).points
+    ((_, run, plan),) = checked([point.tree])
+    said = [line.removeprefix("warning: ") for line in unwanted_lines(point.origins, run, plan)]
+    expected = [words for words in UNWANTED.values() if words not in chosen]
+    assert [line[: len(words)] for line, words in zip(said, expected, strict=True)] == expected
 
 
 def test_a_tokenizer_of_few_words_under_a_large_vocabulary_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from src.config.composition.origins import DEFAULT, ValueOrigin, ValueOrigins
 from src.config.groups import RECIPE
 from src.config.tree import leaves_of
 from src.config.wording import bare
+from src.data.config import Stdlib
 from src.planning.machines import has_gpu
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def unwanted_lines(origins: ValueOrigins, run: "Run", plan: "Plan") -> list[str]
     if not run.task.needs_corpus or plan.parameters < LARGE:
         return []
     found = []
+    if isinstance(run.data, Stdlib) and origins.of("data._target_") == DEFAULT:
+        found.append(
+            "data=stdlib, some 12 MB of Python's own source, is for trials: pass data=c4, data=text data.files=my/ or "
+            "another of --help data"
+        )
     if has_gpu(run, run.cluster.devices()):
         if run.precision.compute == "float32" and origins.of("precision.compute") == DEFAULT:
             found.append("precision=fp32 on a GPU: several times slower than bf16; pass one of the two")

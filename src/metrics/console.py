@@ -61,7 +61,7 @@ class Console:
             soft_wrap=True, markup=False, emoji=False, force_terminal=False if title else None
         )
         self._progress: Progress | None = None
-        if self._terminal.is_terminal:
+        if self._terminal.is_terminal and steps > 0:
             self._progress = Progress(
                 BarColumn(bar_width=20),
                 TextColumn("{task.completed}/{task.total}  {task.description}"),

@@ -237,7 +237,7 @@ def test_the_command_says_what_it_found(straight: Straight, tmp_path: Path) -> N
     assert code == 0, told
     assert "read back: the same bits" in told
     assert "transformers' logits differ by at most " in told
-    assert "greedy: The first rays" in told
+    assert "greedy continuation of 'The first rays" in told
     assert "would send to me/my-model (pass task.send=true to do it):" in told
     assert "MB  model.safetensors" in told
     code, told = command(*argv, f"to={tmp_path}")

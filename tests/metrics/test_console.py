@@ -68,6 +68,13 @@ def test_no_line_is_wider_than_the_terminal_and_all_stay_in_its_scrollback(width
     assert any("99995/100000  ETA 0:00:10" in line for line in drawn if not line.startswith("step "))
 
 
+def test_a_task_without_steps_has_no_bar() -> None:
+    file = io.StringIO()
+    with Console(0, Terminal(file=file, force_terminal=True, width=80)) as console:
+        console.say("read back: the same bits")
+    assert file.getvalue() == "read back: the same bits\n"
+
+
 def test_startup_line() -> None:
     text = format_startup({"import": 3.0, "init": 0.5, "first_step": 0.25})
     assert text == "startup 3.8 s:  import 3.0 s  init 0.5 s  first step 0.2 s"

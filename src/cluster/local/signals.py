@@ -10,6 +10,7 @@ from pathlib import Path
 from src.checkpoint.folder import complete, step_of
 from src.runs.folder import Ended, end
 from src.runs.records import ATTEMPTS_FILE
+from src.storage.streams import FEWEST_COLUMNS, readable
 
 POLL_SECONDS = 0.1
 # A Ctrl-C that a wrapper such as `timeout` passes on beside the terminal comes twice at once, and is meant once.
@@ -45,8 +46,12 @@ def _interrupt_later() -> None:
 
 
 def tell(text: str) -> None:
-    """To stderr, past Python's buffers, which the code that a signal interrupted may hold; fine without a terminal."""
+    """To stderr, past Python's buffers, which the code that a signal interrupted may hold; fine without a terminal. A
+    line by itself is broken between words.
+    """
     try:
+        if "\n" not in text and os.isatty(2):
+            text = readable(text, max(FEWEST_COLUMNS, os.get_terminal_size(2).columns))
         os.write(2, f"{text}\n".encode())
     except OSError:  # the terminal is gone
         return

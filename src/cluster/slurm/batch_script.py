@@ -77,6 +77,7 @@ def teardown(python: str, requeues: int, srun: Mapping[str, Flag], excluded: str
     step = shlex.join(["srun", "--overlap", "--nodes=1", "--ntasks=1", *flags(srun)])
     judge = [f"{step} {python}" if srun else python, "-m", "src.cluster.diagnosis.verdict"]
     return [
+        "# Did the ranks fail, then why? What another start may mend is requeued, without the node at fault.",
         "code=$?",
         # Of an array's last element SLURM_JOB_ID is the array's: all elements would be requeued.
         'job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
@@ -86,7 +87,7 @@ def teardown(python: str, requeues: int, srun: Mapping[str, Flag], excluded: str
         f'  answer=$({" ".join(judge)} "${{folders[$point]}}" --requeues {requeues})',
         '  case "$answer" in',
         '    requeue*) bad="${answer#requeue}" && bad="${bad# }"',
-        '      if [ -n "$bad" ]; then',
+        '      if [ -n "$bad" ]; then # only if enough nodes are left without it',
         '        out=$(scontrol show job "$job" | sed -En "s/.*ExcNodeList=([^ (]*).*/\\1/p" | head -n 1)',
         f'        every="${{out:+$out,}}$bad" own={shlex.quote(excluded or "")}',
         '        for out in "$every" "${own:+$own,}$bad"; do',

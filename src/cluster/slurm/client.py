@@ -169,5 +169,6 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SilentError(str(error)) from error
     if done.returncode != 0:
-        raise SilentError(done.stderr.strip() or f"{command[0]} ended with code {done.returncode}")
+        said = done.stderr.strip().splitlines() or [f"{command[0]} ended with code {done.returncode}"]
+        raise SilentError(said[-1])  # the first lines are of what it tried
     return done.stdout

@@ -40,7 +40,7 @@ from src.storage.streams import to_stderr
 Flags = dict[str, Flag]
 
 REFUSED_FILE = "refused.sh"  # what sbatch was given when it refused
-SILENT = "'sinfo' says whether its controller is up; dry_run=true asks nobody"
+SILENT = "'sinfo' says whether its controller is up; dry_run=true plans without it"
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 # What the plan, the site's own keys or the requeue chain decide.

@@ -156,7 +156,7 @@ def _kernels(events: Iterable[Any], device: torch.device) -> list[KernelTime]:
 
 
 def _tell(figures: dict[str, Any]) -> None:
-    with Console(1) as console:
+    with Console(0) as console:  # no bar
         for key, value in figures.items():
             if key == "profile":
                 console.say(markdown(value))

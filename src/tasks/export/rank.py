@@ -169,7 +169,7 @@ def _check(
 
 
 def _tell(finding: Finding, warnings: list[str]) -> None:
-    with Console(1) as console:
+    with Console(0) as console:  # no steps, and so no bar
         for line in (*finding.lines, *warnings):
             console.say(line)
 

@@ -111,14 +111,14 @@ def compare(
     difference, largest = _difference(theirs.logits, ours), max(float(each.abs().max()) for each in ours.values())
     finding.lines.append(
         f"transformers' logits differ by at most {difference:.3g} (the largest is {largest:.3g}), "
-        f"after {len(ours)} places of {len(ids)} tokens"
+        f"compared at {len(ours)} of the {len(ids)} tokens of task.text"
     )
     if not difference <= TOLERANCE * max(1.0, largest):
         finding.problems.append(
             f"{folder}: transformers' logits differ by {difference:.3g} where the largest is {largest:.3g}; it is left "
             "there for a look, and must not be used"
         )
-    finding.lines.append(f"greedy: {text}[...]{read_codec(folder).decode(theirs.written)}")
+    finding.lines.append(f"its greedy continuation of {text!r}: {read_codec(folder).decode(theirs.written)!r}")
 
 
 def _strangers(folder: Path, names: Iterable[Any]) -> list[Any]:

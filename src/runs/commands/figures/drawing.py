@@ -15,6 +15,7 @@ from src.runs.commands.figures.groups import grouped
 from src.runs.commands.figures.output import write
 from src.runs.commands.listing import print_json
 from src.runs.commands.summary import Summary
+from src.storage.streams import folded, to_stderr
 from src.sweeps.report.looks import DASHES, DISTINCT
 
 FORMATS = ("pdf", "png", "svg")
@@ -45,11 +46,11 @@ def plot(runs: Sequence[Summary], words: dict[str, str], *, as_json: bool) -> in
     found, notes = curves(grouped(runs, [key for key in words.get("label", "").split(",") if key]), x, y)
     picture = drawn(found, x, y, form, log=log, style=style)
     write(out, picture)
-    print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
+    to_stderr(notes)
     if as_json:
         print_json({"figure": out, "x": x, "y": y, "curves": [vars(each) for each in found]})
         return 0
-    print(f"{out}: {', '.join(_told(each) for each in found)}")
+    print(folded(f"{out}: {', '.join(_told(each) for each in found)}", sys.stdout))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from src.runs.commands.figures.groups import Group, grouped, short_key
 from src.runs.commands.figures.output import write
 from src.runs.commands.listing import print_json, short
 from src.runs.commands.summary import Summary
+from src.storage.streams import to_stderr
 from src.sweeps.commands import folding, terminal
 
 # Of these a table without y= shows what any run has. `parameters` is the plan's, others are metrics.
@@ -71,7 +71,7 @@ def table(runs: Sequence[Summary], words: dict[str, str], command: str, *, latex
     text = written(made, names, command, open_ends)
     if out is not None:
         write(out, text)
-    print(*open_ends, sep="\n", end="\n" if open_ends else "", file=sys.stderr)
+    to_stderr(open_ends)
     if as_json:
         print_json({"rows": [row.to_dict() for row in made], "table": out})
     elif latex:
