@@ -48,12 +48,13 @@ def measured(codes: Sequence[Path], repeat: int) -> dict[str, dict[str, list[flo
     for _ in range(repeat + 1):
         for code in codes:
             for world in LAYOUTS:
-                taken.setdefault((code, world), []).append(started(code, world))
-    found: dict[str, dict[str, list[float]]] = {}
+                taken.setdefault((code, world), []).append(found := started(code, world))
+                print(f"{code}, {world}: {found[0]:.2f} s ({found[1]:.2f} of CPU)", file=sys.stderr)
+    rows: dict[str, dict[str, list[float]]] = {}
     for (code, world), (first, *later) in taken.items():
         walls, cpus = zip(*later, strict=True)
-        found.setdefault(str(code), {})[str(world)] = [*first, median(walls), median(cpus)]
-    return found
+        rows.setdefault(str(code), {})[str(world)] = [*first, median(walls), median(cpus)]
+    return rows
 
 
 def text(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

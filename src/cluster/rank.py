@@ -48,7 +48,8 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     """One rank's life, whoever made its process: our supervisor, a scheduler or an outer launcher. False when it
     stopped early, after saving.
 
-    `tree`: the config, where an outer launcher starts ranks before rank 0 has made the folder; else the folder's.
+    `tree`: the config, where whoever calls has read it, or an outer launcher starts ranks before rank 0 has made the
+    folder; else the folder's.
     attempts.jsonl records how it ended: well, by rank 0, or not, by the first rank that fails.
     """
     from src.config.build import build

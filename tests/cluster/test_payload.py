@@ -1,5 +1,6 @@
 """How a job that has saved is handed back to SLURM: nothing that nobody has requeued may end as a success."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from src.cluster.slurm.payload import QueuedJob
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.distributed.process.rank_context import LauncherEnv
 from src.errors import UserError
+from src.storage.patience import Patience
 
 START = JobStart("7", 0, ("n1", "n2"))
 
@@ -117,3 +119,25 @@ def test_a_shared_node_is_requeued_once_slurm_no_longer_ends_it(monkeypatch: pyt
     with pytest.raises(Left) as left:
         PackedJob._go_on_later(requeued)
     assert left.value.args == (0,)
+
+
+def test_a_rank_reads_the_config_once_and_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, tree, faults = list[Any](), {"name": "a"}, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def read(_path: Path) -> dict[str, Any]:
+        given.append("read")
+        if faults:
+            raise faults.pop()
+        return tree
+
+    monkeypatch.setattr("src.config.tree.read", read)
+    monkeypatch.setattr(payload, "Patience", lambda: Patience(sleep=lambda _: None))
+    for name in ("_assert_frozen", "_kernels", "introduce"):
+        monkeypatch.setattr(payload, name, lambda *_: None)
+    monkeypatch.setattr("src.distributed.process.preflight.preflight", lambda *_: [])
+    monkeypatch.setattr(payload, "run_rank", lambda _, config: bool(given.append(config)))
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("MASTER_PORT", "20000")
+    job = QueuedJob(tmp_path, "code", 2, tmp_path, "cpu", 1.0)
+    assert not job._live(LauncherEnv(1, 2, 1, 2), ["n1"])
+    assert given == ["read", "read", tree]

@@ -31,6 +31,7 @@ from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import RunFolder
 from src.runs.node_copy import place
 from src.storage.json_lines import Lines
+from src.storage.patience import Patience
 
 if TYPE_CHECKING:
     import torch
@@ -82,23 +83,23 @@ class QueuedJob:
 
     def _live(self, facts: LauncherEnv, nodes: list[str]) -> bool:
         _assert_frozen(self.folder / "code" / self.code)
-        tree = trees.read(self.folder / "config.yaml")
+        tree = Patience()(lambda: trees.read(self.folder / "config.yaml"))
         kernels = _kernels(tree, self.code)
         introduce(self.folder, tree)
         if facts.rank > 0:
-            return self._run(facts, nodes)
+            return self._run(facts, nodes, tree)
         with _rejoin(self.folder, self.code) as folder:
             attempt = folder.begin(self.world)
             print(f"attempt {attempt.number} of {self.folder} as job {attempt.job}", flush=True)
             site = tree["cluster"]
             with Deadline(self.folder, site["requeues"], site["grace_seconds"]):
-                finished = self._run(facts, nodes)
+                finished = self._run(facts, nodes, tree)
                 kernels.keep()
             if (options := options_of(self.folder)) is not None:
                 tell_end(self.folder, options)
             return finished
 
-    def _run(self, facts: LauncherEnv, nodes: list[str]) -> bool:
+    def _run(self, facts: LauncherEnv, nodes: list[str], tree: trees.Tree) -> bool:
         from src.distributed.process.preflight import preflight, table
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -107,7 +108,7 @@ class QueuedJob:
         present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds, then)
         if facts.rank == 0:
             print(table(present), flush=True)
-        return run_rank(RankJob(self.folder, self.code))
+        return run_rank(RankJob(self.folder, self.code), tree)
 
     def _twins(self, facts: LauncherEnv, nodes: list[str]) -> "Callable[[torch.device], None]":
         """Rank 0 keeps the list of slow nodes, for this job's next start and the run's next submission."""
