@@ -64,6 +64,6 @@ def test_a_sum_that_is_wrong_is_told() -> None:
 
 def test_ranks_that_are_not_numbered_node_by_node_are_refused() -> None:
     """SLURM_DISTRIBUTION=cyclic: rank 1 is the first of the second node, and tensor ranks would be far apart."""
-    words = "rank 1 is number 0 of its node, not 1: .* numbered node by node; .* SLURM_DISTRIBUTION"
+    words = "rank 1 is number 0 of its node, not 1: .* numbered node by node; .* distribution of tasks"
     with pytest.raises(PreflightError, match=words):
         preflight(LauncherEnv(1, 4, 0, 2), "cpu", 4, NODES, ("", 0), 0.2)

@@ -62,7 +62,7 @@ def preflight(
     if (expected := facts.rank % facts.local_world) != facts.local_rank:
         raise PreflightError(
             f"rank {facts.rank} is number {facts.local_rank} of its node, not {expected}: the layout takes ranks to be "
-            "numbered node by node; leave SLURM_DISTRIBUTION and --distribution alone, or pass block",
+            "numbered node by node; leave the batch system's distribution of tasks alone, or pass block",
             None,
         )
     node = nodes[facts.rank // facts.local_world]
