@@ -19,6 +19,7 @@ from typing import Any, Literal
 from src.config.build import build
 from src.config.composition.requests import asked
 from src.distributed.pipeline.stages import even
+from src.planning.batch import GPU_TOKENS
 from src.planning.memory import Load
 from src.planning.plan import load_of
 from src.planning.time.collectives import Fabric, Reached
@@ -38,7 +39,7 @@ GRAND_TETON = replace(
     name="H100, 500 W",
     memory=2.4e12,
     watts=500.0,
-    shares=replace(GPUS["H100"].shares, products=0.945 * 0.75, grouped=0.608 * 0.75, float8=0.56 * 0.75),
+    shares=replace(GPUS["H100"].shares, products=0.945 * 0.75, grouped=0.608 * 0.75, float8=0.61 * 0.75),
 )
 
 
@@ -128,7 +129,7 @@ SMALL = {
 
 def rows() -> tuple[Row, ...]:
     """All of them, in the order of the page."""
-    return (*_one_gpu(), *_two_gpus(), *_four_gpus(), *_published())
+    return (*_one_gpu(), *_presets(), *_two_gpus(), *_four_gpus(), *_published())
 
 
 def _one_gpu() -> Iterator[Row]:
@@ -143,10 +144,25 @@ def _one_gpu() -> Iterator[Row]:
               model=eight, graph=True, **calibrated)  # fmt: skip
     yield Row("8B, 16 layers, fp8", measured=speed("8b_fp8"), presets=(*LLAMA, FP8), batch=(8192, 2, 2), model=eight,
               **calibrated)  # fmt: skip
-    yield Row("124M, graph", measured=speed("small_32"), presets=("model=llama3_1b", BF16), batch=(1024, 32, 32),
-              model=SMALL, graph=True, **calibrated)  # fmt: skip
+    for row, sequences in (("small_32", 32), ("small_4", 4)):
+        yield Row(f"124M, {sequences} sequences, graph", measured=speed(row), presets=("model=llama3_1b", BF16),
+                  batch=(1024, sequences, sequences), model=SMALL, graph=True, **calibrated)  # fmt: skip
+    yield Row("1B, graph", measured=speed("1b"), presets=("model=llama3_1b", BF16), batch=(8192, 2, 2),
+              model={"tie_word_embeddings": False}, graph=True, **calibrated)  # fmt: skip
     yield Row("16B, 9 layers", measured=speed("16b"), presets=(*EXPERTS, BF16), batch=(4096, 4, 4),
               model={"n_layers": 9}, **calibrated)  # fmt: skip
+
+
+def _presets() -> Iterator[Row]:
+    """The small presets, as their recipes say (passes of 32,768 tokens) and as one graph."""
+    for each in json.loads((RECORDS / "presets_h200.json").read_text()):
+        words = dict(word.split("=") for word in each["words"])
+        length, batch = int(words["task.seq_len"]), int(words["task.global_batch"])
+        graph, preset = words["compile"] == "graph", each["preset"]
+        size = int(words.get("task.micro_batch", min(batch, GPU_TOKENS // length)))
+        name = f"{preset.removeprefix('llama3_').upper()}, {size} x {length:,} tokens" + ", graph" * graph
+        yield Row(name, "calibrated", each["measured"]["tokens_per_second"], (f"model={preset}", BF16), {},
+                  (length, size, batch), flash=True, graph=graph, source="presets_h200.json")  # fmt: skip
 
 
 def _record(name: str, kind: str, presets: tuple[str, ...], degrees: Mapping[str, Any], batch: tuple[int, int, int],
@@ -176,6 +192,7 @@ def _two_gpus() -> Iterator[Row]:
         ("fsdp2", (*EXPERTS, BF16), {"shard": 2}),
         ("fsdp2_gathered", (*EXPERTS, BF16), gathered),
         ("fsdp2_lean", (*EXPERTS, *LEAN), gathered),
+        ("fsdp2_fp8_experts", (*EXPERTS, "precision=fp8_experts"), {"shard": 2}),
         ("fsdp2_ep2_graphs", (*EXPERTS, BF16), apart),
         ("fsdp2_ep2_lean", (*EXPERTS, *LEAN), {**apart, "reshard": "never"}),
     ):

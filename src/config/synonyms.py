@@ -173,7 +173,7 @@ _RUN = {
     "slurm": "cluster=slurm",
 }
 # What a person may type elsewhere, and what decides it here.
-_SHAPE = "follows from the layout: parallel=, parallel.shard and the other degrees"
+_SHAPE = "follows from the layout: parallel=, parallel.shard and the other degrees, or the gpus of parallel=auto"
 FOLLOWS: Mapping[str, str] = {
     "nodes": f"{_SHAPE}, over cluster.gpus_per_node",
     "num_nodes": f"{_SHAPE}, over cluster.gpus_per_node",
@@ -184,6 +184,7 @@ FOLLOWS: Mapping[str, str] = {
     "nproc_per_node": f"{_SHAPE}, over cluster.gpus_per_node",
     "world_size": _SHAPE,
     "num_gpus": _SHAPE,
+    "gpus": _SHAPE,  # cluster=local has this key
     "cpus_per_task": "follows from cluster.cpus_per_gpu: a task is a rank, which has one GPU",
     "mem": "follows from cluster.memory_gib_per_gpu and the layout",
     "mem_per_node": "follows from cluster.memory_gib_per_gpu and the layout",

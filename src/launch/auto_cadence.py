@@ -50,6 +50,7 @@ def interruptions(tree: Tree, run: "Run") -> "Interruptions":
 def _interval(run: "Run", known: "Interruptions") -> int:
     """Steps between two checkpoints."""
     from src.planning.plan import plan
+    from src.planning.staged.plans import plan_stages
     from src.planning.time.devices import GPUS
     from src.planning.time.site import SiteFacts
     from src.run import Infers
@@ -63,9 +64,14 @@ def _interval(run: "Run", known: "Interruptions") -> int:
         raise PlanError("checkpoint.every=auto: how often a GPU fails is not known; pass cluster.mtbf_hours_per_gpu, "
                         f"such as cluster.mtbf_hours_per_gpu=50000, {OTHERWISE}")  # fmt: skip
     # Of a plan that has problems, the one that follows tells all of them.
-    legal = replace(run, checkpoint=run.checkpoint.model_copy(update={"every": 1}))
+    legal, *stages = (
+        replace(each, checkpoint=run.checkpoint.model_copy(update={"every": 1})) for each in (run, *run.stages)
+    )
     try:
-        time = plan(legal, None, run.cluster.devices(), interruptions=known).time
+        if stages:
+            time = plan_stages(replace(legal, stages=tuple(stages)), run.cluster.devices(), lambda _: [], known).time
+        else:
+            time = plan(legal, None, run.cluster.devices(), interruptions=known).time
     except PlanError:
         return 1
     if time is None or (failures := time.failures) is None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config.groups import CONF
+from src.config.presets import nearest_option
 from src.config.tree import Tree, identity
+from src.config.wording import bare
 from src.errors import ConfigError, UserError
 from src.runs.folder import place
 from src.storage.atomic_write import atomic_write
@@ -16,6 +18,7 @@ from src.tasks.bench.config import BENCH_FILE, Bench
 
 if TYPE_CHECKING:
     from src.distributed.parallel_dims import ParallelDims
+    from src.distributed.recompute import Recompute
     from src.planning.plan import Plan
     from src.run import Run
 
@@ -37,20 +40,31 @@ def check_name(name: str, *, measured: bool) -> None:
         raise UserError(f"{WRITE}={name}: {path} exists; pass another name")
 
 
-def keep(name: str, degrees: "ParallelDims", evidence: Sequence[str]) -> None:
-    """Write conf/parallel/<name>.yaml. `evidence`: lines of its comment; the first is what `--help` says of it."""
+def beside(micro_batch: int | None, recompute: "Recompute", precision: str | None) -> str:
+    """What was chosen with a layout and is in no file of conf/parallel, as it is typed. `precision`: an option, where
+    it was open.
+    """
+    every = "" if recompute.every is None else f" recompute.every={recompute.every}"
+    also = "" if precision is None else f" precision={precision}"
+    return f"task.micro_batch={micro_batch} recompute={recompute.mode}{every}{also}"
+
+
+def keep(name: str, degrees: "ParallelDims", evidence: Sequence[str], also: str) -> None:
+    """Write conf/parallel/<name>.yaml. `evidence`: lines of its comment; the first is what `--help` says of it. `also`:
+    what to type with it.
+    """
     from src.config.presets import section_of
 
     plain = section_of("parallel", "single")
     values = {key: value for key, value in degrees.model_dump(mode="json").items() if plain.get(key) != value}
     lines = [
-        *(f"# {line}".rstrip() for line in evidence),
+        *(f"# {line}".rstrip() for line in (*evidence, f"It was chosen with {also}")),
         "defaults: [single, _self_]",
-        *(f"{key}: {value}" for key, value in values.items()),
+        *(f"{key}: {bare(value)}" for key, value in values.items()),
     ]
     path = _path(name)
     atomic_write(path, "\n".join(lines) + "\n")
-    print(f"{WRITE}: {path}", file=sys.stderr)
+    print(f"{WRITE}: {path}; it was chosen with {also}, so pass parallel={name} {also}", file=sys.stderr)
 
 
 def check_places(points: "Sequence[Point]") -> None:
@@ -68,10 +82,12 @@ class Figure:
     run: "Run"
     predicted: float | None
     measured: float | None  # None: it has not ended, or has failed
+    precision: str | None  # option of conf/precision, where it was open
 
     @property
     def text(self) -> str:
-        return self.run.parallel.told(self.run.task.micro_batch, self.run.recompute)
+        also = "" if self.precision is None else f" precision={self.precision}"
+        return self.run.parallel.told(self.run.task.micro_batch, self.run.recompute) + also
 
     @property
     def line(self) -> str:
@@ -100,16 +116,16 @@ def measured_places(points: "Sequence[Point]") -> None:
     print(f"the fastest is place {best.place}: {best.text}", file=sys.stderr)
     if name is not None:
         first = f"{MEASURED.removeprefix('# ')} on {best.run.parallel.world} x {_device(given[0])}, tokens/s of a GPU:"
-        taken = (
-            f"Place {best.place}, with task.micro_batch={best.run.task.micro_batch} and recompute={best.run.recompute}."
-        )
         check_name(name, measured=True)
-        keep(name, best.run.parallel, [first, *(f"  {each.line}" for each in figures), taken])
+        also = beside(best.run.task.micro_batch, best.run.recompute, best.precision)
+        keep(name, best.run.parallel, [first, *(f"  {each.line}" for each in figures), f"Place {best.place}."], also)
 
 
 def _figure(tree: Tree, run: "Run", planned: "Plan", overrides: Mapping[str, str]) -> Figure:
     found = _bench(tree, run).get("tokens_per_second")
-    return Figure(int(overrides[PLACE]), run, planned.predicted_rate, None if found is None else float(found))
+    precision = nearest_option("precision", tree["precision"])[0] if overrides.get("precision") == "auto" else None
+    measured = None if found is None else float(found)
+    return Figure(int(overrides[PLACE]), run, planned.predicted_rate, measured, precision)
 
 
 def _bench(tree: Tree, run: "Run") -> dict[str, Any]:

@@ -27,9 +27,8 @@ def main() -> int:
         to_stderr(error.problems)
         return error.exit_code
     found = fit(runs)
-    print(
-        f"{len(runs)} runs: {found.before:.1%} off in the mean, {found.after:.1%} with these factors", file=sys.stderr
-    )
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    print(f"{count}: {found.before:.1%} off in the mean, {found.after:.1%} with these factors", file=sys.stderr)
     print("cluster.time_factors={" + ", ".join(f"{name}: {value:g}" for name, value in found.factors.items()) + "}")
     return 0
 

@@ -7,17 +7,18 @@ where it is still the first, the exact time, until the best are known.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import product
 from typing import Any
 
 from src.distributed.parallel_dims import ParallelDims, ScheduleName
 from src.distributed.pipeline import stages
-from src.distributed.precision.config import BYTES
+from src.distributed.precision.config import BYTES, Precision
 from src.distributed.recompute import Recompute
 from src.planning.batch import GPU_TOKENS
 from src.planning.memory import RUNTIME_BYTES, Load, estimate
+from src.planning.precision_choice import narrowest, weight
 from src.planning.recompute_choice import LADDER
 from src.planning.time.step import Question, StepTime, least_seconds, state_bytes, step_time, without_order
 from src.planning.time.work import shape_of
@@ -26,6 +27,7 @@ DEGREES = ("replicate", "shard", "context", "tensor", "expert", "pipeline")
 MICRO_BATCHES = (1, 2, 4)  # sequences; of short ones more: `_sizes`
 LONG_SEQUENCE = 32_768  # tokens from which on a sequence is cut though there is batch enough
 INTERLEAVED = (2, 4)  # stages of a rank
+OPEN = -1  # in the place of a precision
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Space:
     micro_batch: int | None
     recompute: Recompute | None
     global_batch: int
+    precisions: Mapping[str, Precision] = field(default_factory=dict)  # by option; none: that of the load
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,20 @@ class Found:
     load: Load
     step: StepTime
     peak: int  # bytes of the fullest GPU
+    precision: str | None = None  # option of conf/precision, where it was open
 
     @property
     def text(self) -> str:
-        return self.load.degrees.told(self.load.micro_batch, self.load.recompute)
+        open_too = "" if self.precision is None else f" precision={self.precision}"
+        return self.load.degrees.told(self.load.micro_batch, self.load.recompute) + open_too
 
 
 def any_layout(_degrees: ParallelDims) -> bool:
     return True
+
+
+def nothing_wrong(_load: Load) -> Sequence[str]:
+    return ()
 
 
 def best(
@@ -62,29 +71,45 @@ def best(
     limit_bytes: int | None,
     count: int = 5,
     among: Callable[[ParallelDims], bool] = any_layout,
+    problems: Callable[[Load], Sequence[str]] = nothing_wrong,
 ) -> list[Found]:
-    """The `count` fastest layouts, fastest first; none where nothing fits. `question`: of the run on any layout."""
+    """The `count` fastest layouts, fastest first; none where nothing fits. `question`: of the run on any layout;
+    `problems`: why a layout and its precision do not go together.
+    """
     room = limit_bytes if limit_bytes is not None else 2**62
-    # The last: None at first, then the peak of what fits, then all of it.
-    heap: list[tuple[float, int, Question, int | Found | None]] = []
+    options: list[tuple[str | None, Precision]] = [*space.precisions.items()] or [(None, question.load.precision)]
+    # Seconds, number of the layout, place of the precision; the last: None at first, then the peak of what fits, then
+    # all of it.
+    heap: list[tuple[float, int, int, Question, int | Found | None]] = []
     for number, load in enumerate(legal(question.load, space, among)):
-        if _least_bytes(load) <= room:
-            asked = replace(question, load=load)
-            heap.append((least_seconds(asked), number, asked, None))
+        if (least := _least(question, load, space, room)) is not None:
+            heap.append((least, number, OPEN, replace(question, load=load), None))
     heapify(heap)
     found: list[Found] = []
     while heap and len(found) < count:
-        _, number, asked, known = heappop(heap)
+        _, number, place, asked, known = heappop(heap)
         if isinstance(known, Found):
             found.append(known)
         elif known is None:
-            if (fits := fitting(asked, space, room)) is not None:
+            for each, (_, precision) in enumerate(options):
+                load = asked.load.changed(precision=precision)
+                if problems(load) or (fits := fitting(replace(asked, load=load), space, room)) is None:
+                    continue
                 fitted, peak = fits
-                heappush(heap, (without_order(fitted), number, fitted, peak))
+                heappush(heap, (weight(each) * without_order(fitted), number, each, fitted, peak))
         else:
-            exact = Found(asked.load, step_time(asked), known)
-            heappush(heap, (exact.step.seconds, number, asked, exact))
+            exact = Found(asked.load, step_time(asked), known, options[place][0])
+            heappush(heap, (weight(place) * exact.step.seconds, number, place, asked, exact))
     return found
+
+
+def _least(question: Question, load: Load, space: Space, room: int) -> float | None:
+    """Seconds that hardly any precision of those that are open beats on this layout; None: it cannot fit."""
+    if not space.precisions:
+        return least_seconds(replace(question, load=load)) if _least_bytes(load) <= room else None
+    loads = (load.changed(precision=each) for each in narrowest(space.precisions))
+    fit = (replace(question, load=each) for each in loads if _least_bytes(each) <= room)
+    return min(map(least_seconds, fit), default=None)
 
 
 def fitting(question: Question, space: Space, room: int) -> tuple[Question, int] | None:

@@ -3,6 +3,7 @@
 from src.config.groups import options
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, estimate
+from src.planning.time.devices import GPUS
 from src.planning.time.site import SiteFacts
 from src.run import Run, WithoutModel
 from src.runs.cluster import Devices
@@ -15,6 +16,9 @@ def float8_problems(run: Run, devices: Devices | None) -> list[str]:
     float8 = run.precision.float8
     if float8 is None:
         return []
+    model = run.cluster.gpu_model if isinstance(run.cluster, SiteFacts) else None
+    if model is not None and GPUS[model].float8 is None and not float8.emulate:
+        return [f"precision.float8: cluster.gpu_model={model} has no float8 products; pass precision=bf16"]
     capability = None if devices is None else devices.capability
     return float8.problems(
         run.model.weights(),
@@ -23,6 +27,16 @@ def float8_problems(run: Run, devices: Devices | None) -> list[str]:
         gpu=has_gpu(run, devices),
         capability=capability,
     )
+
+
+def expert_problems(run: Run) -> list[str]:
+    """Why compiled experts cannot multiply in this precision."""
+    if not run.compile.blocks or not run.model.routed or run.precision.compute == "bfloat16":
+        return []
+    return [
+        f"compile.blocks=true with precision.compute={run.precision.compute}: grouped products of experts are "
+        "traced in bfloat16 only; pass precision=bf16 or compile=off"
+    ]
 
 
 def kernel_problems(run: Run, devices: Devices | None) -> list[str]:
@@ -74,8 +88,8 @@ def host_bytes(run: Run, devices: Devices | None) -> int | None:
 
 
 def gpu_bytes(run: Run, devices: Devices | None, limit_bytes: int | None) -> int | None:
-    """Memory that passes may be chosen by: `limit_bytes` of the plan, or else what cluster.gpu_model has; None on a CPU
-    and of a GPU that nobody knows.
+    """Memory of a GPU: `limit_bytes`, or else what cluster.gpu_model has; None on a CPU and of a GPU that nobody
+    knows.
     """
     if not has_gpu(run, devices):
         return None

@@ -16,15 +16,16 @@ from src.distributed.pipeline import stages
 from src.distributed.precision.config import BYTES
 from src.distributed.recompute import Recompute
 from src.errors import PlanError
-from src.planning import batch, machines, replica_groups
+from src.planning import batch, machines
 from src.planning.advice import problem as fit_problem
 from src.planning.advice import told
 from src.planning.memory import GIB, Load, Memory, estimate
+from src.planning.precision_choice import UNDECIDED, AutoPrecision
 from src.planning.recompute_choice import NONE, cheapest
 from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction, predict
 from src.planning.time.site import SiteFacts
-from src.planning.training_rules import average_bytes, rehearsal_problems, training_problems
+from src.planning.training_rules import average_bytes, group_problems, rehearsal_problems, training_problems
 from src.run import Compares, Infers, MeasuresLayers, Rehearses, Remembers, Run, Validates, WithoutModel
 from src.runs.cluster import Devices
 from src.runs.records import PLAN_FILE
@@ -128,7 +129,7 @@ def plan(
     """
     load = load_of(run)
     limit = None if isinstance(run.task, WithoutModel) else _memory_limit(run, devices)
-    load = batch.fitted(run, load, machines.gpu_bytes(run, devices, limit))
+    load = batch.fitted(run, load, limit)
     if run.recompute.mode == "auto":
         load = load.changed(recompute=cheapest(load, limit))
     found = [
@@ -139,7 +140,7 @@ def plan(
         *([] if _rehearses(run) or _infers(run) else batch.problems(run)),
         *([] if _infers(run) else batch.float8_problems(run, load.micro_batch)),
         *_section_problems(run),
-        *replica_groups.problems(run, devices, load.micro_batches, _pipeline_problems),
+        *group_problems(run, devices, load.micro_batches, _pipeline_problems),
         *rehearsal_problems(run),
         *machines.float8_problems(run, devices),
         *machines.kernel_problems(run, devices),
@@ -249,7 +250,8 @@ def _ranks_per_node(run: Run) -> int:
 def _memory_limit(run: Run, devices: Devices | None) -> int | None:
     if run.cluster.gpu_memory_gib is not None:
         return int(run.cluster.gpu_memory_gib * GIB)
-    return None if devices is None or devices.memory_gib is None else int(devices.memory_gib * GIB)
+    here = None if devices is None else devices.memory_gib
+    return machines.gpu_bytes(run, devices, None if here is None else int(here * GIB))
 
 
 def _layout_problems(run: Run, devices: Devices | None) -> list[str]:
@@ -358,11 +360,8 @@ def _section_problems(run: Run) -> list[str]:
             f"checkpoint.keep_best={run.checkpoint.keep_best} goes by the validation loss, and task.validate_every=0; "
             "pass task.validate_every, or checkpoint.keep_best=null"
         )
-    if run.compile.blocks and run.model.routed and run.precision.compute != "bfloat16":
-        found.append(
-            f"compile.blocks=true with precision.compute={run.precision.compute}: grouped products of experts are "
-            "traced in bfloat16 only; pass precision=bf16 or compile=off"
-        )
+    found += machines.expert_problems(run)
+    found += [UNDECIDED] if isinstance(run.precision, AutoPrecision) else []
     if run.model.within_documents and not run.data.document_masks:
         found.append("model.mask=block_causal needs to know the documents; pass data.document_masks=true")
     if run.data.document_masks and not run.model.within_documents:

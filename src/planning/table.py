@@ -10,6 +10,7 @@ from src.planning.advice import PARTS, told
 from src.planning.plan import Plan
 from src.planning.time.devices import measured_products
 from src.planning.time.prediction import Prediction
+from src.planning.time.traffic import Collective
 
 SOME = ("cache", "outer", "average")  # parts that most runs do not have
 
@@ -123,6 +124,7 @@ STEP_PARTS = {
     "experts": "products of routed experts",
     "attention": "attention",
     "memory": "norms, activations, permutes",
+    "gaps": "between kernels",
     "loss": "head and loss",
     "recompute": "computed again",
     "tensor": "collectives of tensor ranks",
@@ -139,14 +141,14 @@ STEP_PARTS = {
 
 
 def _time(time: Prediction, plan: Plan) -> list[tuple[str, str]]:
-    step = time.step
+    step, which = time.step, " of the longest stage" * bool(plan.training_stages)
     parts = [(f"  {STEP_PARTS[name]}", _seconds(value)) for name, value in step.parts.items() if value > 5e-6]
     rows = [
-        ("a step", f"{_seconds(step.seconds)} (+-{time.within:.0%})"),
+        ("a step" + which, f"{_seconds(step.seconds)} (+-{time.within:.0%})"),
         *parts,
         ("collectives beside other work", _seconds(step.hidden)),
         (
-            "tokens per second of a GPU, of all",
+            "tokens per second of a GPU, of all" + which.replace(" of", ";"),
             f"{time.tokens_per_second:,.0f}, {time.tokens_per_second * plan.world:,.0f}",
         ),
         ("MFU, attention counted in full", f"{time.mfu:.1%}"),
@@ -187,13 +189,16 @@ def _products(time: Prediction) -> list[tuple[str, str]]:
 
 def _collectives(time: Prediction) -> list[tuple[str, str]]:
     """How often, what, of how many bytes; seconds of all of them, beside other work or not."""
+    alike: dict[str, list[Collective]] = {}  # rows go to experts beside other work, and come back beside none
+    for each in time.terms.collectives:
+        where = f"{each.ranks} ranks on {each.nodes} node{'s' if each.nodes > 1 else ''}"
+        alike.setdefault(f"{each.algorithm} of {each.what}, {told(int(each.size))}, {where}", []).append(each)
     return [
         (
-            f"{each.times:,.0f} x {each.algorithm} of {each.what}, {told(int(each.size))}, {each.ranks} ranks on "
-            f"{each.nodes} node{'s' if each.nodes > 1 else ''}",
-            _seconds(each.times * each.seconds),
+            f"{sum(each.times for each in found):,.0f} x {text}",
+            _seconds(sum(each.times * each.seconds for each in found)),
         )
-        for each in time.terms.collectives
+        for text, found in alike.items()
     ]
 
 

@@ -1,7 +1,11 @@
-"""Rules about what a training step does besides its update: averages, penalties, norms of layers."""
+"""Rules about what a training step does besides its update (averages, penalties, norms), and of replica groups."""
+
+from collections.abc import Callable
 
 from src.distributed.precision.config import BYTES
-from src.run import Averages, ClipsLogits, MeasuresLayers, Merges, Penalises, Rehearses, Run, WatchesSpikes
+from src.fault_tolerance.config import Asked
+from src.run import Averages, ClipsLogits, MeasuresLayers, Merges, Penalises, Rehearses, Run, Validates, WatchesSpikes
+from src.runs.cluster import Devices
 
 
 def training_problems(run: Run) -> list[str]:
@@ -79,3 +83,28 @@ def rehearsal_problems(run: Run) -> list[str]:
     if beyond := [rank for rank in run.task.rehearse_ranks or () if rank >= world]:
         found.append(f"task.rehearse_ranks={beyond} are beyond the {world} ranks of parallel; at most {world - 1}")
     return found
+
+
+def group_problems(
+    run: Run, devices: Devices | None, micro_batches: int, pipeline: Callable[[Run, int], list[str]]
+) -> list[str]:
+    """Of replica groups: batch, machine and layout must suit any number of live ones. `micro_batches`: of a step on one
+    data rank. `pipeline`: what its stages say of so many of them.
+    """
+    options, world = run.fault_tolerance, run.parallel.world
+    if not options.on:
+        return []
+    if not isinstance(run.task, Validates):  # so nothing else matters
+        return ["fault_tolerance: this task trains no run that groups could share; pass fault_tolerance=none"]
+    save_every = run.checkpoint.every if isinstance(run.checkpoint.every, int) else None
+    found = options.problems(Asked(micro_batches, run.model.n_layers, run.task.steps, save_every))
+    if devices is not None and devices.count is not None and options.copies * world > devices.count:
+        room = devices.count // world
+        found.append(
+            f"fault_tolerance.groups={options.copies} of {world} ranks ask for {options.copies * world} GPUs, there "
+            f"are {devices.count}; at most {room} group{'' if room == 1 else 's'} of this layout"
+        )
+    there = range(2, options.copies + 1)
+    shares = {micro_batches // count for count in there} | {-(-micro_batches // count) for count in there}
+    found += [line for share in sorted(shares - {0}) for line in pipeline(run, share)]
+    return list(dict.fromkeys(found))

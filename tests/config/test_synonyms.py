@@ -85,5 +85,5 @@ def test_a_flag_of_a_scheduler_is_answered_in_its_spelling() -> None:
     said = answer(trees()[3], "cluster", "ntasks-per-node")
     assert said == (
         "cluster.ntasks-per-node: no such key; it follows from the layout: parallel=, parallel.shard and the other "
-        "degrees, over cluster.gpus_per_node"
+        "degrees, or the gpus of parallel=auto, over cluster.gpus_per_node"
     )

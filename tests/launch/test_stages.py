@@ -176,6 +176,23 @@ def test_hours_are_those_of_all_stages() -> None:
     assert plan.time is not None
     times = [each.time for each in plan.training_stages]
     assert plan.time.hours == pytest.approx(sum(each.hours for each in times if each is not None))
+    longest = max((each for each in times if each is not None), key=lambda each: each.hours)
+    assert plan.time.step == longest.step
+
+
+def test_a_layout_is_chosen_for_the_longest_stage() -> None:
+    """Which fits in the memory of the device that is named, as the others do."""
+    words = ("cluster=slurm", "cluster.gpu_model=H100", "model=llama3_8b", "parallel=auto", "parallel.gpus=16",
+             "precision=bf16", "data=synthetic", "task.steps=1000", "task.global_batch=32")  # fmt: skip
+    alone, staged = (
+        asked([*words, each], completed).trees[0]
+        for each in ("task.seq_len=8192", "stages=[{until:10,seq_len:1024},{seq_len:8192}]")
+    )
+    assert staged["parallel"] == alone["parallel"]
+    assert staged["task"]["micro_batch"] == alone["task"]["micro_batch"]
+    ((_, _, plan),) = checked([staged])
+    assert plan.memory_limit == int(79.2 * 2**30)
+    assert all(each.fits for each in plan.training_stages)
 
 
 @pytest.mark.parametrize(

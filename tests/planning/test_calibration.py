@@ -41,15 +41,20 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"cluster": {"time_factors": {}}}))
     with pytest.raises(UserError, match="no step was measured"):
         measured(tmp_path)
-    lines = [{"step_seconds": seconds} for seconds in (9.0, 2.0, 3.0)]
+    expected = planned.time.step.seconds
+    lines = [{"step_seconds": share * expected} for share in (2.0, 1.0, 1.2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measured(tmp_path).seconds == 3.0
-    (tmp_path / "bench.json").write_text(json.dumps({"step_seconds": 2.5}))
+    assert measured(tmp_path).seconds == pytest.approx(1.2 * expected)
+    (tmp_path / "bench.json").write_text(json.dumps({"step_seconds": 1.1 * expected}))
     found = measured(tmp_path)
-    assert found.seconds == 2.5
-    assert sum(found.parts.values()) == pytest.approx(planned.time.step.seconds)
+    assert found.seconds == pytest.approx(1.1 * expected)
+    assert sum(found.parts.values()) == pytest.approx(expected)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"cluster": {"time_factors": {"products": 0.9}}}))
     with pytest.raises(UserError, match="time_factors were set"):
+        measured(tmp_path)
+    (tmp_path / "bench.json").write_text(json.dumps({"step_seconds": 100 * expected}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"cluster": {"time_factors": {}}}))
+    with pytest.raises(UserError, match=r"beyond a factor of 3 that is no speed of a site; pass runs on the device"):
         measured(tmp_path)
     (tmp_path / "plan.json").write_text(replace(planned, time=None).to_json())
     with pytest.raises(UserError, match="its plan predicts no time"):

@@ -151,7 +151,7 @@ def test_bytes_of_a_step_by_hand() -> None:
 
 
 def test_every_term_is_in_the_table() -> None:
-    assert STEP_PARTS.keys() == StepTime(*[0.0] * 17).parts.keys()
+    assert STEP_PARTS.keys() == StepTime(*[0.0] * 18).parts.keys()
     task = {"seq_len": 4096, "micro_batch": 1, "global_batch": 128}
     experts = make_run(
         task, site(), model="deepseek_v3_16b", parallel=layout(shard=16, expert=8, pipeline=2), **COMPILED

@@ -80,6 +80,12 @@ class ValueOrigins:
         found._taken = {key: source for key, value in leaves_of(after).items() if composed.get(key, self) != value}
         return found
 
+    def marked(self, found: Mapping[str, ValueOrigin]) -> "ValueOrigins":
+        """With these, by dotted key."""
+        other = ValueOrigins(self._ask)
+        other._typed, other._taken = self._typed, {**self._taken, **found}
+        return other
+
 
 def file_origins(loader: ConfigLoaderImpl, choices: Sequence[str]) -> dict[str, ValueOrigin]:
     """By dotted key, of what Hydra composes of these choices of options: who decided on the file that sets it last."""

@@ -23,7 +23,7 @@ from src.config.composition.origins import ValueOrigin, ValueOrigins, annotated
 from src.config.composition.resolution import resolve
 from src.config.groups import CONF, FROM, SHORT, SHORT_OF
 from src.config.stages import CHANGES, entries
-from src.config.tree import Tree
+from src.config.tree import Tree, leaves_of
 from src.errors import ConfigError, UserError
 from src.storage.streams import ReaderMayLeave, to_stderr
 
@@ -161,7 +161,7 @@ class _Points:
             else:
                 found = self.complete(tree, overrides)
                 origins = _of_stages(origins, tree, found)
-            self.found.append(ConfigPoint(found, overrides, origins))
+            self.found.append(ConfigPoint(found, overrides, origins.marked(_of_open_options(tree, found))))
         except UserError as error:
             self.errors.append(error)
 
@@ -181,6 +181,21 @@ def _of_stages(origins: ValueOrigins, tree: Tree, found: Tree) -> ValueOrigins:
     theirs = {key.partition(".")[0] for key in CHANGES}
     others = {key: value for key, value in found.items() if key not in theirs}  # such as checkpoint.every=auto
     return origins.beside(tree | others | listed, found, ValueOrigin("stages"))
+
+
+def _of_open_options(tree: Tree, found: Tree) -> dict[str, ValueOrigin]:
+    """What stands in the place of parallel=auto and of precision=auto, and what the layout brought along."""
+    marked: dict[str, ValueOrigin] = {}
+    for group, others in (("precision", ()), ("parallel", ("recompute.", "task.micro_batch"))):
+        before, after = ((each.get(group) or {}).get("_target_") for each in (tree, found))
+        if before == after or not str(before).rpartition(".")[2].startswith("Auto"):
+            continue
+        composed, source = leaves_of(tree), ValueOrigin(f"{group}=auto")
+        for key, value in leaves_of(found).items():
+            theirs = key.startswith((f"{group}.", *others)) and not key.endswith("_target_")
+            if theirs and (key not in composed or composed[key] != value):
+                marked[key] = source
+    return marked
 
 
 def spell_out(cfg: DictConfig, typed: Mapping[str, str]) -> None:

@@ -157,13 +157,13 @@ def _named(lines: Mapping[str, Sequence[int]], count: int) -> list[str]:
 
 
 def _together(times: Sequence[Prediction | None]) -> Prediction | None:
-    """Sums of hours, energy and money; all else is the first stage's."""
+    """Sums of hours, energy and money; all else is that of the stage that takes the longest."""
     known = [each for each in times if each is not None]
     if len(known) < len(times):
         return None
     money = [each.money for each in known if each.money is not None]
     return replace(
-        known[0],
+        max(known, key=lambda each: each.hours),
         hours=sum(each.hours for each in known),
         gpu_hours=sum(each.gpu_hours for each in known),
         kilowatt_hours=sum(each.kilowatt_hours for each in known),

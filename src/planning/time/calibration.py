@@ -13,12 +13,13 @@ from src.storage.json_lines import METRICS_FILE, Lines
 
 # Parts of a step that have a speed in common -> the shares of src/planning/time/devices.py that it is made of.
 SPEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "arithmetic": (("products", "experts", "loss", "recompute"), ("products", "grouped", "float8")),
+    "arithmetic": (("products", "experts", "loss", "recompute"), ("products", "grouped", "grouped_float8", "float8")),
     "bytes": (("memory", "copies", "update"), ("memory", "casts", "update")),
     "links": (("tensor", "context", "travel", "exposed"), ("nvlink", "network")),
 }
 # Weight of "as before" beside the runs, in squared shares of a step: 5 % of one step alone hardly move a speed.
 RIDGE = 0.003
+FAR = 3.0  # times: what is farther off was no run on the planned device, such as one on a CPU
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Fit:
 
 
 def measured(folder: Path) -> Measured:
-    """Of a run folder. UserError where there is no prediction or no measured step, or factors were set already."""
+    """Of a run folder. UserError where there is no prediction or no measured step, where both are of different devices,
+    or where factors were set already.
+    """
     planned = json.loads(_text(folder / PLAN_FILE)).get("time")
     if planned is None:
         raise UserError(f"{folder}: its plan predicts no time; pass cluster.gpu_model when it is launched")
@@ -48,7 +51,13 @@ def measured(folder: Path) -> Measured:
         raise UserError(f"{folder}: cluster.time_factors were set; calibrate on runs that were planned without")
     parts = {name: float(planned["step"][name]) for parts, _ in SPEEDS.values() for name in parts}
     parts["rest"] = planned["step"]["seconds"] - sum(parts.values())
-    return Measured(folder.name, parts, _seconds(folder))
+    seconds, expected = _seconds(folder), planned["step"]["seconds"]
+    if not 1.0 / FAR <= seconds / expected <= FAR:
+        raise UserError(
+            f"{folder}: a step took {seconds:.3g} s, and its plan for {planned['gpu']} says {expected:.3g} s: beyond a "
+            f"factor of {FAR:g} that is no speed of a site; pass runs on the device that they were planned for"
+        )
+    return Measured(folder.name, parts, seconds)
 
 
 def fit(runs: Sequence[Measured]) -> Fit:

@@ -20,6 +20,9 @@ GB = 1e9
 # Rows and columns of the part of a result that one multiprocessor computes at a time: the kernels of the profiles.
 TILE_ROWS, TILE_COLUMNS = 128, 256
 LEAST_INNER = 1024  # of a tile's share of the inner dimension
+# Bytes that float8 moves for each number: scale (read) and cast (read, written) of inputs and gradients, the cast alone
+# of weights; and the gradients of weights want both of their sides turned (read, written). Counted by hand.
+ROUNDING_BYTES, CAST_BYTES, TURNING_BYTES = 5.0, 3.0, 2.0
 
 PRODUCTS_FILE = Path(__file__).with_name("products.json")
 REFERENCE = "H200"  # whose products, in proportion to the bf16 peak, stand for those of a device without any
@@ -48,7 +51,8 @@ class Shares:
 
     products: float = 0.945  # of products alone, inside of a step: one_gpu.json, 8B, 570 ms for 394.7 TFLOP
     grouped: float = 0.608  # of the bf16 peak, of products of routed experts: 9 layers of 16B, 67.8 ms for 40.8 TFLOP
-    float8: float = 0.56  # of the float8 peak, conversions included: one_gpu.json, 8B fp8 beside bf16
+    grouped_float8: float = 0.25  # the same with float8 in experts: as deep, fp8_experts beside bf16 on two GPUs
+    float8: float = 0.61  # of the float8 peak, beside what rounds numbers: one_gpu.json, 8B fp8 beside bf16
     attention: float = 0.561  # of the bf16 peak, over the causal half: flash-attn-4, heads of 128
     attention_wide: float = 0.49  # the same of heads beyond 128 (192 and 128): 9 layers of 16B, 24.6 ms at 4,096 tokens
     attention_narrow: float = 0.47  # the same of heads of up to 64
@@ -77,6 +81,9 @@ class Gpu:
     nvlink: float  # bytes/s
     watts: float  # board power
     multiprocessors: int
+    # Seconds between two kernels that follow each other: what CUDA graphs of 20M to 342M took longer than their kernels
+    # (presets_h200.json, one_gpu.json: 1.1 to 3.1 us a kernel, 2.1 in the middle).
+    kernel_gap: float = 2e-6
     measured: bool = False
     shares: Shares = Shares()
 
@@ -97,6 +104,22 @@ class Gpu:
         """
         tiles = rows / TILE_ROWS * max(1.0, columns / TILE_COLUMNS) * max(1, inner // LEAST_INNER)
         return tiles / (self.multiprocessors * ceil(tiles / self.multiprocessors))
+
+    def float8_seconds(
+        self, rows: int, columns: int, inner: int, share: float, *, sent: bool, last: float | None
+    ) -> tuple[float, float]:
+        """A float8 product and both gradients, with what rounds their numbers. `share`: of the rounding of its inputs;
+        `sent`: whether weights arrive rounded, as FSDP sends them; `last`: seconds of the gradient of the weights where
+        that is wide.
+        """
+        product = 2.0 * rows * columns * inner / ((self.float8 or 0.0) * self.shares.float8)
+        inputs, gradients = rows * inner * share, float(rows * columns)
+        weights = 0.0 if sent else float(columns * inner)
+        turned = TURNING_BYTES * (inputs + gradients) if last is None else 0.0
+        return (
+            product + self.moved_seconds(ROUNDING_BYTES * inputs + CAST_BYTES * weights),
+            product + (product if last is None else last) + self.moved_seconds(ROUNDING_BYTES * gradients + turned),
+        )
 
     def moved_seconds(self, size: float) -> float:
         """Kernels that read and write `size` bytes in order."""

@@ -61,7 +61,7 @@ class Prediction:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        step = StepTime(**{each.name: values["step"][each.name] for each in fields(StepTime)})
+        step = StepTime(**{each.name: values["step"].get(each.name, 0.0) for each in fields(StepTime)})
         failed, named = values["failures"], values["terms"]
         found = Terms(
             tuple(ProductTime(**each) for each in named["products"]),

@@ -22,9 +22,13 @@ from src.planning.time.devices import Gpu
 from src.planning.time.traffic import Collective, FsdpGroups, block_collectives, fsdp_collectives, hop
 from src.planning.time.work import BlockKind, ProductTime, Work, Worker, shape_of, together
 
-HOST_BLOCK = 1.8e-3  # seconds in which Python launches a compiled block, both directions: benchmarks/README.md
-HOST_BLOCK_EAGER = 5e-3
-HOST_WRAPPED = 1.8e-3  # and as much again where FSDP wraps it: "half of the host's work"
+# Seconds that Python needs for each kernel that it launches, guards, autograd and what calls a block included. Four
+# steps of presets_h200.json and of its first version, where passes of four sequences left the GPU idle: 262 ms of 16
+# passes of 8 blocks, 302 of 16 of 10, 1,760 of 64 of 14, 20.5 of one of 8. They are HOST_STEP and 1.9 ms a compiled
+# block, whose kernels are 45; eager ones take 5 ms.
+HOST_KERNEL = 43e-6
+HOST_STEP = 4.4e-3  # once: the head and its loss, the norm, the update, and what the step before has to say
+HOST_WRAPPED = 1.8e-3  # of a block that FSDP wraps, more: "half of the host's work"
 SPREAD = 0.006  # standard deviation of the speed of a rank; two machines of a kind were 1.6 % apart
 
 
@@ -36,6 +40,7 @@ class StepTime:
     experts: float
     attention: float
     memory: float
+    gaps: float  # between kernels
     loss: float
     recompute: float
     tensor: float
@@ -76,6 +81,7 @@ WASTE = (
     "exposed",
     "bubble",
     "update",
+    "gaps",
     "host",
     "stragglers",
 )
@@ -217,7 +223,7 @@ class _Step:
         bubble = max(0.0, span.seconds - both.total)
         update = self._update(each)
         worked = both.total + copies + slowed + exposed + update
-        host = 0.0 if self.graph else max(0.0, self._host() - worked)
+        host = 0.0 if self.graph else max(0.0, self._host() - worked - bubble)
         ranks = self.degrees.world
         late = SPREAD * _slowest(ranks) * (worked + bubble)
         parts = {name: getattr(both, name) for name in Work.__dataclass_fields__}
@@ -368,11 +374,11 @@ class _Step:
         return size / (self.gpu.memory * self.gpu.shares.update)
 
     def _host(self) -> float:
-        """Seconds that Python needs for a step's launches."""
-        each = HOST_BLOCK if self.load.compiled_blocks else HOST_BLOCK_EAGER
-        each += 0.0 if self.degrees.on_one_device else HOST_WRAPPED
-        blocks = len(self.shape.of_block) / self.degrees.pipeline
-        return self.load.micro_batches * blocks * each
+        """Seconds that Python needs for a step's launches: it goes on while its GPU waits for another stage."""
+        kernels = [self.worker.kernels(kind) for kind in self.shape.kinds]
+        wrapped = 0.0 if self.degrees.on_one_device else HOST_WRAPPED
+        blocks = sum(HOST_KERNEL * kernels[kind] + wrapped for kind in self.shape.of_block)
+        return HOST_STEP + self.load.micro_batches * blocks / self.degrees.pipeline
 
 
 @lru_cache(maxsize=64)

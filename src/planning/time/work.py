@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import BYTES
+from src.distributed.precision.float8 import MULTIPLE, Float8
 from src.models.accounting import Slice, Weight, head_chunk_rows
 from src.models.base import ModelConfig
 from src.planning.memory import Load
@@ -29,6 +30,13 @@ ATTENTION_BACKWARD = 2.5  # forwards
 SHORT_SEQUENCE = 900  # tokens at which attention reaches half of its speed: 1,024 tokens of 64 against 8,192
 # Of plain products, what selective recompute computes again: every second one. 36 % of 8B's flops.
 SELECTIVE_PRODUCTS = 0.36
+# Kernels of a block's forward and backward beside its products (three each, and a float8 one has its inputs rounded
+# before them): four of attention, and those of norms, rotary, activations, sums and gradients. Counted by hand: 45 of a
+# compiled block of Llama 3.
+ATTENTION_KERNELS = 4
+FUSED_KERNELS, UNFUSED_KERNELS = 20, 92  # of a compiled block, and of one that nobody fuses
+ROUTED_KERNELS = 40  # more of a block with routed experts: scores, a sort, permutes, grouped products
+ROUNDING_KERNELS = 6  # more of a float8 product: scale and cast of its input, its weight and its gradient
 # Imbalance of routed experts on the busiest rank, divided by the root of the experts that it has: unequal experts cost
 # 1.0 % of 16B's step on fsdp2_ep2, where each rank has 32.
 IMBALANCE = 0.17
@@ -43,6 +51,7 @@ class Work:
     experts: float = 0.0  # grouped products of routed experts
     attention: float = 0.0
     memory: float = 0.0  # kernels that move bytes: norms, activations, rotary, permutes
+    gaps: float = 0.0  # from the end of each kernel to the start of the next
     loss: float = 0.0  # the head's products, all three, and the cross entropy
     recompute: float = 0.0
     tensor: float = 0.0  # collectives that nothing hides: of tensor ranks,
@@ -213,10 +222,23 @@ class Worker:
         grouped, grouped_back = self._grouped(kind)
         attention, attention_back = self._attention()
         memory, memory_back = self._memory(kind)
+        gaps = self.kernels(kind) * self.gpu.kernel_gap / 3.0  # a third of the kernels are the forward's
         return (
-            Work(products=plain, experts=grouped, attention=attention, memory=memory),
-            Work(products=again, experts=grouped_back, attention=attention_back, memory=memory_back),
+            Work(products=plain, experts=grouped, attention=attention, memory=memory, gaps=gaps),
+            Work(products=again, experts=grouped_back, attention=attention_back, memory=memory_back, gaps=2.0 * gaps),
         )
+
+    def kernels(self, kind: BlockKind) -> int:
+        """That a block's forward and backward launch, without what is computed again."""
+        each = 3 + (ROUNDING_KERNELS if self._float8 is not None else 0)
+        fused = FUSED_KERNELS if self.load.compiled_blocks else UNFUSED_KERNELS
+        return each * len(kind.products) + ATTENTION_KERNELS + fused + (ROUTED_KERNELS if kind.experts else 0)
+
+    @cached_property
+    def _float8(self) -> Float8 | None:
+        """None where products are as wide as all else."""
+        found = self.load.precision.float8
+        return None if found is None or found.emulate or self.gpu.float8 is None else found
 
     def shared(self, kind: BlockKind) -> tuple[float, float]:
         """Of the experts that all tokens meet: their forward, and both gradients."""
@@ -283,15 +305,21 @@ class Worker:
 
     def _plain_products(self, kind: BlockKind) -> list[ProductTime]:
         found = list[ProductTime]()
-        float8 = self.load.precision.float8
-        for product in kind.products:
-            columns, inner = self._cut(product, self.degrees.tensor)
-            first, *gradients = self._three(self.tokens, columns, inner)
-            if float8 is not None and self.gpu.float8 is not None and not float8.emulate:
-                fast = 2.0 * self.tokens * columns * inner / (self.gpu.float8 * self.gpu.shares.float8)
-                first, gradients = fast, [fast, gradients[1] if float8.recipe == "rowwise_with_gw_hp" else fast]
-            found.append(ProductTime(product.name, self.tokens, columns, inner, product.times, first, sum(gradients)))
+        cuts = [self._cut(product, self.degrees.tensor) for product in kind.products]
+        for product, (columns, inner) in zip(kind.products, cuts, strict=True):
+            if self._float8 is not None and _converted(self._float8, product.name, columns, inner):
+                readers = sum(other for other, width in cuts if width == inner)
+                times = self._float8_seconds(self._float8, columns, inner, columns / readers)
+            else:
+                first, *gradients = self._three(self.tokens, columns, inner)
+                times = first, sum(gradients)
+            found.append(ProductTime(product.name, self.tokens, columns, inner, product.times, *times))
         return found
+
+    def _float8_seconds(self, float8: Float8, columns: int, inner: int, share: float) -> tuple[float, float]:
+        """A product and both gradients. `share`: of the rounding of an input that products of its width share."""
+        wide = self.gpu.product_seconds(columns, inner, self.tokens) if float8.recipe == "rowwise_with_gw_hp" else None
+        return self.gpu.float8_seconds(self.tokens, columns, inner, share, sent=float8.all_gather, last=wide)
 
     def _cut(self, product: Product, degree: int) -> tuple[int, int]:
         columns, inner = product.columns, product.inner
@@ -313,7 +341,9 @@ class Worker:
         if not kind.experts or mixture is None:
             return 0.0, 0.0
         flops = sum(2.0 * each.columns * each.inner for each in kind.experts) / self.degrees.expert_tensor
-        rate = self.gpu.bf16 * self.gpu.shares.grouped / self._slower
+        shares = self.gpu.shares
+        narrow = self._float8 is not None and self._float8.experts
+        rate = self.gpu.bf16 * (shares.grouped_float8 if narrow else shares.grouped) / self._slower
         each = mixture.num_experts / self.degrees.expert
         uneven = 1.0 if self.degrees.expert == 1 or mixture.force_load_balance else 1.0 + IMBALANCE / each**0.5
         rows = self.routed_rows * uneven
@@ -357,3 +387,9 @@ class Worker:
         forward = slower * PASSES_FORWARD * kept + PERMUTES_FORWARD * rows
         backward = slower * PASSES_BACKWARD * kept + PERMUTES_BACKWARD * rows
         return self.gpu.moved_seconds(forward), self.gpu.moved_seconds(backward)
+
+
+def _converted(float8: Float8, name: str, columns: int, inner: int) -> bool:
+    """Whether a block's product is in float8; routers choose experts in float32."""
+    kept = any(f".{entry}." in f".{name}." for entry in ("router", *float8.exclude))
+    return not kept and columns % MULTIPLE == 0 and inner % MULTIPLE == 0
