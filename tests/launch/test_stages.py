@@ -184,10 +184,14 @@ def test_a_layout_is_chosen_for_the_longest_stage() -> None:
     """Which fits in the memory of the device that is named, as the others do."""
     words = ("cluster=slurm", "cluster.gpu_model=H100", "model=llama3_8b", "parallel=auto", "parallel.gpus=16",
              "precision=bf16", "data=synthetic", "task.steps=1000", "task.global_batch=32")  # fmt: skip
-    alone, staged = (
-        asked([*words, each], completed).trees[0]
+    first, point = (
+        asked([*words, each], completed).points[0]
         for each in ("task.seq_len=8192", "stages=[{until:10,seq_len:1024},{seq_len:8192}]")
     )
+    alone, staged = first.tree, point.tree
+    named = {key: str(origin) for key, _, origin in point.origins.listed(staged)}
+    assert (named["parallel.shard"], named["task.seq_len"]) == ("parallel=auto", "stages")
+    assert "parallel._target_" not in named
     assert staged["parallel"] == alone["parallel"]
     assert staged["task"]["micro_batch"] == alone["task"]["micro_batch"]
     ((_, _, plan),) = checked([staged])

@@ -179,16 +179,22 @@ def _of_stages(origins: ValueOrigins, tree: Tree, found: Tree) -> ValueOrigins:
         return origins
     listed = {"task": tree["task"] | {"stages": found["task"]["stages"]}}
     theirs = {key.partition(".")[0] for key in CHANGES}
+    theirs -= {group for group in theirs if _was_open(group, tree, found)}
     others = {key: value for key, value in found.items() if key not in theirs}  # such as checkpoint.every=auto
     return origins.beside(tree | others | listed, found, ValueOrigin("stages"))
+
+
+def _was_open(group: str, tree: Tree, found: Tree) -> bool:
+    """Whether an option of this group stood for one that was still to be chosen."""
+    before, after = ((each.get(group) or {}).get("_target_") for each in (tree, found))
+    return before != after and str(before).rpartition(".")[2].startswith("Auto")
 
 
 def _of_open_options(tree: Tree, found: Tree) -> dict[str, ValueOrigin]:
     """What stands in the place of parallel=auto and of precision=auto, and what the layout brought along."""
     marked: dict[str, ValueOrigin] = {}
     for group, others in (("precision", ()), ("parallel", ("recompute.", "task.micro_batch"))):
-        before, after = ((each.get(group) or {}).get("_target_") for each in (tree, found))
-        if before == after or not str(before).rpartition(".")[2].startswith("Auto"):
+        if not _was_open(group, tree, found):
             continue
         composed, source = leaves_of(tree), ValueOrigin(f"{group}=auto")
         for key, value in leaves_of(found).items():
