@@ -105,9 +105,9 @@ ROWS = (
     ),
     Row(
         "opening the data",
-        "bytes of memory of a rank, 16 n pieces",
-        Law("64 a piece", lambda first, world: first + 64 * 16 * world),
-        measures.opening_data_bytes,
+        "KiB of memory of a rank, to the next 64, 16 n pieces",
+        Law("64 bytes a piece", lambda first, world: first + 64 * 16 * world / 1024),
+        measures.opening_data_memory,
         {},
     ),
     Row(
@@ -265,8 +265,7 @@ END = """- **Start.** A node's ranks open one archive of the code and, each, con
   along a tree: ranks halfway pass on what came to them, at most half of the whole. Plans are made at the first
   save of a life and kept. At a load one rank of a node reads DCP's metadata, O(n) bytes, and
   tells each of its neighbours the places of its own shards.
-- **Not in the table**: with `alert.straggler_share` a logged step sums 24 bytes a rank over all ranks; Muon's
-  ranks tell their shard group once which rows they have.
+- **Not in the table**: Muon's ranks tell their shard group once which rows they have.
 """
 
 

@@ -1,6 +1,5 @@
 """What a start on a shared disk, steps, validation, metrics, a stop, a resume and a crash cost a world of ranks."""
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from src.checkpoint.store import Store
 from src.cluster import rank as ranks
 from src.cluster.slurm.payload import await_release
 from src.data.batches import DIGEST_CHUNK, Batches
-from src.distributed.collectives import any_rank
+from src.distributed import collectives
+from src.distributed.process.rank_context import LauncherEnv
 from src.metrics.console import Console
 from src.metrics.trackers.config import Log
 from src.runs import node_copy
@@ -39,6 +39,7 @@ from tests.scale.fakes import counted_files
 from tests.scale.measures import PER_NODE, fake_world
 from tests.train.test_step import adamw
 
+MOST_MODULES = 4096  # beyond that the test takes longer, and finds nothing else
 PLAYED = 2  # nodes: each one does what the second does
 STOP_SECONDS = 10.0
 CPU = torch.device("cpu")
@@ -46,8 +47,8 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def as_rank(number: int, world: int) -> Iterator[None]:
-    facts = {"RANK": number, "WORLD_SIZE": world, "LOCAL_RANK": number % PER_NODE, "LOCAL_WORLD_SIZE": PER_NODE}
-    with patch.dict(os.environ, {key: str(value) for key, value in facts.items()}):
+    facts = LauncherEnv(number, world, number % PER_NODE, PER_NODE)
+    with patch.object(LauncherEnv, "read", lambda: facts):
         yield
 
 
@@ -83,7 +84,9 @@ def start(world: int) -> tuple[int, Counter[str]]:
     opened: list[Counter[str]] = []
     with tempfile.TemporaryDirectory() as shared, played_task(None):
         tree = {"name": "a"}
-        folder = RunFolder.open(tree, {}, root=Path(shared), name="a", identity="0", code=code_of(world))
+        folder = RunFolder.open(
+            tree, {}, root=Path(shared), name="a", identity="0", code=code_of(min(world, MOST_MODULES))
+        )
         with folder:
             snapshot = folder.path / "code" / folder.code
             for node in range(min(PLAYED, world // PER_NODE)):
@@ -112,16 +115,16 @@ def start_creates(world: int) -> int:
 
 @contextmanager
 def counted_collectives() -> Iterator[Counter[str]]:
-    """Our own all-reduces of small numbers: calls and bytes."""
+    """Our own all-reduces of small numbers, not those of a layout: calls and bytes."""
     counts: Counter[str] = Counter()
-    whole = dist.all_reduce
+    whole = collectives._reduce
 
-    def counted(values: torch.Tensor, *given: Any, **named: Any) -> Any:
+    def counted(values: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
         counts["calls"] += 1
         counts["bytes"] += values.numel() * values.element_size()
         return whole(values, *given, **named)
 
-    with patch.object(dist, "all_reduce", counted):
+    with patch.object(collectives, "_reduce", counted):
         yield counts
 
 
@@ -130,7 +133,7 @@ def middle(world: int) -> dict[str, Counter[str]]:
     """What a rank takes part in beyond the layout's own collectives."""
     found: dict[str, Counter[str]] = {}
     with fake_world(world):
-        network = parallel_network(tiny_llama(), degrees("single", shard=world))  # which all-reduces nothing
+        network = parallel_network(tiny_llama(), degrees("single", replicate=world))
         config = adamw()
         stepper = Stepper(network, config.build(network.named_parameters(), CPU), config.max_norm, 0)
         batch: Any = rows(1, 16, tiny_llama().vocab_size)
@@ -143,7 +146,7 @@ def middle(world: int) -> dict[str, Counter[str]]:
         with counted_collectives() as found["stragglers"]:
             watch.values(10, 1.0, 0.0)
         with counted_collectives() as found["agreement"]:
-            any_rank(False, CPU)
+            collectives.any_rank(False, CPU)
     return found
 
 

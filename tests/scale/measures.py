@@ -114,28 +114,31 @@ def twin_groups(world: int) -> int:
     return calls["new_group"]
 
 
-def opening_data(world: int) -> int:
-    """Calls of the file system by a rank that opens a corpus whose pieces grow with the world."""
+@cache
+def opened(world: int) -> tuple[int, int]:
+    """Calls of the file system by a rank that opens a corpus whose pieces grow with the world, and bytes of its memory
+    at most.
+    """
     with tempfile.TemporaryDirectory() as place:
         token_folder(Path(place), PIECES_PER_RANK * world, 4)
         with counted_files() as calls:
-            opened = TokenShards(Path(place))
-        assert opened.tokens("train") == 4 * PIECES_PER_RANK * world
-    return sum(calls.values())
-
-
-def opening_data_bytes(world: int) -> int:
-    """Of a rank's memory, at most, while it opens that corpus."""
-    with tempfile.TemporaryDirectory() as place:
-        token_folder(Path(place), PIECES_PER_RANK * world, 4)
-        TokenShards(Path(place))  # what a first use imports is no part of it
-        tracemalloc.start()
+            found = TokenShards(Path(place))
+        assert found.tokens("train") == 4 * PIECES_PER_RANK * world
+        tracemalloc.start()  # by now what a first use imports is there
         try:
-            opened = TokenShards(Path(place))
-            assert opened.tokens("train") == 4 * PIECES_PER_RANK * world
-            return tracemalloc.get_traced_memory()[1]
+            TokenShards(Path(place))
+            return sum(calls.values()), tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
+
+
+def opening_data(world: int) -> int:
+    return opened(world)[0]
+
+
+def opening_data_memory(world: int) -> int:
+    """KiB, in steps, since some bytes are names of folders."""
+    return -(-opened(world)[1] // 65_536) * 64
 
 
 def reading_data(world: int) -> int:
