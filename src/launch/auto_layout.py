@@ -111,16 +111,20 @@ def _options(tree: Tree, section: Tree) -> tuple[dict[str, Option], dict[str, st
     """What precision=auto may choose, by option, and why not the rest. PlanError where no time can be predicted."""
     from src.config.build import build
     from src.config.presets import section_of
+    from src.planning.precision_choice import AutoPrecision
     from src.run import Run
 
-    _known(Run.from_sections(build(tree)))
+    whole = Run.from_sections(build(tree))
+    _known(whole)
+    auto = whole.precision
+    assert isinstance(auto, AutoPrecision)
     usual = section_of("precision", "auto")
     given = {key: section[key] for key in KEPT if section[key] != usual[key]}
     checkpoint = tree["checkpoint"]
     if checkpoint.get("every") == "auto":  # decided after this; a plan refuses it
         checkpoint = checkpoint | {"every": 1}
     found, refused = dict[str, Option](), dict[str, str]()
-    for name in section["among"]:
+    for name in auto.among:
         asked = section_of("precision", name) | given
         try:
             run = Run.from_sections(build(tree | {"precision": asked, "checkpoint": checkpoint}))
