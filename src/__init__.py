@@ -19,5 +19,6 @@ def no_command(module: str) -> bool:
 if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv[:-1]:
     asked = sys.orig_argv[sys.orig_argv.index("-m") + 1]
     if asked.startswith("src.") and no_command(asked):
-        print(f"python -m {asked}: no command; there are {', '.join(COMMANDS)}, and python launch.py", file=sys.stderr)
+        print(f"python -m {asked}: no command; there are python launch.py and, behind python -m,", file=sys.stderr)
+        print(*(f"  {each}" for each in COMMANDS), sep="\n", file=sys.stderr)
         raise SystemExit(2)

@@ -71,6 +71,8 @@ def problems(*argv: str) -> list[str]:
         ("compile=false", "compile=false: no such option; did you mean off? there are:\n  blocks  Each "),
         ("tokenizer=true", "tokenizer=true: no such option; there are:\n  bpe    Byte-level "),
         ("data=my/", "data=my/: a path is no option; pass data=text data.files=my/"),
+        ("data.files=docs", "data.files: no such key of this option; data=text, data=tokens have it"),
+        ("cluster.partition=h100", "cluster.partition: no such key of this option; cluster=slurm has it"),
         ("tokenizer=my/tokenizer.json", "tokenizer=my/tokenizer.json: a path is no option; pass tokenizer=file tok"),
         ("model=org/Llama", "model=org/Llama: a path is no option; pass model=auto checkpoint.initial=hf:org/Llama"),
         ("parallel=16", "parallel=16: no such option; did you mean fsdp16? there are:\n"),

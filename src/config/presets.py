@@ -47,6 +47,17 @@ def _leaves(group: str, option: str) -> dict[str, Any]:
     return leaves_of(section_of(group, option))
 
 
+def options_with(key: str) -> list[str]:
+    """Options that have a key `group.name`, one of each class, as `data=text`; none where the key is not of a group."""
+    group, _, name = key.partition(".")
+    found: dict[str, str] = {}
+    for option in sorted(_options(group), key=len) if group in defaults() else ():
+        section = section_of(group, option)
+        if name in section:
+            found.setdefault(str(section.get("_target_")), f"{group}={option}")
+    return list(found.values())
+
+
 def section_of(group: str, option: str) -> Tree:
     """An option of a group: what its file and those of its group that it builds on say. ConfigError."""
     if option not in options(group) and "/" not in option:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from src.config import synonyms
+from src.config.presets import options_with
 
+MOST_OPTIONS = 3
 _TYPES = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -111,6 +113,8 @@ def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | 
         name, known = str(location[-1]), list(names)
         if (rule := synonyms.follows(name)) is not None:
             return f"no such key; it {rule}"
+        if others := [each for each in options_with(key) if len(location) == 1]:
+            return f"no such key of this option; {', '.join(others[:MOST_OPTIONS])} ha{'ve' if others[1:] else 's'} it"
         meant = synonyms.ours(name)
         if meant is None or meant.rpartition(".")[2] == nearest(name, known):
             return unknown(name, known, "key")

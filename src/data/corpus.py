@@ -55,7 +55,7 @@ class Preparation:
         """The facts in one line, and one for each of the first rows that were skipped."""
         made = "from the cache" if self.cached else f"tokenised in {self.seconds:.1f} s"
         empty = f" ({self.empty_documents:,} without text left out)" if self.empty_documents else ""
-        line = f"data: {self.documents:,} documents{empty}, {self.tokens:,} tokens, {made}"
+        line = f"data: {self.documents:,} document{'s' * (self.documents != 1)}{empty}, {self.tokens:,} tokens, {made}"
         if not self.skipped_rows:
             return [line, *self.notes]
         more = ", the first of them" if self.skipped_rows > len(self.skipped_places) else ""

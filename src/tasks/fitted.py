@@ -6,7 +6,7 @@ Of data in files: `tokenizer.vocab_size`, `task.steps`, `task.validate_samples` 
 
 from collections.abc import Mapping
 from math import ceil
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from pydantic import ValidationError
 
@@ -110,11 +110,26 @@ def _amount(data: Tree) -> tuple[int, int, int]:
     paths, problems = matched(local) if local or not urls else ([], [])
     if problems:
         raise DataError(problems)
-    sizes: dict[PurePath, int] = {path: path.stat().st_size for path in paths}
+    sizes: dict[PurePath, int] = {path: _text_bytes(path, data.get("field")) for path in paths}
     for url in urls:
         sizes |= {PurePath(each.url): each.size for each in files_at(FilesAt("data.files", url, TEXT_SUFFIXES))}
     sure = sum(size // _bytes_of_a_token(path) for path, size in sizes.items())
     return len(sizes), sum(sizes.values()), sure
+
+
+def _text_bytes(path: Path, column: object) -> int:
+    """Of a file, or of the column of a parquet file before it was compressed."""
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            facts = parquet.read_metadata(path)
+        except (ArrowException, OSError):
+            return path.stat().st_size  # what is wrong with it is told when it is read
+        groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+        chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
+        return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema == column)
+    return path.stat().st_size
 
 
 def _bytes_of_a_token(path: PurePath) -> int:

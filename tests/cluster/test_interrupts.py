@@ -57,8 +57,8 @@ def test_a_module_that_is_no_command_says_so() -> None:
     process = cold("-m", "src.metrics.curve", "runs/demo")
     said = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert said == ("", f"python -m src.metrics.curve: no command; there are {', '.join(src.COMMANDS)}, "
-                    "and python launch.py\n")  # fmt: skip
+    words = "python -m src.metrics.curve: no command; there are python launch.py and, behind python -m,"
+    assert said == ("", "".join(f"{line}\n" for line in (words, *(f"  {each}" for each in src.COMMANDS))))
 
 
 def test_commands_that_pages_name_are_commands() -> None:

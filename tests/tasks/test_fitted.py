@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from src.config.build import build
@@ -74,6 +76,17 @@ def test_a_large_text_takes_the_recipe_of_its_model(tmp_path: Path, monkeypatch:
     task, lr = tree["task"], tree["optim"]["lr"]
     assert (task["seq_len"], task["global_batch"], task["validate_samples"], lr) == (2048, 256, 64, 1e-4)
     assert 3.9 < task["steps"] * 2048 * 256 / (2.4e9 / BYTES_PER_TOKEN) < 4.1
+
+
+def test_a_parquet_file_counts_as_the_text_that_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{number} " + "a word and another " * 50 for number in range(500)]
+    table = pa.table({"text": texts, "url": ["https://example.org/" * 20] * 500})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 50_000
+    own(monkeypatch, f"data.files={tmp_path / 'a.parquet'}")
+    assert capsys.readouterr().err.startswith("text: 1 file, 0.48 MB, about ")
 
 
 def test_files_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
