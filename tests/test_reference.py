@@ -13,7 +13,7 @@ from src.config.reference.keys import Key, keys, kinds, top_keys
 DOCS = Path(__file__).parents[1] / "docs"
 # Keys that are read through a mapping or a list of names: `tree["task"]["run"]`, `getattr(self, kind)`.
 NAMED_AT_RUN_TIME = {
-    *("task.run", "task.runs", "task.element", "sweep.name", "parallel.write"),
+    *("task.run", "task.runs", "task.element", "sweep.name", "parallel.write", "precision.among"),
     *(f"cluster.{name}" for name in ("account", "constraint", "qos")),
     *(f"optim.{name}" for name in ("embedding", "head", "norms", "router")),
 }
