@@ -57,15 +57,16 @@ def hand_over(place: str) -> None:
         "parent": os.getppid(),
     }
     line = socket.socket(socket.AF_UNIX)
+    request = json.dumps(life).encode() + b"\n"
     try:
         line.connect(place)
-    except OSError:
+        sent = line.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", opened))])
+        if sent < len(request):  # even to send nothing fails where it has been read and refused by now
+            line.sendall(request[sent:])
+        answers = line.makefile()
+        pid = int(answers.readline() or 0)
+    except OSError:  # who starts no process closes the line
         return
-    request = json.dumps(life).encode() + b"\n"
-    sent = line.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", opened))])
-    line.sendall(request[sent:])
-    answers = line.makefile()
-    pid = int(answers.readline() or 0)
     if not pid:
         return
     for number in numbers:
