@@ -42,9 +42,11 @@ class KernelCache:
             if os.statvfs(home()).f_flag & os.ST_NOEXEC:
                 raise PermissionError(f"{home()}: is mounted noexec")
             with one_by_one(folder, start) as first:
+                with suppress(FileNotFoundError):
+                    hold(folder)
                 if first and not folder.is_dir():
                     make(folder, _archived(archive))
-                hold(folder)
+                    hold(folder)
         except OSError as error:
             print(f"warning: {error}: compiled kernels go to {shared} instead", file=sys.stderr)
             return cls(shared, None)

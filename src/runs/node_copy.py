@@ -88,11 +88,13 @@ def on_node(snapshot: Path, start: str = "") -> Path:
     """
     copy = place(snapshot)
     with one_by_one(copy, start) as first:
+        with suppress(FileNotFoundError):
+            hold(copy)  # before it is looked at: an old one may be about to go
         if first or not copy.is_dir():
             files = _checked((snapshot / ARCHIVE).read_bytes(), snapshot.name)
             if not _is_exactly(copy, files):
                 make(copy, files)
-        hold(copy)
+                hold(copy)
     return copy
 
 
