@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from rich.console import Console
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
@@ -28,7 +29,17 @@ from src.models.moe.moe import balance as right
 from src.planning.plan import one_device_problems, plan
 from src.run import Run
 from src.runs.folder import attempts
-from src.tasks.verify.certificate import SMALL, TOLERANCES, Certificate, Gradient, LayerRouting, Trace, compare
+from src.tasks.verify.certificate import (
+    SMALL,
+    TOLERANCES,
+    Certificate,
+    Difference,
+    Gradient,
+    LayerRouting,
+    Trace,
+    compare,
+    figures_table,
+)
 from src.tasks.verify.config import Verify
 from src.tasks.verify.rank import certify, rows
 from src.train.step.stepper import Stepper
@@ -380,3 +391,15 @@ def test_a_loss_that_is_known_by_heart_is_judged_by_the_first() -> None:
 
 def test_a_verdict_is_no_fault_of_the_command() -> None:
     assert VerdictError("no").exit_code == 1
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_table_of_figures_fits_the_terminal(width: int) -> None:
+    name = "layers.11.moe.experts.w1_of_every_expert.weight"
+    row = Difference("direction", name, 4.76713e-05, 4.76713e-05, 0.0, 1e-4)
+    with (screen := Console(width=width)).capture() as drawn:
+        screen.print(figures_table("gradients of step 1", [row]))
+    lines = drawn.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in drawn.get()
+    assert "".join(line.split("│")[2].strip() for line in lines if "│" in line) == name

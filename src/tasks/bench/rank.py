@@ -158,6 +158,8 @@ def _kernels(events: Iterable[Any], device: torch.device) -> list[KernelTime]:
 def _tell(figures: dict[str, Any]) -> None:
     with Console(0) as console:  # no bar
         for key, value in figures.items():
+            if value is None or value == {}:
+                continue  # of another device, model or layout; bench.json has it
             if key == "profile":
                 console.say(markdown(value))
                 continue

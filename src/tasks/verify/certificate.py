@@ -241,14 +241,15 @@ class Certificate:
         steps = [each for each in self.differences if each.kind in ("loss", "grad_norm")]
         layers = [each for each in self.differences if each.kind in ("load", "bias")]
         title = f"gradients of step 1, the worst {min(SHOWN, len(parameters))} of {len(parameters)} figures"
-        experts = (_table("tokens and biases of the experts that differ most", layers),) if layers else ()
-        return _table("steps", steps), _table(title, parameters[:SHOWN]), *experts
+        experts = (figures_table("tokens and biases of the experts that differ most", layers),) if layers else ()
+        return figures_table("steps", steps), figures_table(title, parameters[:SHOWN]), *experts
 
 
-def _table(title: str, rows: list[Difference]) -> Table:
+def figures_table(title: str, rows: list[Difference]) -> Table:
+    """A row for each, no wider than the terminal that it is printed on, from 76 columns on."""
     table = Table(title=title, title_justify="left")
-    for heading in ("figure", "of"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("of", overflow="fold")  # names of parameters go on below, on a narrow terminal
     for heading in ("layout", "one device", "error", "tolerance", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

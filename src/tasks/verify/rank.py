@@ -38,7 +38,7 @@ from src.tasks.verify.config import Verify
 from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
 
 CERTIFICATE_FILE = "certificate.json"
-TABLE_COLUMNS = 110  # where the output is a file
+TABLE_COLUMNS = 160  # where the output is a file
 DOCUMENT_TOKENS = 24  # mean length of the documents that a row is made of
 MOST_IGNORED = 0.75  # of a row's labels: ranks must differ in what counts, or a mean of means would do
 SECTIONS = ("model", "parallel", "precision", "recompute", "compile", "optim", "parametrization")
@@ -55,10 +55,13 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
     if ranks.rank == 0:
         atomic_write(folder / CERTIFICATE_FILE, json.dumps(certificate.to_dict(), indent=2) + "\n")
-        terminal = Console(soft_wrap=True, markup=False, emoji=False)
-        terminal.width = max(terminal.width, TABLE_COLUMNS)
-        terminal.print(*certificate.tables(), certificate.tolerances.why, sep="\n")
-        terminal.print(f"{'FAILED' if certificate.failed else 'passed'}: {folder / CERTIFICATE_FILE}")
+        terminal = Console(markup=False, emoji=False)
+        if not terminal.is_terminal:
+            terminal.width = TABLE_COLUMNS
+        terminal.print(*certificate.tables(), sep="\n")
+        terminal.print(certificate.tolerances.why, soft_wrap=not terminal.is_terminal)
+        said = "FAILED" if certificate.failed else "passed"
+        terminal.print(f"{said}: {folder / CERTIFICATE_FILE}", soft_wrap=True)
     ranks.leave()
     if certificate.failed:
         raise VerdictError(certificate.problem())
