@@ -114,7 +114,9 @@ def _words(detail: ErrorDetails, cls: type[BaseModel], location: Sequence[int | 
         if (rule := synonyms.follows(name)) is not None:
             return f"no such key; it {rule}"
         if others := [each for each in options_with(key) if len(location) == 1]:
-            return f"no such key of this option; {', '.join(others[:MOST_OPTIONS])} ha{'ve' if others[1:] else 's'} it"
+            theirs = f"{', '.join(others[:MOST_OPTIONS])} ha{'ve' if others[1:] else 's'} it"
+            near = nearest(name, known)
+            return f"no such key of this option; {theirs}" + (f"; did you mean {near}?" if near else "")
         meant = synonyms.ours(name)
         if meant is None or meant.rpartition(".")[2] == nearest(name, known):
             return unknown(name, known, "key")

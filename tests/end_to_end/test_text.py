@@ -120,7 +120,7 @@ def test_many_prompts_by_chance(straight: Straight, ranks: RankPool, tmp_path: P
         ),
         (("prompt=a", "temperature=0", "top_k=3"), "task: top_k=3 does nothing at temperature=0, which takes the"),
         (("prompt=a", "optim.lr=1"), "optim.lr=1: says how to train, and this task trains nothing; leave it out"),
-        (("prompt=a", "task.runs=x"), "task.runs: no such key; did you mean run?"),
+        (("prompt=a", "task.runs=x"), "task.runs: no such key of this option; task=merge has it; did you mean run?"),
         (("prompt=a", "parallel=tp4"), "parallel.tensor=4 does not divide model.n_kv_heads=2 (1 or 2 do)"),
     ],
 )

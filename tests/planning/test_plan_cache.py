@@ -39,8 +39,8 @@ def asked(folder: Path, *, batch: int = 2, prompts: int = 3, **choices: Any) -> 
     """A run of task=generate with the first PROMPTS in a file."""
     file = folder / "prompts.txt"
     file.write_text("\n".join(PROMPTS[:prompts]))
-    keys: dict[str, Any] = {"run": "runs/x", "step": None, "prompt": None, "prompts": file, "max_tokens": COUNT}
-    task = Generate(**keys, temperature=0.0, top_k=None, top_p=None, batch=batch)
+    keys: dict[str, Any] = {"run": "runs/x", "step": None, "ema": False, "prompt": None, "prompts": file}
+    task = Generate(**keys, max_tokens=COUNT, temperature=0.0, top_k=None, top_p=None, batch=batch)
     return replace(make_run(**choices), task=task)
 
 
