@@ -74,10 +74,11 @@ def test_what_nobody_wants_is_told_unless_it_was_typed(
         "model.vocab_size=8192",
         "cluster.gpus=1",
     )
+    unwanted = ("precision=fp32", "compile=off", "task.seq_len=256")
     assert answered(monkeypatch, *large) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line.split()[1] for line in warned] == ["precision=fp32", "compile=off", "task.seq_len=256"]
-    assert answered(monkeypatch, *large, "precision=fp32", "compile=off", "task.seq_len=256") == 0
+    assert [line.split()[1].strip(",") for line in warned] == ["data=stdlib", *unwanted]
+    assert answered(monkeypatch, *large, *unwanted, "data=synthetic") == 0
     assert "warning: " not in capsys.readouterr().err
     assert answered(monkeypatch, "dry_run=true", "cluster.gpus=1") == 0
     assert "warning: " not in capsys.readouterr().err, "a small model is a trial"

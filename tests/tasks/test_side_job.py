@@ -100,13 +100,16 @@ def test_scores_are_heard_of_once_whatever_comes_between(tmp_path: Path) -> None
     assert list(after.collect()) == []
 
 
-def test_a_command_that_fails_is_told_with_its_log(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_told_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("src.tasks.evaluate.side_job.time.sleep", pauses.append)
     checkpoint(tmp_path, 4)
     jobs = SideJobs(beside(), tmp_path, tmp_path, 12, Commands(code=2))
     jobs.ask()
     assert jobs.failures() == [f"warning: the evaluation of step 4 ended with code 2: {place(tmp_path, 4)}.log"]
     assert jobs.failures() == []
     jobs.wait(60.0)  # for nothing
+    assert pauses == []
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ class SideJobs:
         self._running: dict[int, Started] = {}
         self._asked: set[int] = set()  # steps whose command has been started in this life
         self._known: set[int] = set()  # steps whose scores are recorded
+        self._failed: set[int] = set()  # steps whose command has ended badly, which was told
 
     def ask(self) -> list[str]:
         """Start the command of each checkpoint that is due and has no scores; what a person may want to know. One that
@@ -116,7 +117,9 @@ class SideJobs:
             if (code := started.poll()) is not None:
                 del self._running[step]
                 log = place(self._folder, step).with_suffix(".log")
-                told += [f"warning: the evaluation of step {step} ended with code {code}: {log}"] if code else []
+                if code:
+                    self._failed.add(step)
+                    told.append(f"warning: the evaluation of step {step} ended with code {code}: {log}")
         return told
 
     def collect(self) -> Iterator[Scored]:
@@ -140,8 +143,9 @@ class SideJobs:
             time.sleep(POLL_SECONDS)
 
     def _still(self, step: int) -> bool:
+        """Whether scores may come: also of a command that an earlier life has started, or that is queued by now."""
         started = self._running.get(step)
-        return started is None or started.poll() in (None, 0)
+        return step not in self._failed and (started is None or started.poll() in (None, 0))
 
     def open_steps(self) -> list[int]:
         """Checkpoints that are due and have no scores yet."""
