@@ -4,12 +4,12 @@ import hashlib
 import marshal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import MAGIC_NUMBER, source_hash
 from pathlib import Path
 
-from src.runs.node_copy import DamagedCodeError, bytecode_name, home, packed, unpacked
+from src.runs.node_copy import DamagedCodeError, bytecode_name, home, is_whole, packed, unpacked
 from src.storage.atomic_write import atomic_write
 
 # PEP 552: bytecode that goes by the hash of its source, and is not held against it at each import.
@@ -39,6 +39,24 @@ def compiled(contents: Mapping[str, bytes]) -> dict[str, bytes]:
         with suppress(OSError):  # the next one compiles them again
             atomic_write(kept, packed(used))
     return found
+
+
+def last_archive(digest: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns for the code of this digest, or returned when it was last called on this machine, if that was
+    for the same code and Python: 0.01 s instead of 0.16.
+    """
+    tag = sys.implementation.cache_tag or "source"
+    place = None
+    with suppress(OSError):
+        place = home() / f"archive.{tag}.{MAGIC_NUMBER.hex()}"
+        name, _, archive = place.read_bytes().partition(b"\n")
+        if name == digest.encode() and is_whole(archive):
+            return archive
+    archive = make()
+    if place is not None:
+        with suppress(OSError):  # the next one makes it again
+            atomic_write(place, digest.encode() + b"\n" + archive)
+    return archive
 
 
 def _kept(tag: str) -> Path | None:

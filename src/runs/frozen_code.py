@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from src.errors import FolderError, some
-from src.runs.bytecode import compiled
+from src.runs.bytecode import compiled, last_archive
 from src.runs.node_copy import ARCHIVE, CACHE, DamagedCodeError, digest, on_node, packed, write_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ class Code:
     @cached_property
     def archive(self) -> bytes:
         """All of it and its bytecode as one file, which machines make their copies of."""
-        return packed({**self.contents, **compiled(self.contents)})
+        return last_archive(self.digest, lambda: packed({**self.contents, **compiled(self.contents)}))
 
     def freeze(self, into: Path) -> str:
         """Copy it to `into/<digest>` unless it is there; returns the digest.

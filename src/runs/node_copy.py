@@ -48,11 +48,17 @@ def packed(files: Mapping[str, bytes]) -> bytes:
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
+def is_whole(archive: bytes) -> bool:
+    """Whether its checksum is that of the rest."""
+    checksum, _, body = archive.partition(b"\n")
+    return hashlib.sha256(body).hexdigest().encode() == checksum
+
+
 def unpacked(archive: bytes) -> dict[str, bytes]:
     """What `packed` was given. DamagedCodeError where the checksum says otherwise, or another version packed it."""
-    checksum, _, body = archive.partition(b"\n")
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
+    if not is_whole(archive):
         raise DamagedCodeError("is damaged")
+    body = archive.partition(b"\n")[2]
     files, at = dict[str, bytes](), 0
     try:
         index, _, contents = zlib.decompress(body).partition(b"\n")

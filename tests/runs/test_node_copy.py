@@ -156,3 +156,25 @@ def test_a_rank_of_a_job_becomes_python_on_the_copy(tmp_path: Path) -> None:
     command[-1] = "7.1"
     done = start()
     assert (done.returncode, done.stderr) == (2, f"{snapshot / ARCHIVE}: is damaged; start the run again\n")
+
+
+def test_the_last_archive_is_made_once_on_a_machine() -> None:
+    """But for other code, and where what was kept is damaged."""
+    made: list[str] = []
+
+    def archive(digest: str) -> bytes:
+        def make() -> bytes:
+            made.append(digest)
+            return node_copy.packed({"a.py": digest.encode()})
+
+        return bytecode.last_archive(digest, make)
+
+    first = archive("0" * 8)
+    assert archive("0" * 8) == first
+    assert archive("1" * 8) != first
+    assert archive("0" * 8) == first
+    assert made == ["0" * 8, "1" * 8, "0" * 8]
+    (kept,) = node_copy.home().glob("archive.*")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert archive("0" * 8) == first
+    assert len(made) == 4
