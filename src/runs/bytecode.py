@@ -25,7 +25,7 @@ def compiled(contents: Mapping[str, bytes]) -> dict[str, bytes]:
     tag = sys.implementation.cache_tag
     if not tag:
         return {}
-    kept = _kept(tag)
+    kept = _kept("bytecode")
     known = {} if kept is None else _read(kept)
     found: dict[str, bytes] = {}
     used: dict[str, bytes] = {}
@@ -45,24 +45,22 @@ def last_archive(digest: str, make: Callable[[], bytes]) -> bytes:
     """What `make` returns for the code of this digest, or returned when it was last called on this machine, if that was
     for the same code and Python: 0.01 s instead of 0.16.
     """
-    tag = sys.implementation.cache_tag or "source"
-    place = None
+    if (kept := _kept("archive")) is None:
+        return make()
     with suppress(OSError):
-        place = home() / f"archive.{tag}.{MAGIC_NUMBER.hex()}"
-        name, _, archive = place.read_bytes().partition(b"\n")
+        name, _, archive = kept.read_bytes().partition(b"\n")
         if name == digest.encode() and is_whole(archive):
             return archive
     archive = make()
-    if place is not None:
-        with suppress(OSError):  # the next one makes it again
-            atomic_write(place, digest.encode() + b"\n" + archive)
+    with suppress(OSError):  # the next one makes it again
+        atomic_write(kept, digest.encode() + b"\n" + archive)
     return archive
 
 
-def _kept(tag: str) -> Path | None:
-    """The file of what was compiled last; None where this machine has no place for it."""
+def _kept(what: str) -> Path | None:
+    """The file of what this Python made last; None where this machine has no place for it."""
     with suppress(OSError):
-        return home() / f"bytecode.{tag}.{MAGIC_NUMBER.hex()}"
+        return home() / f"{what}.{sys.implementation.cache_tag or 'source'}.{MAGIC_NUMBER.hex()}"
     return None
 
 
