@@ -49,8 +49,7 @@ def interruptions(tree: Tree, run: "Run") -> "Interruptions":
 
 def _interval(run: "Run", known: "Interruptions") -> int:
     """Steps between two checkpoints."""
-    from src.planning.plan import plan
-    from src.planning.staged.plans import plan_stages
+    from src.planning.staged.plans import plan_run
     from src.planning.time.devices import GPUS
     from src.planning.time.site import SiteFacts
     from src.run import Infers
@@ -68,10 +67,7 @@ def _interval(run: "Run", known: "Interruptions") -> int:
         replace(each, checkpoint=run.checkpoint.model_copy(update={"every": 1})) for each in (run, *run.stages)
     )
     try:
-        if stages:
-            time = plan_stages(replace(legal, stages=tuple(stages)), run.cluster.devices(), lambda _: [], known).time
-        else:
-            time = plan(legal, None, run.cluster.devices(), interruptions=known).time
+        time = plan_run(replace(legal, stages=tuple(stages)), run.cluster.devices(), interruptions=known).time
     except PlanError:
         return 1
     if time is None or (failures := time.failures) is None:

@@ -2,7 +2,6 @@
 precision that were chosen.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +10,7 @@ from src.config.stages import entries
 from src.config.tree import Tree, read_section
 from src.errors import ConfigError, PlanError
 from src.launch.kept_layout import beside, check_name, keep
+from src.storage.streams import to_stderr
 
 if TYPE_CHECKING:
     from src.planning.auto_layout import Decision
@@ -96,12 +96,9 @@ def _with_precision(tree: Tree, options: Mapping[str, Option], refused: dict[str
 
 def _step_seconds(run: "Run") -> float:
     """Of a step, or of a mean one of all stages. PlanError where it cannot run, and where its time is not known."""
-    from src.planning.plan import plan
-    from src.planning.staged.plans import plan_stages
-    from src.planning.time.interruptions import NOTHING_MEASURED
+    from src.planning.staged.plans import plan_run
 
-    devices = run.cluster.devices()
-    made = plan_stages(run, devices, lambda _: [], NOTHING_MEASURED) if run.stages else plan(run, None, devices)
+    made = plan_run(run, run.cluster.devices())
     if made.time is None:
         raise PlanError("its time is not known")
     return 3600.0 * made.time.hours / made.steps
@@ -158,7 +155,7 @@ def _begun(tree: Tree) -> Tree | None:
     config = None if tree.get("folder") is None else Path(str(tree["folder"])).expanduser() / "config.yaml"
     if config is None or not config.is_file():
         return None
-    print(f"precision=auto: as {tree['folder']} was begun", file=sys.stderr)
+    to_stderr([f"precision=auto: as {tree['folder']} was begun"])
     found: Tree = dict(read_section(config, "precision"))
     return found
 
@@ -172,7 +169,7 @@ def _say(chosen: str, seconds: float, others: Mapping[str, float], refused: Mapp
     if any(each < seconds for each in others.values()):
         lines[0] += f"; less than {MARGIN:.0%} is no reason to change numbers"
     lines += [f"{name} cannot be: {line}" for name, line in refused.items()]
-    print(*(f"precision=auto: {line}" for line in lines), sep="\n", file=sys.stderr)
+    to_stderr(f"precision=auto: {line}" for line in lines)
 
 
 def _show(made: "Decision", then: str) -> None:

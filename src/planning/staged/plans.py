@@ -9,10 +9,22 @@ from src.data.corpus import Corpus
 from src.data.tokenizer import Kept, StoredTokenizer
 from src.errors import PlanError
 from src.planning.plan import Plan, plan
-from src.planning.time.interruptions import Interruptions
+from src.planning.time.interruptions import NOTHING_MEASURED, Interruptions
 from src.planning.time.prediction import Prediction
 from src.run import Run
 from src.runs.cluster import Devices
+
+
+def plan_run(
+    run: Run,
+    devices: Devices | None,
+    problems_of: Callable[[Run], list[str]] = lambda _: [],
+    interruptions: Interruptions = NOTHING_MEASURED,
+) -> Plan:
+    """The plan of a run, in stages or not. PlanError. `problems_of`: what other rooms say against it, or a stage."""
+    if run.stages:
+        return plan_stages(run, devices, problems_of, interruptions)
+    return plan(run, None, devices, problems_of(run), interruptions)
 
 
 def plan_stages(
