@@ -14,8 +14,8 @@ from src.distributed.process.rank_context import LauncherEnv, joined
 from src.errors import DataError, PlanError
 
 if TYPE_CHECKING:
-    from src.data.preparing.elsewhere import Tell
     from src.run import Run
+    from src.storage.streams import Tell
 
 
 def look_at_data(tree: Tree, run: "Run", tell: "Tell") -> None:

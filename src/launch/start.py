@@ -20,7 +20,7 @@ from src.runs.folder import group_folder, place
 from src.runs.frozen_code import Code
 from src.runs.submissions import ended_in_shared_job, submissions
 from src.storage.atomic_write import atomic_write
-from src.storage.streams import to_stderr
+from src.storage.streams import Tell, to_stderr
 from src.version import VERSION
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Tell = Callable[[Iterable[str]], None]  # of lines, to a person
 
 
 class EachOnce:
@@ -104,17 +103,12 @@ def checked(trees: list[Tree], names: Sequence[str] = ()) -> "list[tuple[Tree, R
     tell = EachOnce()
     sections = map_collecting_errors(build, trees, names)
     from src.launch.auto_cadence import interruptions
-    from src.planning.plan import plan
+    from src.planning.staged.plans import plan_run
     from src.run import Run
 
     def planned(point: "tuple[Tree, Run]") -> "Plan":
         tree, run = point
-        devices, measured = run.cluster.devices(), interruptions(tree, run)
-        if not run.stages:
-            return plan(run, None, devices, unfit(run), measured)
-        from src.planning.staged.plans import plan_stages
-
-        return plan_stages(run, devices, unfit, measured)
+        return plan_run(run, run.cluster.devices(), unfit, interruptions(tree, run))
 
     runs = map_collecting_errors(Run.from_sections, sections, names)
     plans = map_collecting_errors(planned, zip(trees, runs, strict=True), names)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,13 +22,12 @@ from src.errors import RemoteError
 from src.storage.atomic_write import TEMPORARY, atomic_write, temporary_beside
 from src.storage.remote import BUCKETS, SCHEME, RemoteEntry, RemoteFolder, below, patiently
 from src.storage.space import room
+from src.storage.streams import Tell
 
 MAGIC = re.compile(r"[*?[]")
 RECORD = ".fetched.json"  # of a store's copies: what of the store each is, and what of this disk
 RECORD_SECONDS = 10.0  # between two of its writes: after a kill so much is fetched again
 AT_ONCE = 8  # files
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def fetch(wanted: FilesAt, files: Sequence[RemoteFile], cache: Path, tell: Tell)
     if not lacking:
         return
     size, home = sum(file.size for file in lacking), _home(wanted.url, cache)
-    tell(f"{wanted.key}={wanted.url}: fetches {len(lacking)} of {len(files)} files, {size:,} bytes, into {home}")
+    tell([f"{wanted.key}={wanted.url}: fetches {len(lacking)} of {len(files)} files, {size:,} bytes, into {home}"])
     arrived: dict[str, list[str]] = {}
     written = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -5,13 +5,14 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TextIO
 
 COPIED = ("python ", "mv ", "cp ", "ssh ", "pip ", "`")  # in lines with a command to copy
 FEWEST_COLUMNS = 40
+Tell = Callable[[Iterable[str]], None]  # of lines, to a person
 _COLUMNS = re.compile(r".*\s{2}(?=\S)")  # up to where the last column begins, two blanks behind the one before
 
 

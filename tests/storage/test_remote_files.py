@@ -34,7 +34,7 @@ def at(url: str, *companions: str) -> FilesAt:
 
 def fetched(wanted: FilesAt, cache: Path) -> list[str]:
     said: list[str] = []
-    fetch(wanted, files_at(wanted), cache, said.append)
+    fetch(wanted, files_at(wanted), cache, said.extend)
     return said
 
 

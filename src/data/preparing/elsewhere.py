@@ -1,14 +1,12 @@
 """Files of data at URLs: looked at, and copied into the cache, before anything reads them."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from src.data.config import Data, Mixture
 from src.errors import DiskFullError, UserError
 from src.storage.remote_files import FilesAt, fetch, files_at, missing
-
-Tell = Callable[[Iterable[str]], None]  # of lines, to a person
+from src.storage.streams import Tell
 
 
 def look_at_files(named: Data, here: Data, cache: Path, *, fetches: bool, tell: Tell) -> list[str]:
@@ -31,7 +29,7 @@ def _brought(wanted: FilesAt, cache: Path, fetches: bool, tell: Tell) -> list[st
     try:
         files = files_at(wanted)
         if fetches:
-            fetch(wanted, files, cache, lambda line: tell([line]))
+            fetch(wanted, files, cache, tell)
         elif lacking := missing(files, cache):
             size = sum(file.size for file in lacking)
             tell([f"{wanted.key}={wanted.url}: a start fetches {len(lacking)} of {len(files)} files, {size:,} bytes"])
