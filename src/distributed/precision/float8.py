@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from src.distributed.parallel_dims import ParallelDims
     from src.models.decoder import Decoder
 
+ROUTER = "router"  # routers choose experts in float32
 MULTIPLE = 16  # the kernels want both sides of a matrix, as one rank holds it, to be multiples of this
 NEEDED_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 HOPPER = (9, 0)  # has grouped products of float8
@@ -169,12 +170,12 @@ class Float8(Config):
 
     def _chosen(self, names: dict[str, Matrix], tensor: int) -> set[str]:
         """Of these linears, those that are converted."""
-        return {
-            name
-            for name, weight in names.items()
-            if not any(_within(entry, name) for entry in self.exclude)
-            and all(side % MULTIPLE == 0 for side in _local(weight, tensor))
-        }
+        return {name for name, weight in names.items() if self.converts(name, *_local(weight, tensor))}
+
+    def converts(self, name: str, rows: int, columns: int) -> bool:
+        """Whether a linear of a block is converted, by its name and both sides as one rank holds them."""
+        kept = any(_within(entry, name) for entry in (ROUTER, *self.exclude))
+        return not kept and rows % MULTIPLE == 0 and columns % MULTIPLE == 0
 
     def convert(self, model: "Decoder", tensor: int, device_type: str) -> None:
         """Replace the linear modules by float8 ones. In place, on the meta device, before any other change; names
@@ -292,9 +293,9 @@ def _too_old(capability: tuple[int, int], needed: tuple[int, int]) -> str:
 
 
 def _linears(weights: Iterable[Matrix]) -> dict[str, Matrix]:
-    """The matrices of the blocks, by the name of their module; routers choose experts in float32."""
+    """The matrices of the blocks, by the name of their module."""
     matrices = (weight for weight in weights if len(weight.shape) == 2 and IN_BLOCK.match(weight.name))
-    return {weight.name.removesuffix(".weight"): weight for weight in matrices if not _within("router", weight.name)}
+    return {weight.name.removesuffix(".weight"): weight for weight in matrices if not _within(ROUTER, weight.name)}
 
 
 def _local(weight: Matrix, tensor: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from src.distributed.parallel_dims import ParallelDims
 from src.distributed.precision.config import BYTES
-from src.distributed.precision.float8 import MULTIPLE, Float8
+from src.distributed.precision.float8 import Float8
 from src.models.accounting import Slice, Weight, head_chunk_rows
 from src.models.base import ModelConfig
 from src.planning.memory import Load
@@ -307,7 +307,7 @@ class Worker:
         found = list[ProductTime]()
         cuts = [self._cut(product, self.degrees.tensor) for product in kind.products]
         for product, (columns, inner) in zip(kind.products, cuts, strict=True):
-            if self._float8 is not None and _converted(self._float8, product.name, columns, inner):
+            if self._float8 is not None and self._float8.converts(product.name, columns, inner):
                 readers = sum(other for other, width in cuts if width == inner)
                 times = self._float8_seconds(self._float8, columns, inner, columns / readers)
             else:
@@ -387,9 +387,3 @@ class Worker:
         forward = slower * PASSES_FORWARD * kept + PERMUTES_FORWARD * rows
         backward = slower * PASSES_BACKWARD * kept + PERMUTES_BACKWARD * rows
         return self.gpu.moved_seconds(forward), self.gpu.moved_seconds(backward)
-
-
-def _converted(float8: Float8, name: str, columns: int, inner: int) -> bool:
-    """Whether a block's product is in float8; routers choose experts in float32."""
-    kept = any(f".{entry}." in f".{name}." for entry in ("router", *float8.exclude))
-    return not kept and columns % MULTIPLE == 0 and inner % MULTIPLE == 0
