@@ -59,7 +59,7 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     rank, local_rank = facts.rank, facts.local_rank
     patience, source = Patience(), job.source
     # 621 files to open: once a run, since each machine has checked its copy; once a machine where it has none.
-    if source is not None and (rank == 0 or (local_rank == 0 and _imports(source))):
+    if source is not None and (rank == 0 or (local_rank == 0 and imported() == source.resolve())):
         patience(lambda: verify(source))
     tree = patience(lambda: trees.read(job.folder / "config.yaml")) if tree is None else tree
     try:
@@ -80,11 +80,11 @@ def run_rank(job: RankJob, tree: trees.Tree | None = None) -> bool:
     return finished
 
 
-def _imports(snapshot: Path) -> bool:
-    """Whether this process imports the snapshot itself, not a copy."""
+def imported() -> Path:
+    """The folder of the code that this process imports: a snapshot, this machine's copy of it, or a work tree."""
     import src
 
-    return Path(src.__file__ or "").resolve().parents[1] == snapshot.resolve()
+    return Path(src.__file__ or "").resolve().parents[1]
 
 
 def by_launcher(module: str, description: str) -> argparse.ArgumentParser:

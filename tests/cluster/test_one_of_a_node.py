@@ -79,7 +79,7 @@ def test_one_rank_reads_the_code_and_one_of_a_node_tells_of_a_lost_peer(
     """Where nodes import the run folder's own code, having no place for a copy, one of each reads it."""
     assert lives(tmp_path, ConnectionResetError("by peer"), monkeypatch) == ([0], [0, 8])
     assert lives(tmp_path, KeyError("its own"), monkeypatch) == ([0], [*range(16)])
-    monkeypatch.setattr(rank, "_imports", lambda _: True)
+    monkeypatch.setattr(rank, "imported", lambda: (tmp_path / "code/c0de").resolve())
     assert lives(tmp_path, ConnectionResetError("by peer"), monkeypatch) == ([0, 8], [0, 8])
 
 

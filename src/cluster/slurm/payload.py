@@ -20,7 +20,7 @@ from src.cluster.diagnosis import rank_failure
 from src.cluster.diagnosis.verdict import newest
 from src.cluster.kernel_cache import KernelCache
 from src.cluster.local.side_by_side import SAVED
-from src.cluster.rank import RankJob, end_with, run_rank
+from src.cluster.rank import RankJob, end_with, imported, run_rank
 from src.cluster.slurm.replica_groups import introduce
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import Deadline
@@ -228,9 +228,7 @@ def _assert_frozen(snapshot: Path) -> None:
     """The modules of this process are those of the snapshot, or of this machine's copy of it, whatever the site's
     environment did to Python's path.
     """
-    import src
-
-    here = Path(src.__file__ or "").resolve().parents[1]
+    here = imported()
     with suppress(OSError):
         if here == place(snapshot).resolve():
             return
