@@ -21,7 +21,7 @@ from src.hugging_face.hub import fetch, is_local
 from src.hugging_face.load import model_section, noted
 from src.storage.remote import is_url
 from src.storage.streams import to_stderr
-from src.tasks.fitted import AUTO, fitted, with_vocabulary
+from src.tasks.fitted import AUTO, BYTES, fitted, with_vocabulary
 from src.tasks.from_run import begun_from
 from src.tasks.inherit import check_typed, find, meant, overlaid, sections
 from src.tasks.ladder import scaled
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 INHERITED = ("model", "tokenizer", "data", "precision", "optim", "schedule", "seed")
 AVERAGES = "ema.weights."  # in a checkpoint
 TOKENIZER = "src.data.tokenizer.File"
-BYTES = "src.data.tokenizer.Bytes"
 PREPARE = "src.tasks.prepare.config.Prepare"
 MERGE = "src.tasks.merge.config.Merge"
 
