@@ -95,7 +95,7 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Of what lies in it, sorted; none where it is not there."""
         with suppress(FileNotFoundError):
-            return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in self._listed(""))
+            return [each.name for each in self.entries("")]
         return []
 
     def sizes(self, name: str = "") -> dict[str, int]:
