@@ -97,24 +97,36 @@ def test_the_decision_is_a_plan_without_problems() -> None:
         decide(replace(run, cluster=site(gpu_model=None)), {}, None)
 
 
-def test_why_there_is_none() -> None:
-    """Of a batch that no number of these GPUs divides, the numbers that would do; else the memory."""
-    run = replace(auto("parallel.gpus=7", "task.global_batch=16"), cluster=site(gpu_model="H100"))
-    with pytest.raises(
-        PlanError, match=r"no layout of 7 GPUs has .* pass parallel.gpus=4, or pass task.global_batch=21"
-    ):
-        decide(run, {}, None)
-    run = replace(auto("parallel.gpus=8", "parallel.tensor=3", "task.global_batch=16"), cluster=run.cluster)
-    with pytest.raises(PlanError, match=r"no layout of 8 GPUs with parallel.tensor=3 .* leave degrees open$"):
-        decide(run, {"parallel.tensor": "3"}, None)
-    run = replace(auto("parallel.gpus=1", "task.global_batch=16"), cluster=site(gpu_model="A100"))
-    with pytest.raises(
-        PlanError, match=r"no layout of 1 A100 with 79.2 GiB holds this model .* pass more parallel.gpus"
-    ):
-        decide(run, {}, None)
-    run = replace(auto("parallel.gpus=8", "task.global_batch=16", "precision=fp8"), cluster=run.cluster)
-    with pytest.raises(PlanError, match=r"holds this model .*\nprecision.float8: cluster.gpu_model=A100 has no float8"):
-        decide(run, {}, None)
+@pytest.mark.parametrize(
+    ("gpu", "typed", "words"),
+    [
+        (
+            "H100",
+            {"parallel.gpus": "7"},
+            r"no layout of 7 GPUs has .* pass parallel.gpus=4, or pass task.global_batch=21",
+        ),
+        (
+            "H100",
+            {"parallel.gpus": "8", "parallel.tensor": "3"},
+            r"no layout of 8 GPUs with parallel.tensor=3 .* leave degrees open$",
+        ),
+        (
+            "A100",
+            {"parallel.gpus": "1"},
+            r"no layout of 1 A100 with 79.2 GiB holds this model .* pass more parallel.gpus",
+        ),
+        (
+            "A100",
+            {"parallel.gpus": "8", "precision": "fp8"},
+            r"holds this model .*\nprecision.float8: cluster.gpu_model=A100 has no float8",
+        ),
+    ],
+)
+def test_why_there_is_none(gpu: str, typed: dict[str, str], words: str) -> None:
+    """Of a batch that no number of these GPUs divides, the numbers that would do; else the memory, or the device."""
+    run = auto("task.global_batch=16", *(f"{key}={text}" for key, text in typed.items()))
+    with pytest.raises(PlanError, match=words):
+        decide(replace(run, cluster=site(gpu_model=gpu)), typed, None)
 
 
 def test_the_config_gets_what_was_chosen(
