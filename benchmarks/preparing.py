@@ -83,7 +83,8 @@ def row(gigabytes: float, tokenizer: str) -> dict[str, object]:
         facts = _measured(name, tokenizer)
     speed = {"megabytes_per_second": round(facts["text_bytes"] / 1e6 / facts["seconds"], 1)}
     training = {f"training_{key}": value for key, value in trained.items()}
-    return {"tokenizer": tokenizer, "file_bytes": size} | speed | facts | training
+    rounded = {key: round(value, 1) for key, value in (facts | training).items()}
+    return {"tokenizer": tokenizer, "file_bytes": size} | speed | rounded
 
 
 def _measured(folder: str, *words: str) -> dict[str, float]:
@@ -92,7 +93,7 @@ def _measured(folder: str, *words: str) -> dict[str, float]:
     if done.returncode:
         raise SystemExit(done.stderr)
     facts: dict[str, float] = json.loads(done.stdout)
-    return {key: round(value, 1) for key, value in facts.items()}
+    return facts
 
 
 def main() -> None:

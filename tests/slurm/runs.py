@@ -278,7 +278,8 @@ class Held:
     def story(self) -> str:
         """For the message of a failed test."""
         log = self.log.read_text()[-4000:] if self.log.exists() else "no log"
-        return f"job {self.job} is {self.state()!r}, attempts {attempts(self.folder)}\n{log}"
+        ends = "\n".join(map(str, [*attempts(self.folder), *self.verdicts()]))
+        return f"job {self.job} is {self.state()!r}\n{ends}\n{log}"
 
     def _hurry(self) -> None:
         # Not in the very second in which the nodes were told to forget the job: they would refuse it.

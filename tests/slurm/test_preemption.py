@@ -77,7 +77,7 @@ def test_a_save_that_does_not_fit_before_the_time_limit(site: Site, straight: di
     assert_whole(run, straight)
     (verdict,) = run.verdicts()
     assert (verdict["kind"], verdict["action"], verdict["checkpoint"]) == ("late", "requeue", "step_00000005")
-    assert [attempt.ended for attempt in attempts(run.folder)] == ["killed", "finished"]
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["killed", "finished"], run.story()
     assert first_steps(run) == [1, 6]
 
 
@@ -106,7 +106,7 @@ def test_preemption_and_two_requeues(site: Site, straight: dict[int, float]) -> 
     run.until_restarted(3)
     run.loosen()  # not before: the ranks would go on until the signal comes
     assert_whole(run, straight)
-    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "stopped", "finished"]
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "stopped", "finished"], run.story()
     assert first_steps(run) == [1, 9, 15]
 
 
@@ -134,7 +134,7 @@ def test_a_signal_sent_by_hand(site: Site, straight: dict[int, float]) -> None:
     run.until_restarted(3)
     run.loosen()
     assert_whole(run, straight)
-    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "stopped", "finished"]
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "stopped", "finished"], run.story()
     assert first_steps(run) == [1, 9, 15]
 
 

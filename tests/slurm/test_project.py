@@ -55,7 +55,7 @@ def test_a_run_that_is_preempted_in_its_second_stage_goes_on_in_it(site: Site) -
     assert run.until_ended().ended == "finished", run.story()
     assert run.losses() == series(alone)
     assert series(run.folder, "stage") == {step: 1.0 + (step > STEPS // 2) for step in range(1, STEPS + 1)}
-    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "finished"]
+    assert [attempt.ended for attempt in attempts(run.folder)] == ["stopped", "finished"], run.story()
     assert first_steps(run) == [1, 15]
 
 
