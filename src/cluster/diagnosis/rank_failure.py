@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from src.cluster.backend import JobStart
+from src.distributed.process.flight_recorder import TRACES
 from src.errors import DiskFaultError, UserError
 from src.storage.atomic_write import atomic_write
 from src.storage.patience import FAULTS, passing
@@ -82,8 +83,8 @@ def gather_traces(error: BaseException, folder: Path) -> None:
     from src.distributed.process.rank_context import LauncherEnv, device_type
 
     world = LauncherEnv.read().world
-    if world > 1 and classify(error) == "peer" and device_type() == "cpu" and (folder / "traces").exists():
-        flight_recorder.ask(folder / "traces", world)
+    if world > 1 and classify(error) == "peer" and device_type() == "cpu" and (folder / TRACES).exists():
+        flight_recorder.ask(folder / TRACES, world)
 
 
 def place(folder: Path, start: JobStart) -> Path:

@@ -20,6 +20,7 @@ from src.cluster.backend import JobScheduler, JobStart, LogFindings
 from src.cluster.batch_system import scheduler_of
 from src.cluster.diagnosis import hang, rank_failure
 from src.config import tree as trees
+from src.distributed.process.flight_recorder import TRACES
 from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import attempts, end
 from src.runs.records import PLAN_FILE
@@ -180,7 +181,7 @@ def gather(folder: Path, start: JobStart, scheduler: JobScheduler) -> Evidence:
     return Evidence(
         failures=rank_failure.read(left),
         log=scheduler.log_findings(Path(handed[-1]["log"]), nodes) if handed else LogFindings(),
-        hang=hang.find(folder / "traces", since, nodes, keep=left),
+        hang=hang.find(folder / TRACES, since, nodes, keep=left),
         nodes=nodes,
         saved=mine and tried[-1].ended == "stopped",
     )

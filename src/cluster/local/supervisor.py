@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Subpr
 from src.cluster.diagnosis import hang
 from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, tell
 from src.cluster.rank import RankJob
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import host_store
 from src.errors import DiskFullError, UserError
 from src.runs.folder import Attempt, log_folder
@@ -171,7 +172,7 @@ class RankSupervisor:
         rank = min(failed, key=self._when)
         told, found = self._describe(rank, codes[rank]), None
         with suppress(OSError):  # a folder that is gone must not hide the error
-            found = hang.find(self._job.folder / "traces", self._began, [self._attempt.host] * self._attempt.world)
+            found = hang.find(self._job.folder / TRACES, self._began, [self._attempt.host] * self._attempt.world)
         return told if found is None else replace(told, text=f"{told.text}\n\n{found.words}")
 
     def _when(self, rank: int) -> int:

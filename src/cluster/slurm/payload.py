@@ -25,6 +25,7 @@ from src.cluster.slurm.replica_groups import introduce
 from src.cluster.slurm.scheduler import SlurmScheduler
 from src.cluster.slurm.time_limit import Deadline
 from src.config import tree as trees
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import LauncherEnv
 from src.errors import FolderError, UserError
 from src.metrics.alerts.send import options_of, tell_end
@@ -101,14 +102,17 @@ class QueuedJob:
 
     def _run(self, facts: LauncherEnv, nodes: list[str], tree: trees.Tree) -> bool:
         from src.distributed.process.preflight import preflight, table
+        from src.distributed.process.rank_context import leave_all
 
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # One port above the run's own, so that both rendezvous may come and go.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         then = self._twins(facts, nodes) if self.preflight_gpus else None
-        present = preflight(facts, self.device, self.world, nodes, (host, port + 1), self.preflight_seconds, then)
+        seconds, traces = self.preflight_seconds, self.folder / TRACES
+        present = preflight(facts, self.device, self.world, nodes, address, seconds, traces=traces, then=then)
         if facts.rank == 0:
             print(table(present), flush=True)
-        return run_rank(RankJob(self.folder, self.code), tree)
+        finished = run_rank(RankJob(self.folder, self.code), tree)
+        leave_all()  # whom the check has joined
+        return finished
 
     def _twins(self, facts: LauncherEnv, nodes: list[str]) -> "Callable[[torch.device], None]":
         """Rank 0 keeps the list of slow nodes, for this job's next start and the run's next submission."""
@@ -215,7 +219,7 @@ def _export(device: str, folder: Path) -> list[str]:
     job = JobEnvironment()
     # Another port for each run and start: the last one's may not be free yet. From 32768 on Linux gives ports away.
     seed = f"{folder}.{job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    os.environ["MASTER_PORT"] = str(random.Random(seed).randrange(15000, 32000, 2))
+    os.environ["MASTER_PORT"] = str(random.Random(seed).randrange(15000, 32000))
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,7 +1,7 @@
 """Flight recorder for gloo: the last collectives of each CPU rank, dumped when one hangs.
 
-NCCL's watchdog writes such dumps by itself (process.py). gloo only raises an error in the ranks that waited; here these
-ask for the dumps of all, and a thread writes them, so that also a rank that is stuck elsewhere says where it is.
+NCCL's watchdog writes such dumps by itself (rank_context.py). gloo only raises an error in the ranks that waited; here
+these ask for the dumps of all, and a thread writes them, so that also a rank that is stuck elsewhere says where it is.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 
 from src.storage.atomic_write import atomic_write
 
+TRACES = "traces"  # of a run folder: where the dumps are
 WANTED = "wanted"  # touched when the dumps of all ranks are
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0  # for ranks that are dead, or stuck where no thread can run

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.distributed.process.rank_context import DeviceType, LauncherEnv, prepare_connections
+from src.distributed.process.rank_context import DeviceType, LauncherEnv, join_all, prepare_connections
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ _POLL_SECONDS = 0.05
 _MARGIN_SECONDS = 60.0
 # A rank arrives when it has imported torch, which a cold disk may stretch to a minute on one node and not on another.
 _ARRIVAL_SHARE = 3
-_ARRIVED, _DONE, _ALL_DONE = "arrived", "done", "all done"  # keys of the store
+_ARRIVED, _ANSWER = "arrived", "answer"  # keys of the store
 
 
 class PreflightError(RuntimeError):
@@ -48,14 +49,17 @@ def preflight(
     nodes: Sequence[str],
     address: tuple[str, int],
     seconds: float,
+    *,
+    traces: Path | None = None,
     then: "Callable[[torch.device], None] | None" = None,
 ) -> list[Presence]:
     """Collective. PreflightError on every rank that arrived, instead of a hang; otherwise rank 0 is told of all ranks,
-    in order, and each other one of itself.
+    in order, and each other one of itself. More ranks than one are joined in the default group then, which is that of
+    what follows (`RankContext.join`); `leave_all` ends it.
 
     `nodes`: names by node number. `address`: where rank 0 can open a rendezvous.
-    `seconds`: for the sum, and three times that without one more rank arriving. `then`: called on each rank's device
-    while all are joined, collective.
+    `seconds`: for the sum, and three times that without one more rank arriving. `traces`: folder for the flight
+    recorder's dumps. `then`: called on each rank's device once all are joined, collective.
     """
     if facts.world != world:
         raise PreflightError(f"{facts.world} ranks were started, but the plan has {world}", None)
@@ -72,7 +76,7 @@ def preflight(
     prepare_connections(facts.rank, world)
     store = _store(facts, nodes, address, _ARRIVAL_SHARE * seconds)
     present = _gather(store, mine, nodes, facts, _ARRIVAL_SHARE * seconds)
-    _add_up(store, facts, device_type, nodes, seconds, then)
+    _add_up(store, facts, device_type, nodes, seconds, traces, then)
     return present
 
 
@@ -131,10 +135,10 @@ def _gather(store: "Store", mine: Presence, nodes: Sequence[str], facts: Launche
             "text": text and f"no word for {seconds:g} s of {len(missing)} ranks{text}",
             "node": next(reversed(places), None),
         }
-        store.set("answer", json.dumps(told))
+        store.set(_ANSWER, json.dumps(told))
     # Rank 0 gives each late rank its time; an answer comes unless rank 0 itself dies, which closes the connection.
-    store.wait(["answer"], timedelta(seconds=seconds * mine.world + _MARGIN_SECONDS))
-    answer = json.loads(store.get("answer"))
+    store.wait([_ANSWER], timedelta(seconds=seconds * mine.world + _MARGIN_SECONDS))
+    answer = json.loads(store.get(_ANSWER))
     if answer["text"]:
         raise PreflightError(answer["text"], answer["node"])
     if mine.rank > 0:
@@ -178,29 +182,22 @@ def _add_up(
     device_type: DeviceType,
     nodes: Sequence[str],
     seconds: float,
+    traces: Path | None,
     then: "Callable[[torch.device], None] | None",
 ) -> None:
-    """The first collective, over the network that training will use; the group is gone afterwards."""
+    """Make the default group, and the first collective over the network that training will use."""
     import torch
     import torch.distributed as dist
 
-    device = torch.device(device_type, facts.local_rank) if device_type == "cuda" else torch.device("cpu")
     node = nodes[facts.rank // facts.local_world]
+    met = dist.PrefixStore("all", store)  # type: ignore[attr-defined]
     try:
-        dist.init_process_group(
-            "nccl" if device_type == "cuda" else "gloo",
-            store=dist.PrefixStore("preflight", store),  # type: ignore[attr-defined]
-            rank=facts.rank,
-            world_size=facts.world,
-            timeout=timedelta(seconds=seconds),
-            device_id=device if device_type == "cuda" else None,
-        )
+        device = join_all(facts, device_type, seconds, traces=traces, store=met)
         total = torch.tensor(float(facts.rank), device=device)
         dist.all_reduce(total)
         got = total.item()
         if then is not None:
             then(device)
-        dist.destroy_process_group()
     except PreflightError:
         raise
     except RuntimeError as error:
@@ -210,7 +207,3 @@ def _add_up(
     wanted = facts.world * (facts.world - 1) / 2
     if got != wanted:
         raise PreflightError(f"rank {facts.rank} on {node}: the ranks add up to {got:g}, not {wanted:g}", None)
-    if store.add(_DONE, 1) == facts.world:
-        store.set(_ALL_DONE, "")
-    if facts.rank == 0:  # it hosts the store
-        store.wait([_ALL_DONE])

@@ -17,6 +17,7 @@ from src.errors import PlanError
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -105,7 +106,7 @@ class RankContext:
     local_rank: int
     local_world: int
     device: "torch.device"
-    owner: bool  # whether `join` made the process group, so that `leave` ends it
+    owner: bool  # whether `join` made the process group, so that `leave` ends it; else who made it does
 
     @classmethod
     def join(
@@ -118,27 +119,23 @@ class RankContext:
     ) -> Self:
         """Collective. `world` is the plan's; another one is refused here, before the first collective could hang.
 
-        `traces`: folder for the flight recorder's dumps.
+        The group that a preflight check has made is the run's as well: a second one of the same ranks would cost the
+        start as much again. `traces`: folder for the flight recorder's dumps.
         """
-        import torch
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _get_default_store
 
-        if dist.is_initialized():
-            facts = replace(LauncherEnv.read(), rank=dist.get_rank(), world=dist.get_world_size())
-        else:
-            facts = LauncherEnv.read()
-        _check(facts, device_type, world)
-        device = torch.device(device_type, facts.local_rank) if device_type == "cuda" else torch.device("cpu")
         owner = not dist.is_initialized()
-        if device_type == "cuda":
-            torch.cuda.set_device(device)
-            if owner:
-                _prepare_nccl(traces, first=facts.rank == 0)
-        elif owner and traces is not None and facts.world > 1:
-            os.environ["TORCH_FR_BUFFER_SIZE"] = str(_FLIGHT_RECORDER_ENTRIES)
-            watch(traces, facts.rank)
+        facts = LauncherEnv.read()
         if owner:
-            _initialise(facts, device, timedelta(seconds=timeout_seconds))
+            _check(facts, device_type, world)
+            device = join_all(facts, device_type, timeout_seconds, traces=traces)
+        else:
+            facts = replace(facts, rank=dist.get_rank(), world=dist.get_world_size())
+            _check(facts, device_type, world)
+            device = _own(facts, device_type)
+            _set_timeout(timeout_seconds, [])
+            _get_default_store().set_timeout(timedelta(seconds=timeout_seconds))
         if traces is not None and facts.world > 1:
             # Not earlier: by now rank 0 of an outer launcher has made the run folder.
             traces.mkdir(parents=True, exist_ok=True)
@@ -148,24 +145,19 @@ class RankContext:
         """Set the timeout of collectives, after the first step: compiling and loading need a longer one. Collective."""
         import torch
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import _set_pg_timeout
 
         dist.barrier()  # no rank may still be in the slow part when the short timeout starts to count
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        assert dist.group.WORLD is not None, "join() made the default group"
-        for group in [dist.group.WORLD, *groups]:
-            _set_pg_timeout(timedelta(seconds=seconds), group)
+        _set_timeout(seconds, groups)
 
     def leave(self) -> None:
         """End the process group; a second call does nothing.
 
         Not for the way out of an error: it would make other ranks fail too, and the first error is the one to show.
         """
-        import torch.distributed as dist
-
-        if self.owner and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.owner:
+            leave_all()
 
 
 def host_store() -> tuple[object, int]:
@@ -218,18 +210,66 @@ def prepare_connections(rank: int, world: int) -> None:
         os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
 
 
-def _initialise(facts: LauncherEnv, device: "torch.device", timeout: timedelta) -> None:
+def join_all(
+    facts: LauncherEnv,
+    device_type: DeviceType,
+    timeout_seconds: float,
+    *,
+    traces: Path | None = None,
+    store: "Store | None" = None,
+) -> "torch.device":
+    """Collective: make the default group, with the recorder that tells what each rank did last when one hangs. Returns
+    this rank's device. `store`: where the ranks meet already; else at MASTER_ADDR and MASTER_PORT.
+    """
     import torch.distributed as dist
 
-    # CPU tensors (flags, asynchronous checkpoints) must not wait behind the GPU's stream.
-    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-    device_id = device if device.type == "cuda" else None
-    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if facts.world > 1 and not os.environ.get(key)]
-    if missing:
+    device = _own(facts, device_type)
+    if device_type == "cuda":
+        _prepare_nccl(traces, first=facts.rank == 0)
+    elif traces is not None and facts.world > 1:
+        os.environ["TORCH_FR_BUFFER_SIZE"] = str(_FLIGHT_RECORDER_ENTRIES)
+        watch(traces, facts.rank)
+    keys = ("MASTER_ADDR", "MASTER_PORT") if store is None and facts.world > 1 else ()
+    if missing := [key for key in keys if not os.environ.get(key)]:
         raise PlanError([f"{key}: missing; {facts.world} ranks cannot find each other without it" for key in missing])
     prepare_connections(facts.rank, facts.world)
     # A world of one needs neither a network nor an address.
-    store = dist.HashStore() if facts.world == 1 else None  # type: ignore[attr-defined]
+    met = dist.HashStore() if facts.world == 1 else store  # type: ignore[attr-defined]
     dist.init_process_group(
-        backend, store=store, rank=facts.rank, world_size=facts.world, timeout=timeout, device_id=device_id
+        # CPU tensors (flags, asynchronous checkpoints) must not wait behind the GPU's stream.
+        "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo",
+        store=met,
+        rank=facts.rank,
+        world_size=facts.world,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device_type == "cuda" else None,
     )
+    return device
+
+
+def leave_all() -> None:
+    """End the default group, where there is one. Not on the way out of an error: `RankContext.leave` says why."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _own(facts: LauncherEnv, device_type: DeviceType) -> "torch.device":
+    import torch
+
+    if device_type == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", facts.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _set_timeout(seconds: float, groups: "list[dist.ProcessGroup]") -> None:
+    """Of the default group and of these."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    assert dist.group.WORLD is not None, "join() made the default group"
+    for group in [dist.group.WORLD, *groups]:
+        _set_pg_timeout(timedelta(seconds=seconds), group)

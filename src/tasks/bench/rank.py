@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.metrics.console import Console
 from src.metrics.kernels import KernelTime, breakdown, markdown
@@ -30,7 +31,7 @@ PROFILED_STEPS = 2
 def bench(task: Bench, run: Run, folder: Path) -> bool:
     """Measure and write bench.json. Collective. Always True: a benchmark that was stopped is started again."""
     ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
     )
     run = resolve_auto_recompute(run, folder)
     training = build_training(run, ranks, skips=0)

@@ -15,6 +15,7 @@ from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.hugging_face.origin import origin_of
 from src.run import Run
@@ -49,7 +50,7 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
     """
     with Stop() as stop:
         ranks = RankContext.join(
-            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
         )
         run = task.computed(run)
         network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))

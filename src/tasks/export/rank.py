@@ -17,6 +17,7 @@ from src.config.tree import read
 from src.data.tokenizer import Tokenizer
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
 from src.hugging_face.archive import Archive
@@ -40,7 +41,7 @@ GB = 10**9
 def export(task: Export, run: Run, folder: Path) -> bool:
     """Write, check and push the export. Collective. Always True: an export that was stopped is started again."""
     ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
     )
     run = task.computed(run)
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))

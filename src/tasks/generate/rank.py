@@ -8,6 +8,7 @@ from rich.text import Text
 
 from src.checkpoint.config import FOREIGN
 from src.distributed.mesh import Mesh
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.hugging_face.origin import ends_of, origin_of
 from src.run import Run
@@ -24,7 +25,7 @@ TEXTS_FILE = "generated.jsonl"
 def write(task: Generate, run: Run, folder: Path) -> bool:
     """Continue every prompt and write the texts. Collective. Always True: a task that was stopped is started again."""
     ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
     )
     run = task.computed(run)
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))

@@ -18,6 +18,7 @@ from src.data.corpus import read_recipe, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.run import Run
 from src.storage.atomic_write import atomic_write
@@ -38,7 +39,7 @@ def merge(task: Merge, run: Run, folder: Path) -> bool:
     """
     with Stop() as stop:
         ranks = RankContext.join(
-            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
         )
         network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
         store, batches = Store(folder / "checkpoints", run.checkpoint), _batches(task, run, network, folder)

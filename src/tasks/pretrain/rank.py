@@ -16,6 +16,7 @@ from src.data.batches import Batches
 from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.compile import forget_compilations
 from src.distributed.mesh import Mesh
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
@@ -60,7 +61,7 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
     startup.done("import")
     with Stop() as stop:
         ranks = RankContext.join(
-            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
         )
         if task.deterministic:
             make_deterministic()

@@ -26,6 +26,7 @@ from src.distributed.collectives import world_sum
 from src.distributed.init_weights import seed_of
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages, forward_loss
+from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
 from src.models.cross_entropy import IGNORED
@@ -49,7 +50,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     otherwise.
     """
     ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / "traces"
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
     )
     run = resolve_auto_recompute(run, folder)
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
