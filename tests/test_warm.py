@@ -1,13 +1,25 @@
 """A Python that a test starts goes on by itself where the warm one cannot take its life over."""
 
 import importlib.util
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+CLIENT_CODE = """
+import os, sys
+sys.path.insert(0, os.environ["CLIENT_FOLDER"])
+sys.orig_argv[1:] = ["-m", "src.of_a_test"]
+import warm_client
+print("a second life")
+"""
 CLIENT = Path(__file__).parent / "warm/site/warm_client.py"
 
 
@@ -44,3 +56,38 @@ def test_who_is_refused_goes_on(client: ModuleType, tmp_path: Path, reads: bool)
     server.join()
     line.close()
     client.hand_over(place)  # nobody listens
+
+
+def test_a_signal_for_a_process_that_has_ended_starts_no_second_life(tmp_path: Path) -> None:
+    """SLURM's SIGCONT found such a one, and its rank began the next attempt of a run that was being requeued."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    line = socket.socket(socket.AF_UNIX)
+    line.bind(str(tmp_path / "socket"))
+    line.listen()
+    environment = os.environ | {"WARM": str(tmp_path / "socket"), "CLIENT_FOLDER": str(CLIENT.parent), "PYTHONPATH": ""}
+    asking = subprocess.Popen([sys.executable, "-c", CLIENT_CODE], env=environment, stdout=subprocess.PIPE)
+    asked, _ = line.accept()
+    with asked:
+        while not asked.recv(2**20).endswith(b"\n"):
+            pass
+        asked.sendall(f"{gone.pid}\n".encode())
+        until_it_passes_signals_on(asking.pid)
+        for number in (signal.SIGCONT, signal.SIGUSR2):
+            os.kill(asking.pid, number)
+        asked.sendall(b"7\n")
+        assert asking.communicate(timeout=60)[0] == b""
+    assert asking.returncode == 7
+    line.close()
+
+
+def until_it_passes_signals_on(pid: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        caught = next(
+            each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith("SigCgt")
+        )
+        if int(caught.split()[1], 16) >> (signal.SIGCONT - 1) & 1:
+            return
+        time.sleep(0.01)
+    raise AssertionError("it has no handler")

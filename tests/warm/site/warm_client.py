@@ -38,6 +38,7 @@ def is_open(number: int) -> bool:
 
 def hand_over(place: str) -> None:
     import array
+    import contextlib
     import json
     import signal
     import socket
@@ -69,10 +70,19 @@ def hand_over(place: str) -> None:
         return
     if not pid:
         return
+    # From here on nothing may raise: this Python would go on and live the same life a second time.
+
+    def pass_on(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, and the answer is on its way
+            os.kill(pid, number)
+
     for number in numbers:
         if number not in life["ignored"]:
-            signal.signal(number, lambda given, _: os.kill(pid, given))
-    code = int(answers.readline() or -signal.SIGKILL)
+            signal.signal(number, pass_on)
+    try:
+        code = int(answers.readline() or -signal.SIGKILL)
+    except OSError:  # whoever warms us is dead, and all its processes with it
+        code = -signal.SIGKILL
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
