@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list, cre
 from torch.futures import Future
 
 from src.checkpoint.stored import FILE, StoredChunk, StoredTensor, read_stored
+from src.checkpoint.writer import in_words
 from src.storage.patience import Patience
 
 
@@ -92,6 +94,17 @@ def narrowed(saved: Metadata, wants: Sequence[Wanted]) -> list[Metadata]:
             each.state_dict_metadata[name] = TensorStorageMetadata(entry.properties, entry.size, [*parts_of.values()])
             each.storage_data |= {at: saved.storage_data[at] for at in parts_of if at in saved.storage_data}
     return found
+
+
+def read_tensors(path: Path, tensors: Mapping[str, Tensor], reader: FileSystemReader, rank: int) -> None:
+    """The steps of torch's `load` that one rank takes: it sends all plans to rank 0, which returns them unread."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with in_words(f"{path}: cannot be read", rank):
+        metadata = reader.read_metadata()
+        planner.set_up_planner(dict(tensors), metadata, rank == 0)
+        reader.set_up_storage_reader(metadata, rank == 0)
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
 def read(path: Path) -> Metadata:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
@@ -20,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from src.errors import CheckpointError, some
+
+REPLICAS = "replicate"  # the axis of a mesh whose ranks hold the same shards
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,56 @@ def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if owner == replica:
             share[name] = tensor
     return share
+
+
+def readers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which of the replicas reads what all of them have: coordinates on the axis "replicate", by name, of the tensors
+    that are cut alike in every replica. Split by bytes, each rank computing the same split.
+    """
+    found: dict[str, int] = {}
+    loads: dict[DeviceMesh, list[int]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and (axis := _replicas(tensor)) is not None:
+            mesh, shard = tensor.device_mesh, tensor.to_local()
+            load = loads.setdefault(mesh, [0] * mesh.size(axis))
+            found[name] = load.index(min(load))
+            load[found[name]] += shard.nbytes
+    return found
+
+
+def _replicas(tensor: DTensor) -> int | None:
+    """The number of the axis whose ranks all hold this shard and can tell it each other where it lies."""
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None or tensor.to_local().device.type != mesh.device_type:
+        return None
+    names = mesh.mesh_dim_names or ()
+    axis = names.index(REPLICAS) if REPLICAS in names else None
+    return axis if axis is not None and mesh.size(axis) > 1 and tensor.placements[axis].is_replicate() else None
+
+
+def reads(tensors: dict[str, Tensor], by: dict[str, int]) -> dict[str, Tensor]:
+    """Those of the tensors that this rank reads itself."""
+    return {name: each for name, each in tensors.items() if name not in by or _replica(each) == by[name]}
+
+
+def tell_replicas(tensors: dict[str, Tensor], by: dict[str, int]) -> None:
+    """Collective: what one replica has read, in the others' place of it."""
+    for name, reader in by.items():
+        tensor = tensors[name]
+        assert isinstance(tensor, DTensor), "only these are cut alike"
+        shard = tensor.to_local()
+        if shard.numel() == 0:
+            continue  # in all replicas alike
+        whole = shard.contiguous()  # the same storage, as a rule
+        # Bytes: neither NCCL nor gloo carries every dtype of a state.
+        dist.broadcast(whole.view(-1).view(torch.uint8), group=tensor.device_mesh.get_group(REPLICAS), group_src=reader)
+        if whole.data_ptr() != shard.data_ptr():
+            shard.copy_(whole)
+
+
+def _replica(tensor: Tensor) -> int:
+    assert isinstance(tensor, DTensor), "only these are cut alike"
+    return tensor.device_mesh.get_local_rank(REPLICAS)
 
 
 def _entry(name: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -22,7 +21,7 @@ from src.checkpoint.background import BackgroundTask
 from src.checkpoint.config import Checkpoint
 from src.checkpoint.folder import VALUES, CheckpointFile, Marker
 from src.checkpoint.host_group import HostGroup
-from src.checkpoint.metadata import PatientReader, RestrictedReader, narrowed, wants_of
+from src.checkpoint.metadata import PatientReader, RestrictedReader, narrowed, read_tensors, wants_of
 from src.checkpoint.mirror import Mirror
 from src.checkpoint.state import (
     Fitting,
@@ -32,7 +31,10 @@ from src.checkpoint.state import (
     fill,
     flatten,
     merge,
+    readers,
+    reads,
     refuse_unlike,
+    tell_replicas,
     to_json,
     unlike,
 )
@@ -187,7 +189,7 @@ class Store:
         state = {key: child for key, child in state.items() if key in there or key not in optional}
         flat = flatten(state)
         reader = self._check_fit(path, flat, values, rounds=rounds)
-        self._team.on_all(lambda: self._read_tensors(path, flat, reader))
+        self._read_tensors(path, flat.tensors, reader)
         if path.resolve().parent == self.folder.resolve():
             self._loaded = self.folder / path.name
             if self.options.verify == "full":
@@ -214,7 +216,7 @@ class Store:
         self._team.on_rank_zero(lambda: refuse_unlike(path, misfits or set()))
         mine = {name for name, tensors in entries.items() if not unlike(tensors, saved)}
         tensors = wanted | {name: tensor for part in sorted(mine) for name, tensor in entries[part].items()}
-        self._team.on_all(lambda: self._read_tensors(path, Flat(tensors, {}), reader))
+        self._read_tensors(path, tensors, reader)
         everywhere = self._team.joined(lambda: mine, or_)
         return values, self._team.on_rank_zero(lambda: everywhere or set())
 
@@ -388,12 +390,8 @@ class Store:
         reader.known = self._team.of_node(asked, lambda all_wants: narrowed(reader.read_metadata(), all_wants))
         return reader
 
-    def _read_tensors(self, path: Path, flat: Flat, reader: FileSystemReader) -> None:
-        """The steps of torch's `load` that one rank takes: it sends all plans to rank 0, which returns them unread."""
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with in_words(f"{path}: cannot be read", self._team.rank):
-            metadata = reader.read_metadata()
-            planner.set_up_planner(dict(flat.tensors), metadata, self._team.rank == 0)
-            reader.set_up_storage_reader(metadata, self._team.rank == 0)
-            plan = reader.prepare_local_plan(planner.create_local_plan())
-            reader.read_data(planner.finish_plan(plan), planner).wait()
+    def _read_tensors(self, path: Path, tensors: dict[str, Tensor], reader: FileSystemReader) -> None:
+        """Each replica reads its share of the shards that all have, and tells it the others."""
+        by = readers(tensors)
+        self._team.on_all(lambda: read_tensors(path, reads(tensors, by), reader, self._team.rank))
+        tell_replicas(tensors, by)

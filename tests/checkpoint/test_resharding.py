@@ -2,15 +2,19 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.futures import Future
 
+from src.checkpoint.metadata import PatientReader
 from src.checkpoint.state import Snapshot
 from src.checkpoint.store import Store
 from tests.checkpoint.options import options
@@ -165,3 +169,28 @@ def test_replicas_share_the_copying(ranks: RankPool, layout: str) -> None:
     whole = results[0][1]
     assert sum(copied for copied, _ in results) == whole
     assert max(copied for copied, _ in results) < 0.6 * whole
+
+
+def read_bytes(path: Path, layout: str, seed: int) -> tuple[int, list[str]]:
+    """(bytes of tensors that this rank asks its reader for, what is wrong afterwards)."""
+    asked: list[int] = []
+    whole = PatientReader.read_data
+
+    def counted(self: PatientReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        asked.extend(planner.resolve_tensor(item).nbytes for item in plan.items)
+        return whole(self, plan, planner)
+
+    with patch.object(PatientReader, "read_data", counted):
+        wrong = read(path, layout, seed)
+    return sum(asked), wrong
+
+
+@pytest.mark.parametrize("layout", ["replicate 2, shard 2", "replicate 3"])
+def test_replicas_share_the_reading(ranks: RankPool, tmp_path: Path, layout: str) -> None:
+    """Each byte is read from the disk once, and told to the other replicas."""
+    ranks(1, write, tmp_path, "single", 3)
+    ((whole, _),) = ranks(1, read_bytes, tmp_path, "single", 3)
+    told = ranks(world(layout), read_bytes, tmp_path, layout, 3)
+    assert [wrong for _, wrong in told] == [[]] * world(layout)
+    assert max(read for read, _ in told) < 0.6 * whole
+    assert sum(read for read, _ in told) < 1.2 * whole, "small numbers beside them are read by all"

@@ -134,7 +134,7 @@ def test_a_rank_reads_the_config_once_and_waits_for_it(tmp_path: Path, monkeypat
     monkeypatch.setattr(payload, "Patience", lambda: Patience(sleep=lambda _: None))
     for name in ("_assert_frozen", "_kernels", "introduce"):
         monkeypatch.setattr(payload, name, lambda *_: None)
-    monkeypatch.setattr("src.distributed.process.preflight.preflight", lambda *_: [])
+    monkeypatch.setattr("src.distributed.process.preflight.preflight", lambda *_, **_named: [])
     monkeypatch.setattr(payload, "run_rank", lambda _, config: bool(given.append(config)))
     monkeypatch.setenv("MASTER_ADDR", "n1")
     monkeypatch.setenv("MASTER_PORT", "20000")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.storage import rank_files
+
 
 @dataclass(frozen=True)
 class Hang:
@@ -55,11 +57,7 @@ def find(traces: Path, since: float, nodes: Sequence[str], keep: Path | None = N
 
     The dumps are moved to the folder `keep`: the next attempt would overwrite them.
     """
-    files: dict[int, Path] = {}
-    for file in sorted(traces.glob("rank_*")):
-        rank = file.name.removeprefix("rank_")
-        if rank.isdecimal() and file.stat().st_mtime >= since:
-            files[int(rank)] = file
+    files = {rank: file for rank, file in rank_files.found(traces).items() if file.stat().st_mtime >= since}
     if keep is not None and files:
         keep.mkdir(parents=True, exist_ok=True)
         files = {rank: Path(shutil.move(file, keep / file.name)) for rank, file in files.items()}

@@ -11,8 +11,11 @@ from typing import Literal, Self
 from src.cluster.backend import JobStart
 from src.distributed.process.flight_recorder import TRACES
 from src.errors import DiskFaultError, UserError
+from src.storage import rank_files
 from src.storage.atomic_write import atomic_write
 from src.storage.patience import FAULTS, passing
+
+ERROR = ".error.json"  # after rank_<r>
 
 Kind = Literal["memory", "user", "code", "node", "peer", "disk"]
 
@@ -56,8 +59,9 @@ class RankFailure:
 
     def write(self, place: Path) -> None:
         """Whole or not at all."""
-        place.mkdir(parents=True, exist_ok=True)
-        atomic_write(place / f"rank_{self.rank}.error.json", json.dumps(asdict(self)))
+        own = rank_files.folder_of(place, self.rank)
+        own.mkdir(parents=True, exist_ok=True)
+        atomic_write(own / f"rank_{self.rank}{ERROR}", json.dumps(asdict(self)))
 
 
 def classify(error: BaseException) -> Kind:
@@ -94,5 +98,5 @@ def place(folder: Path, start: JobStart) -> Path:
 
 def read(where: Path) -> list[RankFailure]:
     """The earliest first."""
-    found = [RankFailure(**json.loads(file.read_text())) for file in where.glob("rank_*.error.json")]
+    found = [RankFailure(**json.loads(file.read_text())) for file in rank_files.found(where, ERROR).values()]
     return sorted(found, key=lambda failure: failure.time_ns)

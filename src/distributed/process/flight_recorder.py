@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from src.storage.atomic_write import atomic_write
+from src.storage.rank_files import folder_of
 
 TRACES = "traces"  # of a run folder: where the dumps are
 WANTED = "wanted"  # touched when the dumps of all ranks are
@@ -21,9 +22,14 @@ POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0  # for ranks that are dead, or stuck where no thread can run
 
 
+def dump_of(traces: Path, rank: int) -> Path:
+    """The file of this rank's dump. NCCL takes all but the number at its end as an environment variable."""
+    return folder_of(traces, rank) / f"rank_{rank}"
+
+
 def watch(traces: Path, rank: int) -> None:
-    """Write `traces/rank_<rank>` whenever somebody asks, from a thread that ends with the process."""
-    (traces / f"rank_{rank}").unlink(missing_ok=True)  # of an earlier attempt
+    """Write this rank's dump whenever somebody asks, from a thread that ends with the process."""
+    dump_of(traces, rank).unlink(missing_ok=True)  # of an earlier attempt
     arguments = (traces, rank, _asked(traces), threading.get_ident())
     threading.Thread(target=_watch, args=arguments, name="recorder", daemon=True).start()
 
@@ -32,14 +38,15 @@ def ask(traces: Path, world: int, patience_seconds: float = PATIENCE_SECONDS) ->
     """Have all ranks write their dumps; returns when they have, or after `patience_seconds`."""
     (traces / WANTED).touch()
     end = time.monotonic() + patience_seconds
-    while not all((traces / f"rank_{rank}").exists() for rank in range(world)) and time.monotonic() < end:
+    while not all(dump_of(traces, rank).exists() for rank in range(world)) and time.monotonic() < end:
         time.sleep(POLL_SECONDS / 5)
 
 
 def _watch(traces: Path, rank: int, before: int | None, main: int) -> None:
     while _asked(traces) == before:
         time.sleep(POLL_SECONDS)
-    atomic_write(traces / f"rank_{rank}", pickle.dumps(_dump(main)))
+    dump_of(traces, rank).parent.mkdir(exist_ok=True)
+    atomic_write(dump_of(traces, rank), pickle.dumps(_dump(main)))
 
 
 def _dump(main: int) -> dict[str, Any]:

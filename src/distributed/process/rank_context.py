@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from src.distributed.process.descriptors import FULL_MESH, make_room
-from src.distributed.process.flight_recorder import watch
+from src.distributed.process.flight_recorder import dump_of, watch
 from src.errors import PlanError
+from src.storage.rank_files import RANKS
 
 if TYPE_CHECKING:
     import torch
@@ -186,19 +187,23 @@ def _check(facts: LauncherEnv, device_type: DeviceType, world: int) -> None:
         )
 
 
-def _prepare_nccl(traces: Path | None, *, first: bool) -> None:
+def _prepare_nccl(traces: Path | None, rank: int) -> None:
     """What NCCL's watchdog reads when the process group starts: die on errors, keep and dump the last collectives."""
     wanted = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, without the abort that can itself hang
         "TORCH_FR_BUFFER_SIZE": str(_FLIGHT_RECORDER_ENTRIES),
     }
     if traces is not None:
-        if first:
-            traces.mkdir(parents=True, exist_ok=True)
-        wanted |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": str(traces / "rank_")}
+        dump = dump_of(traces, rank)
+        if rank % RANKS == 0:
+            dump.parent.mkdir(parents=True, exist_ok=True)
+        wanted |= {
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_FR_DUMP_TEMP_FILE": str(dump).removesuffix(str(rank)),  # NCCL appends it
+        }
     for key, value in wanted.items():
         before = os.environ.get(key)
-        if first and before not in (None, value):
+        if rank == 0 and before not in (None, value):
             warnings.warn(f"{key}={before} of the environment is replaced by {value}", stacklevel=3)
         os.environ[key] = value
 
@@ -225,7 +230,7 @@ def join_all(
 
     device = _own(facts, device_type)
     if device_type == "cuda":
-        _prepare_nccl(traces, first=facts.rank == 0)
+        _prepare_nccl(traces, facts.rank)
     elif traces is not None and facts.world > 1:
         os.environ["TORCH_FR_BUFFER_SIZE"] = str(_FLIGHT_RECORDER_ENTRIES)
         watch(traces, facts.rank)
