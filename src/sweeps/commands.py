@@ -137,9 +137,16 @@ def _end(point: SweepPoint, now: RunStatus, scheduler: JobScheduler) -> str | No
             return scheduler.cancel(point.folder, job)
         except SilentError as error:
             print(f"{point.number}: job {job}: {error}; the process itself is told", file=sys.stderr)
+    if not owner:
+        return None  # it has ended meanwhile
     if owner.get("host") != socket.gethostname():
         return f"it runs on {owner.get('host')}: end process {owner.get('pid')} there"
-    os.kill(int(owner["pid"]), signal.SIGTERM)
+    try:
+        os.kill(int(owner["pid"]), signal.SIGTERM)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return f"process {owner['pid']} is another user's"
     return None
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import runpy
+import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from src.errors import UserError
 from src.runs.lock import Lock
 from src.runs.records import SUBMISSIONS_FILE
 from src.storage import json_lines
+from src.sweeps import commands
 from src.sweeps import grid as sweeps
 from src.sweeps.commands import main
 from src.sweeps.ledger import Ledger
@@ -211,6 +214,38 @@ def test_cancel_ends_a_job_and_keeps_waiting_points_from_starting(
     starts = Starts(monkeypatch, {})
     assert enter(ledger) == 0
     assert starts.given == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "ends", "said"),
+    [
+        ({}, None, "cancelled"),  # between the look at its state and now
+        ({"host": socket.gethostname(), "pid": 7}, ProcessLookupError(), "cancelled"),
+        ({"host": socket.gethostname(), "pid": 7}, PermissionError(), "process 7 is another user's"),
+        ({"host": "n9", "pid": 7}, None, "it runs on n9: end process 7 there"),
+    ],
+)
+def test_cancel_of_what_has_ended_or_cannot_be_ended(
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    owner: dict[str, Any],
+    ends: OSError | None,
+    said: str,
+) -> None:
+    """A process may go between the look at it and the signal: no traceback."""
+
+    def kill(_pid: int, _number: int) -> None:
+        assert ends is not None, "nobody may be sent a signal"
+        raise ends
+
+    monkeypatch.setattr(Lock, "owner", lambda _: owner)
+    monkeypatch.setattr("os.kill", kill)
+    ((point, now), *_) = ledger.standings()
+    chosen = [(point, replace(now, state="running"))]
+    monkeypatch.setattr(commands, "_chosen", lambda _ledger, _numbers: chosen)
+    assert main(["cancel", str(ledger.path)]) == (0 if said == "cancelled" else 1)
+    assert capsys.readouterr().err == f"1: {said}\n"
 
 
 def test_the_table_has_every_number(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
