@@ -28,6 +28,11 @@ LOGARITHMIC = Law("O(log n)", lambda first, world: first * log2(world) / log2(WO
 LINEAR = Law("O(n)", lambda first, world: 1.25 * first * world / WORLDS[0])
 
 
+def memory(each: float) -> Law:
+    """KiB, of rank 0 or of a node's first, that grow by so many for each rank: twice what Python 3.11 takes."""
+    return Law(f"{each:g} KiB a rank", lambda _first, world: 128 + each * world)
+
+
 @dataclass(frozen=True)
 class Row:
     """A number of a part of a run's life."""
@@ -157,6 +162,7 @@ ROWS = (
         measures.first_save_of_rank_0,
         {8: 12_616, 64: 101_184, 512: 816_640, 4096: 6_549_504},
     ),
+    Row("first save", "KiB of memory of rank 0, 4 tensors", memory(24), measures.first_save_memory, {}),
     Row("first save", "creates and renames by rank 0, 2 n files", CONSTANT, life.save_creates, {}, limit=16),
     Row(
         "later saves",
@@ -165,6 +171,7 @@ ROWS = (
         measures.later_save,
         {8: 12_616, 64: 101_184, 512: 816_640, 4096: 6_549_504},
     ),
+    Row("later saves", "KiB of memory of rank 0, 4 tensors", memory(10), measures.later_save_memory, {}),
     Row(
         "stop",
         "looks at the shared disk by a node's ranks in 10 s",
@@ -189,6 +196,7 @@ ROWS = (
         {8: 3_000, 64: 26_267, 512: 209_515, 4096: 1_691_573},
         limit=2_000,
     ),
+    Row("resume", "KiB of memory of a node's first rank, 4 tensors", memory(0.3), measures.resume_memory, {}),
     Row("resume", "files that a rank checks, 2 n files", CONSTANT, life.resume_files, {}, limit=2),
     Row(
         "crash",
@@ -212,6 +220,7 @@ ROWS = (
         measures.diagnosis_texts,
         {8: 31, 64: 255, 512: 2_047, 4096: 16_383},
     ),
+    Row("crash", "KiB of memory of the diagnosis, 2 groups", memory(1.3), measures.diagnosis_memory, {}),
 )
 
 
@@ -245,7 +254,8 @@ store, wire and file system (`tests/scale`), so no cluster was needed and no net
 numbers. The suite counts up to 512 ranks, `make test-all` up to 16,384, and fails where a change breaks a law;
 `python -m tests.scale.laws --write` makes the table.
 
-n is the number of ranks, eight a node. The last column is what 4,096 ranks took before each was mended."""
+n is the number of ranks, eight a node. Memory is what Python's objects take at most, tensors aside, in steps of
+64 KiB; another Python has other numbers. The last column is what 4,096 ranks took before each was mended."""
 
 END = """- **Start.** A node's ranks open one archive of the code and, each, config.yaml; what they import is a copy on
   the node's own disk, with bytecode ([SLURM](slurm.md#what-a-start-reads-of-the-shared-disk)). Before, each rank
@@ -255,7 +265,7 @@ END = """- **Start.** A node's ranks open one archive of the code and, each, con
   where connections need more; where the hard one is lower, the start is refused with the number. Rank 0 hosts
   the store: two connections a rank.
 - **NCCL** splits a communicator for all groups of an axis at once, here as before; the calls counted are those
-  of other backends.
+  of other backends. The world that the check before a run sums over is the run's own: it is made once.
 - **Steps.** Two sums beside the layout's own: what is known before the backward pass, and after it. A vote to
   stop is a part of the second; no rank but the first writes numbers.
 - **Data.** An index of 250,000 pieces opens in 0.02 s and 29 MiB of memory, by one core (3.1 s and 400 MB as
@@ -264,7 +274,11 @@ END = """- **Start.** A node's ranks open one archive of the code and, each, con
 - **Checkpoints.** A number that all ranks enter says whether any failed. What ranks have to tell goes to rank 0
   along a tree: ranks halfway pass on what came to them, at most half of the whole. Plans are made at the first
   save of a life and kept. At a load one rank of a node reads DCP's metadata, O(n) bytes, and
-  tells each of its neighbours the places of its own shards.
+  tells each of its neighbours the places of its own shards. Replicas that hold the same shards split them by bytes,
+  as they do when they write, and tell each other: however many there are, a shard is read once
+  (`tests/checkpoint/test_resharding.py`).
+- **Files of ranks.** Dumps of a hang and records of failures are in sub-folders of 1,024 ranks. A checkpoint's folder
+  has, as DCP's format has it, a file for each rank that writes; submitit's has a log for each rank.
 - **Not in the table**: Muon's ranks tell their shard group once which rows they have.
 """
 

@@ -124,12 +124,23 @@ def opened(world: int) -> tuple[int, int]:
         with counted_files() as calls:
             found = TokenShards(Path(place))
         assert found.tokens("train") == 4 * PIECES_PER_RANK * world
-        tracemalloc.start()  # by now what a first use imports is there
-        try:
+        with peak_memory() as peak:  # by now what a first use imports is there
             TokenShards(Path(place))
-            return sum(calls.values()), tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        return sum(calls.values()), peak[0]
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """KiB that Python's objects take at most while the block runs, beside those of before. In steps of 64, since some
+    bytes are names of folders. A tensor's numbers are not counted.
+    """
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(-(-tracemalloc.get_traced_memory()[1] // 65_536) * 64)
+    finally:
+        tracemalloc.stop()
 
 
 def opening_data(world: int) -> int:
@@ -137,8 +148,7 @@ def opening_data(world: int) -> int:
 
 
 def opening_data_memory(world: int) -> int:
-    """KiB, in steps, since some bytes are names of folders."""
-    return -(-opened(world)[1] // 65_536) * 64
+    return opened(world)[1]
 
 
 def reading_data(world: int) -> int:
@@ -187,8 +197,11 @@ def plan_of(rank: int, world: int) -> SavePlan:
     return SavePlan([WriteItem(MetadataIndex(name, offset), WriteItemType.SHARD, tensor_data=data) for name in names])
 
 
-def resume_metadata(world: int) -> int:
-    """Bytes of DCP's metadata that the first rank of a node tells another of a state that is cut over all ranks."""
+@cache
+def resumed(world: int) -> tuple[int, int]:
+    """Of a state that is cut over all ranks: bytes of DCP's metadata that the first rank of a node tells another, and
+    KiB that it takes to make what all of its node are told.
+    """
     whole, shape = torch.Size((2 * world, 8)), torch.Size((2, 8))
     chunks = [ChunkStorageMetadata(torch.Size((2 * rank, 0)), shape) for rank in range(world)]
     names = [f"model.layers.{number}.weight" for number in range(TENSORS)]
@@ -200,9 +213,19 @@ def resume_metadata(world: int) -> int:
     entry = TensorStorageMetadata(TensorProperties(dtype=torch.float32), whole, chunks)
     saved = Metadata(dict.fromkeys(names, entry), storage_data=places)
     wants: list[Wanted] = [dict.fromkeys(names, (whole, [chunk])) for chunk in chunks[:PER_NODE]]
-    found = narrowed(saved, wants)
+    narrowed(saved, wants)  # what a first use imports
+    with peak_memory() as peak:
+        found = narrowed(saved, wants)
     assert all(len(each.storage_data) == TENSORS for each in found)
-    return len(pickle.dumps(found[1]))
+    return len(pickle.dumps(found[1])), peak[0]
+
+
+def resume_metadata(world: int) -> int:
+    return resumed(world)[0]
+
+
+def resume_memory(world: int) -> int:
+    return resumed(world)[1]
 
 
 def below(rank: int, world: int) -> int:
@@ -217,14 +240,18 @@ class SavingWorld:
         self.world, self.folder = world, folder
         self.plans: list[SavePlans] = []
         self.network = FakeNetwork(world)
+        self.memory: list[int] = []  # KiB of rank 0, by save
 
     def save(self) -> FakeNetwork:
         """What it took."""
         self.network = FakeNetwork(self.world)
         fresh = not self.plans
         self.plans = self.plans or [SavePlans(HostGroup(self.network.of(rank))) for rank in range(self.world)]
-        for rank in reversed(range(self.world)):
+        for rank in reversed(range(1, self.world)):
             self._save(rank, fresh)
+        with peak_memory() as peak:
+            self._save(0, fresh)
+        self.memory += peak
         return self.network
 
     def _save(self, rank: int, fresh: bool) -> None:
@@ -243,20 +270,28 @@ class SavingWorld:
 
 
 @cache
-def saves(world: int) -> tuple[FakeNetwork, FakeNetwork]:
-    """The first one, and a later one."""
+def saves(world: int) -> tuple[FakeNetwork, FakeNetwork, list[int]]:
+    """The first one, a later one, and the memory that each takes of rank 0."""
     with tempfile.TemporaryDirectory() as place:
         run = SavingWorld(world, Path(place))
-        return run.save(), run.save()
+        return run.save(), run.save(), run.memory
 
 
 def first_save_of_rank_0(world: int) -> int:
     return saves(world)[0].received[0]
 
 
+def first_save_memory(world: int) -> int:
+    return saves(world)[2][0]
+
+
 def later_save(world: int) -> int:
     """Bytes of the rank that receives most."""
     return max(saves(world)[1].received.values())
+
+
+def later_save_memory(world: int) -> int:
+    return saves(world)[2][1]
 
 
 def hanging(folder: Path, world: int) -> int:
@@ -275,8 +310,9 @@ def hanging(folder: Path, world: int) -> int:
     return world
 
 
-def diagnosis(world: int) -> tuple[int, int]:
-    """Dumps that were read, and texts of a group's ranks that were parsed."""
+@cache
+def diagnosis(world: int) -> tuple[int, int, int]:
+    """Dumps that were read, texts of a group's ranks that were parsed, and KiB that it took."""
     read, loads, parsed = hang.DumpFiles.__getitem__, json.loads, Counter[str]()
 
     def counted_read(files: hang.DumpFiles, rank: int) -> Any:
@@ -289,11 +325,14 @@ def diagnosis(world: int) -> tuple[int, int]:
 
     with tempfile.TemporaryDirectory() as place:
         hanging(Path(place), world)
+        nodes = [f"node{rank // PER_NODE}" for rank in range(world)]
+        with peak_memory() as peak:
+            hang.find(Path(place), 0.0, nodes)
         with patch.object(hang.DumpFiles, "__getitem__", counted_read), patch.object(json, "loads", counted_loads):
-            found = hang.find(Path(place), 0.0, [f"node{rank // PER_NODE}" for rank in range(world)])
+            found = hang.find(Path(place), 0.0, nodes)
     assert found is not None
     assert found.words == "rank 3 (node node0) never entered all_reduce #2 of group tensor"
-    return parsed["dumps"], parsed["texts"]
+    return parsed["dumps"], parsed["texts"], peak[0]
 
 
 def diagnosis_reads(world: int) -> int:
@@ -303,3 +342,7 @@ def diagnosis_reads(world: int) -> int:
 
 def diagnosis_texts(world: int) -> int:
     return diagnosis(world)[1]
+
+
+def diagnosis_memory(world: int) -> int:
+    return diagnosis(world)[2]

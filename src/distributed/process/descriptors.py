@@ -29,8 +29,8 @@ def make_room(rank: int, world: int) -> None:
 
 
 def descriptors(rank: int, world: int) -> int:
-    """An upper bound of what a rank opens, NCCL's aside. Rank 0 hosts the store of the rendezvous and, before it, the
-    one of the preflight check: every rank has a connection to each.
+    """An upper bound of what a rank opens, NCCL's aside. Rank 0 hosts the store of the rendezvous: every rank has a
+    connection to it, and NCCL's watchdog one of its own.
     """
     peers = GROUPS * (world if world <= FULL_MESH else 2 * world.bit_length())
     return OWN_FILES + peers + (2 * world if rank == 0 else 2)

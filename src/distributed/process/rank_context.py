@@ -237,7 +237,8 @@ def join_all(
     keys = ("MASTER_ADDR", "MASTER_PORT") if store is None and facts.world > 1 else ()
     if missing := [key for key in keys if not os.environ.get(key)]:
         raise PlanError([f"{key}: missing; {facts.world} ranks cannot find each other without it" for key in missing])
-    prepare_connections(facts.rank, facts.world)
+    if store is None:  # else whoever opened it has prepared
+        prepare_connections(facts.rank, facts.world)
     # A world of one needs neither a network nor an address.
     met = dist.HashStore() if facts.world == 1 else store  # type: ignore[attr-defined]
     dist.init_process_group(
