@@ -5,10 +5,10 @@ Every point of a sweep is checked before the first one starts. A point that fail
 sweep ends with the first code that is not 0; Ctrl-C ends all of it.
 """
 
-from src.interrupts import end_at_once, raise_again
+from src.entry import begin, raise_again
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import os
 import shlex

@@ -3,10 +3,10 @@
 Nothing but the folder is read: config.yaml as it was resolved and the code as it was frozen when the run was started.
 """
 
-from src.interrupts import end_at_once
+from src.entry import begin, end_at_once
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import argparse
 import os

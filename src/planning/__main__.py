@@ -1,9 +1,9 @@
 """python -m src.planning calibrate FOLDER...: factors of this site's speed, from runs that have measured steps."""
 
-from src.interrupts import end_at_once
+from src.entry import begin
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import argparse
 import sys

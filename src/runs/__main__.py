@@ -1,9 +1,9 @@
 """`python -m src.runs`: the commands about runs."""
 
-from src.interrupts import end_at_once
+from src.entry import begin
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import sys
 

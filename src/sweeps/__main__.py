@@ -1,9 +1,9 @@
 """`python -m src.sweeps`: the commands about a sweep."""
 
-from src.interrupts import end_at_once
+from src.entry import begin
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import sys
 

@@ -112,7 +112,7 @@ sys.exit(outcome.exit_code)
 
 def repository(into: Path) -> Path:
     """A copy of the rooms under test, with stand-ins for those above and beside them."""
-    named = ("__init__.py", "errors.py", "interrupts.py", "version.py", "config/tree.py", "config/upgrades.py")
+    named = ("__init__.py", "errors.py", "entry.py", "version.py", "config/tree.py", "config/upgrades.py")
     for name in (*named, "train/stop.py"):
         (into / "src" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "src" / name, into / "src" / name)

@@ -4,10 +4,10 @@
 does.
 """
 
-from src.interrupts import end_at_once
+from src.entry import begin
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import json
 import os

@@ -4,10 +4,10 @@
 without groups; src/cluster/replicas/supervisor.py starts it again.
 """
 
-from src.interrupts import end_at_once
+from src.entry import begin
 
 if __name__ == "__main__":
-    end_at_once()
+    begin()
 
 import os
 import sys

@@ -27,6 +27,7 @@ from src.cluster.slurm.time_limit import Deadline
 from src.config import tree as trees
 from src.distributed.process.flight_recorder import TRACES
 from src.distributed.process.rank_context import LauncherEnv
+from src.entry import collect_seldom
 from src.errors import FolderError, UserError
 from src.metrics.alerts.send import options_of, tell_end
 from src.runs.folder import RunFolder
@@ -62,6 +63,7 @@ class QueuedJob:
     saved: str | None = None  # the newest checkpoint at the last requeue
 
     def __call__(self) -> None:
+        collect_seldom()  # torch is not imported yet
         os.chdir(self.home)
         end_with(os.getppid())  # a dead step daemon must not leave ranks on its GPUs
         nodes = _export(self.device, self.folder)

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from src.interrupts import raise_again
+from src.entry import raise_again
 from src.metrics.console import format_left, format_record
 from src.runs.commands.listing import age
 from src.runs.commands.show import commands

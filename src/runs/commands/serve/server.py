@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+from src.entry import raise_again
 from src.errors import FolderError, UserError
-from src.interrupts import raise_again
 from src.runs.commands.serve.run_pages import RunPages, WebAnswer
 
 ADDRESS = "127.0.0.1"

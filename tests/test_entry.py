@@ -1,4 +1,4 @@
-"""Ctrl-C while a process of ours still imports, and modules of ours that are no commands."""
+"""Ctrl-C and the collector while a process of ours still imports, and modules of ours that are no commands."""
 
 import os
 import re
@@ -11,9 +11,9 @@ import pytest
 
 import launch
 import src
-from src import interrupts
+from src import entry
 
-HOME = Path(__file__).parents[2]
+HOME = Path(__file__).parents[1]
 ENTRIES = ("src.cluster.rank", "src.cluster.replicas.worker", "src.cluster.local.side_by_side")
 COMMANDS = (("launch.py", "task.steps=2"), *(("-m", name, "-h") for name in ("src.runs", "src.sweeps", "src.planning")))
 
@@ -45,12 +45,34 @@ def test_an_interrupt_that_was_ignored_stays_ignored(before: signal.Handlers) ->
     handler = signal.signal(signal.SIGINT, before)
     ignored = before is signal.SIG_IGN
     try:
-        interrupts.end_at_once()
+        entry.end_at_once()
         assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
-        interrupts.raise_again()
+        entry.raise_again()
         assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if ignored else signal.default_int_handler)
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+AT_THE_END = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count() > 0))
+from src.entry import collect_seldom
+collect_seldom()
+print(gc.get_threshold())
+"""
+
+
+def test_the_collector_seldom_runs_and_not_at_the_end() -> None:
+    said, _ = cold("-c", AT_THE_END).communicate(timeout=60)
+    assert said == f"{entry.THRESHOLDS}\nTrue\n"
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, "src.planning.__main__", "src.runs.__main__", "src.sweeps.__main__", ""])
+def test_every_entry_begins_before_it_imports(name: str) -> None:
+    text = (HOME / (name.replace(".", "/") or "launch")).with_suffix(".py").read_text("utf-8")
+    before, found, _ = text.partition('if __name__ == "__main__":\n    begin()\n')
+    assert found
+    assert len(re.findall(r"^(?:from|import) ", before, re.MULTILINE)) == 1, "src.entry alone"
 
 
 def test_a_module_that_is_no_command_says_so() -> None:
