@@ -149,7 +149,7 @@ def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return share
 
 
-def readers(tensors: dict[str, Tensor]) -> dict[str, int]:
+def reading_replicas(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Which of the replicas reads what all of them have: coordinates on the axis "replicate", by name, of the tensors
     that are cut alike in every replica. Split by bytes, each rank computing the same split.
     """
@@ -174,7 +174,7 @@ def _replicas(tensor: DTensor) -> int | None:
     return axis if axis is not None and mesh.size(axis) > 1 and tensor.placements[axis].is_replicate() else None
 
 
-def reads(tensors: dict[str, Tensor], by: dict[str, int]) -> dict[str, Tensor]:
+def read_here(tensors: dict[str, Tensor], by: dict[str, int]) -> dict[str, Tensor]:
     """Those of the tensors that this rank reads itself."""
     return {name: each for name, each in tensors.items() if name not in by or _replica(each) == by[name]}
 

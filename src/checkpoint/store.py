@@ -31,8 +31,8 @@ from src.checkpoint.state import (
     fill,
     flatten,
     merge,
-    readers,
-    reads,
+    read_here,
+    reading_replicas,
     refuse_unlike,
     tell_replicas,
     to_json,
@@ -392,6 +392,6 @@ class Store:
 
     def _read_tensors(self, path: Path, tensors: dict[str, Tensor], reader: FileSystemReader) -> None:
         """Each replica reads its share of the shards that all have, and tells it the others."""
-        by = readers(tensors)
-        self._team.on_all(lambda: read_tensors(path, reads(tensors, by), reader, self._team.rank))
+        by = reading_replicas(tensors)
+        self._team.on_all(lambda: read_tensors(path, read_here(tensors, by), reader, self._team.rank))
         tell_replicas(tensors, by)
