@@ -149,54 +149,51 @@ def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return share
 
 
-def reading_replicas(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Which of the replicas reads what all of them have: coordinates on the axis "replicate", by name, of the tensors
-    that are cut alike in every replica. Split by bytes, each rank computing the same split.
+@dataclass(frozen=True)
+class SharedShard:
+    """A shard that every replica of a mesh has."""
+
+    shard: Tensor
+    mesh: DeviceMesh
+    reader: int  # which replica reads it, by its coordinate on the axis REPLICAS
+
+    @property
+    def read_here(self) -> bool:
+        return self.mesh.get_local_rank(REPLICAS) == self.reader
+
+    def tell(self) -> None:
+        """Collective: what the reader has, in the others' place of it."""
+        whole = self.shard.contiguous()  # the same storage, as a rule
+        # Bytes: neither NCCL nor gloo carries every dtype of a state.
+        dist.broadcast(whole.view(-1).view(torch.uint8), group=self.mesh.get_group(REPLICAS), group_src=self.reader)
+        if whole.data_ptr() != self.shard.data_ptr():
+            self.shard.copy_(whole)
+
+
+def shared_shards(tensors: dict[str, Tensor]) -> dict[str, SharedShard]:
+    """By name, the tensors that are cut alike in every replica, and that these can tell each other where they lie.
+
+    Split by bytes among the replicas, each rank computing the same split.
     """
-    found: dict[str, int] = {}
+    found: dict[str, SharedShard] = {}
     loads: dict[DeviceMesh, list[int]] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and (axis := _replicas(tensor)) is not None:
-            mesh, shard = tensor.device_mesh, tensor.to_local()
-            load = loads.setdefault(mesh, [0] * mesh.size(axis))
-            found[name] = load.index(min(load))
-            load[found[name]] += shard.nbytes
+        if not isinstance(tensor, DTensor) or not _has_replicas(tensor):
+            continue
+        mesh, shard = tensor.device_mesh, tensor.to_local()
+        if shard.numel() > 0 and shard.device.type == mesh.device_type:  # in all replicas alike
+            load = loads.setdefault(mesh, [0] * mesh.get_group(REPLICAS).size())
+            found[name] = SharedShard(shard, mesh, load.index(min(load)))
+            load[found[name].reader] += shard.nbytes
     return found
 
 
-def _replicas(tensor: DTensor) -> int | None:
-    """The number of the axis whose ranks all hold this shard and can tell it each other where it lies."""
-    mesh = tensor.device_mesh
-    if mesh.get_coordinate() is None or tensor.to_local().device.type != mesh.device_type:
-        return None
-    names = mesh.mesh_dim_names or ()
-    axis = names.index(REPLICAS) if REPLICAS in names else None
-    return axis if axis is not None and mesh.size(axis) > 1 and tensor.placements[axis].is_replicate() else None
-
-
-def read_here(tensors: dict[str, Tensor], by: dict[str, int]) -> dict[str, Tensor]:
-    """Those of the tensors that this rank reads itself."""
-    return {name: each for name, each in tensors.items() if name not in by or _replica(each) == by[name]}
-
-
-def tell_replicas(tensors: dict[str, Tensor], by: dict[str, int]) -> None:
-    """Collective: what one replica has read, in the others' place of it."""
-    for name, reader in by.items():
-        tensor = tensors[name]
-        assert isinstance(tensor, DTensor), "only these are cut alike"
-        shard = tensor.to_local()
-        if shard.numel() == 0:
-            continue  # in all replicas alike
-        whole = shard.contiguous()  # the same storage, as a rule
-        # Bytes: neither NCCL nor gloo carries every dtype of a state.
-        dist.broadcast(whole.view(-1).view(torch.uint8), group=tensor.device_mesh.get_group(REPLICAS), group_src=reader)
-        if whole.data_ptr() != shard.data_ptr():
-            shard.copy_(whole)
-
-
-def _replica(tensor: Tensor) -> int:
-    assert isinstance(tensor, DTensor), "only these are cut alike"
-    return tensor.device_mesh.get_local_rank(REPLICAS)
+def _has_replicas(tensor: DTensor) -> bool:
+    mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names or ()
+    if mesh.get_coordinate() is None or REPLICAS not in names:
+        return False
+    axis = names.index(REPLICAS)
+    return mesh.size(axis) > 1 and tensor.placements[axis].is_replicate()
 
 
 def _entry(name: str) -> str:

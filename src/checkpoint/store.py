@@ -31,10 +31,8 @@ from src.checkpoint.state import (
     fill,
     flatten,
     merge,
-    read_here,
-    reading_replicas,
     refuse_unlike,
-    tell_replicas,
+    shared_shards,
     to_json,
     unlike,
 )
@@ -392,6 +390,8 @@ class Store:
 
     def _read_tensors(self, path: Path, tensors: dict[str, Tensor], reader: FileSystemReader) -> None:
         """Each replica reads its share of the shards that all have, and tells it the others."""
-        by = reading_replicas(tensors)
-        self._team.on_all(lambda: read_tensors(path, read_here(tensors, by), reader, self._team.rank))
-        tell_replicas(tensors, by)
+        shared = shared_shards(tensors)
+        mine = {name: each for name, each in tensors.items() if name not in shared or shared[name].read_here}
+        self._team.on_all(lambda: read_tensors(path, mine, reader, self._team.rank))
+        for each in shared.values():
+            each.tell()

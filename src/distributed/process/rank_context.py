@@ -128,12 +128,12 @@ class RankContext:
 
         owner = not dist.is_initialized()
         facts = LauncherEnv.read()
+        if not owner:
+            facts = replace(facts, rank=dist.get_rank(), world=dist.get_world_size())
+        _check(facts, device_type, world)
         if owner:
-            _check(facts, device_type, world)
             device = join_all(facts, device_type, timeout_seconds, traces=traces)
         else:
-            facts = replace(facts, rank=dist.get_rank(), world=dist.get_world_size())
-            _check(facts, device_type, world)
             device = _own(facts, device_type)
             _set_timeout(timeout_seconds, [])
             _get_default_store().set_timeout(timedelta(seconds=timeout_seconds))
