@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,8 @@ from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
 from src.distributed.parallelize import parallelize
 from src.distributed.pipeline.pipeline_parallel import build, connect
-from src.distributed.process.rank_context import RankContext
+from src.distributed.process.flight_recorder import TRACES
+from src.distributed.process.rank_context import RankContext, device_type
 from src.distributed.tensor.symmetric_memory import share_memory
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.models.decoder import Decoder
@@ -42,6 +44,13 @@ class Training:
     network: ModelStages
     state: TrainState
     stepper: Stepper
+
+
+def join_ranks(run: Run, folder: Path) -> RankContext:
+    """Collective: this rank among those of the run's layout, with time for a start. What every task does first."""
+    return RankContext.join(
+        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
+    )
 
 
 def build_training(

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from src.data.batches import Batch
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
 from src.metrics.console import Console
 from src.metrics.kernels import KernelTime, breakdown, markdown
 from src.metrics.memory import memory
@@ -22,7 +20,7 @@ from src.run import Run
 from src.storage.atomic_write import atomic_write
 from src.tasks.bench.config import BENCH_FILE, Bench
 from src.train.expert_load import expert_load
-from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
+from src.train.setup import Training, build_training, join_ranks
 from src.train.step.stepper import Readback
 
 PROFILED_STEPS = 2
@@ -30,9 +28,7 @@ PROFILED_STEPS = 2
 
 def bench(task: Bench, run: Run, folder: Path) -> bool:
     """Measure and write bench.json. Collective. Always True: a benchmark that was stopped is started again."""
-    ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-    )
+    ranks = join_ranks(run, folder)
     run = resolve_auto_recompute(run, folder)
     training = build_training(run, ranks, skips=0)
     planned = Plan.read(folder)

@@ -15,8 +15,6 @@ from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
 from src.hugging_face.origin import origin_of
 from src.run import Run
 from src.storage.atomic_write import atomic_write
@@ -24,7 +22,7 @@ from src.tasks.evaluate.config import Evaluate
 from src.tasks.evaluate.live import LiveEvaluation, lines, numbers
 from src.tasks.evaluate.side_job import EVALUATION_FILE
 from src.tasks.source import load
-from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
+from src.train.setup import build_uninitialized, join_ranks
 from src.train.stop import Stop
 from src.train.validate import StoppedError, rows_for, summed_loss
 
@@ -49,9 +47,7 @@ def evaluate(task: Evaluate, run: Run, folder: Path) -> bool:
     nothing is written.
     """
     with Stop() as stop:
-        ranks = RankContext.join(
-            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-        )
+        ranks = join_ranks(run, folder)
         run = task.computed(run)
         network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
         origin = load(task, run, network, folder, rounds=True)

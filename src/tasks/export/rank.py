@@ -17,8 +17,6 @@ from src.config.tree import read
 from src.data.tokenizer import Tokenizer
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
 from src.errors import VerdictError
 from src.hugging_face.archive import Archive
 from src.hugging_face.check import E8M0, WEIGHTS
@@ -33,16 +31,14 @@ from src.run import Run
 from src.tasks.export.config import Export
 from src.tasks.export.self_check import Finding, Logits, native_logits, read_back, with_transformers
 from src.tasks.source import load
-from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
+from src.train.setup import build_uninitialized, join_ranks
 
 GB = 10**9
 
 
 def export(task: Export, run: Run, folder: Path) -> bool:
     """Write, check and push the export. Collective. Always True: an export that was stopped is started again."""
-    ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-    )
+    ranks = join_ranks(run, folder)
     run = task.computed(run)
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
     origin = load(task, run, network, folder, rounds=False)

@@ -8,8 +8,6 @@ from rich.text import Text
 
 from src.checkpoint.config import FOREIGN
 from src.distributed.mesh import Mesh
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
 from src.hugging_face.origin import ends_of, origin_of
 from src.run import Run
 from src.storage.atomic_write import atomic_write
@@ -17,16 +15,14 @@ from src.tasks.generate.config import Generate
 from src.tasks.generate.decoding import generate
 from src.tasks.generate.sampling import SamplingParams
 from src.tasks.source import load
-from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
+from src.train.setup import build_uninitialized, join_ranks
 
 TEXTS_FILE = "generated.jsonl"
 
 
 def write(task: Generate, run: Run, folder: Path) -> bool:
     """Continue every prompt and write the texts. Collective. Always True: a task that was stopped is started again."""
-    ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-    )
+    ranks = join_ranks(run, folder)
     run = task.computed(run)
     network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
     origin = load(task, run, network, folder, rounds=True)

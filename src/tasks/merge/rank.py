@@ -18,15 +18,14 @@ from src.data.corpus import read_recipe, reopen
 from src.distributed.collectives import any_rank
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
+from src.distributed.process.rank_context import RankContext
 from src.run import Run
 from src.storage.atomic_write import atomic_write
 from src.tasks.merge.config import Merge
 from src.tasks.merge.mean import RunningMean
 from src.tasks.merge.part import MergePart
 from src.train.resume import adopt
-from src.train.setup import START_TIMEOUT_SECONDS, build_uninitialized
+from src.train.setup import build_uninitialized, join_ranks
 from src.train.stop import Stop
 from src.train.validate import rows_for, validate
 
@@ -38,9 +37,7 @@ def merge(task: Merge, run: Run, folder: Path) -> bool:
     written.
     """
     with Stop() as stop:
-        ranks = RankContext.join(
-            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-        )
+        ranks = join_ranks(run, folder)
         network = build_uninitialized(run, ranks, Mesh(run.parallel, ranks.device.type))
         store, batches = Store(folder / "checkpoints", run.checkpoint), _batches(task, run, network, folder)
         mean, losses, tokens = RunningMean(network), list[float | None](), 0

@@ -16,8 +16,7 @@ from src.data.batches import Batches
 from src.data.corpus import Corpus, read_recipe, reopen
 from src.distributed.compile import forget_compilations
 from src.distributed.mesh import Mesh
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
+from src.distributed.process.rank_context import RankContext
 from src.errors import FolderError
 from src.fault_tolerance.replica_groups import ReplicaGroups
 from src.hugging_face.companions import Sources, companions
@@ -46,7 +45,7 @@ from src.train.loop import Loop
 from src.train.replicated.loop import ReplicatedLoop
 from src.train.report import Report
 from src.train.resume import resume
-from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, make_deterministic
+from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training, join_ranks, make_deterministic
 from src.train.stability.attention_logits import AttentionLogits
 from src.train.stability.layer_norms import LayerNorms
 from src.train.stability.stragglers import StragglerWatch
@@ -60,9 +59,7 @@ def pretrain(task: Pretrain, run: Run, folder: Path) -> bool:
     startup = Startup()
     startup.done("import")
     with Stop() as stop:
-        ranks = RankContext.join(
-            device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-        )
+        ranks = join_ranks(run, folder)
         if task.deterministic:
             make_deterministic()
         groups, home = run.fault_tolerance.join(ranks), run.fault_tolerance.home(folder)

@@ -26,8 +26,7 @@ from src.distributed.collectives import world_sum
 from src.distributed.init_weights import seed_of
 from src.distributed.mesh import Mesh
 from src.distributed.model_stages import ModelStages, forward_loss
-from src.distributed.process.flight_recorder import TRACES
-from src.distributed.process.rank_context import RankContext, device_type
+from src.distributed.process.rank_context import RankContext
 from src.errors import VerdictError
 from src.models.cross_entropy import IGNORED
 from src.models.moe.moe import MoE
@@ -36,7 +35,7 @@ from src.run import Run
 from src.storage.atomic_write import atomic_write
 from src.tasks.verify.certificate import TOLERANCES, Certificate, Gradient, LayerRouting, Trace, compare
 from src.tasks.verify.config import Verify
-from src.train.setup import START_TIMEOUT_SECONDS, Training, build_training
+from src.train.setup import Training, build_training, join_ranks
 
 CERTIFICATE_FILE = "certificate.json"
 TABLE_COLUMNS = 160  # where the output is a file
@@ -49,9 +48,7 @@ def verify(task: Verify, run: Run, folder: Path) -> bool:
     """Compare the layout with one device and write certificate.json. Collective. True when they agree; VerdictError
     otherwise.
     """
-    ranks = RankContext.join(
-        device_type(), run.parallel.world, timeout_seconds=START_TIMEOUT_SECONDS, traces=folder / TRACES
-    )
+    ranks = join_ranks(run, folder)
     run = resolve_auto_recompute(run, folder)
     certificate = certify(task, run, ranks, {"config": identity(read(folder / "config.yaml"))})
     if ranks.rank == 0:
