@@ -1,7 +1,7 @@
 """The kernels of a DeepSeek-V3 layer one by one, on one GPU: which is the fastest, and how far from the hardware.
 
 python -m benchmarks.kernels                     everything, at the 16B's shape: 4 sequences of 4096 tokens
-python -m benchmarks.kernels --only products     one part of it: products, attention, router, sorting, moving, experts
+python -m benchmarks.kernels --only products     one part: products, swiglu, attention, router, sorting, moving, experts
 python -m benchmarks.kernels --cpu               tiny shapes on the CPU: does it run
 
 Each line is the median of --repeats runs on random data, in milliseconds; TFLOP/s count the causal half of attention,
@@ -30,6 +30,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from src.cluster.local.config import LocalDevices
 from src.distributed.precision.float8_experts import emulated, kernels
 from src.models.attention.cores import CausalAttention, block_mask
+from src.models.block import FeedForward
+from src.models.kernels.fused_swiglu import fused_swiglu
 from src.models.moe.experts import Experts, Product, grouped_product
 from src.models.moe.moe import combine, dispatch, sorting
 from src.models.moe.router import precise_product
@@ -58,6 +60,7 @@ class Shape:
     top_k: int = 6
     hidden: int = 1408
     rows: int = 8192  # of products
+    feed_forwards: tuple[tuple[int, int, int], ...] = ((32768, 768, 2048), (16384, 2048, 8192), (16384, 4096, 14336))
     part: int = 1  # of both sides of their weights
 
     @property
@@ -65,7 +68,8 @@ class Shape:
         return self.batch * self.length
 
 
-TINY = Shape(batch=2, length=64, dim=32, heads=2, query=24, value=16, experts=8, top_k=3, hidden=16, rows=16, part=256)
+TINY = Shape(batch=2, length=64, dim=32, heads=2, query=24, value=16, experts=8, top_k=3, hidden=16, rows=16,
+             feed_forwards=((64, 32, 48),), part=256)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,19 @@ def products(shape: Shape, device: torch.device) -> Iterator[Work]:
         )
         forward = partial(F.linear, x, weight)
         yield Work(f"{columns}x{inner}", forward, (x, weight), 2.0 * shape.rows * width * depth)
+
+
+def swiglu(shape: Shape, device: torch.device) -> Iterator[Work]:
+    """Feed forwards of rows x dim x hidden: w1, w3 and w2 with the SwiGLU between them, or inside of them."""
+    for rows, dim, hidden in shape.feed_forwards:
+        x = torch.randn(rows, dim, device=device, dtype=torch.bfloat16).requires_grad_()
+        made = FeedForward(dim, hidden).to(device, torch.bfloat16)
+        w13 = torch.cat([each.detach() for each in made.gates()]).requires_grad_()
+        w2, flops = made.w2.weight, 6.0 * rows * dim * hidden
+        torch._dynamo.reset()
+        name = f"{rows}x{dim}x{hidden}"
+        yield Work(f"{name}, compiled", partial(torch.compile(made), x), (x, *made.parameters()), flops)
+        yield Work(f"{name}, fused", partial(fused_swiglu, x, w13, w2), (x, w13, w2), flops)
 
 
 def router(shape: Shape, device: torch.device) -> Iterator[Work]:
@@ -196,10 +213,13 @@ def experts(shape: Shape, device: torch.device) -> Iterator[Work]:
         if device.type == "cuda":
             torch._dynamo.reset()
             yield Work(f"all of it, {name}, compiled", torch.compile(run), inputs, 3 * one)
+    w13, w2 = torch.cat([each.detach() for each in made.gates()], dim=-2).requires_grad_(), made.w2
+    yield Work("all of it, fused", lambda: fused_swiglu(rows, w13, w2, ends, weights), (rows, w13, w2), 3 * one)
 
 
 PARTS = {
     "products": products,
+    "swiglu": swiglu,
     "attention": attention,
     "router": router,
     "sorting": choosing,

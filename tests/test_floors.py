@@ -16,7 +16,10 @@ LONGEST_TEST_FILE = 500
 NO_NOUNS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
 
 # What src.distributed may know of models: the contract and what all share, never a family.
-CONTRACTS = tuple(f"src.models.{name}" for name in ("attention.flash_attention", "cross_entropy", "decoder", "moe"))
+CONTRACTS = tuple(
+    f"src.models.{name}"
+    for name in ("attention.flash_attention", "block", "cross_entropy", "decoder", "kernels", "moe")
+)
 
 # Library -> the places that may name it.
 FENCES = {
@@ -40,7 +43,7 @@ FENCES = {
     "torch.distributed.elastic": ("src.cluster",),  # starts processes; no collective
     "os.environ": (
         "src.distributed.process.rank_context",
-        "src.models.attention.flash_attention",
+        "src.models.kernels.disk",
         "src.metrics.trackers.wandb_address",
         "src.metrics.alerts.send",
         "src.cluster",

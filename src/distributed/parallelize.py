@@ -8,6 +8,7 @@ from src.distributed.compile import Compile
 from src.distributed.context.context_parallel import split_context
 from src.distributed.expert.expert_parallel import split_experts
 from src.distributed.expert.stopwatch import watch
+from src.distributed.fsdp.one_device import fuse_swiglu
 from src.distributed.fsdp.shard import shard
 from src.distributed.mesh import Mesh
 from src.distributed.precision.config import Precision
@@ -40,8 +41,10 @@ def parallelize(model: Decoder, mesh: Mesh, precision: Precision, recompute: Rec
         experts_apart=experts_apart,
     )
     recompute.apply_around(model)
-    if not mesh.degrees.on_one_device:  # else src/distributed/fsdp/one_device.py
+    if not mesh.degrees.on_one_device:
         shard(model, mesh, precision)
+    elif recompute.mode not in ("selective", "budget"):  # which keep, or weigh, the products one by one
+        fuse_swiglu(model, precision)
     watch(model, mesh)
 
 

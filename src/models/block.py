@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.kernels.fused_swiglu import fused_swiglu
+
 if TYPE_CHECKING:
     from src.models.attention.cores import Mask
 
@@ -12,13 +14,23 @@ if TYPE_CHECKING:
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x): (..., dim) -> (..., dim) through `hidden` features."""
 
+    fused = False  # whether a layout brings w1 and w3 in one matrix, for fewer passes over what they make
+    w13: nn.Parameter | None  # that matrix, w1 over w3 (2 * hidden, dim), while it is there
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.register_parameter("w13", None)
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """What `w13` has in one, with w1 first."""
+        return self.w1.weight, self.w3.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.w13 is not None:
+            return fused_swiglu(x, self.w13, self.w2.weight)
         result: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
         return result
 

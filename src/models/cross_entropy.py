@@ -86,14 +86,14 @@ class Output(nn.Linear):
         self.statistics: Callable[..., tuple[Tensor, Tensor]] = statistics
         self.gradient_: Callable[..., Tensor] = gradient_
         self.scale_: Callable[[Tensor, Tensor], Tensor] = scale_
-        # One kernel for statistics and gradient_, where a GPU holds every word; see src/models/cross_entropy_kernel.py
+        # One kernel for statistics and gradient_, where a GPU holds every word; see src/models/kernels/cross_entropy.py
         self.losses_: Callable[..., Tensor] | None = None
         self.by_row = False  # a loss for each sequence of a batch, without gradients, instead of their sum
         self.z_loss = 0.0  # weight of normalizer^2 (PaLM, arXiv 2204.02311, section 5) in gradients, not in the loss
 
     def take_kernels(self) -> None:
         """On a CUDA device, where Triton is: one kernel for loss and gradient, one for the scale."""
-        from src.models.cross_entropy_kernel import losses_, scale_
+        from src.models.kernels.cross_entropy import losses_, scale_
 
         self.losses_, self.scale_ = losses_, scale_
 

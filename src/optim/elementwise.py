@@ -107,7 +107,8 @@ class Elementwise(Optimizer):
                 continue
             state = [rows(each) for each in self._state(parameter)]
             run: Callable[..., None] = self._compiled if weight.is_cuda else apply
-            run(self._update, rows(weight), rows(local(parameter.grad)), state, row, skip, self._options)
+            gradient = local(parameter.grad).contiguous()
+            run(self._update, rows(weight), rows(gradient), state, row, skip, self._options)
             if (copy := self.copies.get(parameter)) is not None:
                 copy.copy_(weight)
 
@@ -125,7 +126,8 @@ class Elementwise(Optimizer):
         """False where the tensors do not lie as kernels of many tensors want them; nothing has happened then."""
         gradients = [local(parameter.grad) for parameter in parameters]
         weights = [local(parameter) for parameter in parameters]
-        if not all(map(_is_aligned, gradients)):
+        copies = [self.copies.get(parameter) for parameter in parameters]
+        if not all(map(_lies_well, gradients, copies)):
             return False
         dtypes = [gradient.dtype for gradient in gradients]
         key = (*(weight.data_ptr() for weight in weights), *dtypes)
@@ -164,6 +166,12 @@ class Elementwise(Optimizer):
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether a kernel may read it 16 bytes at a time, from its first number to its last."""
     return tensor.is_cuda and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+def _lies_well(gradient: Tensor, copy: Tensor | None) -> bool:
+    """Whether kernels can read it beside the weight's copy: whole, or as parts of the same rows of something larger."""
+    parts = copy is not None and gradient.stride() == copy.stride() and _is_aligned(gradient[0])
+    return parts or _is_aligned(gradient)
 
 
 def local(tensor: Tensor | None) -> Tensor:

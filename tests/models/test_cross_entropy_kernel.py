@@ -24,7 +24,7 @@ def given(words: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])
 def test_loss_and_gradient_are_those_of_torch(words: int, dtype: torch.dtype, z_loss: float) -> None:
     """Sums of exp in another order: 1e-5 of a loss of up to 30, and one rounding of a gradient in its dtype."""
-    from src.models.cross_entropy_kernel import losses_
+    from src.models.kernels.cross_entropy import losses_
 
     logits, labels = (each.cuda() for each in given(words, dtype))
     normalizer, target = statistics(logits, labels, 0)
@@ -41,7 +41,7 @@ def test_loss_and_gradient_are_those_of_torch(words: int, dtype: torch.dtype, z_
 
 @pytest.mark.gpu
 def test_logits_that_are_not_finite_make_the_loss_so() -> None:
-    from src.models.cross_entropy_kernel import losses_
+    from src.models.kernels.cross_entropy import losses_
 
     for bad in (float("nan"), float("inf")):
         logits, labels = (each.cuda() for each in given(5000, torch.bfloat16))
@@ -55,19 +55,19 @@ def test_logits_that_are_not_finite_make_the_loss_so() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scaled_and_rounded_once(dtype: torch.dtype) -> None:
     """Also by operators: torch's product of a bf16 tensor and 1/3 on a GPU is one with 0.334."""
-    from src.models import cross_entropy_kernel
+    from src.models.kernels import cross_entropy
 
     tensor = torch.randn(123, 457, device="cuda").to(dtype)
     factor = torch.tensor(1 / 3, device="cuda")
     exact = (tensor.float() * factor).to(dtype)
-    assert torch.equal(cross_entropy_kernel.scale_(tensor.clone(), factor), exact)
+    assert torch.equal(cross_entropy.scale_(tensor.clone(), factor), exact)
     assert torch.equal(scale_(tensor.clone(), factor), exact)
 
 
 @pytest.mark.gpu
 def test_the_head_with_the_kernel_is_the_head_without() -> None:
     """Losses and both gradients over several chunks of rows; bf16 gradients within two of their roundings."""
-    from src.models.cross_entropy_kernel import losses_
+    from src.models.kernels.cross_entropy import losses_
 
     torch.manual_seed(0)
     found = []

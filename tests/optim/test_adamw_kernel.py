@@ -8,8 +8,9 @@ from src.optim.adamw import rates, update
 from src.optim.elementwise import Elementwise
 
 OPTIONS = (0.9, 0.95, 1e-8)
-# One number, fewer than a block, more than a chunk and no multiple of anything, whole chunks, a matrix.
-SHAPES: tuple[tuple[int, ...], ...] = ((1,), (257,), (40_001,), (2 * 16384,), (300, 1024))
+# One number, fewer than a block, more than a chunk and no multiple of anything, whole chunks, a matrix, matrices of
+# experts, whose copies and gradients are halves of others' rows.
+SHAPES: tuple[tuple[int, ...], ...] = ((1,), (257,), (40_001,), (2 * 16384,), (300, 1024), (5, 64, 24))
 
 
 def stepped(
@@ -27,6 +28,8 @@ def stepped(
     ]
     optimizer = Elementwise(groups, update, rates, OPTIONS, launches)
     beside: dict[Tensor, Tensor] = {weight: weight.detach().bfloat16() for weight in weights[1:]} if copies else {}
+    if copies:
+        beside[weights[-1]] = halved(weights[-1].detach().bfloat16())
     optimizer.copies = beside
     for weight in weights:
         weight.grad_dtype = gradient
@@ -36,10 +39,18 @@ def stepped(
     for step in range(3):
         optimizer.found_inf = torch.full((), float(step == 1), device=device)
         for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=generator).to(device, gradient)
+            made = torch.randn(weight.shape, generator=generator).to(device, gradient)
+            weight.grad = halved(made) if copies and weight is weights[-1] else made
         optimizer.step()
     ends = [[weight.detach(), *(each for name, each in optimizer.state[weight].items())] for weight in weights]
     return ends, list(beside.values())
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """The same numbers in the second half of rows twice as many."""
+    half = torch.cat((torch.full_like(tensor, float("nan")), tensor), dim=-2).chunk(2, dim=-2)[1]
+    assert not half.is_contiguous()
+    return half
 
 
 @pytest.mark.gpu

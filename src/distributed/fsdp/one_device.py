@@ -8,19 +8,24 @@ to the last bit: gradients come in the compute dtype, and those of several micro
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.distributed.precision.config import Precision
+from src.models.block import FeedForward
+from src.models.kernels.fused_swiglu import takes
+from src.models.moe.experts import Experts
 
 
 class ComputeWeights:
     """For each parameter of a model the one that its passes read: a copy in the compute dtype, or itself.
 
     An embedding that is not also the head needs none: only rows of it are read, and those are cast then.
+
+    The two matrices that a fused SwiGLU reads as one have their copies in one parameter: see `Joined`.
 
     Copies are renewed at each `in_place`, unless an optimizer that wrote both said so (`written`) and nobody has
     written to the weights since, which torch counts.
@@ -32,6 +37,8 @@ class ComputeWeights:
         self._sum = getattr(torch, precision.storage) if sync_each_micro_batch else self._reduce
         self.weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         self._embeddings = _only_looked_up(model)
+        self._joined = [Joined(module, self._compute) for module in model.modules() if is_fused(module)]
+        self._views = {weight: view for joined in self._joined for weight, view in joined.views.items()}
         self.copies = [self._copy(weight) for weight in self.weights]
         for weight, copy in zip(self.weights, self.copies, strict=True):
             if copy is not weight and weight in self._embeddings:
@@ -47,13 +54,15 @@ class ComputeWeights:
         self._inside = False
         self._sums: dict[nn.Parameter, Tensor] = {}  # by copy
         self._adding = False
-        for copy in self.copies:
+        for copy in (*self.copies, *(joined.parameter for joined in self._joined)):
             if copy.requires_grad and copy.dtype != self._sum:
                 copy.register_post_accumulate_grad_hook(self._add)
 
     def _copy(self, weight: nn.Parameter) -> nn.Parameter:
         if weight.dtype == self._compute:
             return weight
+        if weight in self._views:
+            return self._views[weight]
         if weight in self._embeddings:  # a gradient's dtype and shape, without memory
             made = torch.empty((), dtype=self._compute, device=weight.device).expand(weight.shape)
         else:
@@ -68,11 +77,15 @@ class ComputeWeights:
             return
         self._renew()
         self._put(self.copies)
+        for joined in self._joined:
+            joined.module.w13 = joined.parameter
         self._inside = True
         try:
             yield
         finally:
             self._put(self.weights)
+            for joined in self._joined:
+                joined.module.w13 = None
             self._inside = False
 
     def before_backward(self, micro_batches: int) -> None:
@@ -80,15 +93,24 @@ class ComputeWeights:
         self._adding = micro_batches > 1 or self._sum.itemsize < self._compute.itemsize
 
     def after_backward(self, *, any_dtype: bool) -> None:
-        """Gradients of the copies become those of the weights: in the dtype that they have, where the optimizer reads
-        any, else in the weights'.
+        """Gradients of the copies become those of the weights: as they are where the optimizer reads any dtype, and
+        parts of another's rows, else in the weights' dtype and contiguous.
         """
-        for weight, copy in zip(self.weights, self.copies, strict=True):
-            gradient, copy.grad = self._sums.pop(copy, copy.grad), None
-            if gradient is None:
-                continue
+        for weight, gradient in self._gradients():
             weight.grad_dtype = gradient.dtype if any_dtype else weight.dtype
-            weight.grad = gradient if any_dtype else gradient.to(weight.dtype)
+            weight.grad = gradient if any_dtype else gradient.to(weight.dtype).contiguous()
+
+    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for weight, copy in zip(self.weights, self.copies, strict=True):
+            if (gradient := self._taken(copy)) is not None:
+                yield weight, gradient
+        for joined in self._joined:
+            if (gradient := self._taken(joined.parameter)) is not None:
+                yield from zip(joined.views, gradient.chunk(2, dim=-2), strict=True)
+
+    def _taken(self, copy: nn.Parameter) -> Tensor | None:
+        gradient, copy.grad = self._sums.pop(copy, copy.grad), None
+        return gradient
 
     def beside(self) -> dict[Tensor, Tensor]:
         """What an optimizer may write together with each weight."""
@@ -121,6 +143,36 @@ class ComputeWeights:
     def _put(self, parameters: list[nn.Parameter]) -> None:
         for where, name, index in self._places:
             where[name] = parameters[index]
+
+
+class Joined:
+    """The copies of the two matrices that a fused SwiGLU reads as one: views of `parameter`, which stands in the
+    module while passes run and gets the gradient of both.
+    """
+
+    def __init__(self, module: FeedForward | Experts, dtype: torch.dtype) -> None:
+        weights = module.gates()
+        *experts, hidden, dim = weights[0].shape
+        both = torch.empty(*experts, 2 * hidden, dim, dtype=dtype, device=weights[0].device)
+        self.module, self.parameter = module, nn.Parameter(both)
+        halves = (nn.Parameter(half, requires_grad=False) for half in both.chunk(2, dim=-2))
+        self.views = dict(zip(weights, halves, strict=True))
+
+
+def is_fused(module: nn.Module) -> TypeGuard[FeedForward | Experts]:
+    """Whether `fuse_swiglu` has marked it."""
+    return isinstance(module, FeedForward | Experts) and module.fused
+
+
+def fuse_swiglu(model: nn.Module, precision: Precision) -> None:
+    """Mark each SwiGLU whose weights have copies, and whose products kernels here can fuse it with."""
+    compute = getattr(torch, precision.compute)
+    for module in model.modules():
+        if isinstance(module, FeedForward | Experts) and precision.storage != precision.compute:
+            weight, learns = module.gates()[0], {each.requires_grad for each in module.parameters()}
+            module.fused = (
+                precision.float8 is None and learns == {True} and takes((weight.shape[-1], weight.shape[-2]), compute)
+            )
 
 
 def _only_looked_up(model: nn.Module) -> dict[nn.Parameter, nn.Embedding]:

@@ -5,15 +5,15 @@ On an H200, forward / backward in TFLOP/s, causal, 4.0.0b36 beside cuDNN: 2 x 32
 attention, 4 x 16 x 4096, 192 and 128 wide: 674 / 445 beside 568 / 430.
 """
 
-import os
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from src.models.kernels.disk import keep_on_disk
 
 # (width of q and k, width of v) at which the kernels were measured to be faster, on Hopper.
 FASTER = ((64, 64), (128, 128), (192, 128))
@@ -27,13 +27,8 @@ SHORTEST = 128
 
 
 def _kernels() -> Any:
-    """The package's interface. What it compiles stays on disk, beside inductor's cache: by itself each process would
-    compile anew.
-    """
-    beside = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # of a run, where it has one of its own
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(beside or home) / "flash_attention"))
+    """The package's interface."""
+    keep_on_disk()
     return import_module("flash_attn.cute.interface")
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.kernels.fused_swiglu import fused_swiglu
+
 # rows (n, in), those of expert 0 first; matrices (num_experts, in, out); ends of the rows of each (num_experts), int32
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -25,6 +27,8 @@ class Experts(nn.Module):
     # Another precision puts its own in the place, and says what the number of each expert's rows must be a multiple of.
     product: Product
     multiple: int
+    fused = False  # as in src/models/block.py, of each expert's w1 and w3
+    w13: nn.Parameter | None
 
     def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -32,6 +36,11 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.register_parameter("w13", None)
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """What `w13` has in one, with w1 first."""
+        return self.w1, self.w3
 
     def forward(self, rows: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
         """rows (n, dim), those of expert 0 first; counts (num_experts); weights (n) fp32 scale the result (n, dim)."""
@@ -44,6 +53,8 @@ class Experts(nn.Module):
 
     def _swiglu(self, rows: Tensor, ends: Tensor, weights: Tensor | None) -> Tensor:
         w1, w2, w3 = self.matrices()
+        if self.w13 is not None:
+            return fused_swiglu(rows, self.w13, w2, ends, weights)
         hidden = F.silu(self.product(rows, w1.mT, ends)) * self.product(rows, w3.mT, ends)
         if weights is not None:
             # w2 is linear: scaling what enters it scales the result, which then needs not be kept for the backward.

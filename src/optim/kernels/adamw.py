@@ -79,21 +79,30 @@ class Launch:
     """One kernel for tensors that share the types of their columns; the tables of what lies where stay on the device.
 
     `columns`: for each tensor its weight, two moments and copy (None where all have none), contiguous and aligned to
-    16 bytes, as every allocation of torch's is.
+    16 bytes, as every allocation of torch's is; a copy, and then the gradient too, may be contiguous in each of the
+    first axis' slices alone.
     """
 
     def __init__(self, columns: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
         self.weights = [weight for weight, *_ in columns]
         device = self.weights[0].device
         self._kept = columns
+        self._slices = [1 if copy is None or copy.is_contiguous() else len(copy) for *_, copy in columns]
         self._fixed = [
-            (weight.data_ptr(), mean.data_ptr(), square.data_ptr(), 0 if copy is None else copy.data_ptr())
-            for weight, mean, square, copy in columns
+            row
+            for (weight, mean, square, copy), slices in zip(columns, self._slices, strict=True)
+            for row in zip(
+                *(_addresses(tensor, slices) for tensor in (weight, mean, square)),
+                [0] * slices if copy is None else _addresses(copy, slices),
+                strict=True,
+            )
         ]
-        numbers = torch.tensor([weight.numel() for weight in self.weights], device=device)
+        slices = torch.tensor(self._slices, device=device)
+        self._owners = torch.arange(len(columns), device=device).repeat_interleave(slices)
+        numbers = (torch.tensor([weight.numel() for weight in self.weights], device=device) // slices)[self._owners]
         chunks = (numbers + CHUNK - 1) // CHUNK
         self._sizes = numbers
-        which = torch.arange(len(columns), dtype=torch.int32, device=device).repeat_interleave(chunks)
+        which = torch.arange(len(numbers), dtype=torch.int32, device=device).repeat_interleave(chunks)
         before = (chunks.cumsum(0) - chunks)[which]
         self._tensors, self._firsts = which, (torch.arange(len(which), device=device) - before) * CHUNK
         _, mean, _, copy = columns[0]
@@ -107,12 +116,18 @@ class Launch:
         self, gradients: Sequence[Tensor], factors: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
     ) -> None:
         """`gradients`: of the same tensors, of one type; `factors`: (tensors, 4) float32; `skip`: change nothing."""
+        places = [
+            place
+            for gradient, slices in zip(gradients, self._slices, strict=True)
+            for place in _addresses(gradient, slices)
+        ]
         rows = [
-            (weight, gradient.data_ptr(), mean, square, copy)
-            for (weight, mean, square, copy), gradient in zip(self._fixed, gradients, strict=True)
+            (weight, place, mean, square, copy)
+            for (weight, mean, square, copy), place in zip(self._fixed, places, strict=True)
         ]
         self._tables.append(torch.tensor(rows, dtype=torch.int64, pin_memory=True))
         table = self._tables[-1].to(skip.device, non_blocking=True)
+        factors = factors if len(places) == len(gradients) else factors[self._owners]
         weight, moment, copy = (TYPES[dtype] for dtype in self._types)
         _update[(len(self._tensors),)](
             table,
@@ -134,6 +149,12 @@ class Launch:
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
+
+
+def _addresses(tensor: Tensor, slices: int) -> list[int]:
+    """Of the tensor, or of its slices along the first axis."""
+    first = tensor.data_ptr()
+    return [first] if slices == 1 else [first + each * tensor.stride(0) * tensor.itemsize for each in range(slices)]
 
 
 def launches(

@@ -14,6 +14,7 @@ from src.metrics.kernels import KernelTime, breakdown, markdown
 from src.metrics.memory import memory
 from src.metrics.throughput import Throughput, peak_flops
 from src.models.attention import flash_attention
+from src.models.kernels import fused_swiglu
 from src.planning.plan import Plan
 from src.planning.recompute_choice import resolve_auto_recompute
 from src.run import Run
@@ -90,6 +91,7 @@ def _measure(
         "device": name,
         "torch": torch.__version__,
         "flash_attn_4": flash_attention.version() if device.type == "cuda" else None,
+        "quack": fused_swiglu.version() if device.type == "cuda" else None,
         "world": planned.world,
         "layout": planned.axes,
         "arithmetic": run.precision.arithmetic,
