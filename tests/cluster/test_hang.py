@@ -13,7 +13,7 @@ import torch
 
 from src.cluster.diagnosis import hang
 from src.distributed.process import flight_recorder
-from src.distributed.process.rank_context import host_store
+from tests.rendezvous import launcher_store
 
 RANK = """
 import sys, time
@@ -47,7 +47,7 @@ except RuntimeError as error:
 
 @pytest.mark.slow
 def test_the_rank_that_never_came_is_named_with_what_it_did_instead(tmp_path: Path) -> None:
-    store, port = host_store()
+    store, port = launcher_store()
     began = time.time()
     ranks = [start(tmp_path, rank, port) for rank in range(3)]
     assert [rank.wait(180) for rank in ranks[::2]] == [0, 0]
@@ -87,7 +87,7 @@ if torch.cuda.device_count() != 1:  # without any it is left out, with one alone
 
     @pytest.mark.gpu
     def test_nccl_writes_the_dumps_of_all_ranks_by_itself(tmp_path: Path) -> None:
-        store, port = host_store()
+        store, port = launcher_store()
         began = time.time()
         ranks = [start(tmp_path, rank, port, code=NCCL_RANK, world=2) for rank in range(2)]
         assert ranks[0].wait(180) != 0

@@ -1,6 +1,8 @@
 """Joining and leaving, alone and in a world of ranks."""
 
 import os
+import select
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -46,8 +48,9 @@ def test_a_world_of_one_needs_no_environment() -> None:
     assert done.stdout.splitlines() == ["0 1 0 cpu [1.0, 1.0]", "False"], done.stderr
 
 
-def test_ranks_meet_at_the_launchers_store() -> None:
-    store, port = host_store()
+def test_ranks_meet_at_the_launchers_store_also_where_they_come_before_it() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     clients = [
@@ -59,6 +62,8 @@ def test_ranks_meet_at_the_launchers_store() -> None:
         )
         for rank in range(2)
     ]
+    select.select([listener], [], [], 120.0)  # until one of them waits
+    store = host_store(listener)
     assert [client.communicate(timeout=120)[0] for client in clients] == ["0 2 3.0\n", "1 2 3.0\n"]
     del store
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from src.distributed.process.rank_context import host_store
 from src.runs.folder import RunFolder
 from tests.end_to_end.lives import HOME, TINY, opened
 from tests.fault_tolerance.life import Seat, Trouble, live
 from tests.forks import forkserver
+from tests.rendezvous import launcher_store
 
 PATIENCE_SECONDS = 240.0  # of a machine that is busy with other tests, too
 # A stall that only sum_seconds or heal_seconds would end is longer than a test's patience.
@@ -87,7 +87,7 @@ class Fleet:
                 group = run.group(number)
             with RunFolder.rejoin(group, code) as own:
                 own.begin(self.world)
-            self.stores[number], port = host_store()
+            self.stores[number], port = launcher_store()
             arguments = (group, number, str(self.lighthouse.file or self.lighthouse.address), tuple(troubles))
             self.groups[number] = [
                 forkserver().Process(target=live, args=(*arguments, Seat(rank, self.world, port)), daemon=True)

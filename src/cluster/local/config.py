@@ -1,15 +1,10 @@
-"""cluster=local: runs the ranks on this machine, through torch's elastic process launcher.
+"""cluster=local: runs the ranks on this machine.
 
-Of torch.distributed.elastic only the process layer is used: the agent above it ends ranks 30 s after a signal, and a
-save may take longer. The rendezvous store lives in the launcher, as the agent's does.
+Not through torch's elastic launcher: its agent ends ranks 30 s after a signal, and a save may take longer, and its
+processes start after torch has been imported. The rendezvous store lives in the launcher, as the agent's does.
 """
 
-import ctypes
 import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from src.cluster.backend import AttemptOutcome, JobScheduler, Options
 from src.cluster.batch_system import batch_system
+from src.cluster.local.gpus import visible_gpus
 from src.cluster.local.signals import goes_on, record_end, tell
 from src.cluster.rank import RankJob
 from src.config.bounds import Count, CountFromZero, Gibibytes, PerNode, Seconds
@@ -68,11 +64,11 @@ class Local(SiteFacts):
 
     def devices(self) -> LocalDevices:
         """The devices that a plan may count on: `gpus` of them if given, so that a plan for elsewhere can be made."""
-        found = _visible_gpus() if self.gpus is None else self.gpus
-        if found == 0:
+        if self.gpus == 0 or (self.gpus is None and visible_gpus().count == 0):
             return LocalDevices("cpu", None, None, "CPU", host_gib=_host_gib())
-        name, memory_gib, capability = _first_gpu()
-        return LocalDevices("cuda", found, self.gpu_memory_gib or memory_gib, name, capability)
+        here = visible_gpus()
+        count = here.count if self.gpus is None else self.gpus
+        return LocalDevices("cuda", count, self.gpu_memory_gib or here.memory_gib, here.name, here.capability)
 
     def check(self, points: Sequence[tuple[Path, Mapping[str, Any]]], *, dry: bool) -> None:
         """Nothing: there is no scheduler, and the plan has been held against the devices."""
@@ -89,7 +85,7 @@ class Local(SiteFacts):
         from src.cluster.local.supervisor import RankSupervisor
 
         devices = self.devices()
-        if devices.kind == "cuda" and (here := _visible_gpus()) < max(world, self.gpus or 0):
+        if devices.kind == "cuda" and (here := visible_gpus().count) < max(world, self.gpus or 0):
             wanted = f"{world} ranks need a GPU each" if here < world else f"cluster.gpus={self.gpus}"
             raise PlanError(
                 f"{wanted}, but {here} are visible here; choose a layout of at most {here} ranks, or cluster.gpus=0"
@@ -134,7 +130,7 @@ class Local(SiteFacts):
             host_bytes = None if devices.host_gib is None else int(devices.host_gib * 2**30)
             return Node(slots, cores, cpu=True, grace_seconds=self.grace_seconds, host_bytes=host_bytes, most=most)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(number) for number in range(_visible_gpus())]
+        names = visible.split(",") if visible else [str(number) for number in range(visible_gpus().count)]
         names = names[: devices.count]
         if len(names) < largest:
             raise PlanError(f"{largest} ranks need a GPU each, but {len(names)} are visible here")
@@ -216,51 +212,3 @@ def _host_gib() -> float | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-def _visible_gpus() -> int:
-    """Counted without making a CUDA context, which would take some 500 MB of the first GPU from its rank.
-
-    Without a driver there is none, and 2 s of importing torch are spared a plan that needs nothing else of it.
-    """
-    if not _has_driver():
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _has_driver() -> bool:
-    """Whether torch could find a GPU here: NVIDIA's driver is a library, AMD's a device."""
-    if Path("/dev/kfd").exists():
-        return True
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return sys.platform != "linux"  # elsewhere it has another name
-    return True
-
-
-def _first_gpu() -> tuple[str, float | None, tuple[int, int] | None]:
-    """Name, GiB and compute capability of the first GPU here.
-
-    Asked of the driver's tool, since torch would make a context to answer; None of what an old driver does not tell.
-    """
-    memory = _of_first_gpu("name,memory.total")
-    capability = _of_first_gpu("compute_cap")
-    name, _, mebibytes = memory.rpartition(",")
-    if not mebibytes.strip().isdecimal():
-        return "GPU", None, None
-    found = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    return name.strip(), int(mebibytes) / 1024, None if found is None else (int(found[1]), int(found[2]))
-
-
-def _of_first_gpu(query: str) -> str:
-    """What nvidia-smi answers; nothing where it cannot."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
-    command = [tool, f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", first]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return told.stdout.strip() if told.returncode == 0 else ""

@@ -6,6 +6,8 @@ Starts them, forwards signals, collects exit codes, reports the first failure an
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -13,8 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
 from src.cluster.diagnosis import hang
 from src.cluster.local.signals import FORWARDED, POLL_SECONDS, SAME_SIGNAL_SECONDS, tell
@@ -44,27 +44,6 @@ class FirstFailure:
     log: Path
 
 
-class ErrorFiles(LogsSpecs):
-    """Where torch's elastic launcher finds each rank's error file; ranks write their own logs (rank_log.py)."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(log_dir=str(folder))
-        self.folder = folder
-
-    @property
-    def root_log_dir(self) -> str:
-        return str(self.folder)
-
-    def path(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank}.error.json"
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        for rank, environment in envs.items():
-            environment["TORCHELASTIC_ERROR_FILE"] = str(self.path(rank))
-        terminal = dict.fromkeys(envs, "")
-        return LogsDest(stdouts=terminal, stderrs=dict(terminal), error_files={r: str(self.path(r)) for r in envs})
-
-
 class RankSupervisor:
     """The ranks of one attempt on this machine. Main thread only: it takes the signals over while it runs."""
 
@@ -78,7 +57,7 @@ class RankSupervisor:
         self._asked = 0.0  # time.monotonic() of the first signal
         self._deadline = float("inf")
         self._logs = log_folder(job.folder, attempt.number)
-        self._files = ErrorFiles(self._logs)
+        self._ranks: list[subprocess.Popen[bytes]] = []
         self._noticed: dict[int, int] = {}  # rank -> time_ns of its failure
         self._abandoned: set[int] = set()
         self._killed_before = killed_for_memory()
@@ -87,41 +66,40 @@ class RankSupervisor:
 
     def run(self) -> FirstFailure | None:
         """Start the ranks and wait until every one has ended; None when all exit codes are 0."""
-        store, port = host_store()
-        previous = {number: signal.getsignal(number) for number in (*FORWARDED, signal.SIGQUIT)}
-        context = self._start(port)
-        for number in FORWARDED:
-            if previous[number] != signal.SIG_IGN:  # nohup, or a script's background job: meant not to hear it
-                signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGQUIT, previous[signal.SIGQUIT])
+        world = self._attempt.world
+        previous = {number: signal.getsignal(number) for number in FORWARDED}
+        listener = socket.create_server(("127.0.0.1", 0), backlog=world) if world > 1 else None
         try:
-            self._watch(context)
+            self._start(0 if listener is None else listener.getsockname()[1])
+            for number in FORWARDED:
+                if previous[number] != signal.SIG_IGN:  # nohup, or a script's background job: meant not to hear it
+                    signal.signal(number, self._on_signal)
+            # The ranks' rendezvous, alive until the last of them has ended. Torch is imported while they import it.
+            store = None if listener is None else host_store(listener)
+            self._watch()
+            del store
         finally:
-            self._kill(context)
-            context.close()
+            self._kill()
             if self._abandoned and os.isatty(1):
                 os.write(1, b"\x1b[?25h\n")  # a killed progress line leaves the cursor hidden
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            del store  # the ranks' rendezvous, alive until the last of them has ended
-        return self._failure(context)
+        return self._failure()
 
-    def _start(self, port: int) -> SubprocessContext:
+    def _start(self, port: int) -> None:
+        """Each in a session of its own: the terminal's Ctrl-C comes here, and is passed on once."""
         world = self._attempt.world
-        options = ("--code", self._job.code, "--attempt", self._attempt.number, "--launcher", os.getpid())
-        command = ("-P", "-m", "src.cluster.rank", self._job.folder, *options)
-        # torch would raise in the middle of our loop: it gets a signal that nobody sends, taken back below.
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        context = start_processes(
-            name="rank",
-            entrypoint=sys.executable,
-            args=dict.fromkeys(range(world), command),
-            envs={rank: self._environment | _facts(rank, world, port) for rank in range(world)},
-            logs_specs=self._files,
-        )
-        assert isinstance(context, SubprocessContext), "a command line is started as a subprocess"
-        self._context = context
-        return context
+        assert self._job.code is not None, "local ranks run the frozen code"
+        options = ("--code", self._job.code, "--attempt", str(self._attempt.number), "--launcher", str(os.getpid()))
+        command = (sys.executable, "-P", "-m", "src.cluster.rank", str(self._job.folder), *options)
+        for rank in range(world):
+            facts = _facts(rank, world, port) | {"TORCHELASTIC_ERROR_FILE": str(self._error_file(rank))}
+            environment = os.environ | self._environment | facts
+            self._ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+
+    def _error_file(self, rank: int) -> Path:
+        """Where torch's `record` writes a rank's error."""
+        return self._logs / f"rank_{rank}.error.json"
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -132,17 +110,17 @@ class RankSupervisor:
             tell(
                 f"\n{name}: the ranks save and stop (at most {self._grace_seconds:g} s); Ctrl-C again ends them at once"
             )
-            for rank, process in self._context.subprocess_handlers.items():
-                if rank not in self._noticed and process.proc.poll() is None:
-                    process.proc.send_signal(self.sent)
+            for rank, process in enumerate(self._ranks):
+                if rank not in self._noticed and process.poll() is None:
+                    process.send_signal(self.sent)
         elif number == signal.SIGINT and time.monotonic() - self._asked >= SAME_SIGNAL_SECONDS:
             self.killed = "Ctrl-C twice"
             self._deadline = time.monotonic()
 
-    def _watch(self, context: SubprocessContext) -> None:
+    def _watch(self) -> None:
         abandon = float("inf")
         while True:
-            codes = {rank: each.proc.poll() for rank, each in context.subprocess_handlers.items()}
+            codes = {rank: each.poll() for rank, each in enumerate(self._ranks)}
             if all(code is not None for code in codes.values()):
                 return
             for rank, code in codes.items():
@@ -156,16 +134,16 @@ class RankSupervisor:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _kill(self, context: SubprocessContext) -> None:
-        for rank, each in context.subprocess_handlers.items():
-            if each.proc.poll() is None:
+    def _kill(self) -> None:
+        for rank, each in enumerate(self._ranks):
+            if each.poll() is None:
                 self._abandoned.add(rank)
-                os.killpg(each.proc.pid, signal.SIGKILL)  # its data workers too
-        for each in context.subprocess_handlers.values():
-            each.proc.wait()
+                os.killpg(each.pid, signal.SIGKILL)  # its data workers too
+        for each in self._ranks:
+            each.wait()
 
-    def _failure(self, context: SubprocessContext) -> FirstFailure | None:
-        codes = {rank: each.proc.returncode for rank, each in context.subprocess_handlers.items()}
+    def _failure(self) -> FirstFailure | None:
+        codes = {rank: each.returncode for rank, each in enumerate(self._ranks)}
         failed = [rank for rank, code in codes.items() if code != 0 and rank not in self._abandoned]
         if not failed:
             return None
@@ -178,7 +156,7 @@ class RankSupervisor:
     def _when(self, rank: int) -> int:
         """Nanoseconds: when it wrote its error; a rank that could not write one died before the others noticed."""
         try:
-            return self._files.path(rank).stat().st_mtime_ns
+            return self._error_file(rank).stat().st_mtime_ns
         except OSError:
             return self._noticed.get(rank, time.time_ns()) - _NANOSECONDS
 
@@ -190,7 +168,7 @@ class RankSupervisor:
             error = f"ended by {name}" + (" (the system's out-of-memory killer)" if killer else "")
             return FirstFailure(rank, 128 - code, error, _tail(log), log)
         try:
-            message = json.loads(self._files.path(rank).read_text())["message"]
+            message = json.loads(self._error_file(rank).read_text())["message"]
             error, stack = message["message"], message["extraInfo"]["py_callstack"]
         except (OSError, ValueError, LookupError, TypeError):
             if code == DiskFullError.exit_code:  # it found no room for its error either

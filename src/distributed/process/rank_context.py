@@ -16,6 +16,8 @@ from src.errors import PlanError
 from src.storage.rank_files import RANKS
 
 if TYPE_CHECKING:
+    import socket
+
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import Store
@@ -161,15 +163,17 @@ class RankContext:
             leave_all()
 
 
-def host_store() -> tuple[object, int]:
-    """A rendezvous store on a free port of this machine, and the port; ranks join it as clients.
+def host_store(listener: "socket.socket") -> object:
+    """A rendezvous store on the port that `listener` has been given, which it takes over; ranks join it as clients.
 
-    The launcher binds the port itself and keeps it: nothing can take it between choosing and listening.
+    A rank that comes before waits: so the launcher can start its ranks first, and import torch while they do.
     """
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    return store, store.port
+    host, port = listener.getsockname()
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _check(facts: LauncherEnv, device_type: DeviceType, world: int) -> None:
