@@ -40,7 +40,7 @@ FENCES = {
         "src.tasks",
         "src.launch.rehearse",
     ),
-    "torch.distributed.elastic": ("src.cluster",),  # starts processes; no collective
+    "torch.distributed.elastic": ("src.cluster",),  # writes a rank's error; no collective
     "os.environ": (
         "src.distributed.process.rank_context",
         "src.models.kernels.disk",
