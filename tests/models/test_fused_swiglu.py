@@ -1,5 +1,6 @@
 """A SwiGLU inside of its products against the plain one: by torch's operators here, by quack's kernels on a GPU."""
 
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -11,18 +12,22 @@ from src.models.kernels import fused_swiglu
 from src.models.moe.experts import Experts
 
 COUNTS = [37, 0, 60, 3]  # an expert without a row, and numbers that no tile divides
+KINDS = ["dense", "experts", "weighted", "odd"]
 
 
 def made(kind: str, dim: int = 64, hidden: int = 48) -> tuple[nn.Module, list[Tensor]]:
-    """A module and its inputs: x; for experts the counts of rows and, for "weighted", what scales them."""
+    """A module and its inputs: x; for experts the counts of rows and, but for "experts", what scales them; "odd": as
+    many rows as kernels do not read at once.
+    """
     torch.manual_seed(0)
     module = FeedForward(dim, hidden) if kind == "dense" else Experts(len(COUNTS), dim, hidden)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     if kind == "dense":
         return module, [torch.randn(3, 50, dim)]
-    inputs = [torch.randn(sum(COUNTS), dim), torch.tensor(COUNTS)]
-    return module, [*inputs, torch.rand(sum(COUNTS))] if kind == "weighted" else inputs
+    counts = [*COUNTS[:-1], 1] if kind == "odd" else COUNTS
+    inputs = [torch.randn(sum(counts), dim), torch.tensor(counts)]
+    return module, inputs if kind == "experts" else [*inputs, torch.rand(sum(counts))]
 
 
 def passed(module: Any, inputs: list[Tensor], *, fused: bool, compiled: bool = False) -> list[Tensor]:
@@ -43,7 +48,7 @@ def passed(module: Any, inputs: list[Tensor], *, fused: bool, compiled: bool = F
     return [out.detach(), *(grad.clone() for grad in grads)]
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts", "weighted"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_by_torchs_operators_it_is_the_plain_one(kind: str, compiled: bool) -> None:
     """In fp32, whose sums are made in another order: 1e-6 of the largest number of each tensor."""
@@ -54,6 +59,28 @@ def test_by_torchs_operators_it_is_the_plain_one(kind: str, compiled: bool) -> N
         assert float((ours - plain).abs().max()) <= 2e-6 * float(plain.abs().max())
 
 
+@pytest.mark.parametrize("error", [None, TypeError("no fail-closed semantic key"), ImportError("no quack.epilogue")])
+def test_a_package_that_does_not_work_is_told_and_left_alone(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imported(_: str) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(fused_swiglu, "find_spec", lambda _: object())
+    monkeypatch.setattr(fused_swiglu, "keep_on_disk", lambda: None)
+    monkeypatch.setattr(fused_swiglu, "import_module", imported)
+    monkeypatch.setattr(metadata, "version", lambda _: "0.6.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: fused_swiglu.HOPPER)
+    here = fused_swiglu.here.__wrapped__
+    if error is None:
+        assert here()
+        return
+    with pytest.warns(UserWarning, match=f"quack-kernels 0.6.2 does not work here: {error}; SwiGLUs are not fused"):
+        assert not here()
+
+
 def test_nobody_else_reads_its_matrix() -> None:
     """It has no name in a checkpoint, and is no weight of its own."""
     module, _ = made("dense")
@@ -62,7 +89,7 @@ def test_nobody_else_reads_its_matrix() -> None:
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(768, 2048), (2048, 1408), (256, 8 * 83)])
-@pytest.mark.parametrize("kind", ["dense", "experts", "weighted"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.gpu
 def test_as_near_to_fp32_as_torchs_products(kind: str, dim: int, hidden: int, compiled: bool) -> None:

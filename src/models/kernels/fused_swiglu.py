@@ -9,6 +9,7 @@ beside 0.419, back through it 0.279 beside 0.346, gradients of x, w1 and w3 0.62
 experts of 2048 x 1408: 1.91 beside 2.19, 1.18 beside 1.40, 3.61 beside 4.27, w2 and its gradient 1.85 beside 2.12.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module, metadata
@@ -24,6 +25,7 @@ from src.models.kernels.disk import keep_on_disk
 HOPPER = (9, 0)
 WIDEST = 2048  # of what comes in, up to which models were measured with it; torch's products gain on it as they grow
 MULTIPLE = 8  # of elements: rows that begin at 16 bytes, as the kernels copy them
+WEIGHTS = 4  # that a kernel reads at once
 # Of a product: tile of rows and columns, two tiles by turns ("pingpong"), tiles in a cluster by rows and by columns.
 Tiles = tuple[int, int, bool, int, int]
 DENSE: Tiles = (128, 192, True, 2, 1)
@@ -33,9 +35,21 @@ GRADIENT: Tiles = (128, 256, False, 2, 1)
 
 @cache
 def here() -> bool:
-    """Whether the package is installed and this is a GPU that its kernels were measured on."""
+    """Whether the package is installed and works, and this is a GPU that its kernels were measured on.
+
+    Beside another version of the compiler under it, or outside of a folder site-packages, it refuses its own kernels.
+    """
     there = find_spec("quack") is not None and torch.cuda.is_available()
-    return there and torch.cuda.get_device_capability() == HOPPER
+    if not there or torch.cuda.get_device_capability() != HOPPER:
+        return False
+    keep_on_disk()
+    try:
+        import_module("quack.epilogue.library")
+    except (ImportError, AttributeError, TypeError) as error:
+        found = f"quack-kernels {metadata.version('quack-kernels')} does not work here: {error}"
+        warnings.warn(f"{found}; SwiGLUs are not fused; see requirements-cuda.txt", stacklevel=2)
+        return False
+    return True
 
 
 def takes(widths: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -45,7 +59,7 @@ def takes(widths: tuple[int, int], dtype: torch.dtype) -> bool:
 
 
 def version() -> str | None:
-    """Of the package, for the record of a measurement; None where its kernels are not used."""
+    """Of the package, for the record of a measurement; None where it is not to be used."""
     return metadata.version("quack-kernels") if here() else None
 
 
@@ -136,7 +150,7 @@ def _gated_gradient(
     grad: Tensor, w2: Tensor, gates: Tensor, ends: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w1 x and w3 x in turn, what w2 was multiplied with, and the gradient of the weights."""
-    if not grad.is_cuda:
+    if not grad.is_cuda or (weights is not None and len(weights) % WEIGHTS):
         return _gated_gradient_by_torch(_product(grad, w2, ends), gates, weights)
     grad_gates, hidden, *of_weights = _kernels().gemm_dact(
         grad,
