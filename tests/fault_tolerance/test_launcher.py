@@ -91,6 +91,7 @@ def test_a_dead_rank_and_a_dead_lighthouse_are_started_again(tmp_path: Path) -> 
     assert [attempt.ended for attempt in attempts(folder / "groups/1")] == ["failed", "stopped"]
     assert command(*argv, "task.steps=15", f"folder={tmp_path / 'whole'}")[0] == 0
     whole = series(tmp_path / "whole")
+    assert sorted(whole.keys() - series(folder).keys()) == [], (said, records(folder)[:20])
     assert {step: loss for step, loss in series(folder).items() if step <= 15} == pytest.approx(whole, rel=1e-4)
 
 
