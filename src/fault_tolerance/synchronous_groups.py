@@ -55,6 +55,7 @@ class SynchronousGroups(ReplicaGroups):
         def take(tree: Tree) -> None:
             callbacks.take(tree["run"])
             self._history, self._stale, self._fresh = tree["history"], False, False
+            self._led = False  # not at the last step that counted: others know its numbers, and record them
             self._tally = tree["tally"]
 
         self._own = replace(callbacks, give=give, take=take)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.checkpoint.folder import complete
-from tests.end_to_end.lives import records
+from tests.end_to_end.lives import records, series
 from tests.fault_tolerance.life import Trouble
 from tests.fault_tolerance.lives import Fleet, audited, fleet, last, losses, seen
 
@@ -238,3 +238,15 @@ def test_slow_not_finite_without_a_lighthouse_and_of_another_mind(
         told = found.log(0) + found.log(1)
         assert told.count("step 4: this step was not finite: it is tried once more") == 2
         assert "step 16: quorum" in found.log(1), "alone with its vote, it was healed into the next step"
+
+
+def test_a_leader_alone_with_its_vote_leaves_the_log_to_who_took_the_step(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    """It is healed into the next step, and knows no number of the one that it refused."""
+    with fleet(tmp_path, *ARGV, min_groups=2) as found:
+        found.start(0, troubles=[Trouble(5, "deny")])
+        found.start(1, troubles=[Trouble(9, "deny"), Trouble(13, "deny")])
+        found.wait()
+        check(found, 2, undisturbed)
+    assert sorted(series(found.folder)) == list(range(1, STEPS + 1))
